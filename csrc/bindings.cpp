@@ -1,0 +1,53 @@
+// nabla_fast._C: the C interface for Python, without torch. Tensors come as addresses (data_ptr()),
+// whose memory the caller keeps alive; the GIL is released while a kernel runs.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu/vec_exp_array.h"
+#include "nabla_fast.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+nabla_fast_status token_stats(std::uintptr_t logits, nabla_fast_dtype dtype, int64_t rows,
+                              int64_t vocab, int64_t row_stride, double tau,
+                              std::uintptr_t logsumexp, std::uintptr_t confidence,
+                              std::uintptr_t entropy, std::uintptr_t argmax,
+                              std::uintptr_t row_status, int32_t num_threads) {
+  return nabla_fast_token_stats(pointer<const void>(logits), dtype, rows, vocab, row_stride, tau,
+                                pointer<float>(logsumexp), pointer<float>(confidence),
+                                pointer<float>(entropy), pointer<int64_t>(argmax),
+                                pointer<nabla_fast_status>(row_status), num_threads);
+}
+
+void vec_exp(std::uintptr_t x, std::uintptr_t y, int64_t n) {
+  nabla_fast::cpu::vec_exp_array(pointer<const float>(x), pointer<float>(y), n);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+
+  module.attr("FLOAT32") = static_cast<int>(NABLA_FAST_FLOAT32);
+  module.attr("BFLOAT16") = static_cast<int>(NABLA_FAST_BFLOAT16);
+  module.def("abi_version", &nabla_fast_abi_version);
+  module.def("status_string", &nabla_fast_status_string, py::arg("status"));
+  module.def("cpu_isa", &nabla_fast_cpu_isa);
+  module.def("limit_cpu_isa", &nabla_fast_limit_cpu_isa, py::arg("isa"));
+  module.def("token_stats", &token_stats, release_gil(), py::arg("logits"), py::arg("dtype"),
+             py::arg("rows"), py::arg("vocab"), py::arg("row_stride"), py::arg("tau"),
+             py::arg("logsumexp"), py::arg("confidence"), py::arg("entropy"), py::arg("argmax"),
+             py::arg("row_status"), py::arg("num_threads"),
+             "nabla_fast_token_stats of nabla_fast.h; pointers are addresses. Returns a status.");
+  module.def("vec_exp", &vec_exp, release_gil(), py::arg("x"), py::arg("y"), py::arg("n"),
+             "y = exp(x) for n float32 at the addresses x and y, as kernels compute it.");
+}

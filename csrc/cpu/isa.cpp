@@ -1,0 +1,36 @@
+#include "isa.h"
+
+#include <atomic>
+
+namespace {
+
+// The compiler's run-time check asks both the CPU and whether the system saves its registers.
+nabla_fast_isa best_isa() {
+#if NABLA_FAST_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512) return NABLA_FAST_ISA_AVX512;
+  if (avx2) return NABLA_FAST_ISA_AVX2;
+#endif
+  return NABLA_FAST_ISA_BASELINE;
+}
+
+std::atomic<nabla_fast_isa> limit{NABLA_FAST_ISA_AVX512};
+
+}  // namespace
+
+nabla_fast_isa nabla_fast_cpu_isa(void) {
+  static const nabla_fast_isa best = best_isa();
+  const nabla_fast_isa most = limit.load(std::memory_order_relaxed);
+  return best < most ? best : most;
+}
+
+nabla_fast_status nabla_fast_limit_cpu_isa(nabla_fast_isa isa) {
+  if (isa < NABLA_FAST_ISA_BASELINE || isa > NABLA_FAST_ISA_AVX512) return NABLA_FAST_UNKNOWN_ISA;
+  limit.store(isa, std::memory_order_relaxed);
+  return NABLA_FAST_OK;
+}

@@ -1,0 +1,28 @@
+#include "nabla_fast.h"
+
+int32_t nabla_fast_abi_version(void) { return NABLA_FAST_ABI_VERSION; }
+
+const char* nabla_fast_status_string(nabla_fast_status status) {
+  switch (status) {
+    case NABLA_FAST_OK:
+      return "ok";
+    case NABLA_FAST_ROW_NAN:
+      return "the row holds a NaN";
+    case NABLA_FAST_ROW_INFINITE:
+      return "the row holds +inf";
+    case NABLA_FAST_ROW_ALL_MASKED:
+      return "every logit of the row is -inf";
+    case NABLA_FAST_INVALID_SHAPE:
+      return "the number of rows is negative or the vocabulary is empty";
+    case NABLA_FAST_INVALID_TAU:
+      return "tau is not in [2^-64, 2^64]";
+    case NABLA_FAST_INVALID_POINTER:
+      return "a pointer is null";
+    case NABLA_FAST_UNKNOWN_DTYPE:
+      return "the dtype is neither float32 nor bfloat16";
+    case NABLA_FAST_UNKNOWN_ISA:
+      return "the instruction set is unknown";
+    default:
+      return "unknown status";
+  }
+}

@@ -1,0 +1,88 @@
+/* C interface of nabla_fast: plain pointers, 64-bit sizes and strides, status codes.
+ *
+ * Kernels read the caller's memory and write into the caller's memory. They allocate nothing, print
+ * nothing and throw nothing, keep no state between calls and may be called from several threads at
+ * once. Sizes and strides count elements, not bytes. bf16 elements are the upper 16 bits of a
+ * float32, held in a uint16_t.
+ *
+ * A result of a row depends on that row and the kernel's arguments alone: it has the same bits
+ * whatever other rows are in the call and however many threads work on it. It may differ in its
+ * last bits between levels of nabla_fast_cpu_isa().
+ */
+#ifndef NABLA_FAST_H_
+#define NABLA_FAST_H_
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+  #define NABLA_FAST_API
+#else
+  #define NABLA_FAST_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised by every change that a caller compiled against an older header would notice. */
+#define NABLA_FAST_ABI_VERSION 1
+
+/* NABLA_FAST_ABI_VERSION of the library, to compare with the header's. */
+NABLA_FAST_API int32_t nabla_fast_abi_version(void);
+
+/* What a function returns, and what it writes for each row it was given. */
+typedef int32_t nabla_fast_status;
+enum {
+  NABLA_FAST_OK = 0,
+  /* Of a row; values stay as they are, so that callers may store them. */
+  NABLA_FAST_ROW_NAN = 1,        /* the row holds a NaN */
+  NABLA_FAST_ROW_INFINITE = 2,   /* the row holds +inf, and no NaN */
+  NABLA_FAST_ROW_ALL_MASKED = 3, /* every logit of the row is -inf */
+  /* Of a call; nothing was written. */
+  NABLA_FAST_INVALID_SHAPE = 16,   /* a negative number of rows, or a vocabulary under 1 */
+  NABLA_FAST_INVALID_TAU = 17,     /* tau is not in [2^-64, 2^64] */
+  NABLA_FAST_INVALID_POINTER = 18, /* a null pointer where elements must be read or written */
+  NABLA_FAST_UNKNOWN_DTYPE = 19,
+  NABLA_FAST_UNKNOWN_ISA = 20
+};
+
+/* One line in English for a status; never null. The string belongs to the library. */
+NABLA_FAST_API const char* nabla_fast_status_string(nabla_fast_status status);
+
+typedef int32_t nabla_fast_dtype;
+enum { NABLA_FAST_FLOAT32 = 0, NABLA_FAST_BFLOAT16 = 1 };
+
+/* The instruction sets that CPU kernels are compiled for. */
+typedef int32_t nabla_fast_isa;
+enum { NABLA_FAST_ISA_BASELINE = 0, NABLA_FAST_ISA_AVX2 = 1, NABLA_FAST_ISA_AVX512 = 2 };
+
+/* The one that kernels use: the best this CPU has, unless limited. */
+NABLA_FAST_API nabla_fast_isa nabla_fast_cpu_isa(void);
+
+/* Lets kernels of this process use `isa` at most, from the next call on: to test each level, or to
+ * get the same bits on different machines. */
+NABLA_FAST_API nabla_fast_status nabla_fast_limit_cpu_isa(nabla_fast_isa isa);
+
+/* Statistics of each row of softmax(logits / tau); -inf logits are masked tokens.
+ *
+ *   logits       [rows, vocab] of `dtype`; row r begins at element r * row_stride (any stride)
+ *   tau          temperature
+ *   logsumexp    [rows]  log sum_v exp(logits[v] / tau)
+ *   confidence   [rows]  max_v softmax(logits / tau)[v]
+ *   entropy      [rows]  of softmax(logits / tau), in nats
+ *   argmax       [rows]  index of the largest logit, the first of equal ones
+ *   row_status   [rows]  NABLA_FAST_OK or NABLA_FAST_ROW_*; where it is not OK the other results of
+ *                        the row are NaN, and argmax is -1
+ *   num_threads  how many OpenMP threads to use at most; 0 or less: OpenMP's own choice
+ *
+ * Logits are read once. Sums are taken in fp32 over 1,024 tokens at a time and joined in double. */
+NABLA_FAST_API nabla_fast_status nabla_fast_token_stats(
+    const void* logits, nabla_fast_dtype dtype, int64_t rows, int64_t vocab, int64_t row_stride,
+    double tau, float* logsumexp, float* confidence, float* entropy, int64_t* argmax,
+    nabla_fast_status* row_status, int32_t num_threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* NABLA_FAST_H_ */

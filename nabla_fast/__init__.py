@@ -1,0 +1,38 @@
+"""Gradient-guided decoding of language models, without its cost.
+
+∇-Reasoner (Wang et al., ICLR 2026) improves an answer while it is decoded, by gradient descent on
+token logits through the language model and a reward model. This package computes the same tokens.
+"""
+
+from nabla_fast._version import __version__
+from nabla_fast.config import DTOConfig, SamplingConfig
+from nabla_fast.decoder import NablaDecoder
+from nabla_fast.errors import (
+    BackendUnavailable,
+    DecodingFailed,
+    DecodingInterrupted,
+    InputError,
+    ModelError,
+    RowError,
+)
+from nabla_fast.models import VocabularyAlignment
+from nabla_fast.ops import use_backend
+from nabla_fast.results import Result, Revision, Stats
+
+__all__ = [
+    "BackendUnavailable",
+    "DTOConfig",
+    "DecodingFailed",
+    "DecodingInterrupted",
+    "InputError",
+    "ModelError",
+    "NablaDecoder",
+    "Result",
+    "Revision",
+    "RowError",
+    "SamplingConfig",
+    "Stats",
+    "VocabularyAlignment",
+    "__version__",
+    "use_backend",
+]

@@ -1,0 +1,126 @@
+"""The C++ kernels (``nabla_fast._C``) behind plain functions on CPU tensors.
+
+The extension is optional. Nothing here loads it, or torch, before the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# NABLA_FAST_ABI_VERSION that this file is written against.
+ABI_VERSION = 1
+
+# nabla_fast_isa of nabla_fast.h, by value.
+ISA_NAMES = ("baseline", "avx2", "avx512")
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension, or None and the one-line reason why there is none."""
+    # torch brings a libgomp; loaded first, the extension shares it, and its threads.
+    import torch  # noqa: F401
+
+    try:
+        module = importlib.import_module("nabla_fast._C")
+    except ModuleNotFoundError:
+        return None, (
+            "nabla_fast._C is not built: no working C++ compiler was found when the package was installed"
+        )
+    except ImportError as error:
+        return None, f"nabla_fast._C does not load: {' '.join(str(error).split())}"
+    if module.abi_version() != ABI_VERSION:
+        return None, (
+            f"nabla_fast._C is stale: it has ABI version {module.abi_version()}, "
+            f"this package needs {ABI_VERSION}; install the package again"
+        )
+    return module, None
+
+
+def available() -> bool:
+    """Whether the C++ kernels can be called."""
+    return _load()[0] is not None
+
+
+def why_missing() -> str | None:
+    """One line that says why the C++ kernels cannot be called; None where they can."""
+    return _load()[1]
+
+
+def extension() -> ModuleType:
+    """``nabla_fast._C``. Raises RuntimeError with ``why_missing()`` where there is none."""
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def cpu_isa() -> str:
+    """The instruction set that kernels use: ``"baseline"``, ``"avx2"`` or ``"avx512"``."""
+    return ISA_NAMES[extension().cpu_isa()]
+
+
+def include_dir() -> str:
+    """The directory of ``nabla_fast.h``, installed or in a source tree."""
+    package = Path(__file__).resolve().parent
+    installed = package / "include"
+    return str(installed if installed.is_dir() else package.parent / "csrc" / "include")
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise ValueError(extension().status_string(status))
+
+
+def token_stats(
+    logits: Tensor,  # [N, V] float32 or bfloat16, on the CPU, unit stride along V, any along N
+    tau: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of each row of softmax(logits / tau); -inf logits are masked tokens.
+
+    Returns logsumexp, confidence (largest probability) and entropy (nats), each [N] float32; argmax
+    [N] int64, the first of equal logits; and status [N] int32: 0, or 1 for a row with a NaN, 2 for
+    one with +inf, 3 for one of -inf alone (``extension().status_string`` names them). Where the
+    status is not 0 the other results are NaN, and argmax is -1. No gradient.
+
+    Raises ValueError for another shape, dtype, device or stride, or a tau not in [2^-64, 2^64];
+    RuntimeError where the extension is missing.
+    """
+    import torch
+
+    native = extension()
+    dtypes = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+    if logits.dim() != 2 or logits.device.type != "cpu" or logits.dtype not in dtypes:
+        raise ValueError(
+            "token_stats takes [N, V] float32 or bfloat16 logits on the CPU, "
+            f"not {list(logits.shape)} {logits.dtype} on {logits.device}"
+        )
+    rows, vocab = logits.shape
+    if vocab > 1 and logits.stride(1) != 1:
+        raise ValueError(f"token_stats needs unit stride along V, not {logits.stride(1)}")
+    logsumexp, confidence, entropy = (torch.empty(rows, dtype=torch.float32) for _ in range(3))
+    argmax = torch.empty(rows, dtype=torch.int64)
+    status = torch.empty(rows, dtype=torch.int32)
+    _check(
+        native.token_stats(
+            logits.data_ptr(),
+            dtypes[logits.dtype],
+            rows,
+            vocab,
+            logits.stride(0),
+            tau,
+            logsumexp.data_ptr(),
+            confidence.data_ptr(),
+            entropy.data_ptr(),
+            argmax.data_ptr(),
+            status.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+    return logsumexp, confidence, entropy, argmax, status

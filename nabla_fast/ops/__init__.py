@@ -1,0 +1,40 @@
+"""Kernels of gradient-guided decoding, callable on plain tensors.
+
+Each op is its plain-PyTorch reference with faster backends registered on it; see
+:mod:`nabla_fast.ops.registry` for how one is chosen and :func:`use_backend` for how to force one.
+"""
+
+from nabla_fast.ops.adam import AdamState, cosine_schedule
+from nabla_fast.ops.descent_loop import Descent
+from nabla_fast.ops.dto_descent import dto_descent
+from nabla_fast.ops.dto_descent_latents import dto_descent_latents
+from nabla_fast.ops.embedding_mix import embedding_mix
+from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
+from nabla_fast.ops.linear_embedding_mix import linear_embedding_mix
+from nabla_fast.ops.logits import lm_logits, logits_backward
+from nabla_fast.ops.onehot_grad import onehot_grad
+from nabla_fast.ops.onehot_grad_norm import onehot_grad_norm
+from nabla_fast.ops.registry import backend_status, use_backend
+from nabla_fast.ops.rows import synchronize
+from nabla_fast.ops.token_stats import TokenStats, token_stats
+
+__all__ = [
+    "AdamState",
+    "Descent",
+    "GumbelNoise",
+    "TokenStats",
+    "backend_status",
+    "cosine_schedule",
+    "dto_descent",
+    "dto_descent_latents",
+    "embedding_mix",
+    "gumbel_noise",
+    "linear_embedding_mix",
+    "lm_logits",
+    "logits_backward",
+    "onehot_grad",
+    "onehot_grad_norm",
+    "synchronize",
+    "token_stats",
+    "use_backend",
+]

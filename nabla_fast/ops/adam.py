@@ -1,0 +1,75 @@
+"""Adam and its learning-rate schedule, as the descents use them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nabla_fast.errors import InputError
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+class AdamState(NamedTuple):
+    """Moments and step count of N rows, always float32 or wider; the descents change it in place."""
+
+    exp_avg: Tensor  # [N, V or H]
+    exp_avg_sq: Tensor  # [N, V or H]
+    step: Tensor  # [N] int64, steps taken
+
+    @staticmethod
+    def zeros(parameter: Tensor) -> AdamState:
+        """The state before the first step of ``parameter`` [N, V or H]."""
+        return AdamState(
+            torch.zeros_like(parameter),
+            torch.zeros_like(parameter),
+            torch.zeros(parameter.shape[0], dtype=torch.int64, device=parameter.device),
+        )
+
+
+def cosine_schedule(iters: int, lr: float, *, min_ratio: float = 0.0, warmup_steps: int = 0) -> Tensor:
+    """Learning rates of steps 0..K−1: linear warm-up, then lr·max(min_ratio, ½(1 + cos πk/K)).
+
+    With ``warmup_steps`` = w > 0, step k < w has lr·(k+1)/w and the cosine runs over the K − w steps
+    that are left.
+
+    Args:
+        iters: K.
+        lr: peak learning rate.
+        min_ratio: floor of the cosine, as a share of ``lr``.
+        warmup_steps: w, at most K.
+    Returns:
+        [K] float64.
+    """
+    if not 0 <= warmup_steps <= iters:
+        raise InputError(f"warmup_steps must be between 0 and iters={iters}, got {warmup_steps}")
+    rates = []
+    for k in range(iters):
+        if k < warmup_steps:
+            rates.append(lr * (k + 1) / warmup_steps)
+        else:
+            progress = (k - warmup_steps) / (iters - warmup_steps)
+            rates.append(lr * max(min_ratio, 0.5 * (1 + math.cos(math.pi * progress))))
+    return torch.tensor(rates, dtype=torch.float64)
+
+
+def adam_step_(parameter: Tensor, grad: Tensor, state: AdamState, lr: Tensor) -> None:
+    """One bias-corrected Adam step (Kingma & Ba 2015, algorithm 1) on every row, in place.
+
+    Args:
+        parameter, grad: [N, D].
+        state: of N rows; ``step`` may differ from row to row.
+        lr: [N] float64.
+    """
+    state.step.add_(1)
+    count = state.step.double()
+    correction1, correction2 = 1 - BETA1**count, 1 - BETA2**count
+    state.exp_avg.lerp_(grad, 1 - BETA1)
+    state.exp_avg_sq.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+    scale = correction2.sqrt()[:, None].to(parameter.dtype)
+    denominator = state.exp_avg_sq.sqrt().div_(scale).add_(EPSILON)
+    rate = (lr / correction1)[:, None].to(parameter.dtype)
+    parameter.sub_(state.exp_avg.div(denominator).mul_(rate))

@@ -1,0 +1,69 @@
+"""Checks of op arguments that several ops share; each raises InputError with one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nabla_fast.errors import InputError
+
+MOST_VOCABULARY = 2**20
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raise InputError(message) unless ``condition`` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def expect_matrix(
+    op: str, name: str, tensor: Tensor, columns: int | None = None, rows: int | None = None
+) -> None:
+    """``tensor`` must be a floating-point matrix of the given numbers of rows and columns."""
+    shape = list(tensor.shape)
+    wanted = f"[{'N' if rows is None else rows}, {'M' if columns is None else columns}]"
+    good = (
+        len(shape) == 2
+        and tensor.is_floating_point()
+        and (columns is None or shape[1] == columns)
+        and (rows is None or shape[0] == rows)
+    )
+    expect(good, f"{op}: {name} must be a float tensor {wanted}, got {tensor.dtype} {shape}")
+
+
+def expect_vocabulary(op: str, vocabulary: int) -> None:
+    """1 ≤ V ≤ 2²⁰."""
+    expect(
+        1 <= vocabulary <= MOST_VOCABULARY,
+        f"{op}: the vocabulary must hold 1 to {MOST_VOCABULARY} tokens, got {vocabulary}",
+    )
+
+
+def expect_tau(op: str, tau: float) -> None:
+    """A temperature is positive and finite."""
+    expect(tau > 0 and math.isfinite(tau), f"{op}: tau must be positive and finite, got {tau}")
+
+
+def expect_tables(op: str, tables: Sequence[Tensor], vocabulary: int) -> None:
+    """At least one table, each [V, H_t]."""
+    expect(len(tables) > 0, f"{op}: at least one embedding table is needed")
+    for t, table in enumerate(tables):
+        expect_matrix(op, f"tables[{t}]", table, rows=vocabulary)
+
+
+def expect_one_device(op: str, *tensors: Tensor | None) -> None:
+    """All tensors must be on one device."""
+    devices = {str(t.device) for t in tensors if t is not None}
+    expect(len(devices) <= 1, f"{op}: tensors are on different devices: {', '.join(sorted(devices))}")
+
+
+def expect_noise(op: str, noise: tuple[Tensor, Tensor] | None, rows: int) -> None:
+    """Gumbel noise is keyed by one int64 seed and one int64 position a row."""
+    for name, tensor in zip(("seed", "position"), noise or (), strict=False):
+        expect(
+            tensor.dtype == torch.int64 and list(tensor.shape) == [rows],
+            f"{op}: noise.{name} must be int64 [{rows}], got {tensor.dtype} {list(tensor.shape)}",
+        )

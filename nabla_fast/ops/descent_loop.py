@@ -1,0 +1,116 @@
+"""The loop that both descents share: Adam steps on rows until their hard token moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nabla_fast.ops.adam import AdamState, adam_step_
+from nabla_fast.ops.checks import expect, expect_noise, expect_tau
+
+
+class Descent(NamedTuple):
+    """How a descent left its rows."""
+
+    token: Tensor  # [N] int64, the hard token now
+    flipped: Tensor  # [N] bool, whether the last step taken moved it
+
+
+def descend(
+    parameter: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    until: Tensor | None,
+    group: Tensor | None,
+    gradient: Callable[[Tensor, Tensor | slice], Tensor],
+    hard_token: Callable[[Tensor, Tensor | slice], Tensor],
+) -> Descent:
+    """Take Adam steps on rows of ``parameter`` [N, D] in place; arguments as of ``dto_descent``.
+
+    Args:
+        gradient: (parameter of some rows [n, D], which rows) → ∂ℒ/∂parameter [n, D].
+        hard_token: likewise → [n] int64.
+    """
+    limit = torch.full_like(state.step, schedule.shape[-1]) if until is None else until
+    token = hard_token(parameter, slice(None))
+    flipped = torch.zeros_like(token, dtype=torch.bool)
+    while True:
+        active = (state.step < limit) & ~_spread(flipped, group)
+        if not active.any():
+            return Descent(token, flipped)
+        # Indexing copies; the usual case, every row active, works on the tensors themselves.
+        rows = slice(None) if active.all() else active.nonzero().flatten()
+        part, moments = parameter[rows], AdamState(*(tensor[rows] for tensor in state))
+        if schedule.ndim == 2:
+            lr = schedule[rows].gather(1, moments.step[:, None]).squeeze(1)
+        else:
+            lr = schedule[moments.step]
+        adam_step_(part, gradient(part, rows), moments, lr)
+        moved = hard_token(part, rows)
+        flipped[rows] = moved != token[rows]
+        token[rows] = moved
+        if not isinstance(rows, slice):
+            parameter[rows] = part
+            for tensor, new in zip(state, moments, strict=True):
+                tensor[rows] = new
+
+
+def _spread(flipped: Tensor, group: Tensor | None) -> Tensor:
+    """True for each row of a group in which any row is True."""
+    if group is None:
+        return flipped
+    any_flipped = torch.zeros(int(group.max()) + 1, dtype=torch.bool, device=group.device)
+    any_flipped[group[flipped]] = True
+    return any_flipped[group]
+
+
+def check_descent(
+    name: str,
+    parameter: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Arguments that both descents share."""
+    rows, columns = parameter.shape
+    wide = (torch.float32, torch.float64)
+    expect(
+        parameter.dtype in wide,
+        f"{name}: the parameter must be float32 or float64, got {parameter.dtype}: "
+        "a small step on a half-precision number rounds to nothing",
+    )
+    for field in ("exp_avg", "exp_avg_sq"):
+        tensor = getattr(state, field)
+        expect(
+            tensor.shape == parameter.shape and tensor.dtype == parameter.dtype,
+            f"{name}: state.{field} must be {parameter.dtype} [{rows}, {columns}], "
+            f"got {tensor.dtype} {list(tensor.shape)}",
+        )
+    for field, tensor in (("state.step", state.step), ("until", until), ("group", group)):
+        expect(
+            tensor is None or (tensor.dtype == torch.int64 and list(tensor.shape) == [rows]),
+            f"{name}: {field} must be int64 [{rows}]",
+        )
+    expect(
+        schedule.dtype == torch.float64
+        and schedule.ndim in (1, 2)
+        and schedule.shape[:-1] in ((), (rows,)),
+        f"{name}: schedule must be float64 [K] or [{rows}, K], got {schedule.dtype} {list(schedule.shape)}",
+    )
+    expect(
+        until is None or rows == 0 or int(until.max()) <= schedule.shape[-1],
+        f"{name}: until exceeds the {schedule.shape[-1]} steps of the schedule",
+    )
+    expect(
+        group is None or rows == 0 or int(group.min()) >= 0,
+        f"{name}: group numbers must not be negative",
+    )
+    expect_tau(name, tau)
+    expect_noise(name, noise, rows)

@@ -1,0 +1,93 @@
+"""The inner loop of DTO on logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_fast.ops.adam import AdamState
+from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
+from nabla_fast.ops.descent_loop import Descent, check_descent, descend
+from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
+from nabla_fast.ops.registry import op
+from nabla_fast.ops.rows import report, row_status
+from nabla_fast.ops.softmax import softmax_gradient
+
+
+@op(mutates=("z", "state"))
+def dto_descent(
+    z: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None = None,
+    group: Tensor | None = None,
+    tau: float = 1.0,
+    noise: GumbelNoise | None = None,
+) -> Descent:
+    """Adam steps on rows of logits under a constant one-hot gradient, until a hard token moves.
+
+    A row steps along ∂ℒ/∂z = (1/τ) p ⊙ (G − ⟨p, G⟩), p = softmax((z + g)/τ), from step
+    ``state.step`` up to the end of the schedule, and stops right after the step that moves its hard
+    token ŷ = argmax(z + g): G holds for the old ŷ only. Rows of one group stop together, after the
+    same number of steps, at the group's earliest flip. ``z`` and ``state`` are changed in place; call
+    again with a new G to go on.
+
+    Args:
+        z: [N, V] float32 or float64; −inf marks a masked token and stays.
+        grad: G [N, V].
+        state: of the same rows.
+        schedule: learning rates float64 [K], or [N, K] where rows differ.
+        until: int64 [N], the step each row stops at, at most K; None for K.
+        group: int64 [N], number ≥ 0 of each row's group; rows of a group have equal ``state.step``
+            and ``until``. None: every row by itself.
+        tau: temperature τ > 0.
+        noise: key of the rows' Gumbel noise g, or None.
+    Returns:
+        The rows' hard tokens now, and which of them the last step moved.
+    Raises:
+        InputError: a shape, dtype or device does not fit.
+        RowError: a row of ``z`` has a NaN or +inf logit, or no finite one.
+    """
+    report("dto_descent", row_status(z))
+    g = 0 if noise is None else gumbel_noise(noise, z.shape[1]).to(z.dtype)
+
+    def perturbed(part: Tensor, rows: Tensor | slice) -> Tensor:
+        return part if noise is None else part + g[rows]
+
+    def gradient(part: Tensor, rows: Tensor | slice) -> Tensor:
+        y = perturbed(part, rows)
+        p = torch.softmax(y / tau, dim=-1)
+        return softmax_gradient(p, grad[rows].to(p.dtype), y.argmax(dim=-1), tau)
+
+    def hard_token(part: Tensor, rows: Tensor | slice) -> Tensor:
+        return perturbed(part, rows).argmax(dim=-1)
+
+    return descend(z, state, schedule, until, group, gradient, hard_token)
+
+
+@dto_descent.check
+def _(
+    z: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: GumbelNoise | None,
+) -> None:
+    expect_matrix("dto_descent", "z", z)
+    expect_vocabulary("dto_descent", z.shape[1])
+    expect_matrix("dto_descent", "grad", grad, rows=z.shape[0], columns=z.shape[1])
+    expect_one_device("dto_descent", z, grad, *state, schedule, until, group, *(noise or ()))
+    check_descent("dto_descent", z, grad, state, schedule, until, group, tau, noise)
+
+
+@dto_descent.fake
+def _(z: Tensor, *_: Any, **__: Any) -> Descent:
+    return Descent(z.new_empty(z.shape[0], dtype=torch.int64), z.new_empty(z.shape[0], dtype=torch.bool))

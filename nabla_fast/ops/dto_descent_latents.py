@@ -1,0 +1,89 @@
+"""The inner loop of DTO on hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_fast.ops.adam import AdamState
+from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
+from nabla_fast.ops.descent_loop import Descent, check_descent, descend
+from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
+from nabla_fast.ops.logits import lm_logits, logits_backward
+from nabla_fast.ops.registry import op
+from nabla_fast.ops.rows import report, row_status
+from nabla_fast.ops.softmax import softmax_gradient
+
+
+@op(mutates=("h", "state"))
+def dto_descent_latents(
+    h: Tensor,
+    head: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None = None,
+    group: Tensor | None = None,
+    tau: float = 1.0,
+    noise: GumbelNoise | None = None,
+) -> Descent:
+    """:func:`~nabla_fast.ops.dto_descent` with z = h·headᵀ: the steps move h along Wᵀ ∂ℒ/∂z.
+
+    Args:
+        h: [N, H] float32 or float64, changed in place.
+        head: W [V, H], a constant.
+        grad: G [N, V].
+        state: of [N, H] rows, changed in place.
+        schedule, until, group, tau, noise: as of ``dto_descent``.
+    Returns:
+        The rows' hard tokens now, and which of them the last step moved.
+    Raises:
+        InputError: a shape, dtype or device does not fit.
+        RowError: a row's logits have a NaN or +inf, or no finite value.
+    """
+    report("dto_descent_latents", row_status(lm_logits(h, head)))
+    g = 0 if noise is None else gumbel_noise(noise, head.shape[0]).to(h.dtype)
+
+    def logits(part: Tensor, rows: Tensor | slice) -> Tensor:
+        z = lm_logits(part, head)
+        return z if noise is None else z + g[rows]
+
+    def gradient(part: Tensor, rows: Tensor | slice) -> Tensor:
+        z = logits(part, rows)
+        dz = softmax_gradient(torch.softmax(z / tau, dim=-1), grad[rows].to(z.dtype), z.argmax(dim=-1), tau)
+        return logits_backward(dz, head)
+
+    def hard_token(part: Tensor, rows: Tensor | slice) -> Tensor:
+        return logits(part, rows).argmax(dim=-1)
+
+    return descend(h, state, schedule, until, group, gradient, hard_token)
+
+
+@dto_descent_latents.check
+def _(
+    h: Tensor,
+    head: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: GumbelNoise | None,
+) -> None:
+    name = "dto_descent_latents"
+    expect_matrix(name, "h", h)
+    expect_matrix(name, "head", head, columns=h.shape[1])
+    expect_vocabulary(name, head.shape[0])
+    expect_matrix(name, "grad", grad, rows=h.shape[0], columns=head.shape[0])
+    expect_one_device(name, h, head, grad, *state, schedule, until, group, *(noise or ()))
+    check_descent(name, h, grad, state, schedule, until, group, tau, noise)
+
+
+@dto_descent_latents.fake
+def _(h: Tensor, *_: Any, **__: Any) -> Descent:
+    return Descent(h.new_empty(h.shape[0], dtype=torch.int64), h.new_empty(h.shape[0], dtype=torch.bool))

@@ -1,0 +1,127 @@
+"""The softmax-relaxed embedding mix over logits, and its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_fast.ops.checks import (
+    expect,
+    expect_matrix,
+    expect_noise,
+    expect_one_device,
+    expect_tables,
+    expect_tau,
+    expect_vocabulary,
+)
+from nabla_fast.ops.gumbel import GumbelNoise, perturbed
+from nabla_fast.ops.registry import op
+from nabla_fast.ops.rows import accumulation_dtype, report, row_status
+from nabla_fast.ops.softmax import onehot_gradient, softmax_gradient
+
+
+@op
+def embedding_mix(
+    logits: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float = 1.0,
+    hard: bool = True,
+    noise: GumbelNoise | None = None,
+    direct: Tensor | None = None,
+) -> list[Tensor]:
+    """e_t = Σ_v y[v] T_t[v] for each table, with y a relaxed one-hot of the row's logits.
+
+    Forward, y is onehot(argmax(z + g)) if ``hard`` (straight-through), else softmax((z + g)/τ), with
+    g the rows' Gumbel noise or 0. Backward, y has the softmax's Jacobian in both cases:
+    ∂ℒ/∂z = (1/τ) p ⊙ (G − ⟨p, G⟩), G = Σ_t ⟨T_t, ∂ℒ/∂e_t⟩ + direct.
+
+    Differentiable once, in ``logits`` alone: tables, noise and ``direct`` are constants.
+
+    Args:
+        logits: z [N, V]; −inf marks a masked token, whose gradient is 0.
+        tables: embedding tables [V, H_t].
+        tau: temperature τ > 0.
+        hard: straight-through if true, soft if false.
+        noise: key of the rows' Gumbel noise, or None.
+        direct: [N, V], a gradient with respect to y that does not come through a table.
+    Returns:
+        One [N, H_t] a table, in the table's dtype.
+    Raises:
+        InputError: a shape, dtype or device does not fit.
+        RowError: a row has a NaN or +inf logit, or no finite one.
+    """
+    z = logits.to(accumulation_dtype(logits, *tables))
+    report("embedding_mix", row_status(z))
+    z = perturbed(z, noise)
+    if hard:
+        token = z.argmax(dim=-1)
+        return [table[token] for table in tables]
+    p = torch.softmax(z / tau, dim=-1)
+    return [(p @ table.to(p.dtype)).to(table.dtype) for table in tables]
+
+
+@op
+def embedding_mix_backward(
+    cotangents: Sequence[Tensor],
+    logits: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> Tensor:
+    """∂ℒ/∂z of :func:`embedding_mix`.
+
+    Args:
+        cotangents: ∂ℒ/∂e_t [N, H_t], one a table.
+        logits, tables, tau, noise, direct: as given to the forward.
+    Returns:
+        [N, V] in the dtype of ``logits``.
+    """
+    z = perturbed(logits.to(accumulation_dtype(logits, *tables)), noise)
+    p = torch.softmax(z / tau, dim=-1)
+    grad = onehot_gradient(cotangents, tables, direct, z.dtype)
+    return softmax_gradient(p, grad, z.argmax(dim=-1), tau).to(logits.dtype)
+
+
+@embedding_mix.check
+def _(
+    logits: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    hard: bool,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> None:
+    name = "embedding_mix"
+    expect_matrix(name, "logits", logits)
+    rows, vocabulary = logits.shape
+    expect_vocabulary(name, vocabulary)
+    expect_tables(name, tables, vocabulary)
+    expect_one_device(name, logits, *tables, *(noise or ()), direct)
+    expect_tau(name, tau)
+    expect_noise(name, noise, rows)
+    if direct is not None:
+        expect_matrix(name, "direct", direct, rows=rows, columns=vocabulary)
+        expect(not direct.requires_grad, f"{name}: direct is a constant and must not require grad")
+
+
+@embedding_mix.fake
+def _(logits: Tensor, tables: Sequence[Tensor], **_: Any) -> list[Tensor]:
+    return [table.new_empty((logits.shape[0], table.shape[1])) for table in tables]
+
+
+@embedding_mix_backward.fake
+def _(cotangents: Sequence[Tensor], logits: Tensor, tables: Sequence[Tensor], **_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@embedding_mix.gradient("logits")
+def _(arguments: dict[str, Any], outputs: list[Tensor], cotangents: list[Tensor]) -> Tensor:
+    del arguments["hard"]
+    return embedding_mix_backward(cotangents, **arguments)

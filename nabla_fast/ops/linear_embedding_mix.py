@@ -1,0 +1,111 @@
+"""The embedding mix with its logits recomputed from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nabla_fast.ops.checks import (
+    expect,
+    expect_matrix,
+    expect_noise,
+    expect_one_device,
+    expect_tables,
+    expect_tau,
+    expect_vocabulary,
+)
+from nabla_fast.ops.embedding_mix import embedding_mix, embedding_mix_backward
+from nabla_fast.ops.gumbel import GumbelNoise
+from nabla_fast.ops.logits import lm_logits, logits_backward
+from nabla_fast.ops.registry import op
+
+
+@op
+def linear_embedding_mix(
+    hidden: Tensor,
+    head: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float = 1.0,
+    hard: bool = True,
+    noise: GumbelNoise | None = None,
+    direct: Tensor | None = None,
+) -> list[Tensor]:
+    """:func:`~nabla_fast.ops.embedding_mix` of z = hidden·headᵀ, differentiable once, in ``hidden``.
+
+    ∂ℒ/∂h = Wᵀ ∂ℒ/∂z, with W the head.
+
+    Args:
+        hidden: h [N, H].
+        head: W [V, H], a constant.
+        tables, tau, hard, noise, direct: as of ``embedding_mix``.
+    Returns:
+        One [N, H_t] a table, in the table's dtype.
+    Raises:
+        InputError: a shape, dtype or device does not fit.
+        RowError: a row's logits have a NaN or +inf, or no finite value.
+    """
+    z = lm_logits(hidden, head)
+    return embedding_mix.body(z, tables, tau=tau, hard=hard, noise=noise, direct=direct)
+
+
+@op
+def linear_embedding_mix_backward(
+    cotangents: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> Tensor:
+    """∂ℒ/∂h of :func:`linear_embedding_mix`: [N, H] in the dtype of ``hidden``."""
+    z = lm_logits(hidden, head)
+    dz = embedding_mix_backward.body(cotangents, z, tables, tau=tau, noise=noise, direct=direct)
+    return logits_backward(dz, head).to(hidden.dtype)
+
+
+@linear_embedding_mix.check
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    hard: bool,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> None:
+    name = "linear_embedding_mix"
+    expect_matrix(name, "hidden", hidden)
+    expect_matrix(name, "head", head, columns=hidden.shape[1])
+    rows, vocabulary = hidden.shape[0], head.shape[0]
+    expect_vocabulary(name, vocabulary)
+    expect_tables(name, tables, vocabulary)
+    expect_one_device(name, hidden, head, *tables, *(noise or ()), direct)
+    expect_tau(name, tau)
+    expect_noise(name, noise, rows)
+    if direct is not None:
+        expect_matrix(name, "direct", direct, rows=rows, columns=vocabulary)
+        expect(not direct.requires_grad, f"{name}: direct is a constant and must not require grad")
+
+
+@linear_embedding_mix.fake
+def _(hidden: Tensor, head: Tensor, tables: Sequence[Tensor], **_: Any) -> list[Tensor]:
+    return [table.new_empty((hidden.shape[0], table.shape[1])) for table in tables]
+
+
+@linear_embedding_mix_backward.fake
+def _(
+    cotangents: Sequence[Tensor], hidden: Tensor, head: Tensor, tables: Sequence[Tensor], **_: Any
+) -> Tensor:
+    return hidden.new_empty(hidden.shape)
+
+
+@linear_embedding_mix.gradient("hidden")
+def _(arguments: dict[str, Any], outputs: list[Tensor], cotangents: list[Tensor]) -> Tensor:
+    del arguments["hard"]
+    return linear_embedding_mix_backward(cotangents, **arguments)

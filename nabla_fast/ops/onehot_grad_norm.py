@@ -1,0 +1,54 @@
+"""Norms of the one-hot gradient's rows, without keeping the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_fast.ops.onehot_grad import check_onehot_inputs, onehot_grad
+from nabla_fast.ops.registry import op
+from nabla_fast.ops.rows import accumulation_dtype
+
+_BLOCK = 8  # rows of G that exist at a time
+
+
+@op
+def onehot_grad_norm(
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    nll_coeff: float,
+) -> Tensor:
+    """‖G_i‖₂ of every row of :func:`~nabla_fast.ops.onehot_grad`, masked tokens left out.
+
+    Args:
+        cotangents, tables, hidden, head, nll_coeff: as of ``onehot_grad``.
+    Returns:
+        [N], float32 (float64 if an input is).
+    Raises:
+        InputError: a shape, dtype or device does not fit.
+    """
+    blocks = [
+        onehot_grad.body(rows[1:], tables, rows[0], head, nll_coeff=nll_coeff).norm(dim=-1)
+        for rows in zip(*(tensor.split(_BLOCK) for tensor in (hidden, *cotangents)), strict=True)
+    ]
+    return torch.cat(blocks)
+
+
+@onehot_grad_norm.check
+def _(
+    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
+) -> None:
+    check_onehot_inputs("onehot_grad_norm", cotangents, tables, hidden, head)
+
+
+@onehot_grad_norm.fake
+def _(
+    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
+) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden, *cotangents))

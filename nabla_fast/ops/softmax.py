@@ -1,0 +1,42 @@
+"""The softmax with its hard token and its Jacobian, shared by the mixes and the descents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def softmax_gradient(p: Tensor, grad: Tensor, token: Tensor, tau: float) -> Tensor:
+    """∂ℒ/∂z = (1/τ) p ⊙ (G − ⟨p, G⟩) for p = softmax(z/τ).
+
+    G is first centred at the hard token: where p is nearly one-hot, G[ŷ] − ⟨p, G⟩ is a difference
+    of nearly equal numbers, and Adam would turn its rounding error into a step of full size.
+
+    Args:
+        p: [N, V].
+        grad: G [N, V]; its values where p is 0 do not matter, infinite or not.
+        token: ŷ [N] int64, the argmax of each row of p.
+        tau: τ.
+    Returns:
+        [N, V], exactly 0 where p is.
+    """
+    centred = grad - grad.gather(1, token[:, None])
+    centred = centred.masked_fill(p == 0, 0)
+    return p * (centred - (p * centred).sum(dim=-1, keepdim=True)) / tau
+
+
+def onehot_gradient(
+    cotangents: list[Tensor], tables: list[Tensor], direct: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """G = Σ_t g_t·T_tᵀ + direct.
+
+    Args:
+        cotangents: one [N, H_t] a table.
+        tables: one [V, H_t] each.
+        direct: [N, V] or None.
+        dtype: of the products and the result.
+    Returns:
+        [N, V].
+    """
+    grad = sum(g.to(dtype) @ table.to(dtype).T for g, table in zip(cotangents, tables, strict=True))
+    return grad if direct is None else grad + direct.to(dtype)
