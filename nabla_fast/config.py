@@ -1,0 +1,138 @@
+"""What a decode can be told: frozen, validated at construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from nabla_fast.errors import InputError
+
+
+def _require(condition: bool, field_name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise InputError(f"{field_name} must be {expected}, got {value!r}")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a token is drawn: temperature, then top-k, then top-p.
+
+    Attributes:
+        temperature: ≤ 0 means greedy in rollouts and 1 in resampling.
+        top_k: tokens kept; 0 keeps all.
+        top_p: smallest probability mass kept, in (0, 1]; the token that crosses it stays.
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(_finite(self.temperature), "temperature", "a finite number", self.temperature)
+        _require(_whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number ≥ 0", self.top_k)
+        _require(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+
+
+@dataclass(frozen=True)
+class DTOConfig:
+    """Settings of Differentiable Textual Optimization and of the loop around it.
+
+    Attributes:
+        parameter: what the descent moves: "logits" z or "latents" h with z = W·h.
+        update: "first" moves only the first position of a rollout, "all" moves all of them.
+        relaxation: "straight_through", "gumbel" (the same with noise on the logits) or "soft".
+        iters: Adam steps K a position.
+        lr: peak learning rate.
+        min_lr_ratio: floor of the cosine schedule, as a share of ``lr``.
+        warmup_steps: steps of linear warm-up, at most ``iters``.
+        tau: temperature of the relaxation.
+        reward_coeff: λ, weight of the reward.
+        nll_coeff: ν, weight of the likelihood.
+        confidence_threshold: only positions with max softmax(z) ≤ this are optimized; None: all.
+        entropy_threshold: only positions with at least this entropy (nats); None: all.
+        grad_threshold: only positions with ‖G‖₂ at least this; None: all.
+        max_generations: rollouts a prompt may use, the first one counted.
+        rejection: keep a new rollout only if its reward is higher; needs a reward model.
+        rollout_sampling: how rollouts draw tokens.
+        resample_sampling: how the token of an optimized position is drawn.
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    parameter: Literal["logits", "latents"] = "logits"
+    update: Literal["first", "all"] = "first"
+    relaxation: Literal["straight_through", "soft", "gumbel"] = "straight_through"
+    iters: int = 20
+    lr: float = 0.01
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 0
+    tau: float = 1.0
+    reward_coeff: float = 1.0
+    nll_coeff: float = 1e-3
+    confidence_threshold: float | None = 0.97
+    entropy_threshold: float | None = None
+    grad_threshold: float | None = None
+    max_generations: int = 8
+    rejection: bool = True
+    rollout_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.7, 20, 0.8))
+    resample_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.5, 20, 0.8))
+
+    def __post_init__(self) -> None:
+        choices = {
+            "parameter": ("logits", "latents"),
+            "update": ("first", "all"),
+            "relaxation": ("straight_through", "soft", "gumbel"),
+            "rejection": (True, False),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            _require(value in allowed, name, f"one of {', '.join(map(repr, allowed))}", value)
+        for name in ("iters", "max_generations"):
+            value = getattr(self, name)
+            _require(_whole(value) and value >= 1, name, "a whole number ≥ 1", value)
+        _require(
+            _whole(self.warmup_steps) and 0 <= self.warmup_steps <= self.iters,
+            "warmup_steps",
+            f"a whole number between 0 and iters={self.iters}",
+            self.warmup_steps,
+        )
+        for name in ("lr", "tau"):
+            value = getattr(self, name)
+            _require(_finite(value) and value > 0, name, "a finite number > 0", value)
+        for name in ("reward_coeff", "nll_coeff"):
+            value = getattr(self, name)
+            _require(_finite(value) and value >= 0, name, "a finite number ≥ 0", value)
+        self._require_share("min_lr_ratio", self.min_lr_ratio)
+        if self.confidence_threshold is not None:
+            self._require_share("confidence_threshold", self.confidence_threshold)
+        for name in ("entropy_threshold", "grad_threshold"):
+            value = getattr(self, name)
+            _require(
+                value is None or (_finite(value) and value >= 0),
+                name,
+                "None or a finite number ≥ 0",
+                value,
+            )
+        for name in ("rollout_sampling", "resample_sampling"):
+            value = getattr(self, name)
+            _require(isinstance(value, SamplingConfig), name, "a SamplingConfig", value)
+
+    @staticmethod
+    def _require_share(name: str, value: object) -> None:
+        _require(_finite(value) and 0 <= value <= 1, name, "between 0 and 1", value)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The settings' names."""
+        return tuple(f.name for f in fields(cls))

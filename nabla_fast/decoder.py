@@ -1,0 +1,181 @@
+"""The public decoder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from nabla_fast.config import DTOConfig
+from nabla_fast.decode.problem import Problem
+from nabla_fast.decode.sequential import SequentialLoop
+from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError
+from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
+from nabla_fast.prompts import Prompt, PromptReader, RewardContext
+from nabla_fast.results import Result, Stats
+from nabla_fast.timing import PeakMemory
+
+
+class NablaDecoder:
+    """Gradient-guided decoding (∇-Reasoner) of a transformers language model.
+
+    The models are used in evaluation mode and without weight gradients during a call, and are left
+    as they were.
+
+    Args:
+        lm: an ``AutoModelForCausalLM`` whose logits are a linear head on its last hidden state.
+        reward_model: an ``AutoModelForSequenceClassification`` with one label, or None: then only
+            the likelihood is descended and every proposal is accepted.
+        tokenizer: the LM's, with a chat template for prompts that are text; None if all are token ids.
+        reward_tokenizer: the reward model's, where it differs.
+        config: a :class:`DTOConfig`.
+        alignment: how the reward model reads the LM's tokens, where their vocabularies differ.
+    Raises:
+        ModelError: a model has a feature that is not supported, which the line names.
+        InputError: the vocabularies differ and there is no alignment.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        reward_model: nn.Module | None,
+        tokenizer: Any,
+        reward_tokenizer: Any = None,
+        config: DTOConfig | None = None,
+        *,
+        alignment: VocabularyAlignment | None = None,
+    ):
+        self.config = DTOConfig() if config is None else config
+        if not isinstance(self.config, DTOConfig):
+            raise InputError(f"config must be a DTOConfig, got {type(self.config).__name__}")
+        self._lm, self._reward_model = lm, reward_model
+        self._tokenizer = tokenizer
+        self._reward_tokenizer = tokenizer if reward_tokenizer is None else reward_tokenizer
+        self._alignment = alignment
+        self._key: tuple = ()
+        with self._frozen():
+            self._prepare()
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int | Sequence[int] = 42,
+        max_new_tokens: int = 1024,
+        system_prompt: str | None = None,
+        stop: Sequence[str] = (),
+        reward_context: Sequence[RewardContext] | None = None,
+        on_result: Callable[[int, Result], None] | None = None,
+    ) -> list[Result]:
+        """Decode prompts.
+
+        Args:
+            prompts: each a string (one user message, put through the chat template), a chat (a list of
+                ``{"role", "content"}``) or a list of token ids.
+            seed: of every prompt's draws, or one a prompt.
+            max_new_tokens: most tokens of a response; less where a model's context ends sooner.
+            system_prompt: put before strings and chats.
+            stop: a response ends with the token that completes one of these; it stays in the text.
+            reward_context: for each prompt the reward model's own token ids before and after a response,
+                instead of what its chat template gives.
+            on_result: called with (index, result) as each prompt finishes.
+        Returns:
+            One result a prompt, in order.
+        Raises:
+            InputError: a prompt or option is wrong; nothing has been decoded.
+            DecodingInterrupted: Ctrl-C; its ``results`` holds what was finished.
+            DecodingFailed: an error in a decode; likewise.
+        """
+        with self._frozen():
+            self._prepare()
+            problems = self._reader.read(
+                prompts,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                system_prompt=system_prompt,
+                stop=stop,
+                reward_context=reward_context,
+            )
+            results: list[Result | None] = [None] * len(problems)
+            for n, problem in enumerate(problems):
+                try:
+                    results[n] = self._decode(problem)
+                    if on_result:
+                        on_result(n, results[n])
+                except KeyboardInterrupt:
+                    raise DecodingInterrupted(results) from None
+                except Exception as error:
+                    raise DecodingFailed(n, results, error) from error
+            return results
+
+    def _decode(self, problem: Problem) -> Result:
+        stats, peak, start = Stats(), PeakMemory(self._loop_lm.device), time.perf_counter()
+        decoded = self._loop.decode(problem, stats)
+        stats.seconds["total"] = time.perf_counter() - start
+        stats.peak_bytes = peak.bytes()
+        reason = problem.finish_reason(decoded.tokens)
+        tokens = decoded.tokens[:-1] if reason == "eos" else decoded.tokens
+        text = None if self._tokenizer is None else self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return Result(text, tokens, decoded.reward, reason, decoded.revisions, stats)
+
+    def _prepare(self) -> None:
+        """Read the models' tables, again if the weights behind them were moved or replaced."""
+        models = [m for m in (self._lm, self._reward_model) if m is not None]
+        weights = [
+            w for m in models for w in (m.get_input_embeddings().weight, _head_weight(m)) if w is not None
+        ]
+        key = tuple((w.data_ptr(), w.dtype, w._version) for w in weights)
+        if key == self._key:
+            return
+        self._loop_lm = LanguageModel(self._lm)
+        rm = None
+        if self._reward_model is not None:
+            rm = RewardModel(self._reward_model, self._checked_alignment())
+        self._loop = SequentialLoop(self._loop_lm, rm, self.config)
+        self._reader = PromptReader(self._loop_lm, rm, self._tokenizer, self._reward_tokenizer)
+        self._key = key
+
+    def _checked_alignment(self) -> VocabularyAlignment:
+        if self._alignment is not None:
+            return self._alignment
+        ours = self._loop_lm.vocabulary
+        theirs = self._reward_model.get_input_embeddings().weight.shape[0]
+        if ours != theirs:
+            raise InputError(
+                f"the LM has {ours} tokens, the reward model {theirs}: pass "
+                "alignment=VocabularyAlignment.from_tokenizers(tokenizer, reward_tokenizer), or "
+                f"VocabularyAlignment.truncated({ours}) if one table is only padded"
+            )
+        left, right = self._tokenizer, self._reward_tokenizer
+        if left is not None and right is not left and left.get_vocab() != right.get_vocab():
+            raise InputError(
+                "tokenizer and reward_tokenizer have different vocabularies: pass "
+                "alignment=VocabularyAlignment.from_tokenizers(tokenizer, reward_tokenizer)"
+            )
+        return VocabularyAlignment.identity()
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Evaluation mode, no weight gradients; the models' own flags come back afterwards."""
+        models = [m for m in (self._lm, self._reward_model) if m is not None]
+        modes = [(module, module.training) for model in models for module in model.modules()]
+        flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
+        try:
+            for module, _ in modes:
+                module.training = False
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, required in flags:
+                parameter.requires_grad_(required)
+
+
+def _head_weight(model: nn.Module) -> torch.Tensor | None:
+    return getattr(model.get_output_embeddings(), "weight", None)

@@ -1,0 +1,85 @@
+"""What a decode returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One proposal to change a token.
+
+    Attributes:
+        position: index in the response's tokens.
+        old_token: the token the current trajectory has there.
+        new_token: the token proposed.
+        reward_before, reward_after: rewards of the current and of the proposed trajectory; None where
+            there is no rejection step.
+        accepted: whether the proposed trajectory replaced the current one.
+    """
+
+    position: int
+    old_token: int
+    new_token: int
+    reward_before: float | None
+    reward_after: float | None
+    accepted: bool
+
+
+@dataclass
+class Stats:
+    """What a decode cost.
+
+    Attributes:
+        generations: rollouts, as the sequential loop counts them.
+        rejections: proposals that were scored and turned down.
+        speculated: rollouts made ahead of need and dropped.
+        rounds: rollouts that had to wait for one another.
+        generated_tokens: tokens drawn in rollouts, those of dropped ones included.
+        llm_calls: the official release's count: one a generated token, four a descent's forward+backward
+            of both models (a selector's is not counted), two a comparison of rewards.
+        gradient_passes: forward+backward passes, the selectors' included.
+        token_passes: tokens that forwards read plus tokens that backwards go through, a model
+            ("lm", "rm"); tokens served from a cache are not counted.
+        seconds: wall-clock a stage ("rollout", "selection", "gradient", "descent", "reward") and "total".
+        peak_bytes: most memory in use above what was in use at the start: the CUDA allocator's, or on
+            the CPU the process's resident memory. None where the platform does not tell.
+    """
+
+    generations: int = 0
+    rejections: int = 0
+    speculated: int = 0
+    rounds: int = 0
+    generated_tokens: int = 0
+    llm_calls: int = 0
+    gradient_passes: int = 0
+    token_passes: dict[str, int] = field(default_factory=lambda: {"lm": 0, "rm": 0})
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One prompt's answer.
+
+    Attributes:
+        text: the decoded answer, special tokens left out; None without a tokenizer.
+        token_ids: its tokens, without an EOS.
+        reward: the reward model's score of the answer, or None without one.
+        finish_reason: "eos", "stop" (a stop string) or "length".
+        revisions: every proposal, in order.
+        stats: what it cost.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    reward: float | None
+    finish_reason: Literal["eos", "stop", "length"]
+    revisions: list[Revision]
+    stats: Stats
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and lists, ready for JSON."""
+        return dataclasses.asdict(self)
