@@ -59,6 +59,8 @@ class GradientModel:
         self.lm = lm
         self.rm = rm if config.reward_coeff > 0 else None
         self._config = config
+        # All on the LM's device, where G is asked for; a copy only if the reward model is elsewhere.
+        self._tables = [lm.table] + ([self.rm.table.to(lm.device)] if self.rm else [])
 
     def hard(
         self, problem: Problem, committed: list[int], tokens: Tensor, stats: Stats
@@ -74,7 +76,7 @@ class GradientModel:
             pi[torch.arange(pi.shape[0], device=pi.device), tokens[rows]] -= 1
             return pi
 
-        mixes = [table[tokens.to(table.device)] for table in self._tables]
+        mixes = [table[tokens] for table in self._tables]
         return self._gradient(problem, committed, mixes, relaxed, stats)
 
     def soft(
@@ -90,15 +92,8 @@ class GradientModel:
         def relaxed(rows: slice, pi: Tensor) -> Tensor:
             return pi - torch.softmax(logits[rows] / self._config.tau, dim=-1)
 
-        mixes = [
-            embedding_mix(logits.to(table.device), [table], tau=self._config.tau, hard=False)[0]
-            for table in self._tables
-        ]
+        mixes = embedding_mix(logits, self._tables, tau=self._config.tau, hard=False)
         return self._gradient(problem, committed, mixes, relaxed, stats)
-
-    @property
-    def _tables(self) -> list[Tensor]:
-        return [self.lm.table] + ([self.rm.table] if self.rm else [])
 
     def _gradient(
         self,
@@ -109,12 +104,11 @@ class GradientModel:
         stats: Stats,
     ) -> TrajectoryGradient:
         hidden, lm_cotangent = self._lm_pass(problem, committed, mixes[0], pi_minus_y, stats)
-        cotangents, tables = [lm_cotangent], [self.lm.table]
+        cotangents = [lm_cotangent]
         if self.rm:
-            cotangents.append(self._rm_pass(problem, committed, mixes[1], stats).to(self.lm.device))
-            tables.append(self.rm.table.to(self.lm.device))
+            cotangents.append(self._rm_pass(problem, committed, mixes[1], stats))
         stats.gradient_passes += 1
-        return TrajectoryGradient(cotangents, tables, hidden, self.lm.head, self._config.nll_coeff)
+        return TrajectoryGradient(cotangents, self._tables, hidden, self.lm.head, self._config.nll_coeff)
 
     def _lm_pass(
         self,
@@ -158,9 +152,9 @@ class GradientModel:
         before = self.rm.embed([*problem.reward_prefix, *self.rm.read(committed)])
         after = self.rm.embed(problem.reward_suffix)
         with torch.enable_grad():
-            read = mix.detach().requires_grad_()
+            read = mix.detach().to(self.rm.device).requires_grad_()
             sequence = torch.cat([before, read, after])
             reward = self.rm.score_embeddings(sequence[None])
             (gradient,) = torch.autograd.grad(-self._config.reward_coeff * reward.sum(), read)
         stats.token_passes["rm"] += 2 * len(sequence)
-        return gradient
+        return gradient.to(mix.device)

@@ -27,7 +27,8 @@ constexpr int64_t kSegment = 16 * kChunk;
 constexpr int64_t kSharedSegments = 64;
 // Less work than this is not worth waking a thread for.
 constexpr int64_t kTokensPerThread = 2 * kSegment;
-// Tokens of a chunk that are summed in fp32; a chunk is padded with masked tokens to a multiple of it.
+// Tokens of a chunk that are summed in fp32, in 16 lanes whatever the instruction set; a chunk is
+// padded with masked tokens to a multiple of it.
 constexpr int kBlock = 128;
 constexpr int kLanes = 16;
 
@@ -124,11 +125,12 @@ NABLA_FAST_INLINE Sums chunk_sums(const T* logits, int n, const Tau& tau, float*
   sums.max = max;
   double at_max[kLanes] = {}, sum_exp[kLanes] = {}, sum_x_exp[kLanes] = {};
   for (int begin = 0; begin < n; begin += kBlock) {
-#pragma omp simd aligned(z : 64)
-    for (int lane = 0; lane < kLanes; ++lane) {
+    const float* block = z + begin;
+#pragma omp simd aligned(block : 64)
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
       float block_at_max = 0, block_sum_exp = 0, block_sum_x_exp = 0;
-      for (int i = 0; i < kBlock; i += kLanes) {
-        const float below = z[begin + i + lane] - max;
+      for (int64_t i = 0; i < kBlock; i += kLanes) {
+        const float below = block[i + lane] - max;
         const bool counts = (below > tau.lowest) & (below < 0);
         const float bounded = below > tau.lowest ? below : tau.lowest;
         const float x = bounded * tau.inverse_low + bounded * tau.inverse_high;

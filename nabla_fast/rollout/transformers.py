@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from nabla_fast.config import SamplingConfig
 from nabla_fast.models import LanguageModel
@@ -79,10 +79,18 @@ class Roller:
         while shared < min(len(self._cached), len(prefix) - 1) and self._cached[shared] == prefix[shared]:
             shared += 1
         excess = len(self._cached) - shared
-        if self._cache is None or (excess and not all(layer.is_croppable for layer in self._cache.layers)):
+        if self._cache is None or (excess and not all(map(_croppable, self._cache.layers))):
             self._cache, self._cached = DynamicCache(config=self._lm.model.config), []
             return 0
         if excess:
             self._cache.crop(-excess)
             del self._cached[shared:]
         return shared
+
+
+def _croppable(layer: CacheLayerMixin) -> bool:
+    """Whether a cache layer still has what a cut leaves behind: recurrent states and full windows do not."""
+    window = getattr(layer, "sliding_window", None)
+    if window is not None and layer.get_seq_length() >= window:
+        return False
+    return getattr(layer, "is_croppable", isinstance(layer, DynamicLayer))  # early releases do not say

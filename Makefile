@@ -1,0 +1,47 @@
+# Every target sets up .venv by itself; only python3, a C++ compiler and make are needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+# One thread for numpy's BLAS beside torch's own. Threads that spin while they wait make every parallel
+# loop milliseconds slower on cores that are shared with other programs.
+export OPENBLAS_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test lint format gpu clean
+
+demo: $(INSTALLED)
+	$(BIN)/nabla-fast demo
+
+# With a compiler at hand a missing extension is a failure, not a reason to skip its tests.
+test: $(INSTALLED)
+	$(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),NABLA_FAST_REQUIRE_NATIVE=1) $(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CSRC)
+
+# For a machine with a GPU, its own torch and no network: nothing is downloaded, no .venv is used.
+gpu:
+	$(PYTHON) benchmarks/gpu_run.py $(GPU_ARGS)
+
+# The stamp is written last: after a broken-off installation the next call starts again, and anew
+# where even pip is missing. The constraints keep pip from a CUDA build of torch of several GB.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(CSRC)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find nabla_fast triton_kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -f nabla_fast/*.so $(INSTALLED)

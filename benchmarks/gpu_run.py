@@ -1,0 +1,206 @@
+"""Everything worth running once on a machine with a GPU: build, GPU tests, demo, kernel benchmark.
+
+The machine needs a Python with torch, transformers, pybind11 and setuptools; nothing is downloaded. Each
+part is a process of its own with a time limit, and a part that fails does not stop the next. Under
+``$OUT`` (``build/gpu`` if unset) lie ``summary.json``, ``log.txt`` with what the parts printed, and the
+JSON or XML of each part; the last thing printed is a table. Exit status 1 if a part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND_LINE = [
+    sys.executable,
+    "-c",
+    "import sys; from nabla_fast.cli import main; sys.exit(main())",
+]
+PIP = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
+FIND_GPU = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+
+TOTAL_SECONDS = 465.0  # of all parts together, whatever their own limits
+LOG_BYTES = 2 << 20  # the end of a part's output that the log keeps
+TIMED_OUT = 124
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a part went. `rc` is its exit status, 124 after a time-out, null if it did not run."""
+
+    name: str
+    rc: int | None
+    seconds: float
+    note: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.rc not in (0, None)
+
+
+def run_process(
+    command: Sequence[str], seconds: float, environment: Mapping[str, str]
+) -> tuple[int, bytes, bytes]:
+    """Exit status, standard output and standard error; all processes of a late command are killed."""
+    # Files, not pipes: a grandchild that outlives the command would keep a pipe open.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True
+        )
+        try:
+            rc = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            rc = TIMED_OUT
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        out.seek(0)
+        err.seek(0)
+        return rc, out.read(), err.read()
+
+
+class GpuRun:
+    """The parts that have run, their files, and the time that is left."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.results: list[Result] = []
+        self.environment = dict(os.environ)
+        self.started = time.monotonic()
+        out.mkdir(parents=True, exist_ok=True)
+        self.log = out / "log.txt"
+        self.log.write_bytes(b"")
+
+    def part(
+        self, name: str, command: Sequence[str], seconds: float, output: str | None = None
+    ) -> Result:
+        """Run a part; with `output`, its standard output is JSON and goes to that file under $OUT."""
+        began = time.monotonic()
+        left = TOTAL_SECONDS - (began - self.started)
+        if left < 1:
+            return self._finish(Result(name, TIMED_OUT, 0.0, "no time left for it"))
+        limit = min(seconds, left)
+        rc, stdout, stderr = run_process(command, limit, self.environment)
+        note = f"stopped after {limit:.0f} s" if rc == TIMED_OUT else ""
+        if output:
+            (self.out / output).write_bytes(stdout)
+            if rc == 0 and not is_json(stdout):
+                rc, note = 1, "its standard output is not JSON"
+        self._append(name, command, stderr if output else stdout + stderr)
+        return self._finish(Result(name, rc, round(time.monotonic() - began, 1), note))
+
+    def skip(self, name: str, note: str) -> Result:
+        """Note a part that cannot run here."""
+        return self._finish(Result(name, None, 0.0, note))
+
+    def retract(self) -> None:
+        """Drop the last result, for a part that another way of doing it replaces."""
+        self.results.pop()
+
+    def _append(self, name: str, command: Sequence[str], printed: bytes) -> None:
+        with self.log.open("ab") as log:
+            log.write(f"==== {name}: {' '.join(command)}\n".encode())
+            log.write(printed[-LOG_BYTES:].rstrip() + b"\n\n")
+
+    def _finish(self, result: Result) -> Result:
+        print(f"{result.name}: {outcome(result)}", file=sys.stderr, flush=True)
+        self.results.append(result)
+        # Written after every part, so that a run that is cut off leaves what it had.
+        summary = {
+            "parts": [asdict(result) for result in self.results],
+            "seconds": round(time.monotonic() - self.started, 1),
+        }
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        return result
+
+
+def is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def outcome(result: Result) -> str:
+    word = (
+        "skipped" if result.rc is None else "ok" if result.rc == 0 else f"FAILED (rc {result.rc})"
+    )
+    return f"{word}, {result.seconds:.1f} s" + (f", {result.note}" if result.note else "")
+
+
+def build(run: GpuRun) -> None:
+    """Install the package in place; where that is not allowed, into a directory of its own."""
+    if run.part("build", [*PIP, "--editable", "."], 60).failed:
+        run.retract()
+        site = ROOT / "build" / "gpu_site"
+        run.part("build", [*PIP, "--upgrade", "--target", str(site), "."], 60)
+        # The checkout itself, where nothing is built, must not come before it.
+        run.environment["PYTHONSAFEPATH"] = "1"
+        paths = [str(site), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        run.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+
+def find_gpu(run: GpuRun) -> str:
+    """The name of the first GPU, empty if there is none. In a process of its own, as the parts are."""
+    rc, stdout, stderr = run_process([sys.executable, "-c", FIND_GPU], 60, run.environment)
+    if rc != 0:
+        sys.stderr.write(stderr.decode(errors="replace"))
+    return stdout.decode().strip() if rc == 0 else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--allow-cpu", action="store_true", help="run the parts without a GPU too")
+    arguments = parser.parse_args(argv)
+    run = GpuRun(Path(os.environ.get("OUT") or ROOT / "build" / "gpu").resolve())
+
+    gpu = find_gpu(run)
+    print(
+        f"GPU: {gpu}" if gpu else "no GPU found: torch.cuda.is_available() is False",
+        file=sys.stderr,
+    )
+    if not gpu and not arguments.allow_cpu:
+        print(
+            "with --allow-cpu the parts run on the CPU, and GPU tests are skipped", file=sys.stderr
+        )
+        return 1
+
+    build(run)
+    run.part("environment", [*COMMAND_LINE, "env", "--json"], 40, "environment.json")
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu or smoke",
+        f"--junitxml={run.out / 'tests.xml'}",
+    ]
+    run.part("tests", pytest, 160)
+    device = "cuda" if gpu else "cpu"
+    run.part("demo", [*COMMAND_LINE, "demo", "--json", "--device", device], 90, "demo.json")
+    if list((ROOT / "benchmarks").glob("kernels*")):
+        kernels = [sys.executable, "-m", "benchmarks.kernels", "--json"]
+        run.part("kernels", kernels, 110, "kernels.json")
+    else:
+        run.skip("kernels", "there is no benchmarks/kernels yet")
+
+    for result in run.results:
+        print(f"{result.name:<12} {outcome(result)}")
+    print(f"files: {run.out}")
+    return int(any(result.failed for result in run.results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

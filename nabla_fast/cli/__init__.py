@@ -1,0 +1,41 @@
+"""The command ``nabla-fast``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from nabla_fast._version import __version__
+
+INTERRUPTED = 130  # the shell's code for a command ended by Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    0 is success, 1 an error met while working, 2 bad input, 130 Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog="nabla-fast", description="Gradient-guided decoding, made cheap.")
+    parser.add_argument("--version", action="version", version=f"nabla-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    from nabla_fast.cli import demo, env, generate
+
+    for module in (demo, generate, env):
+        module.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    from nabla_fast.errors import BackendUnavailable, DecodingFailed, InputError, ModelError
+
+    try:
+        return arguments.run(arguments)
+    except (InputError, ModelError, BackendUnavailable) as error:
+        return _fail(error, 2)
+    except (DecodingFailed, OSError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt as interrupt:
+        return _fail(interrupt if str(interrupt) else "interrupted", INTERRUPTED)
+
+
+def _fail(message: object, status: int) -> int:
+    print(f"nabla-fast: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,161 @@
+"""``nabla-fast generate``: decode prompts with models from checkpoint folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import Progress
+
+from nabla_fast.cli.options import add_config_options, add_device_options, check_device, config_from
+from nabla_fast.config import DTOConfig
+from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError
+from nabla_fast.results import Result
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="decode prompts with models from checkpoint folders",
+        description="Decode prompts. Without --model, the bundled Countdown models are used.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="one user message")
+    source.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help="a prompt a line: a string, a chat, a list of token ids, or an object with one as 'prompt'",
+    )
+    parser.add_argument("--model", metavar="DIR", help="checkpoint folder of the language model")
+    parser.add_argument("--reward-model", metavar="DIR", help="checkpoint folder of the reward model")
+    parser.add_argument("--tokenizer", metavar="DIR", help="default: in, or beside, the model's folder")
+    parser.add_argument("--reward-tokenizer", metavar="DIR", help="where the reward model has its own")
+    parser.add_argument(
+        "--min-coverage", type=float, default=0.95, help="of the LM's vocabulary by the reward's"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="stop string (repeatable)"
+    )
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write each result as it finishes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_device_options(parser)
+    add_config_options(parser, DTOConfig())
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = config_from(arguments)
+    prompts = _prompts(arguments)
+    decoder = _decoder(arguments, config)
+    finished: dict[int, Result] = {}
+    stopped: BaseException | None = None
+    with _open(arguments.output) as output, Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("decoding", total=len(prompts))
+
+        def on_result(n: int, result: Result) -> None:
+            finished[n] = result
+            if output:
+                print(json.dumps({"index": n, **result.to_dict()}), file=output, flush=True)
+            progress.advance(task)
+
+        try:
+            decoder.generate(
+                prompts,
+                seed=arguments.seed,
+                max_new_tokens=arguments.max_new_tokens,
+                system_prompt=arguments.system,
+                stop=arguments.stop,
+                on_result=on_result,
+            )
+        except (DecodingInterrupted, DecodingFailed) as error:
+            stopped = error
+    # What is finished is printed even where the rest failed.
+    _print(arguments.json, finished, len(prompts), stopped)
+    if stopped is not None:
+        raise stopped
+    return 0
+
+
+def _print(as_json: bool, finished: dict[int, Result], count: int, stopped: BaseException | None) -> None:
+    if as_json:
+        from nabla_fast.env import report
+
+        results = [{"index": n, **finished[n].to_dict()} for n in sorted(finished)]
+        state = {"prompts": count, "error": None if stopped is None else str(stopped)}
+        print(json.dumps({"results": results, **state, "environment": report()}))
+        return
+    for n in sorted(finished):
+        if count > 1:
+            print(f"--- prompt {n}", file=sys.stderr)
+        print(finished[n].text)
+
+
+@contextmanager
+def _open(path: str | None) -> Iterator[TextIO | None]:
+    if path is None:
+        yield None
+        return
+    with Path(path).open("w") as file:
+        yield file
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Any]:
+    if arguments.prompt is not None:
+        return [arguments.prompt]
+    path = Path(arguments.prompts)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    prompts = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON: {error}") from error
+        if isinstance(value, dict):
+            if "prompt" not in value:
+                raise InputError(f"{path}, line {number}: the object has no 'prompt'")
+            value = value["prompt"]
+        prompts.append(value)
+    if not prompts:
+        raise InputError(f"{path}: no prompts")
+    return prompts
+
+
+def _decoder(arguments: argparse.Namespace, config: DTOConfig) -> Any:
+    from nabla_fast.checkpoints import bundled, load_language_model, load_reward_model, load_tokenizer
+    from nabla_fast.decoder import NablaDecoder
+    from nabla_fast.models import VocabularyAlignment
+
+    device = check_device(arguments.device)
+    lm_folder, rm_folder = arguments.model, arguments.reward_model
+    if lm_folder is None:
+        if rm_folder is not None:
+            raise InputError("--reward-model needs --model")
+        lm_folder, rm_folder = bundled("lm"), bundled("rm")
+    lm = load_language_model(lm_folder, device, arguments.dtype)
+    rm = None if rm_folder is None else load_reward_model(rm_folder, device, arguments.dtype)
+    tokenizer = load_tokenizer(
+        arguments.tokenizer or lm_folder, beside=None if arguments.tokenizer else lm_folder
+    )
+    reward_tokenizer = alignment = None
+    if arguments.reward_tokenizer:
+        reward_tokenizer = load_tokenizer(arguments.reward_tokenizer)
+        alignment = VocabularyAlignment.from_tokenizers(
+            tokenizer,
+            reward_tokenizer,
+            vocabulary=lm.get_input_embeddings().weight.shape[0],
+            minimum_coverage=arguments.min_coverage,
+        )
+        print(f"the reward model covers {alignment.coverage:.1%} of the vocabulary", file=sys.stderr)
+    return NablaDecoder(lm, rm, tokenizer, reward_tokenizer, config, alignment=alignment)

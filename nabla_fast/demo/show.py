@@ -1,0 +1,87 @@
+"""The demo's table, and one problem with its revisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from nabla_fast import countdown
+from nabla_fast.demo.methods import SAMPLES, MethodReport
+from nabla_fast.results import Result
+
+TITLES = {
+    "greedy": "greedy",
+    "self_consistency": f"self-consistency({SAMPLES})",
+    "best_of_n": f"Best-of-{SAMPLES}",
+    "nabla": f"∇({SAMPLES})",
+}
+
+
+def table(reports: dict[str, MethodReport]) -> Table:
+    """Accuracy and cost of each method that has done at least one problem."""
+    result = Table(
+        title="Countdown, held-out problems",
+        caption="LM, RM: token passes; 95%: interval of the accuracy",
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    result.add_column("method", no_wrap=True)
+    for name in ("accuracy", "95%", "rollouts", "LM", "RM", "seconds"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for name, report in reports.items():
+        entry = report.to_dict()
+        if not entry["problems"]:
+            continue
+        low, high = entry["ci95"]
+        result.add_row(
+            TITLES[name],
+            f"{entry['accuracy']:.1%}",
+            f"{100 * low:.0f}–{100 * high:.0f}",
+            f"{entry['rollouts']:,}",
+            f"{entry['token_passes']['lm']:,}",
+            f"{entry['token_passes']['rm']:,}",
+            f"{entry['seconds']:.1f}",
+        )
+    return result
+
+
+def most_telling(results: Sequence[Result], correct: Sequence[bool]) -> int | None:
+    """Index of a problem worth showing: solved by an accepted revision if there is one."""
+
+    def rank(n: int) -> tuple[bool, int]:
+        return correct[n], sum(revision.accepted for revision in results[n].revisions)
+
+    candidates = [n for n in range(len(results)) if results[n].revisions]
+    return max(candidates, key=rank, default=None)
+
+
+def revised_answer(problem: countdown.Problem, result: Result, correct: bool, tokenizer: Any) -> Group:
+    """The answer with its revised tokens coloured, and every proposal with its rewards."""
+    revised = {revision.position for revision in result.revisions if revision.accepted}
+    answer = Text()
+    for position, token in enumerate(result.token_ids):
+        style = "bold black on green" if position in revised else ""
+        answer.append(tokenizer.decode([token]), style=style)
+    verdict = Text(" solved" if correct else " not solved", style="green" if correct else "red")
+    heading = Text.assemble(("\n" + countdown.render(problem), "bold"), "   ", answer, verdict)
+    proposals = Table(box=None, padding=(0, 2))
+    for name in ("position", "token", "proposed", "reward", "with proposal", ""):
+        proposals.add_column(name, justify="right")
+    for revision in result.revisions:
+        proposals.add_row(
+            str(revision.position),
+            Text(repr(tokenizer.decode([revision.old_token]))),
+            Text(
+                repr(tokenizer.decode([revision.new_token])), style="green" if revision.accepted else "dim"
+            ),
+            f"{revision.reward_before:.3f}",
+            f"{revision.reward_after:.3f}",
+            Text("accepted", style="green") if revision.accepted else Text("rejected", style="dim"),
+        )
+    return Group(heading, proposals)
