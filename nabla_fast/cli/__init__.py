@@ -19,9 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nabla-fast", description="Gradient-guided decoding, made cheap.")
     parser.add_argument("--version", action="version", version=f"nabla-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    from nabla_fast.cli import demo, env, generate
+    from nabla_fast.cli import bench, demo, env, generate
 
-    for module in (demo, generate, env):
+    for module in (demo, generate, bench, env):
         module.add_parser(commands)
     arguments = parser.parse_args(argv)
     from nabla_fast.errors import BackendUnavailable, DecodingFailed, InputError, ModelError

@@ -4,6 +4,7 @@ Each op is its plain-PyTorch reference with faster backends registered on it; se
 :mod:`nabla_fast.ops.registry` for how one is chosen and :func:`use_backend` for how to force one.
 """
 
+from nabla_fast.errors import BackendUnavailable
 from nabla_fast.ops.adam import AdamState, cosine_schedule
 from nabla_fast.ops.descent_loop import Descent
 from nabla_fast.ops.dto_descent import dto_descent
@@ -20,6 +21,7 @@ from nabla_fast.ops.token_stats import TokenStats, token_stats
 
 __all__ = [
     "AdamState",
+    "BackendUnavailable",
     "Descent",
     "GumbelNoise",
     "TokenStats",

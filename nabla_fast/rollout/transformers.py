@@ -89,7 +89,7 @@ class Roller:
 
 
 def _croppable(layer: CacheLayerMixin) -> bool:
-    """Whether a cache layer still has what a cut leaves behind: recurrent states and full windows do not."""
+    """Whether a cache layer has what a cut leaves behind; recurrent states and full windows do not."""
     window = getattr(layer, "sliding_window", None)
     if window is not None and layer.get_seq_length() >= window:
         return False

@@ -1,0 +1,1 @@
+"""Benchmarks: each checks its result before it prints a time."""
