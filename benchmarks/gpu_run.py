@@ -9,6 +9,7 @@ JSON or XML of each part; the last thing printed is a table. Exit status 1 if a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -32,26 +33,30 @@ FIND_GPU = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_av
 TOTAL_SECONDS = 465.0  # of all parts together, whatever their own limits
 LOG_BYTES = 2 << 20  # the end of a part's output that the log keeps
 TIMED_OUT = 124
+GRACE_SECONDS = 5.0  # between the interruption of a late part and its end
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a part went. `rc` is its exit status, 124 after a time-out, null if it did not run."""
+    """How a part went. `rc` is its exit status, 124 if its time ran out."""
 
     name: str
-    rc: int | None
+    rc: int
     seconds: float
     note: str = ""
 
     @property
     def failed(self) -> bool:
-        return self.rc not in (0, None)
+        return self.rc != 0
 
 
 def run_process(
     command: Sequence[str], seconds: float, environment: Mapping[str, str]
 ) -> tuple[int, bytes, bytes]:
-    """Exit status, standard output and standard error; all processes of a late command are killed."""
+    """Exit status, standard output and standard error of a command.
+
+    One that is late is interrupted, so that it can print what it has, and killed with all its processes.
+    """
     # Files, not pipes: a grandchild that outlives the command would keep a pipe open.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
@@ -61,10 +66,14 @@ def run_process(
             rc = process.wait(seconds)
         except subprocess.TimeoutExpired:
             rc = TIMED_OUT
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS)
         finally:
-            if process.poll() is None:
+            # What it started may outlive it, and hold memory of the GPU.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
         out.seek(0)
         err.seek(0)
         return rc, out.read(), err.read()
@@ -73,8 +82,9 @@ def run_process(
 class GpuRun:
     """The parts that have run, their files, and the time that is left."""
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, gpu: str):
         self.out = out
+        self.gpu = gpu
         self.results: list[Result] = []
         self.environment = dict(os.environ)
         self.started = time.monotonic()
@@ -82,9 +92,7 @@ class GpuRun:
         self.log = out / "log.txt"
         self.log.write_bytes(b"")
 
-    def part(
-        self, name: str, command: Sequence[str], seconds: float, output: str | None = None
-    ) -> Result:
+    def part(self, name: str, command: Sequence[str], seconds: float, output: str | None = None) -> Result:
         """Run a part; with `output`, its standard output is JSON and goes to that file under $OUT."""
         began = time.monotonic()
         left = TOTAL_SECONDS - (began - self.started)
@@ -100,10 +108,6 @@ class GpuRun:
         self._append(name, command, stderr if output else stdout + stderr)
         return self._finish(Result(name, rc, round(time.monotonic() - began, 1), note))
 
-    def skip(self, name: str, note: str) -> Result:
-        """Note a part that cannot run here."""
-        return self._finish(Result(name, None, 0.0, note))
-
     def retract(self) -> None:
         """Drop the last result, for a part that another way of doing it replaces."""
         self.results.pop()
@@ -118,6 +122,7 @@ class GpuRun:
         self.results.append(result)
         # Written after every part, so that a run that is cut off leaves what it had.
         summary = {
+            "gpu": self.gpu or None,
             "parts": [asdict(result) for result in self.results],
             "seconds": round(time.monotonic() - self.started, 1),
         }
@@ -134,9 +139,7 @@ def is_json(text: bytes) -> bool:
 
 
 def outcome(result: Result) -> str:
-    word = (
-        "skipped" if result.rc is None else "ok" if result.rc == 0 else f"FAILED (rc {result.rc})"
-    )
+    word = f"FAILED (rc {result.rc})" if result.failed else "ok"
     return f"{word}, {result.seconds:.1f} s" + (f", {result.note}" if result.note else "")
 
 
@@ -152,31 +155,37 @@ def build(run: GpuRun) -> None:
         run.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
-def find_gpu(run: GpuRun) -> str:
+def find_gpu() -> str:
     """The name of the first GPU, empty if there is none. In a process of its own, as the parts are."""
-    rc, stdout, stderr = run_process([sys.executable, "-c", FIND_GPU], 60, run.environment)
+    rc, stdout, stderr = run_process([sys.executable, "-c", FIND_GPU], 60, os.environ)
     if rc != 0:
         sys.stderr.write(stderr.decode(errors="replace"))
     return stdout.decode().strip() if rc == 0 else ""
+
+
+def kernel_backends(run: GpuRun) -> list[str]:
+    """The backends to measure: those with kernels for a GPU, or what there is without one."""
+    try:
+        backends = json.loads((run.out / "environment.json").read_bytes())["backends"]
+    except (OSError, ValueError, KeyError):
+        backends = {}
+    available = [name for name, backend in backends.items() if backend["available"]]
+    wanted = ("triton", "cuda") if run.gpu else ("cpu",)
+    return [name for name in wanted if name in available] or ["torch"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--allow-cpu", action="store_true", help="run the parts without a GPU too")
     arguments = parser.parse_args(argv)
-    run = GpuRun(Path(os.environ.get("OUT") or ROOT / "build" / "gpu").resolve())
 
-    gpu = find_gpu(run)
-    print(
-        f"GPU: {gpu}" if gpu else "no GPU found: torch.cuda.is_available() is False",
-        file=sys.stderr,
-    )
+    gpu = find_gpu()
+    print(f"GPU: {gpu}" if gpu else "no GPU found: torch.cuda.is_available() is False", file=sys.stderr)
     if not gpu and not arguments.allow_cpu:
-        print(
-            "with --allow-cpu the parts run on the CPU, and GPU tests are skipped", file=sys.stderr
-        )
+        print("with --allow-cpu the parts run on the CPU, and GPU tests are skipped", file=sys.stderr)
         return 1
 
+    run = GpuRun(Path(os.environ.get("OUT") or ROOT / "build" / "gpu").resolve(), gpu)
     build(run)
     run.part("environment", [*COMMAND_LINE, "env", "--json"], 40, "environment.json")
     pytest = [
@@ -190,14 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.part("tests", pytest, 160)
     device = "cuda" if gpu else "cpu"
     run.part("demo", [*COMMAND_LINE, "demo", "--json", "--device", device], 90, "demo.json")
-    if list((ROOT / "benchmarks").glob("kernels*")):
-        kernels = [sys.executable, "-m", "benchmarks.kernels", "--json"]
-        run.part("kernels", kernels, 110, "kernels.json")
-    else:
-        run.skip("kernels", "there is no benchmarks/kernels yet")
+    for backend in kernel_backends(run):
+        kernels = [*COMMAND_LINE, "bench", "kernels", "--backend", backend, "--seconds", "1", "--json"]
+        run.part(f"kernels {backend}", kernels, 100, f"kernels_{backend}.json")
 
     for result in run.results:
-        print(f"{result.name:<12} {outcome(result)}")
+        print(f"{result.name:<14} {outcome(result)}")
     print(f"files: {run.out}")
     return int(any(result.failed for result in run.results))
 

@@ -119,6 +119,8 @@ NABLA_FAST_INLINE Sums chunk_sums(const T* logits, int n, const Tau& tau, float*
     sums.status = status_of(z, n);
     return sums;
   }
+  // OpenMP lets a maximum start from the lowest finite number, as clang does.
+  if (!(max > -kMaxFloat)) max = *std::max_element(z, z + n);
   if (max == -kInfinity) return sums;
 
   std::fill(z + n, z + (n + kBlock - 1) / kBlock * kBlock, -kInfinity);
