@@ -93,11 +93,11 @@ class DTOConfig:
             "parameter": ("logits", "latents"),
             "update": ("first", "all"),
             "relaxation": ("straight_through", "soft", "gumbel"),
-            "rejection": (True, False),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
             _require(value in allowed, name, f"one of {', '.join(map(repr, allowed))}", value)
+        _require(isinstance(self.rejection, bool), "rejection", "True or False", self.rejection)
         for name in ("iters", "max_generations"):
             value = getattr(self, name)
             _require(_whole(value) and value >= 1, name, "a whole number ≥ 1", value)

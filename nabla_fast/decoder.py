@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from nabla_fast.config import DTOConfig
+from nabla_fast.decode.batched import BatchedLoop
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.sequential import SequentialLoop
-from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError
+from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
 from nabla_fast.prompts import Prompt, PromptReader, RewardContext
 from nabla_fast.results import Result, Stats
-from nabla_fast.timing import PeakMemory
 
 
 class NablaDecoder:
@@ -33,6 +32,9 @@ class NablaDecoder:
         tokenizer: the LM's, with a chat template for prompts that are text; None if all are token ids.
         reward_tokenizer: the reward model's, where it differs.
         config: a :class:`DTOConfig`.
+        loop: "sequential", the loop that defines the result, on any model; or "batched", which returns
+            the same tokens from far fewer token passes, for decoders that read from a paged prefix.
+        batch_size: prompts that the batched loop decodes at once.
         alignment: how the reward model reads the LM's tokens, where their vocabularies differ.
     Raises:
         ModelError: a model has a feature that is not supported, which the line names.
@@ -47,15 +49,25 @@ class NablaDecoder:
         reward_tokenizer: Any = None,
         config: DTOConfig | None = None,
         *,
+        loop: Literal["sequential", "batched"] = "sequential",
+        batch_size: int = 16,
         alignment: VocabularyAlignment | None = None,
     ):
         self.config = DTOConfig() if config is None else config
+        if loop not in ("sequential", "batched"):
+            raise InputError(f"loop must be 'sequential' or 'batched', got {loop!r}")
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise InputError(f"batch_size must be a whole number ≥ 1, got {batch_size!r}")
         if not isinstance(self.config, DTOConfig):
             raise InputError(f"config must be a DTOConfig, got {type(self.config).__name__}")
+        _check_model("lm", lm)
+        if reward_model is not None:
+            _check_model("reward_model", reward_model)
         self._lm, self._reward_model = lm, reward_model
         self._tokenizer = tokenizer
         self._reward_tokenizer = tokenizer if reward_tokenizer is None else reward_tokenizer
         self._alignment = alignment
+        self._loop_name, self._batch_size = loop, batch_size
         self._key: tuple = ()
         with self._frozen():
             self._prepare()
@@ -101,26 +113,28 @@ class NablaDecoder:
                 reward_context=reward_context,
             )
             results: list[Result | None] = [None] * len(problems)
-            for n, problem in enumerate(problems):
-                try:
-                    results[n] = self._decode(problem)
+            try:
+                for n, result in self._decode(problems):
+                    results[n] = result
                     if on_result:
-                        on_result(n, results[n])
-                except KeyboardInterrupt:
-                    raise DecodingInterrupted(results) from None
-                except Exception as error:
-                    raise DecodingFailed(n, results, error) from error
+                        on_result(n, result)
+            except KeyboardInterrupt:
+                raise DecodingInterrupted(results) from None
+            except Exception as error:
+                unfinished = next((i for i, r in enumerate(results) if r is None), len(results) - 1)
+                raise DecodingFailed(unfinished, results, error) from error
             return results
 
-    def _decode(self, problem: Problem) -> Result:
-        stats, peak, start = Stats(), PeakMemory(self._loop_lm.device), time.perf_counter()
-        decoded = self._loop.decode(problem, stats)
-        stats.seconds["total"] = time.perf_counter() - start
-        stats.peak_bytes = peak.bytes()
-        reason = problem.finish_reason(decoded.tokens)
-        tokens = decoded.tokens[:-1] if reason == "eos" else decoded.tokens
-        text = None if self._tokenizer is None else self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return Result(text, tokens, decoded.reward, reason, decoded.revisions, stats)
+    def _decode(self, problems: list[Problem]) -> Iterator[tuple[int, Result]]:
+        """(index, result) of each problem as it is done."""
+        stats = [Stats() for _ in problems]
+        for n, decoded in self._loop.decode(problems, stats):
+            reason = problems[n].finish_reason(decoded.tokens)
+            tokens = decoded.tokens[:-1] if reason == "eos" else decoded.tokens
+            text = None
+            if self._tokenizer is not None:
+                text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            yield n, Result(text, tokens, decoded.reward, reason, decoded.revisions, stats[n])
 
     def _prepare(self) -> None:
         """Read the models' tables, again if the weights behind them were moved or replaced."""
@@ -131,18 +145,25 @@ class NablaDecoder:
         key = tuple((w.data_ptr(), w.dtype, w._version) for w in weights)
         if key == self._key:
             return
-        self._loop_lm = LanguageModel(self._lm)
-        rm = None
+        lm, rm = LanguageModel(self._lm), None
         if self._reward_model is not None:
-            rm = RewardModel(self._reward_model, self._checked_alignment())
-        self._loop = SequentialLoop(self._loop_lm, rm, self.config)
-        self._reader = PromptReader(self._loop_lm, rm, self._tokenizer, self._reward_tokenizer)
+            rm = RewardModel(self._reward_model, self._checked_alignment(lm.vocabulary))
+        if self._loop_name == "batched":
+            self._loop = BatchedLoop(lm, rm, self.config, batch_size=self._batch_size)
+        else:
+            self._loop = SequentialLoop(lm, rm, self.config)
+        self._reader = PromptReader(lm, rm, self._tokenizer, self._reward_tokenizer)
         self._key = key
 
-    def _checked_alignment(self) -> VocabularyAlignment:
-        if self._alignment is not None:
+    def _checked_alignment(self, ours: int) -> VocabularyAlignment:
+        if self._alignment is not None and self._alignment.token_map is not None:
+            mapped = len(self._alignment.token_map)
+            if mapped != ours:
+                raise InputError(
+                    f"the alignment maps {mapped} tokens, the LM has {ours}: "
+                    f"pass vocabulary={ours} where it is made"
+                )
             return self._alignment
-        ours = self._loop_lm.vocabulary
         theirs = self._reward_model.get_input_embeddings().weight.shape[0]
         if ours != theirs:
             raise InputError(
@@ -150,6 +171,8 @@ class NablaDecoder:
                 "alignment=VocabularyAlignment.from_tokenizers(tokenizer, reward_tokenizer), or "
                 f"VocabularyAlignment.truncated({ours}) if one table is only padded"
             )
+        if self._alignment is not None:
+            return self._alignment
         left, right = self._tokenizer, self._reward_tokenizer
         if left is not None and right is not left and left.get_vocab() != right.get_vocab():
             raise InputError(
@@ -160,7 +183,10 @@ class NablaDecoder:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Evaluation mode, no weight gradients; the models' own flags come back afterwards."""
+        """Evaluation mode, no weight gradients; the models' own flags come back afterwards.
+
+        Gradients of the relaxed tokens are needed, which a caller's inference mode would not record.
+        """
         models = [m for m in (self._lm, self._reward_model) if m is not None]
         modes = [(module, module.training) for model in models for module in model.modules()]
         flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
@@ -169,12 +195,23 @@ class NablaDecoder:
                 module.training = False
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
-            yield
+            with torch.inference_mode(False):
+                yield
         finally:
             for module, training in modes:
                 module.training = training
             for parameter, required in flags:
                 parameter.requires_grad_(required)
+
+
+def _check_model(name: str, model: object) -> None:
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
+        raise InputError(f"{name} must be a transformers model, got {type(model).__name__}")
+    if any(weight.is_inference() for weight in model.parameters()):
+        raise ModelError(
+            f"{name} has weights made under torch.inference_mode, through which no gradient goes: "
+            "load it outside"
+        )
 
 
 def _head_weight(model: nn.Module) -> torch.Tensor | None:

@@ -8,6 +8,11 @@ if TYPE_CHECKING:
     from nabla_fast.results import Result
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; its kind where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class InputError(ValueError):
     """An argument is wrong: the message says what was given, what was expected, and where."""
 
@@ -53,7 +58,7 @@ class DecodingFailed(RuntimeError):
     """An error during a decode; the error itself is ``__cause__``.
 
     Attributes:
-        prompt: index of the prompt being decoded.
+        prompt: index of the first prompt that was not finished.
         results: one entry a prompt, in order: its result, or None where it was not finished.
     """
 
@@ -61,4 +66,6 @@ class DecodingFailed(RuntimeError):
         self.prompt = prompt
         self.results = results
         finished = sum(result is not None for result in results)
-        super().__init__(f"prompt {prompt}: {cause} ({finished} of {len(results)} prompts finished)")
+        super().__init__(
+            f"prompt {prompt}: {one_line(cause)} ({finished} of {len(results)} prompts finished)"
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nabla_fast.decode.problem import Problem
-from nabla_fast.errors import InputError
+from nabla_fast.errors import InputError, one_line
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.stop import StopStrings
 
@@ -50,15 +50,23 @@ class PromptReader:
         """
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Sequence):
             raise InputError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        if not _whole(max_new_tokens) or max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be a whole number ≥ 1, got {max_new_tokens!r}")
+        if system_prompt is not None and not isinstance(system_prompt, str):
+            raise InputError(f"system_prompt must be a string, got {type(system_prompt).__name__}")
         seeds = _seeds(seed, len(prompts))
         stop_strings = StopStrings(stop, self._tokenizer)
-        if reward_context is not None and len(reward_context) != len(prompts):
-            raise InputError(
-                f"reward_context must have one (prefix, suffix) a prompt, got {len(reward_context)} "
-                f"for {len(prompts)} prompts"
-            )
+        if reward_context is not None:
+            if not isinstance(reward_context, Sequence):
+                raise InputError(
+                    "reward_context must be a list of (prefix ids, suffix ids), "
+                    f"got {type(reward_context).__name__}"
+                )
+            if len(reward_context) != len(prompts):
+                raise InputError(
+                    "reward_context must have one (prefix ids, suffix ids) a prompt, "
+                    f"got {len(reward_context)} for {len(prompts)} prompts"
+                )
         problems = []
         for n, prompt in enumerate(prompts):
             try:
@@ -77,21 +85,29 @@ class PromptReader:
         """The LM's prompt, and the reward model's tokens before and after a response."""
         chat = _as_chat(prompt, system_prompt)
         if chat is None:
-            ids = _checked_ids(prompt, self._lm.vocabulary, "token id")
+            ids = _checked_ids(
+                prompt,
+                self._lm.vocabulary,
+                "token id",
+                "a prompt must be a string, a chat or a list of token ids",
+            )
+            if not ids:
+                raise InputError("the prompt is empty")
         else:
             ids = render_chat(self._tokenizer, chat)
         if self._rm is None:
             return ids, (), ()
         if context is not None:
-            if len(context) != 2:
-                raise InputError("reward_context must be a pair (prefix ids, suffix ids)")
+            expected = "its reward_context must be a pair of lists of token ids (prefix, suffix)"
+            if not isinstance(context, Sequence) or len(context) != 2:
+                raise InputError(f"{expected}, got {context!r}")
             prefix, suffix = (
-                _checked_ids(part, self._rm.vocabulary, "reward token id", empty=True) for part in context
+                _checked_ids(part, self._rm.vocabulary, "reward token id", expected) for part in context
             )
         elif chat is None:
             prefix, suffix = tuple(self._rm.read(ids)), self._tail()
         else:
-            prefix, suffix = render_chat(self._reward_tokenizer, chat), self._tail()
+            prefix, suffix = render_chat(self._reward_tokenizer, chat, "reward tokenizer"), self._tail()
         if not prefix:
             raise InputError("the reward model's prefix is empty")
         return ids, prefix, suffix
@@ -120,17 +136,19 @@ class PromptReader:
         return min(rooms, default=None)
 
 
-def render_chat(tokenizer: Any, chat: Chat) -> tuple[int, ...]:
+def render_chat(tokenizer: Any, chat: Chat, name: str = "tokenizer") -> tuple[int, ...]:
     """Token ids of a chat up to where the assistant's response begins, a doubled BOS made one.
 
+    Args:
+        name: what messages call the tokenizer.
     Raises:
         InputError: there is no tokenizer or chat template, or the template refuses the chat.
     """
-    _require_template(tokenizer)
+    _require_template(tokenizer, name)
     try:
         text = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise their own errors for roles they do not know
-        raise InputError(f"the chat template refuses the chat: {error}") from error
+        raise InputError(f"the {name}'s chat template refuses the chat: {one_line(error)}") from error
     ids = tokenizer(text, add_special_tokens=False).input_ids
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is not None and ids[:2] == [bos, bos]:
@@ -144,7 +162,7 @@ def response_tail(tokenizer: Any) -> tuple[int, ...]:
     Raises:
         InputError: the template does not show the response it is given.
     """
-    _require_template(tokenizer)
+    _require_template(tokenizer, "reward tokenizer")
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _RESPONSE}]
     text = tokenizer.apply_chat_template(chat, tokenize=False)
     _, found, tail = text.rpartition(_RESPONSE)
@@ -153,13 +171,11 @@ def response_tail(tokenizer: Any) -> tuple[int, ...]:
     return tuple(tokenizer(tail, add_special_tokens=False).input_ids)
 
 
-def _require_template(tokenizer: Any) -> None:
+def _require_template(tokenizer: Any, name: str) -> None:
     if tokenizer is None:
-        raise InputError("text needs a tokenizer; without one, pass token ids")
+        raise InputError(f"text needs a {name}; without one, pass token ids")
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            "the tokenizer has no chat template; set tokenizer.chat_template or pass token ids"
-        )
+        raise InputError(f"the {name} has no chat template; set its chat_template or pass token ids")
 
 
 def _as_chat(prompt: Prompt, system_prompt: str | None) -> Chat | None:
@@ -173,6 +189,8 @@ def _as_chat(prompt: Prompt, system_prompt: str | None) -> Chat | None:
         for m, message in enumerate(prompt):
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise InputError(f"message {m} must have a 'role' and a 'content' string")
+        if not any(message["content"].strip() for message in prompt):
+            raise InputError("the prompt is empty")
         if system and any(message["role"] == "system" for message in prompt):
             raise InputError("the chat has a system message of its own beside system_prompt")
         return [*system, *prompt]
@@ -181,13 +199,11 @@ def _as_chat(prompt: Prompt, system_prompt: str | None) -> Chat | None:
     return None
 
 
-def _checked_ids(ids: Any, vocabulary: int, name: str, empty: bool = False) -> tuple[int, ...]:
+def _checked_ids(ids: Any, vocabulary: int, name: str, expected: str) -> tuple[int, ...]:
     if isinstance(ids, torch.Tensor):
         ids = ids.tolist()
-    if not isinstance(ids, Sequence) or any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-        raise InputError(f"expected a string, a chat or a list of token ids, got {type(ids).__name__}")
-    if not ids and not empty:
-        raise InputError("the prompt is empty")
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence) or not all(map(_whole, ids)):
+        raise InputError(f"{expected}, got {type(ids).__name__}")
     for position, i in enumerate(ids):
         if not 0 <= i < vocabulary:
             raise InputError(f"{name} {i} at position {position} is outside the vocabulary of {vocabulary}")
@@ -195,10 +211,14 @@ def _checked_ids(ids: Any, vocabulary: int, name: str, empty: bool = False) -> t
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = [seed] * count if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise InputError(f"seed must be one number or one a prompt, got {len(seeds)} for {count} prompts")
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * max(count, 1)
     for s in seeds:
-        if not isinstance(s, int) or isinstance(s, bool) or not 0 <= s < 2**62:
+        if not _whole(s) or not 0 <= s < 2**62:
             raise InputError(f"a seed must be a whole number from 0 to 2**62 - 1, got {s!r}")
+    if isinstance(seed, Sequence) and len(seeds) != count:
+        raise InputError(f"seed must be one number or one a prompt, got {len(seeds)} for {count} prompts")
     return seeds
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -44,8 +44,10 @@ class Stats:
         token_passes: tokens that forwards read plus tokens that backwards go through, a model
             ("lm", "rm"); tokens served from a cache are not counted.
         seconds: wall-clock a stage ("rollout", "selection", "gradient", "descent", "reward") and "total".
+            What prompts decoded together wait for together is shared evenly, but for the total.
         peak_bytes: most memory in use above what was in use at the start: the CUDA allocator's, or on
-            the CPU the process's resident memory. None where the platform does not tell.
+            the CPU the process's resident memory; of all prompts decoded together. None where the
+            platform does not tell.
     """
 
     generations: int = 0

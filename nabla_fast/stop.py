@@ -18,8 +18,8 @@ class StopStrings:
         """
         if isinstance(strings, str):
             strings = (strings,)
-        if any(not isinstance(string, str) or not string for string in strings):
-            raise InputError(f"stop strings must not be empty, got {list(strings)!r}")
+        if not isinstance(strings, Sequence) or any(not isinstance(s, str) or not s for s in strings):
+            raise InputError(f"stop must be a list of strings that are not empty, got {strings!r}")
         if strings and tokenizer is None:
             raise InputError("stop strings need a tokenizer")
         self._strings = tuple(strings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.problem import Problem
 from nabla_fast.models import LanguageModel, RewardModel
-from nabla_fast.ops import embedding_mix, lm_logits, logits_backward, onehot_grad, onehot_grad_norm
+from nabla_fast.ops import onehot_grad, onehot_grad_norm
+from nabla_fast.relaxed import Relaxed
 from nabla_fast.results import Stats
-
-_ROWS = 8  # rows of [V] logits that exist at a time in the likelihood's backward
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,11 @@ class TrajectoryGradient:
             nll_coeff=self.nll_coeff,
         )
 
+    def after(self, count: int) -> TrajectoryGradient:
+        """G of what is left behind the first ``count`` positions."""
+        cotangents = [part[count:] for part in self.cotangents]
+        return TrajectoryGradient(cotangents, self.tables, self.hidden[count:], self.head, self.nll_coeff)
+
     def norms(self) -> Tensor:
         """‖G_i‖₂ of all positions, [L]."""
         return onehot_grad_norm(
@@ -71,13 +74,7 @@ class GradientModel:
             committed: tokens c of the response so far.
             tokens: ŷ [L] int64 on the LM's device.
         """
-
-        def relaxed(rows: slice, pi: Tensor) -> Tensor:
-            pi[torch.arange(pi.shape[0], device=pi.device), tokens[rows]] -= 1
-            return pi
-
-        mixes = [table[tokens] for table in self._tables]
-        return self._gradient(problem, committed, mixes, relaxed, stats)
+        return self.at(problem, committed, Relaxed(tokens=tokens), stats)
 
     def soft(
         self, problem: Problem, committed: list[int], logits: Tensor, stats: Stats
@@ -88,22 +85,15 @@ class GradientModel:
             committed: tokens c of the response so far.
             logits: z [L, V] on the LM's device.
         """
+        relaxed = Relaxed(logits=logits, tau=self._config.tau)
+        return self.at(problem, committed, relaxed, stats)
 
-        def relaxed(rows: slice, pi: Tensor) -> Tensor:
-            return pi - torch.softmax(logits[rows] / self._config.tau, dim=-1)
-
-        mixes = embedding_mix(logits, self._tables, tau=self._config.tau, hard=False)
-        return self._gradient(problem, committed, mixes, relaxed, stats)
-
-    def _gradient(
-        self,
-        problem: Problem,
-        committed: list[int],
-        mixes: list[Tensor],
-        pi_minus_y: Callable[[slice, Tensor], Tensor],
-        stats: Stats,
+    def at(
+        self, problem: Problem, committed: list[int], relaxed: Relaxed, stats: Stats
     ) -> TrajectoryGradient:
-        hidden, lm_cotangent = self._lm_pass(problem, committed, mixes[0], pi_minus_y, stats)
+        """G at relaxed positions behind the tokens c of the response so far."""
+        mixes = relaxed.mixes(self._tables)
+        hidden, lm_cotangent = self._lm_pass(problem, committed, relaxed, mixes[0], stats)
         cotangents = [lm_cotangent]
         if self.rm:
             cotangents.append(self._rm_pass(problem, committed, mixes[1], stats))
@@ -111,12 +101,7 @@ class GradientModel:
         return TrajectoryGradient(cotangents, self._tables, hidden, self.lm.head, self._config.nll_coeff)
 
     def _lm_pass(
-        self,
-        problem: Problem,
-        committed: list[int],
-        mix: Tensor,
-        pi_minus_y: Callable[[slice, Tensor], Tensor],
-        stats: Stats,
+        self, problem: Problem, committed: list[int], relaxed: Relaxed, mix: Tensor, stats: Stats
     ) -> tuple[Tensor, Tensor]:
         """Hidden states that predict the positions, and ∂ℒ/∂e of the likelihood.
 
@@ -130,19 +115,8 @@ class GradientModel:
         cotangent = torch.zeros_like(mix)
         stats.token_passes["lm"] += len(prefix) + len(read)
         if len(read) and self._config.nll_coeff > 0:
-            blocks = [slice(start, start + _ROWS) for start in range(0, len(hidden), _ROWS)]
-            # d(−ν Σ y log π)/dz = ν (π − y), taken to hidden space here: autograd would keep
-            # [L, V] logits and a float32 copy of a half-precision head.
-            upstream = [
-                logits_backward(
-                    pi_minus_y(rows, lm_logits(hidden[rows], self.lm.head).softmax(dim=-1)),
-                    self.lm.head,
-                )
-                for rows in blocks
-            ]
-            (gradient,) = torch.autograd.grad(
-                states, read, (self._config.nll_coeff * torch.cat(upstream)).to(states.dtype)
-            )
+            upstream = self._config.nll_coeff * relaxed.likelihood_gradient(hidden, self.lm.head)
+            (gradient,) = torch.autograd.grad(states, read, upstream)
             cotangent[:-1] = gradient
             stats.token_passes["lm"] += len(prefix) + len(read)
         return hidden, cotangent

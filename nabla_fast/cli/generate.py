@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     decoder = _decoder(arguments, config)
     finished: dict[int, Result] = {}
     stopped: BaseException | None = None
-    with _open(arguments.output) as output, Progress(console=Console(stderr=True)) as progress:
+    bar = Progress(console=Console(stderr=True), transient=True)
+    with _open(arguments.output) as output, bar as progress:
         task = progress.add_task("decoding", total=len(prompts))
 
         def on_result(n: int, result: Result) -> None:

@@ -10,22 +10,22 @@ and every speed-up is measured against it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from nabla_fast.config import DTOConfig
+from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.problem import Problem
 from nabla_fast.descent import TextualOptimizer
 from nabla_fast.errors import ModelError
 from nabla_fast.models import LanguageModel, RewardModel
-from nabla_fast.ops import GumbelNoise, TokenStats, synchronize, token_stats
-from nabla_fast.ops.gumbel import perturbed
+from nabla_fast.ops import synchronize
 from nabla_fast.results import Revision, Stats
 from nabla_fast.rollout import Roller
 from nabla_fast.sampling import draw, seeded
-from nabla_fast.timing import timed
+from nabla_fast.timing import PeakMemory, timed
 from nabla_fast.trajectory import GradientModel
 
 
@@ -44,28 +44,6 @@ class Decoded:
     revisions: list[Revision]
 
 
-@dataclass(frozen=True)
-class _Trajectory:
-    """A rollout that continues the committed tokens, with what selection and descent ask of it."""
-
-    tokens: list[int]  # a_1..a_L
-    hidden: Tensor  # [L, H], states over the sampled tokens
-    stats: TokenStats  # of z = W·hidden
-    hard: Tensor  # [L] int64, ŷ: the argmax of z, or of z plus its noise
-    noise: GumbelNoise | None  # of L positions
-
-    def after(self, count: int) -> _Trajectory:
-        """What is left behind the first ``count`` tokens."""
-        rest = slice(count, None)
-        return _Trajectory(
-            self.tokens[rest],
-            self.hidden[rest],
-            TokenStats(*(value[rest] for value in self.stats)),
-            self.hard[rest],
-            None if self.noise is None else GumbelNoise(*(key[rest] for key in self.noise)),
-        )
-
-
 class SequentialLoop:
     """Decodes one problem at a time."""
 
@@ -75,13 +53,22 @@ class SequentialLoop:
         self._optimizer = TextualOptimizer(self._gradients, config)
         self._rejection = config.rejection and rm is not None
 
-    @torch.no_grad()
-    def decode(self, problem: Problem, stats: Stats) -> Decoded:
-        """Decode one problem; ``stats`` receives what it cost.
+    def decode(self, problems: Sequence[Problem], stats: Sequence[Stats]) -> Iterator[tuple[int, Decoded]]:
+        """Yield (index, response) of one problem after another; ``stats`` receive what each cost.
 
         Raises:
             RowError: the LM's logits are not finite.
+            ModelError: a reward is not finite.
         """
+        for index, (problem, own) in enumerate(zip(problems, stats, strict=True)):
+            peak = PeakMemory(self._lm.device)
+            with timed(own, "total"):
+                decoded = self._decode(problem, own)
+            own.peak_bytes = peak.bytes()
+            yield index, decoded
+
+    @torch.no_grad()
+    def _decode(self, problem: Problem, stats: Stats) -> Decoded:
         config, roller = self._config, Roller(self._lm)
         committed: list[int] = []
         revisions: list[Revision] = []
@@ -122,23 +109,23 @@ class SequentialLoop:
 
     def _roll_out(
         self, roller: Roller, problem: Problem, committed: list[int], stats: Stats
-    ) -> _Trajectory:
+    ) -> Continuation:
         """A new rollout after ``committed``, seeded by what precedes its first free token."""
-        return self._trajectory(roller, problem, committed, len(committed), stats)
+        return self._continuation(roller, problem, committed, len(committed), stats)
 
     def _propose(
         self, roller: Roller, problem: Problem, committed: list[int], token: int, stats: Stats
-    ) -> _Trajectory:
+    ) -> Continuation:
         """The rollout that a new token starts; empty if the token ends the response."""
-        return self._trajectory(roller, problem, [*committed, token], len(committed), stats)
+        return self._continuation(roller, problem, [*committed, token], len(committed), stats)
 
-    def _trajectory(
+    def _continuation(
         self, roller: Roller, problem: Problem, response: list[int], offset: int, stats: Stats
-    ) -> _Trajectory:
+    ) -> Continuation:
         stats.generations += 1
         stats.rounds += 1
         if response and problem.finish_reason(response):
-            return self._empty()
+            return Continuation.empty(self._lm)
         with timed(stats, "rollout"):
             rollout = roller.roll(
                 [*problem.prompt_ids, *response],
@@ -148,28 +135,12 @@ class SequentialLoop:
                 stats,
             )
         with timed(stats, "selection"):
-            statistics = token_stats(rollout.hidden, self._lm.head)
-            synchronize()
-            noise = None
-            hard = statistics.argmax
-            if self._config.relaxation == "gumbel":
-                noise = self._noise(problem, len(response), len(rollout.tokens))
-                hard = perturbed(self._lm.logits(rollout.hidden), noise).argmax(dim=-1)
-        return _Trajectory(rollout.tokens, rollout.hidden, statistics, hard, noise)
-
-    def _empty(self) -> _Trajectory:
-        hidden = self._lm.head.new_empty(0, self._lm.head.shape[1])
-        nothing = hidden.new_empty(0)
-        tokens = nothing.long()
-        return _Trajectory([], hidden, TokenStats(nothing, nothing, nothing, tokens), tokens, None)
-
-    def _noise(self, problem: Problem, offset: int, count: int) -> GumbelNoise:
-        start = len(problem.prompt_ids) + offset
-        position = torch.arange(start, start + count, device=self._lm.device)
-        return GumbelNoise(torch.full_like(position, problem.seed), position)
+            return Continuation.of(
+                self._lm, self._config, problem, response, rollout.tokens, rollout.hidden
+            )
 
     def _first_selected(
-        self, problem: Problem, committed: list[int], current: _Trajectory, stats: Stats
+        self, problem: Problem, committed: list[int], current: Continuation, stats: Stats
     ) -> int | None:
         """Index of the first position that meets every condition set, or None."""
         config = self._config
@@ -188,7 +159,7 @@ class SequentialLoop:
         positions = selected.nonzero()
         return int(positions[0]) if len(positions) else None
 
-    def _resample(self, problem: Problem, committed: list[int], current: _Trajectory, stats: Stats) -> int:
+    def _resample(self, problem: Problem, committed: list[int], current: Continuation, stats: Stats) -> int:
         """Optimize the trajectory from its first position on, and draw that position's token."""
         count = 1 if self._config.update == "first" else len(current.tokens)
         parameter = self._optimizer.initial(current.hidden[:count])

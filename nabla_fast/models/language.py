@@ -14,7 +14,6 @@ from nabla_fast.ops import lm_logits
 
 # Config fields that change logits after the head: named in the refusal, so that one knows why.
 _LOGIT_CHANGES = (
-    "final_logit_softcapping",
     "logit_scale",
     "logits_scaling",
     "output_multiplier_scale",
@@ -55,6 +54,11 @@ class LanguageModel:
             raise ModelError(
                 f"{name} reads {self.table.shape[0]} tokens but writes {self.head.shape[0]}: "
                 "the two vocabularies must be one"
+            )
+        # Small logits pass through a soft cap almost unchanged, so a probe alone might not see it.
+        if cap := getattr(config, "final_logit_softcapping", None):
+            raise ModelError(
+                f"{name} caps its logits (final_logit_softcapping={cap}), which is not supported"
             )
         self._probe(name, config)
 
@@ -111,6 +115,8 @@ class LanguageModel:
         ids = self.tensor([v % self.vocabulary for v in (1, 2, 3, 5)])
         hidden = self.hidden(ids)[0]
         theirs = self.model(input_ids=ids, use_cache=False).logits[0].to(torch.float32)
+        if not theirs.isfinite().all():
+            raise ModelError(f"{name} gives logits that are not finite")
         if not _close(self.logits(hidden).to(torch.float32), theirs, self.head.dtype):
             fields = [
                 f"{f}={v}" for f in _LOGIT_CHANGES if (v := getattr(config, f, None)) not in (None, 1.0)

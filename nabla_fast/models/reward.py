@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ class RewardModel:
         table: input embeddings R [V, H_r], read through the LM's vocabulary: row v is what the model
             reads for token v of the LM.
         context: most tokens the model reads, or None if it does not say.
+        scores_last: whether a reward is the score head of the last token's hidden state.
     """
 
     def __init__(self, model: nn.Module, alignment: VocabularyAlignment):
@@ -47,7 +49,7 @@ class RewardModel:
         self.table = alignment.aligned(self._own_table)
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._backbone = getattr(model, "base_model", model)
-        self._pools_last = False
+        self.scores_last = False
         self._probe()
 
     @property
@@ -70,7 +72,7 @@ class RewardModel:
 
     def score_embeddings(self, embeddings: Tensor) -> Tensor:
         """Rewards [1] of one sequence of input embeddings [1, S, H_r]; differentiable."""
-        if self._pools_last:
+        if self.scores_last:
             hidden = self._backbone(inputs_embeds=embeddings, use_cache=False).last_hidden_state
             return self.model.score(hidden[:, -1])[:, 0]
         mask = torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
@@ -85,7 +87,7 @@ class RewardModel:
         Returns:
             [B] float32 (float64 for a float64 model) on the CPU.
         """
-        if not self._pools_last:
+        if not self.scores_last:
             rewards = [self.score_embeddings(self.embed(ids)[None]) for ids in sequences]
             return _wide(torch.cat(rewards))
         lengths = torch.tensor([len(ids) for ids in sequences], device=self.device)
@@ -103,17 +105,21 @@ class RewardModel:
 
     @torch.no_grad()
     def _probe(self) -> None:
+        name = type(self.model).__name__
         pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         ids = [v % self.vocabulary for v in range(1, 6) if v % self.vocabulary != pad]
         mask = torch.ones(1, len(ids), dtype=torch.int64, device=self.device)
-        theirs = float(self.model(input_ids=self._ids(ids)[None], attention_mask=mask).logits[0, 0])
+        logits = self.model(input_ids=self._ids(ids)[None], attention_mask=mask).logits
+        if logits.shape != (1, 1):
+            raise ModelError(f"{name} gives scores {list(logits.shape)} for one sequence, not one")
+        theirs = float(logits)
+        if not math.isfinite(theirs):
+            raise ModelError(f"{name} gives a reward that is not finite")
         if hasattr(self.model, "score") and self._backbone is not self.model:
-            self._pools_last = True
-            self._pools_last = _close(float(self.score([ids])[0]), theirs)
+            self.scores_last = True
+            self.scores_last = _close(float(self.score([ids])[0]), theirs)
         if not _close(float(self.score_embeddings(self.embed(ids)[None])[0]), theirs):
-            raise ModelError(
-                f"{type(self.model).__name__} does not read input embeddings the way it reads tokens"
-            )
+            raise ModelError(f"{name} does not read input embeddings the way it reads tokens")
 
 
 def _close(ours: float, theirs: float) -> bool:

@@ -60,7 +60,7 @@ def descend(
 
 def _spread(flipped: Tensor, group: Tensor | None) -> Tensor:
     """True for each row of a group in which any row is True."""
-    if group is None:
+    if group is None or not flipped.any():
         return flipped
     any_flipped = torch.zeros(int(group.max()) + 1, dtype=torch.bool, device=group.device)
     any_flipped[group[flipped]] = True

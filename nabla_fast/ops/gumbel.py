@@ -76,7 +76,7 @@ def gumbel_noise(noise: GumbelNoise, vocabulary: int) -> Tensor:
 
 @gumbel_noise.check
 def _(noise: GumbelNoise, vocabulary: int) -> None:
-    expect_noise("gumbel_noise", noise, noise.seed.shape[0])
+    expect_noise("gumbel_noise", noise, noise.seed.numel())
     expect_vocabulary("gumbel_noise", vocabulary)
 
 

@@ -20,6 +20,7 @@ from nabla_fast.ops.embedding_mix import embedding_mix, embedding_mix_backward
 from nabla_fast.ops.gumbel import GumbelNoise
 from nabla_fast.ops.logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
+from nabla_fast.ops.rows import report, row_status
 
 
 @op
@@ -48,6 +49,7 @@ def linear_embedding_mix(
         RowError: a row's logits have a NaN or +inf, or no finite value.
     """
     z = lm_logits(hidden, head)
+    report("linear_embedding_mix", row_status(z))
     return embedding_mix.body(z, tables, tau=tau, hard=hard, noise=noise, direct=direct)
 
 

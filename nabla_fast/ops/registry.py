@@ -35,7 +35,7 @@ _availability: dict[str, Callable[[], str | None]] = {
     "torch": lambda: None,
     "cpu": _native.why_missing,
 }
-_forced: tuple[str, ...] | None = None
+_forced: tuple[str, ...] | None = None  # () is the choice by input; None, what the environment says
 
 
 def backend_status() -> dict[str, str | None]:
@@ -70,7 +70,7 @@ class use_backend:
     def __init__(self, *names: str):
         global _forced
         self._former = _forced
-        _forced = _parse_backends(names) or None
+        _forced = _parse_backends(names)
 
     def __enter__(self) -> use_backend:
         return self
@@ -80,11 +80,10 @@ class use_backend:
         _forced = self._former
 
 
-def _forced_backends() -> tuple[str, ...] | None:
-    global _forced
+def _forced_backends() -> tuple[str, ...]:
     if _forced is None and (names := os.environ.get("NABLA_FAST_BACKEND")):
         return _parse_backends([name.strip() for name in names.split(",") if name.strip()])
-    return _forced
+    return _forced or ()
 
 
 @dataclass(frozen=True)
@@ -214,15 +213,17 @@ class Op:
         self._library_op.register_fake(lambda *flat: self._flatten_result(self._apply(function, flat)))
         return function
 
-    def gradient(self, wrt: str) -> Callable[[Callable], Callable]:
-        """Register ``function(arguments, outputs, cotangents) -> gradient`` of the argument ``wrt``.
+    def gradient(self, *wrt: str) -> Callable[[Callable], Callable]:
+        """Register ``function(arguments, outputs, cotangents) -> gradient`` of the arguments ``wrt``.
 
         ``arguments`` is the dict of the call, ``outputs`` what it returned, ``cotangents`` the list of
-        their gradients. Double backward is an error: the gradient is itself an op without one.
+        their gradients; the function returns a tensor, or one for each of several arguments. Double
+        backward is an error: the gradient is itself an op without one.
         """
-        index = [field for p in self.parameters for field in p.fields].index(wrt)
+        fields = [field for p in self.parameters for field in p.fields]
+        indices = [fields.index(name) for name in wrt]
 
-        def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
             def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
                 ctx.save_for_backward(*_tensors((inputs, output)))
                 ctx.shape = _without_tensors((inputs, output))
@@ -237,7 +238,9 @@ class Op:
                     torch.zeros_like(o) if c is None else c for o, c in zip(outputs, flat, strict=True)
                 ]
                 gradients = [[None] * len(value) if isinstance(value, list) else None for value in inputs]
-                gradients[index] = function(arguments, output, filled)
+                result = function(arguments, output, filled)
+                for index, gradient in zip(indices, result if len(wrt) > 1 else (result,), strict=True):
+                    gradients[index] = gradient
                 return tuple(gradients)
 
             self._library_op.register_autograd(backward, setup_context=setup_context)

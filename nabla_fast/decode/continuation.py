@@ -1,0 +1,77 @@
+"""A rollout with what selection and descent ask of it, shared by both loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nabla_fast.config import DTOConfig
+from nabla_fast.decode.problem import Problem
+from nabla_fast.models import LanguageModel
+from nabla_fast.ops import GumbelNoise, TokenStats, synchronize, token_stats
+from nabla_fast.ops.gumbel import perturbed
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Tokens rolled out behind a response.
+
+    Attributes:
+        tokens: a_1..a_L.
+        hidden: [L, H], the LM's states over these tokens that predict them.
+        stats: of z = W·hidden, [L] each.
+        hard: ŷ [L] int64, the argmax of z, or of z plus its noise.
+        noise: keys of the positions' Gumbel noise, or None.
+    """
+
+    tokens: list[int]
+    hidden: Tensor
+    stats: TokenStats
+    hard: Tensor
+    noise: GumbelNoise | None
+
+    @classmethod
+    def empty(cls, lm: LanguageModel) -> Continuation:
+        """L = 0: behind a token that ends the response."""
+        hidden = lm.head.new_empty(0, lm.head.shape[1])
+        nothing = hidden.new_empty(0)
+        tokens = nothing.long()
+        return cls([], hidden, TokenStats(nothing, nothing, nothing, tokens), tokens, None)
+
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,
+        config: DTOConfig,
+        problem: Problem,
+        response: list[int],
+        tokens: list[int],
+        hidden: Tensor,
+    ) -> Continuation:
+        """What was rolled out behind ``response``, L ≥ 1.
+
+        Raises:
+            RowError: the LM's logits are not finite.
+        """
+        stats = token_stats(hidden, lm.head)
+        synchronize()
+        if config.relaxation != "gumbel":
+            return cls(tokens, hidden, stats, stats.argmax, None)
+        start = len(problem.prompt_ids) + len(response)
+        position = torch.arange(start, start + len(tokens), device=hidden.device)
+        noise = GumbelNoise(torch.full_like(position, problem.seed), position)
+        hard = perturbed(lm.logits(hidden), noise).argmax(dim=-1)
+        return cls(tokens, hidden, stats, hard, noise)
+
+    def after(self, count: int) -> Continuation:
+        """What is left behind the first ``count`` tokens."""
+        rest = slice(count, None)
+        return Continuation(
+            self.tokens[rest],
+            self.hidden[rest],
+            TokenStats(*(value[rest] for value in self.stats)),
+            self.hard[rest],
+            None if self.noise is None else GumbelNoise(*(key[rest] for key in self.noise)),
+        )

@@ -1,0 +1,200 @@
+"""Reading a suffix with a transformers decoder whose prefix lies in a block pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from nabla_fast.errors import ModelError, one_line
+from nabla_fast.ops.prefix_attention import prefix_attention
+from nabla_fast.paged_kv import BlockPool, PagedSequence, block_tables
+
+IMPLEMENTATION = "nabla_paged"
+
+# What models pass to an attention function and what it can do without.
+_HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What the attention of every layer needs to know of a pass."""
+
+    pool: BlockPool
+    tables: Tensor  # [B, M] int64
+    lengths: Tensor  # [B] int64, of the prefixes
+    slots: Tensor | None  # [T] int64, where the suffixes' keys and values are put; None: nowhere
+    tokens: tuple[Tensor, Tensor] | None  # [T] row and position of each of these in the batch
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    paged: _Context,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer."""
+    unknown = sorted(k for k, v in others.items() if v is not None and k not in _HARMLESS)
+    if unknown:
+        raise ModelError(
+            f"{type(module).__name__} needs {', '.join(unknown)}, which paged attention does not have"
+        )
+    pool, layer = paged.pool, module.layer_idx
+    output = prefix_attention(
+        query,
+        key,
+        value,
+        pool.keys[layer],
+        pool.values[layer],
+        paged.tables,
+        paged.lengths,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+    )
+    if paged.slots is not None:
+        row, position = paged.tokens
+        pool.write(layer, paged.slots, key[row, :, position], value[row, :, position])
+    return output.transpose(1, 2), None
+
+
+# Without a mask function of its own, transformers would cut the keys to the suffix without a word.
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, lambda *_, **__: None)
+
+
+class PagedReader:
+    """Reads suffixes behind frozen prefixes with the backbone of a transformers model.
+
+    Args:
+        model: a decoder-only model whose attention goes through transformers' AttentionInterface.
+    """
+
+    def __init__(self, model: nn.Module):
+        """Probe the model once on four tokens.
+
+        Raises:
+            ModelError: what it reads behind a paged prefix is not what it reads at once.
+        """
+        self._model = model
+        self._backbone = model.base_model
+        self._probe()
+
+    def pool(self, blocks: int, block_size: int = 16) -> BlockPool:
+        """A pool for this model's keys and values."""
+        config = self._model.config.get_text_config()
+        heads = config.num_attention_heads
+        weight = self._model.get_input_embeddings().weight
+        return BlockPool(
+            layers=config.num_hidden_layers,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            blocks=blocks,
+            block_size=block_size,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def read(
+        self,
+        sequences: Sequence[PagedSequence],
+        lengths: Sequence[int],
+        *,
+        ids: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        store: bool = False,
+    ) -> Tensor:
+        """Final hidden states of suffixes that continue sequences of one pool.
+
+        Gradients reach ``embeddings`` and stop at the prefixes.
+
+        Args:
+            sequences: B prefixes; none may stand twice if ``store``.
+            lengths: tokens of each suffix; the rest of a row, on the right, is padding.
+            ids: [B, S] int64, or
+            embeddings: [B, S, H].
+            store: put the suffixes' keys and values behind the prefixes, which grow by them.
+        Returns:
+            [B, S, H]; rows of padding mean nothing.
+        Raises:
+            PoolExhausted: too few blocks; no sequence has changed.
+            ModelError: the model's attention needs something that paged attention does not have.
+        """
+        width = (ids if ids is not None else embeddings).shape[1]
+        pool = sequences[0].pool
+        device = pool.keys.device
+        before = torch.tensor([sequence.length for sequence in sequences], device=device)
+        tables = block_tables(list(sequences), device)
+        slots = tokens = None
+        if store:
+            slots = torch.cat(_extended(sequences, lengths)).to(device)
+            tokens = tuple(
+                torch.tensor(values, device=device)
+                for values in zip(*((b, s) for b, n in enumerate(lengths) for s in range(n)), strict=True)
+            )
+        context = _Context(pool, tables, before, slots, tokens)
+        with _implementation(self._model, IMPLEMENTATION):
+            output = self._backbone(
+                input_ids=ids,
+                inputs_embeds=embeddings,
+                position_ids=before[:, None] + torch.arange(width, device=device),
+                use_cache=False,
+                paged=context,
+            )
+        return output.last_hidden_state
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        name = type(self._model).__name__
+        table = self._model.get_input_embeddings().weight
+        ids = torch.tensor([[v % table.shape[0] for v in (1, 2, 3, 5)]], device=table.device)
+        whole = self._backbone(input_ids=ids, use_cache=False).last_hidden_state
+        try:
+            sequence = self.pool(blocks=2, block_size=2).sequence()
+            pieces = [self.read([sequence], [2], ids=part, store=True) for part in ids.split(2, dim=1)]
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{name} cannot read from a paged prefix: {one_line(error)}") from error
+        tolerance = 1e-4 if table.dtype in (torch.float32, torch.float64) else 5e-2
+        difference = (torch.cat(pieces, dim=1) - whole).abs().amax()
+        if not difference <= tolerance * whole.abs().amax():
+            raise ModelError(f"{name} reads something else behind a paged prefix than at once")
+
+
+def _extended(sequences: Sequence[PagedSequence], lengths: Sequence[int]) -> list[Tensor]:
+    """Slots for the suffixes; where the pool does not have them all, every sequence is as before."""
+    done: list[tuple[PagedSequence, int]] = []
+    slots = []
+    try:
+        for sequence, count in zip(sequences, lengths, strict=True):
+            former = sequence.length
+            slots.append(sequence.extend(count))
+            done.append((sequence, former))
+    except BaseException:
+        for sequence, former in done:
+            sequence.truncate(former)
+        raise
+    return slots
+
+
+@contextmanager
+def _implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Attention by ``name`` inside; the model's own afterwards."""
+    config = model.config.get_text_config()
+    former = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = former

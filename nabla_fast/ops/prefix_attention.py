@@ -1,0 +1,182 @@
+"""Attention of a suffix over a paged, frozen prefix and over itself."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nabla_fast.ops.checks import expect
+from nabla_fast.ops.registry import op
+from nabla_fast.ops.rows import accumulation_dtype
+
+
+class SuffixGradient(NamedTuple):
+    """Gradients of what the suffix gives; the prefix is constant."""
+
+    q: Tensor  # [B, Hq, S, D]
+    k: Tensor  # [B, Hkv, S, D]
+    v: Tensor  # [B, Hkv, S, D]
+
+
+@op
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    prefix_lengths: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """softmax(scale · q·[K_prefix k]ᵀ) · [V_prefix v], causal within the suffix.
+
+    Suffix token s of sequence b is at position prefix_lengths[b] + s and attends to every position up
+    to its own, or, with a window, to the last ``window`` of these. Query heads share key-value heads
+    in groups (GQA). Suffixes of different lengths are padded on the right: padding is attended to by
+    padding alone. Differentiable once, in q, k and v; the pool is constant.
+
+    Args:
+        q: [B, Hq, S, D].
+        k, v: [B, Hkv, S, D], Hq a multiple of Hkv.
+        key_pool, value_pool: [blocks, block_size, Hkv, D] of one layer.
+        block_tables: [B, M] int64, the blocks of each prefix; entries behind its end are ignored.
+        prefix_lengths: [B] int64, from 0 to M · block_size.
+        scale: of the scores.
+        window: positions a token sees, itself included; None for all.
+    Returns:
+        [B, Hq, S, D] in the dtype of q.
+    Raises:
+        InputError: a shape or dtype does not fit.
+    """
+    keys, values = _gathered(key_pool, value_pool, block_tables, k, v)
+    seen = _seen(prefix_lengths, keys.shape[2] - k.shape[2], k.shape[2], window)
+    return F.scaled_dot_product_attention(
+        q.to(keys.dtype), keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
+    ).to(q.dtype)
+
+
+@op
+def prefix_attention_backward(
+    cotangent: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    prefix_lengths: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+) -> SuffixGradient:
+    """∂ℒ/∂q, ∂ℒ/∂k and ∂ℒ/∂v of :func:`prefix_attention`.
+
+    Args:
+        cotangent: ∂ℒ/∂output [B, Hq, S, D].
+        q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window: as of the forward.
+    """
+    suffix, groups = k.shape[2], q.shape[1] // k.shape[1]
+    keys, values = _gathered(key_pool, value_pool, block_tables, k, v)
+    seen = _seen(prefix_lengths, keys.shape[2] - suffix, suffix, window)
+    queries = q.to(keys.dtype).unflatten(1, (-1, groups))  # [B, Hkv, G, S, D]
+    scores = scale * (queries @ keys[:, :, None].mT)
+    p = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1)
+    upstream = cotangent.to(p.dtype).unflatten(1, (-1, groups))
+    dp = upstream @ values[:, :, None].mT
+    # The softmax's Jacobian over prefix and suffix together: taken apart they would be wrong.
+    ds = scale * p * (dp - (p * dp).sum(dim=-1, keepdim=True))
+    dq = (ds @ keys[:, :, None]).flatten(1, 2)
+    dk = (ds[..., -suffix:].mT @ queries).sum(dim=2)
+    dv = (p[..., -suffix:].mT @ upstream).sum(dim=2)
+    return SuffixGradient(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
+
+
+def _gathered(
+    key_pool: Tensor, value_pool: Tensor, block_tables: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of prefix and suffix, [B, Hkv, P + S, D] in the accumulation dtype."""
+    dtype = accumulation_dtype(k)
+
+    def joined(pool: Tensor, own: Tensor) -> Tensor:
+        prefix = pool[block_tables].flatten(1, 2).transpose(1, 2)
+        return torch.cat([prefix.to(dtype), own.to(dtype)], dim=2)
+
+    return joined(key_pool, k), joined(value_pool, v)
+
+
+def _seen(prefix_lengths: Tensor, width: int, suffix: int, window: int | None) -> Tensor:
+    """[B, S, width + S] bool: which slots of the table, and which suffix tokens, each query sees."""
+    lengths = prefix_lengths[:, None, None]
+    slot = torch.arange(width, device=prefix_lengths.device)
+    own = torch.arange(suffix, device=prefix_lengths.device)
+    distance = own[:, None] - own  # within the suffix
+    prefix = (slot < lengths).expand(-1, suffix, -1)
+    causal = distance >= 0
+    if window is not None:
+        prefix = prefix & (lengths + own[:, None] - slot < window)
+        causal = causal & (distance < window)
+    return torch.cat([prefix, causal.expand(len(prefix), -1, -1)], dim=2)
+
+
+@prefix_attention.check
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    prefix_lengths: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+) -> None:
+    name = "prefix_attention"
+    expect(
+        q.ndim == k.ndim == 4,
+        f"{name}: q and k must be [B, heads, S, D], got {list(q.shape)}, {list(k.shape)}",
+    )
+    batch, heads, suffix, dim = q.shape
+    kv_heads = k.shape[1]
+    expect(
+        kv_heads > 0 and heads % kv_heads == 0,
+        f"{name}: query heads must be a multiple of key-value heads, got {heads} and {kv_heads}",
+    )
+    for field, tensor in (("k", k), ("v", v)):
+        expect(
+            list(tensor.shape) == [batch, kv_heads, suffix, dim],
+            f"{name}: {field} must be [{batch}, {kv_heads}, {suffix}, {dim}], got {list(tensor.shape)}",
+        )
+    for field, pool in (("key_pool", key_pool), ("value_pool", value_pool)):
+        expect(
+            pool.ndim == 4 and list(pool.shape[2:]) == [kv_heads, dim],
+            f"{name}: {field} must be [blocks, block_size, {kv_heads}, {dim}], got {list(pool.shape)}",
+        )
+    for field, tensor, ndim in (("block_tables", block_tables, 2), ("prefix_lengths", prefix_lengths, 1)):
+        expect(
+            tensor.dtype == torch.int64 and tensor.ndim == ndim and tensor.shape[0] == batch,
+            f"{name}: {field} must be int64 with {ndim} dimensions and {batch} rows, "
+            f"got {tensor.dtype} {list(tensor.shape)}",
+        )
+    expect(window is None or window >= 1, f"{name}: window must be at least 1, got {window}")
+
+
+@prefix_attention.fake
+def _(q: Tensor, *_: Any, **__: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@prefix_attention_backward.fake
+def _(cotangent: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> SuffixGradient:
+    return SuffixGradient(q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+
+
+@prefix_attention.gradient("q", "k", "v")
+def _(arguments: dict[str, Any], outputs: Tensor, cotangents: list[Tensor]) -> SuffixGradient:
+    return prefix_attention_backward(cotangents[0], **arguments)

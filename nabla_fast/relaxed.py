@@ -1,0 +1,61 @@
+"""Relaxed positions: what the models read in place of tokens, and what the likelihood says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nabla_fast.ops import embedding_mix, lm_logits, logits_backward
+
+_ROWS = 8  # rows of [V] logits that exist at a time
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """y of L positions: one-hot at hard tokens, or softmax(z/τ). Exactly one of the two is given.
+
+    Attributes:
+        tokens: ŷ [L] int64.
+        logits: z [L, V].
+        tau: τ of the soft ones.
+    """
+
+    tokens: Tensor | None = None
+    logits: Tensor | None = None
+    tau: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.tokens if self.tokens is not None else self.logits)
+
+    def mixes(self, tables: Sequence[Tensor]) -> list[Tensor]:
+        """Σ_v y[v] T[v] for each table T [V, H_t]: [L, H_t] each."""
+        if self.tokens is not None:
+            return [table[self.tokens] for table in tables]
+        return embedding_mix(self.logits, tables, tau=self.tau, hard=False)
+
+    def likelihood_gradient(self, states: Tensor, head: Tensor, start: int = 0) -> Tensor:
+        """∂/∂states of −Σ_i Σ_v y_i[v] log π(v | states_i), over positions from ``start`` on.
+
+        d(−Σ y log π)/dz = π − y, taken to hidden space here: autograd would keep [L, V] logits and a
+        float32 copy of a half-precision head.
+
+        Args:
+            states: [n, H], final hidden states that predict positions start..start+n−1.
+            head: W [V, H].
+        Returns:
+            [n, H] in the dtype of ``states``.
+        """
+        blocks = []
+        for first in range(0, len(states), _ROWS):
+            part = states[first : first + _ROWS]
+            rows = slice(start + first, start + first + len(part))
+            pi = lm_logits(part, head).softmax(dim=-1)
+            if self.tokens is not None:
+                pi[torch.arange(len(part), device=pi.device), self.tokens[rows]] -= 1
+            else:
+                pi -= torch.softmax(self.logits[rows] / self.tau, dim=-1)
+            blocks.append(logits_backward(pi, head))
+        return torch.cat(blocks).to(states.dtype)
