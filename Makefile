@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format gpu clean
+.PHONY: demo test test-slow lint bench format gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/nabla-fast demo
@@ -19,6 +19,13 @@ demo: $(INSTALLED)
 # With a compiler at hand a missing extension is a failure, not a reason to skip its tests.
 test: $(INSTALLED)
 	$(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),NABLA_FAST_REQUIRE_NATIVE=1) $(BIN)/pytest
+
+# Hundreds of random decodes through both loops; about ten minutes.
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
+
+bench: $(INSTALLED)
+	$(BIN)/nabla-fast bench kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

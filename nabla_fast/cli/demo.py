@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from nabla_fast import countdown
     from nabla_fast.demo.methods import Demo, MethodReport
-    from nabla_fast.demo.show import TITLES, most_telling, revised_answer, table
+    from nabla_fast.demo.show import TITLES, agreement, most_telling, revised_answer, table
 
     if arguments.problems < 1:
         raise InputError(f"--problems must be at least 1, got {arguments.problems}")
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     demo = Demo(check_device(arguments.device), arguments.dtype, config_from(arguments))
     seed = arguments.seed
     reports = {name: MethodReport() for name in TITLES}
-    results = []
+    results: dict[str, dict] = {"nabla": {}, "nabla_sequential": {}}
     interrupted = False
     columns = TextColumn("{task.description:>24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -73,7 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
             demo.greedy(problems, *started("greedy"))
             demo.self_consistency(problems, seed, *started("self_consistency"))
             demo.best_of_n(problems, seed, *started("best_of_n"))
-            demo.nabla(problems, seed, *started("nabla"), results)
+            for name, loop in (("nabla", "batched"), ("nabla_sequential", "sequential")):
+                demo.nabla(problems, seed, *started(name), loop=loop, results=results[name])
         except KeyboardInterrupt:
             interrupted = True
     if arguments.json:
@@ -85,10 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         console = Console()
         console.print(table(reports))
-        shown = most_telling(results, reports["nabla"].correct)
+        shown = most_telling(problems, results["nabla"])
         if shown is not None:
-            correct = reports["nabla"].correct[shown]
-            console.print(revised_answer(problems[shown], results[shown], correct, demo.tokenizer))
+            console.print(revised_answer(problems[shown], results["nabla"][shown], demo.tokenizer))
+        console.print(agreement(results["nabla"], results["nabla_sequential"]), style="dim")
     if interrupted:
         raise KeyboardInterrupt("interrupted: the figures are those of the problems that were finished")
     return 0

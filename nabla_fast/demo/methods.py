@@ -75,7 +75,12 @@ class Demo:
             load_language_model(bundled("lm"), device, dtype),
             load_reward_model(bundled("rm"), device, dtype),
         )
-        self.decoder = NablaDecoder(lm, rm, self.tokenizer, config=config)
+        self._decoders = {
+            loop: NablaDecoder(
+                lm, rm, self.tokenizer, config=config, loop=loop, batch_size=BATCH // SAMPLES
+            )
+            for loop in ("batched", "sequential")
+        }
         self._lm, self._rm = LanguageModel(lm), RewardModel(rm, VocabularyAlignment.identity())
         self._tail = response_tail(self.tokenizer)
 
@@ -123,17 +128,24 @@ class Demo:
         seed: int,
         report: MethodReport,
         advance: Advance,
-        results: list[Result],
+        *,
+        loop: str,
+        results: dict[int, Result],
     ) -> None:
-        """∇-decoding, one problem after another; ``results`` receives what the decoder returned."""
+        """∇-decoding by the "batched" or the "sequential" loop; ``results`` receives what it returns."""
+
+        def on_result(n: int, result: Result) -> None:
+            results[n] = result
+            _add(report.stats, result.stats)
+            self._finish([problems[n]], [result.text], report, advance)
+
         with _measured(report, self._lm):
-            for n, problem in enumerate(problems):
-                (result,) = self.decoder.generate(
-                    [countdown.render(problem)], seed=seed + n, max_new_tokens=MAX_NEW_TOKENS
-                )
-                results.append(result)
-                _add(report.stats, result.stats)
-                self._finish([problem], [result.text], report, advance)
+            self._decoders[loop].generate(
+                [countdown.render(problem) for problem in problems],
+                seed=[seed + n for n in range(len(problems))],
+                max_new_tokens=MAX_NEW_TOKENS,
+                on_result=on_result,
+            )
 
     def _prompt(self, problem: countdown.Problem) -> tuple[int, ...]:
         return render_chat(self.tokenizer, [{"role": "user", "content": countdown.render(problem)}])

@@ -19,6 +19,7 @@ TITLES = {
     "self_consistency": f"self-consistency({SAMPLES})",
     "best_of_n": f"Best-of-{SAMPLES}",
     "nabla": f"∇({SAMPLES})",
+    "nabla_sequential": f"∇({SAMPLES}), sequential",
 }
 
 
@@ -51,23 +52,25 @@ def table(reports: dict[str, MethodReport]) -> Table:
     return result
 
 
-def most_telling(results: Sequence[Result], correct: Sequence[bool]) -> int | None:
+def most_telling(problems: Sequence[countdown.Problem], results: dict[int, Result]) -> int | None:
     """Index of a problem worth showing: solved by an accepted revision if there is one."""
 
-    def rank(n: int) -> tuple[bool, int]:
-        return correct[n], sum(revision.accepted for revision in results[n].revisions)
+    def rank(n: int) -> tuple[bool, int, int]:
+        accepted = sum(revision.accepted for revision in results[n].revisions)
+        return countdown.check(problems[n], results[n].text), accepted, -n
 
-    candidates = [n for n in range(len(results)) if results[n].revisions]
+    candidates = [n for n in results if results[n].revisions]
     return max(candidates, key=rank, default=None)
 
 
-def revised_answer(problem: countdown.Problem, result: Result, correct: bool, tokenizer: Any) -> Group:
+def revised_answer(problem: countdown.Problem, result: Result, tokenizer: Any) -> Group:
     """The answer with its revised tokens coloured, and every proposal with its rewards."""
     revised = {revision.position for revision in result.revisions if revision.accepted}
     answer = Text()
     for position, token in enumerate(result.token_ids):
         style = "bold black on green" if position in revised else ""
         answer.append(tokenizer.decode([token]), style=style)
+    correct = countdown.check(problem, result.text)
     verdict = Text(" solved" if correct else " not solved", style="green" if correct else "red")
     heading = Text.assemble(("\n" + countdown.render(problem), "bold"), "   ", answer, verdict)
     proposals = Table(box=None, padding=(0, 2))
@@ -85,3 +88,10 @@ def revised_answer(problem: countdown.Problem, result: Result, correct: bool, to
             Text("accepted", style="green") if revision.accepted else Text("rejected", style="dim"),
         )
     return Group(heading, proposals)
+
+
+def agreement(fast: dict[int, Result], sequential: dict[int, Result]) -> str:
+    """How many of the problems that both loops have done came out with the same tokens."""
+    both = fast.keys() & sequential.keys()
+    same = sum(fast[n].token_ids == sequential[n].token_ids for n in both)
+    return f"\nboth ∇ loops returned the same tokens on {same} of {len(both)} problems"

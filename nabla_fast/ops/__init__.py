@@ -15,6 +15,7 @@ from nabla_fast.ops.linear_embedding_mix import linear_embedding_mix
 from nabla_fast.ops.logits import lm_logits, logits_backward
 from nabla_fast.ops.onehot_grad import onehot_grad
 from nabla_fast.ops.onehot_grad_norm import onehot_grad_norm
+from nabla_fast.ops.prefix_attention import prefix_attention
 from nabla_fast.ops.registry import backend_status, use_backend
 from nabla_fast.ops.rows import synchronize
 from nabla_fast.ops.token_stats import TokenStats, token_stats
@@ -36,6 +37,7 @@ __all__ = [
     "logits_backward",
     "onehot_grad",
     "onehot_grad_norm",
+    "prefix_attention",
     "synchronize",
     "token_stats",
     "use_backend",

@@ -1,0 +1,39 @@
+"""What all tests share: quiet libraries, a seeded global generator, the golden models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from golden_data import GOLDEN, golden_model
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def pytest_configure() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # tiny models lose by more; a test of threads sets its own number
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same global generator, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden_models() -> dict[str, PreTrainedModel]:
+    """The golden models in float32 by name: lm, lm_edge and rm. Shared: not to be changed."""
+    return {name: golden_model(name) for name in ("lm", "lm_edge", "rm")}
+
+
+@pytest.fixture(scope="session")
+def golden_models_64() -> dict[str, PreTrainedModel]:
+    """The golden models in float64. Shared: not to be changed."""
+    return {name: golden_model(name, torch.float64) for name in ("lm", "lm_edge", "rm")}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The golden models' tokenizer: one token a character, a chat template, EOS 0."""
+    return PreTrainedTokenizerFast.from_pretrained(GOLDEN / "tokenizer")

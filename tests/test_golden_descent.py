@@ -1,0 +1,68 @@
+"""The descent on a fixed trajectory against numbers of the official release."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_data import GOLDEN, golden_json
+from safetensors.torch import load_file
+
+from nabla_fast import DTOConfig, VocabularyAlignment
+from nabla_fast.decode.problem import Problem
+from nabla_fast.descent import TextualOptimizer
+from nabla_fast.models import LanguageModel, RewardModel
+from nabla_fast.results import Stats
+from nabla_fast.stop import StopStrings
+from nabla_fast.trajectory import GradientModel
+
+CASES = golden_json("descent")
+
+
+@pytest.fixture(scope="module")
+def numbers() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "descent.safetensors")
+
+
+def _name(n: int) -> str:
+    case = CASES[n]
+    return f"{n}-{case['param']}-{'all' if case['update_postfix'] else 'first'}-lr{case['lr']}"
+
+
+@pytest.mark.parametrize("n", range(len(CASES)), ids=_name)
+def test_descent(n, numbers, golden_models):
+    case = CASES[n]
+    config = DTOConfig(
+        parameter=case["param"],
+        update="all" if case["update_postfix"] else "first",
+        iters=case["iters"],
+        lr=case["lr"],
+        reward_coeff=case["reward_coeff"],
+        nll_coeff=case["nll_coeff"],
+    )
+    problem = Problem(
+        tuple(case["prompt_ids"]),
+        tuple(case["rm_prefix_ids"]),
+        tuple(case["rm_suffix_ids"]),
+        seed=0,
+        max_new_tokens=64,
+        eos_ids=frozenset([0]),
+        stop=StopStrings(),
+    )
+    rm = RewardModel(golden_models["rm"], VocabularyAlignment.identity())
+    gradients = GradientModel(LanguageModel(golden_models["lm"]), rm, config)
+    optimizer = TextualOptimizer(gradients, config)
+    committed = numbers[f"case{n}.committed"][0].tolist()
+    start = numbers[f"case{n}.init"][0]
+    tokens = optimizer.logits(start).argmax(dim=-1)
+
+    onehot = gradients.hard(problem, committed, tokens, Stats())
+    expected = numbers[f"case{n}.grad_onehot"][0]
+    torch.testing.assert_close(onehot.rows(len(tokens)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(onehot.norms(), expected.norm(dim=-1), atol=1e-4, rtol=1e-5)
+
+    count = len(tokens) if case["update_postfix"] else 1
+    parameter, stats = start[:count].clone(), Stats()
+    optimizer.optimize_hard_(problem, committed, parameter, tokens.clone(), None, stats)
+    final = optimizer.logits(torch.cat([parameter, start[count:]]))
+    torch.testing.assert_close(final, numbers[f"case{n}.final_logits"][0], atol=1e-4, rtol=0)
+    assert stats.gradient_passes == case["grad_steps"]

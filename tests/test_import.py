@@ -1,0 +1,71 @@
+"""``import nabla_fast`` needs no accelerator, no Triton and no compiled extension."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PREAMBLE = """
+    import sys
+
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "triton" or name == "nabla_fast._C":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Missing())
+"""
+
+
+def run(code: str) -> None:
+    """Run code in a new interpreter that sees no CUDA device and turns warnings into errors."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("NABLA_FAST_BACKEND", None)
+    source = textwrap.dedent(PREAMBLE) + textwrap.dedent(code)
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", source],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.smoke
+def test_import_and_ops_without_triton_extension_and_cuda():
+    run("""
+        import nabla_fast
+        import nabla_fast.ops as ops
+        import torch
+
+        assert "triton" not in sys.modules
+        status = ops.backend_status()
+        assert status["torch"] is None
+        assert status["cpu"] and "\\n" not in status["cpu"]
+        assert not torch.cuda.is_available()
+        for name in nabla_fast.__all__:
+            assert hasattr(nabla_fast, name), name
+        stats = ops.token_stats(torch.tensor([[0.0, 1.0, 2.0]]))
+        assert int(stats.argmax) == 2
+        try:
+            nabla_fast.use_backend("cpu")
+        except nabla_fast.BackendUnavailable as error:
+            assert "cpu" in str(error) and "\\n" not in str(error)
+        else:
+            raise AssertionError("the missing extension was not noticed")
+    """)
+
+
+def test_import_loads_no_model_code():
+    run("""
+        import nabla_fast
+
+        loaded = [name for name in sys.modules if name.startswith("transformers.models.")]
+        assert not [name for name in loaded if ".modeling_" in name], loaded
+    """)

@@ -1,0 +1,125 @@
+"""Suffixes behind a frozen, paged prefix against full recomputation."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from nabla_fast.errors import ModelError
+from nabla_fast.models.paged import PagedReader
+from nabla_fast.paged_kv import PoolExhausted
+
+EXACT = ("qwen2", "qwen2_tied", "qwen3", "llama", "mistral", "gemma3", "phi", "gpt2", "granite", "cohere")
+TOTALS, PREFIXES = (7, 12, 9), (3, 10, 5)
+
+
+def decoder(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    config, lm, _, fields = tiny_models.ARCHITECTURES[name]
+    torch.manual_seed(0)
+    settings = {"vocab_size": tiny_models.VOCABULARY, "pad_token_id": 0} | fields
+    model = getattr(transformers, lm)(getattr(transformers, config)(**settings))
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def ragged() -> list[torch.Tensor]:
+    return [torch.randint(3, tiny_models.VOCABULARY, (total,)) for total in TOTALS]
+
+
+def differences(model: PreTrainedModel) -> tuple[float, float]:
+    """Largest relative difference of hidden states, and of gradients, from full recomputation."""
+    reader = PagedReader(model)
+    pool = reader.pool(40, block_size=4)
+    table = model.get_input_embeddings()
+    ids = ragged()
+    sequences = [pool.sequence() for _ in ids]
+    heads = pad_sequence([row[:n] for row, n in zip(ids, PREFIXES, strict=True)], batch_first=True)
+    before = reader.read(sequences, PREFIXES, ids=heads, store=True)
+    suffixes = [table(row[n:]).detach().requires_grad_() for row, n in zip(ids, PREFIXES, strict=True)]
+    lengths = list(map(len, suffixes))
+    after = reader.read(sequences, lengths, embeddings=pad_sequence(suffixes, batch_first=True))
+    state = gradient = 0.0
+    for b, (row, n) in enumerate(zip(ids, PREFIXES, strict=True)):
+        own = table(row[n:]).detach().requires_grad_()
+        whole = torch.cat([table(row[:n]).detach(), own])[None]
+        full = model.base_model(inputs_embeds=whole, use_cache=False).last_hidden_state[0]
+        paged = torch.cat([before[b, :n], after[b, : lengths[b]]])
+        state = max(state, float(((full - paged).abs().amax() / full.abs().amax()).detach()))
+        cotangent = torch.randn_like(full[n:])
+        (expected,) = torch.autograd.grad(full[n:], own, cotangent)
+        (found,) = torch.autograd.grad(after[b, : lengths[b]], suffixes[b], cotangent, retain_graph=True)
+        assert expected.abs().amax() > 0
+        gradient = max(gradient, float((expected - found).abs().amax() / expected.abs().amax()))
+    return state, gradient
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_states_and_gradients_are_those_of_full_recomputation(name: str, dtype: torch.dtype, bound: float):
+    state, gradient = differences(decoder(name, dtype))
+    assert state <= bound
+    assert gradient <= bound
+
+
+def test_left_padding_changes_nothing():
+    # The same tokens through transformers' own left-padded batch: positions count from the first real token.
+    model = decoder("qwen2")
+    ids = ragged()
+    width = max(TOTALS)
+    batch = torch.stack([torch.cat([torch.zeros(width - len(r), dtype=torch.int64), r]) for r in ids])
+    mask = torch.stack([torch.cat([torch.zeros(width - len(r)), torch.ones(len(r))]) for r in ids]).long()
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    padded = model.base_model(
+        input_ids=batch, attention_mask=mask, position_ids=positions
+    ).last_hidden_state
+    reader = PagedReader(model)
+    pool = reader.pool(40, block_size=4)
+    states = reader.read([pool.sequence() for _ in ids], TOTALS, ids=pad_sequence(ids, batch_first=True))
+    for b, row in enumerate(ids):
+        torch.testing.assert_close(
+            states[b, : len(row)], padded[b, width - len(row) :], rtol=1e-12, atol=1e-12
+        )
+
+
+def test_reading_in_pieces_is_reading_at_once():
+    model = decoder("qwen3")
+    reader = PagedReader(model)
+    (ids,) = (torch.randint(3, tiny_models.VOCABULARY, (1, 11)),)
+    pool = reader.pool(40, block_size=4)
+    whole = reader.read([pool.sequence()], [11], ids=ids)
+    sequence = pool.sequence()
+    pieces = [
+        reader.read([sequence], [stop - start], ids=ids[:, start:stop], store=True)
+        for start, stop in ((0, 1), (1, 6), (6, 7), (7, 11))
+    ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_soft_capped_attention_is_refused_by_name():
+    with pytest.raises(ModelError, match="Gemma2Attention needs softcap"):
+        differences(decoder("gemma2"))
+
+
+def test_the_models_own_attention_comes_back():
+    model = decoder("qwen2")
+    before = model.config._attn_implementation
+    reader = PagedReader(model)
+    sequence = reader.pool(1, block_size=4).sequence()
+    with pytest.raises(PoolExhausted):
+        reader.read([sequence], [9], ids=torch.ones(1, 9, dtype=torch.int64), store=True)
+    assert sequence.length == 0
+    assert sequence.pool.free_blocks == 1
+    assert model.config._attn_implementation == before
+
+
+def test_a_failed_extension_leaves_all_sequences_as_they_were():
+    reader = PagedReader(decoder("qwen2"))
+    pool = reader.pool(3, block_size=4)
+    sequences = [pool.sequence(), pool.sequence()]
+    with pytest.raises(PoolExhausted):
+        reader.read(sequences, [8, 8], ids=torch.ones(2, 8, dtype=torch.int64), store=True)
+    assert [s.length for s in sequences] == [0, 0]
+    assert pool.free_blocks == 3

@@ -1,0 +1,63 @@
+"""Drawing tokens as transformers' ``generate`` does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from nabla_fast import SamplingConfig
+from nabla_fast.sampling import draw, filtered_probabilities, next_token, seeded
+
+SETTINGS = [
+    SamplingConfig(temperature, top_k, top_p)
+    for temperature in (0.5, 1.0, 1.7)
+    for top_k in (0, 1, 7, 100)
+    for top_p in (0.1, 0.8, 1.0)
+]
+
+
+def theirs(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+    scores = TemperatureLogitsWarper(sampling.temperature)(None, logits[None])
+    if sampling.top_k > 0:
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    return scores.softmax(dim=-1)[0]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_filters_and_draws(dtype, sampling):
+    for scale in (0.3, 3.0, 30.0):
+        logits = scale * torch.randn(50, dtype=dtype)
+        expected = theirs(logits, sampling)
+        ours = filtered_probabilities(logits, sampling)
+        torch.testing.assert_close(ours, expected)
+        assert torch.equal(ours == 0, expected == 0)
+        for seed in range(5):
+            torch.manual_seed(seed)
+            token = int(torch.multinomial(expected, 1))
+            assert draw(logits, sampling, seeded(seed)) == token
+            assert next_token(logits, sampling, seeded(seed)) == token
+
+
+def test_all_that_tie_with_the_last_kept_token_are_kept():
+    logits = torch.tensor([2.0, 1.0, 3.0, 1.0, 0.0, 1.0])
+    sampling = SamplingConfig(1.0, 3)
+    assert filtered_probabilities(logits, sampling).nonzero().flatten().tolist() == [0, 1, 2, 3, 5]
+    torch.testing.assert_close(filtered_probabilities(logits, sampling), theirs(logits, sampling))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_no_temperature_is_greedy_in_rollouts_and_one_in_resampling(temperature):
+    logits = torch.randn(50)
+    cold, plain = SamplingConfig(temperature, 7, 0.9), SamplingConfig(1.0, 7, 0.9)
+    generator = seeded(0)
+    before = generator.get_state()
+    assert next_token(logits, cold, generator) == int(logits.argmax())
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(filtered_probabilities(logits, cold), filtered_probabilities(logits, plain))
+    assert [draw(logits, cold, seeded(s)) for s in range(9)] == [
+        draw(logits, plain, seeded(s)) for s in range(9)
+    ]
