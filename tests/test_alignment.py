@@ -8,6 +8,7 @@ import pytest
 import torch
 from naive_loop import NaiveLoop
 from tiny_models import BOS, EOS, UNKNOWN, VOCABULARY, reward_model, shared_lm, word_tokenizer
+from tokenizers import decoders
 
 from nabla_fast import DTOConfig, InputError, NablaDecoder, SamplingConfig, VocabularyAlignment
 from nabla_fast.decode.problem import Problem
@@ -54,6 +55,20 @@ def test_roles_go_before_spelling():
     other.eos_token = "w3"
     alignment = VocabularyAlignment.from_tokenizers(OURS, other)
     assert alignment.token_map[EOS] == other.get_vocab()["w3"] != EOS
+
+
+def test_other_spellings_of_one_text_are_matched():
+    """Here "▁" in a token stands for nothing: two tokens that read alike are a match for neither."""
+    words = ["▁" * (n % 3) + word for n, word in enumerate(WORDS)]
+    other = word_tokenizer([*words, "▁▁▁a"])
+    other.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", ""), decoders.Fuse()])
+    alignment = VocabularyAlignment.from_tokenizers(OURS, other, minimum_coverage=0.9)
+    assert alignment.token_map.tolist() == list(range(VOCABULARY))  # "a" itself is spelled the same
+    other = word_tokenizer(["▁▁▁a", "▁a", *words[1:]])
+    other.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", ""), decoders.Fuse()])
+    alignment = VocabularyAlignment.from_tokenizers(OURS, other, minimum_coverage=0.9)
+    assert alignment.coverage == pytest.approx(23 / 24)
+    assert alignment.token_map.tolist() == [EOS, BOS, UNKNOWN, UNKNOWN, *range(5, VOCABULARY + 1)]
 
 
 def test_uncovered_tokens_read_as_the_unknown_token():

@@ -69,6 +69,18 @@ def test_generate_reads_every_kind_of_prompt_from_a_file(run, tmp_path: Path):
     ]
 
 
+def test_both_loops_write_the_same_results(run, tmp_path: Path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps(f"{n}+{n}=") for n in range(5)))
+    options = ["--prompts", str(prompts), "--max-new-tokens", "12", "--json"]
+    tokens = []
+    for flags in (["--loop", "sequential"], ["--loop", "batched", "--batch-size", "3"]):
+        status, out, _ = run("generate", *MODELS, *options, *flags)
+        assert status == 0
+        tokens.append([result["token_ids"] for result in json.loads(out)["results"]])
+    assert tokens[0] == tokens[1]
+
+
 def test_decoding_options_reach_the_decoder(run):
     options = ["--prompt", "2+2=", "--max-new-tokens", "16", "--json"]
     results = {}
@@ -99,6 +111,7 @@ def test_decoding_options_reach_the_decoder(run):
         ([*MODELS, "--prompt", "x", "--confidence-threshold", "1.5"], "confidence_threshold must be"),
         ([*MODELS, "--prompt", "x", "--top-p", "0"], "top_p must be"),
         ([*MODELS, "--prompt", "x", "--device", "cuda:99"], "--device cuda:99"),
+        ([*MODELS, "--prompt", "x", "--batch-size", "0"], "batch_size must be a whole number ≥ 1"),
         ([*MODELS, "--prompts", "/no/such/file"], "no such file"),
         ([*MODELS, "--prompt", "x", "--output", "/no/such/folder/out"], "No such file or directory"),
     ],

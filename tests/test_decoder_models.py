@@ -93,6 +93,9 @@ CHANGES = {
     "the embeddings replaced": lambda model: model.set_input_embeddings(
         type(model.get_input_embeddings())(24, model.config.hidden_size, None).double()
     ),
+    "the embeddings' data replaced": lambda model: setattr(
+        model.get_input_embeddings().weight, "data", model.get_input_embeddings().weight.flip(0).clone()
+    ),
     "other weights loaded": lambda model: model.load_state_dict(
         {name: value.flip(0) for name, value in model.state_dict().items()}
     ),

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import causal_lm, reward_model, shared_lm, shared_reward_model
 from torch import nn
 
-from nabla_fast import DTOConfig, NablaDecoder
+from nabla_fast import DTOConfig, NablaDecoder, SamplingConfig
 
 PROMPT, CONTEXT = [5, 9, 3, 14], ([7, 4, 11], [8])
 STAGES = {"rollout", "selection", "gradient", "descent", "reward", "total"}
@@ -20,7 +20,7 @@ class Passes:
 
     def __init__(self):
         self.forward = self.backward = 0
-        self.without_gradient = 0  # calls
+        self.without_gradient: list[int] = []  # tokens of each such forward
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         read = kwargs.get("input_ids")
@@ -28,7 +28,7 @@ class Passes:
         tokens = read.shape[0] * read.shape[1]
         self.forward += tokens
         if not output.last_hidden_state.requires_grad:
-            self.without_gradient += 1
+            self.without_gradient.append(tokens)
         else:
             output.last_hidden_state.register_hook(lambda _: self._went_back(tokens))
 
@@ -75,12 +75,22 @@ def test_token_passes_are_what_the_models_read(lm, rm, settings):
 
 
 def test_rollouts_read_no_token_twice():
-    """The cache serves what a rollout shares with the one before it."""
     lm = shared_lm("qwen2", eos_token_id=None)
     decoder = NablaDecoder(lm, None, None, config=DTOConfig(max_generations=1))
     with counted(lm) as read:
         decoder.generate([PROMPT], max_new_tokens=7)
     assert read.total == len(PROMPT) + 7 - 1  # the last token is drawn and not read
+
+
+def test_rollouts_share_their_prefix():
+    hot = SamplingConfig(temperature=9.0)
+    config = DTOConfig(iters=3, confidence_threshold=None, max_generations=4, resample_sampling=hot)
+    lm, rm = shared_lm("qwen2", eos_token_id=None), shared_reward_model("qwen2")
+    decoder, prompt = NablaDecoder(lm, rm, None, config=config), [3, 4] * 25
+    with counted(lm) as read:
+        (result,) = decoder.generate([prompt], max_new_tokens=9)
+    assert result.stats.generations == 4
+    assert sum(read.without_gradient) <= len(prompt) + 4 * 9
 
 
 @pytest.mark.parametrize("max_generations", [1, 6])
@@ -91,7 +101,7 @@ def test_no_trajectory_is_scored_twice(max_generations):
     with counted(rm) as scored:
         (result,) = decoder.generate([PROMPT], max_new_tokens=9, reward_context=[CONTEXT])
     assert len({revision.accepted for revision in result.revisions}) == (max_generations > 1) * 2
-    assert scored.without_gradient == 1 + len(result.revisions)
+    assert len(scored.without_gradient) == 1 + len(result.revisions)
 
 
 def test_fields_are_filled():

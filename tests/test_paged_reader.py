@@ -65,7 +65,7 @@ def test_states_and_gradients_are_those_of_full_recomputation(name: str, dtype: 
 
 
 def test_left_padding_changes_nothing():
-    # The same tokens through transformers' own left-padded batch: positions count from the first real token.
+    # The same tokens through transformers' own left-padded batch; positions count from the first token.
     model = decoder("qwen2")
     ids = ragged()
     width = max(TOTALS)

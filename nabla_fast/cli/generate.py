@@ -45,6 +45,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument(
+        "--loop",
+        choices=("sequential", "batched"),
+        default="sequential",
+        help="batched: the same tokens from fewer token passes, prompts decoded together",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="of the batched loop (16)")
     parser.add_argument("--output", metavar="FILE.jsonl", help="write each result as it finishes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_device_options(parser)
@@ -159,4 +166,13 @@ def _decoder(arguments: argparse.Namespace, config: DTOConfig) -> Any:
             minimum_coverage=arguments.min_coverage,
         )
         print(f"the reward model covers {alignment.coverage:.1%} of the vocabulary", file=sys.stderr)
-    return NablaDecoder(lm, rm, tokenizer, reward_tokenizer, config, alignment=alignment)
+    return NablaDecoder(
+        lm,
+        rm,
+        tokenizer,
+        reward_tokenizer,
+        config,
+        loop=arguments.loop,
+        batch_size=arguments.batch_size,
+        alignment=alignment,
+    )

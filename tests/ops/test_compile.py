@@ -15,7 +15,11 @@ from .cases import CASES, Draw
 from .harness import flatten, library_op, map_tensors
 
 # The gradient flows to these arguments.
-DIFFERENTIABLE = {"embedding_mix": "logits", "linear_embedding_mix": "hidden"}
+DIFFERENTIABLE = {
+    "embedding_mix": ("logits",),
+    "linear_embedding_mix": ("hidden",),
+    "prefix_attention": ("q", "k", "v"),
+}
 
 CHECKED = {
     "gumbel_noise": ["odd"],
@@ -52,7 +56,7 @@ def runs(table: dict[str, list[str]]) -> list[Any]:
         pytest.param(op, case, id=f"{op.name}-{case.name}")
         for op in all_ops().values()
         for case in CASES.get(op.name, ())
-        if case.name in table.get(op.name, CASES[op.name][0].name)
+        if case.name in table.get(op.name, [CASES[op.name][0].name])
     ]
 
 
@@ -64,8 +68,8 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def differentiable(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
-    name = DIFFERENTIABLE.get(op.name)
-    return arguments | {name: arguments[name].requires_grad_()} if name else arguments
+    names = DIFFERENTIABLE.get(op.name, ())
+    return arguments | {name: arguments[name].requires_grad_() for name in names}
 
 
 @pytest.mark.parametrize(("op", "case"), runs(CHECKED))
@@ -81,7 +85,7 @@ def outcome(call: Any, op: Op, arguments: dict[str, Any]) -> list[Tensor]:
     results = [result] if isinstance(result, Tensor) else list(result)
     if op.name in DIFFERENTIABLE:
         sum((r.float() * (i + 1)).square().sum() for i, r in enumerate(results)).backward()
-        results.append(arguments[DIFFERENTIABLE[op.name]].grad)
+        results.extend(arguments[name].grad for name in DIFFERENTIABLE[op.name])
     tensors: list[Tensor] = []
     map_tensors(lambda t: tensors.append(t) or t, arguments)
     return results + tensors

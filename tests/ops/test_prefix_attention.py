@@ -82,3 +82,16 @@ def test_bad_arguments_get_one_line(change: dict, line: str, draw: Draw):
     with pytest.raises(InputError, match=line) as caught:
         prefix_attention(**arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_the_pool_is_constant_and_the_rest_differentiated_once(draw: Draw):
+    a = arguments_of(draw, prefixes=(5, 2), suffix=3)
+    for name in ("q", "k", "v", "key_pool", "value_pool"):
+        a[name].requires_grad_()
+    (grad,) = torch.autograd.grad(prefix_attention(**a).square().sum(), a["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
+    prefix_attention(**a).sum().backward()
+    assert a["k"].grad is not None
+    assert a["key_pool"].grad is None
+    assert a["value_pool"].grad is None
