@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,8 +17,13 @@ from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.sequential import SequentialLoop
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
+from nabla_fast.models.language import eos_ids
 from nabla_fast.prompts import Prompt, PromptReader, RewardContext
 from nabla_fast.results import Result, Stats
+
+# Models in use: their flags are changed for the time of a call, which two calls at once would mix up.
+_busy: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_busy_lock = threading.Lock()
 
 
 class NablaDecoder:
@@ -102,6 +109,8 @@ class NablaDecoder:
             DecodingInterrupted: Ctrl-C; its ``results`` holds what was finished.
             DecodingFailed: an error in a decode; likewise.
         """
+        if on_result is not None and not callable(on_result):
+            raise InputError(f"on_result must be callable, got {type(on_result).__name__}")
         with self._frozen():
             self._prepare()
             problems = self._reader.read(
@@ -142,7 +151,7 @@ class NablaDecoder:
         weights = [
             w for m in models for w in (m.get_input_embeddings().weight, _head_weight(m)) if w is not None
         ]
-        key = tuple((w.data_ptr(), w.dtype, w._version) for w in weights)
+        key = (eos_ids(self._lm), *((w.data_ptr(), w.dtype, w._version) for w in weights))
         if key == self._key:
             return
         lm, rm = LanguageModel(self._lm), None
@@ -188,6 +197,13 @@ class NablaDecoder:
         Gradients of the relaxed tokens are needed, which a caller's inference mode would not record.
         """
         models = [m for m in (self._lm, self._reward_model) if m is not None]
+        with _busy_lock:
+            if any(model in _busy for model in models):
+                raise InputError(
+                    "a model of this decoder is decoding already, in another thread or around on_result; "
+                    "wait for it, or give each thread models of its own"
+                )
+            _busy.update(models)
         modes = [(module, module.training) for model in models for module in model.modules()]
         flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
         try:
@@ -195,13 +211,22 @@ class NablaDecoder:
                 module.training = False
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), _no_autocast():
                 yield
         finally:
+            with _busy_lock:
+                _busy.difference_update(models)
             for module, training in modes:
                 module.training = training
             for parameter, required in flags:
                 parameter.requires_grad_(required)
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """A caller's autocast would round what has to stay float32."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def _check_model(name: str, model: object) -> None:

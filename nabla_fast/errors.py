@@ -40,6 +40,9 @@ class RowError(ValueError):
         more = f" and {len(rows) - 4} more rows" if len(rows) > 4 else ""
         super().__init__(f"{op}: {shown}{more}")
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.op, self.rows)
+
 
 class DecodingInterrupted(KeyboardInterrupt):
     """Ctrl-C during a decode.
@@ -53,6 +56,9 @@ class DecodingInterrupted(KeyboardInterrupt):
         finished = sum(result is not None for result in results)
         super().__init__(f"interrupted: {finished} of {len(results)} prompts finished")
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.results,)
+
 
 class DecodingFailed(RuntimeError):
     """An error during a decode; the error itself is ``__cause__``.
@@ -65,7 +71,11 @@ class DecodingFailed(RuntimeError):
     def __init__(self, prompt: int, results: list[Result | None], cause: Exception):
         self.prompt = prompt
         self.results = results
+        self._cause = cause
         finished = sum(result is not None for result in results)
         super().__init__(
             f"prompt {prompt}: {one_line(cause)} ({finished} of {len(results)} prompts finished)"
         )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.prompt, self.results, self._cause)

@@ -95,6 +95,8 @@ class PromptReader:
                 raise InputError("the prompt is empty")
         else:
             ids = render_chat(self._tokenizer, chat)
+            if not ids:
+                raise InputError("the chat template renders nothing")
         if self._rm is None:
             return ids, (), ()
         if context is not None:
@@ -164,7 +166,12 @@ def response_tail(tokenizer: Any) -> tuple[int, ...]:
     """
     _require_template(tokenizer, "reward tokenizer")
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _RESPONSE}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as error:
+        raise InputError(
+            f"the reward tokenizer's chat template refuses an assistant's response: {one_line(error)}"
+        ) from error
     _, found, tail = text.rpartition(_RESPONSE)
     if not found:
         raise InputError("the chat template drops the assistant's response: pass reward_context")

@@ -113,7 +113,7 @@ def test_decoding_options_reach_the_decoder(run):
         ([*MODELS, "--prompt", "x", "--device", "cuda:99"], "--device cuda:99"),
         ([*MODELS, "--prompt", "x", "--batch-size", "0"], "batch_size must be a whole number ≥ 1"),
         ([*MODELS, "--prompts", "/no/such/file"], "no such file"),
-        ([*MODELS, "--prompt", "x", "--output", "/no/such/folder/out"], "No such file or directory"),
+        ([*MODELS, "--prompt", "x", "--output", "/no/such/folder/out"], "no such folder"),
     ],
 )
 def test_bad_input_is_one_line(run, arguments: list[str], line: str):
@@ -142,6 +142,26 @@ def test_bad_prompt_file_names_the_line(run, tmp_path: Path, content: str, line:
     status, out, err = run("generate", *MODELS, "--prompts", str(path))
     assert (status, out) == (2, "")
     assert line in err
+
+
+def test_former_results_outlive_a_refused_run(run, tmp_path: Path):
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("precious\n")
+    assert run("generate", *MODELS, "--prompt", "", "--output", str(kept))[0] == 2
+    assert kept.read_text() == "precious\n"
+
+
+def test_prompt_files_are_split_at_newlines_alone(run, tmp_path: Path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps("2\u2028+2=", ensure_ascii=False) + "\n", encoding="utf-8")
+    assert run("generate", *MODELS, "--prompts", str(prompts), "--max-new-tokens", "2")[0] == 0
+    prompts.write_bytes(b'"\xff"\n')
+    status, _, err = run("generate", *MODELS, "--prompts", str(prompts))
+    assert (status, "not UTF-8" in err) == (2, True)
+
+
+def test_demo_without_rejection(run):
+    assert run("demo", "--problems", "2", "--no-rejection", "--resample-temperature", "1.5")[0] == 0
 
 
 def test_ctrl_c_leaves_what_was_finished(tmp_path: Path):

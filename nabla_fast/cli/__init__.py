@@ -16,24 +16,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 1 an error met while working, 2 bad input, 130 Ctrl-C.
     """
+    try:
+        return _run(argv)
+    except KeyboardInterrupt as interrupt:
+        return _fail(interrupt if str(interrupt) else "interrupted", INTERRUPTED)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    # Imported here, where Ctrl-C during the long import of torch is caught.
+    from nabla_fast.cli import bench, demo, env, generate
+    from nabla_fast.errors import BackendUnavailable, DecodingFailed, InputError, ModelError
+
     parser = argparse.ArgumentParser(prog="nabla-fast", description="Gradient-guided decoding, made cheap.")
     parser.add_argument("--version", action="version", version=f"nabla-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    from nabla_fast.cli import bench, demo, env, generate
-
     for module in (demo, generate, bench, env):
         module.add_parser(commands)
     arguments = parser.parse_args(argv)
-    from nabla_fast.errors import BackendUnavailable, DecodingFailed, InputError, ModelError
-
     try:
         return arguments.run(arguments)
     except (InputError, ModelError, BackendUnavailable) as error:
         return _fail(error, 2)
     except (DecodingFailed, OSError) as error:
         return _fail(error, 1)
-    except KeyboardInterrupt as interrupt:
-        return _fail(interrupt if str(interrupt) else "interrupted", INTERRUPTED)
 
 
 def _fail(message: object, status: int) -> int:

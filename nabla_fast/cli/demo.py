@@ -44,8 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.problems < 1:
         raise InputError(f"--problems must be at least 1, got {arguments.problems}")
-    if not 0 <= arguments.seed < 2**62:
-        raise InputError(f"--seed must be from 0 to 2**62 - 1, got {arguments.seed}")
+    if not 0 <= arguments.seed < 2**62 - arguments.problems:
+        raise InputError(f"--seed must be from 0 to 2**62 less the problems, got {arguments.seed}")
     if arguments.threads < 1:
         raise InputError(f"--threads must be at least 1, got {arguments.threads}")
     torch.set_num_threads(arguments.threads)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -62,17 +61,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments)
     prompts = _prompts(arguments)
+    output = _Lines(arguments.output)
     decoder = _decoder(arguments, config)
     finished: dict[int, Result] = {}
     stopped: BaseException | None = None
     bar = Progress(console=Console(stderr=True), transient=True)
-    with _open(arguments.output) as output, bar as progress:
+    with closing(output), bar as progress:
         task = progress.add_task("decoding", total=len(prompts))
 
         def on_result(n: int, result: Result) -> None:
             finished[n] = result
-            if output:
-                print(json.dumps({"index": n, **result.to_dict()}), file=output, flush=True)
+            output.write({"index": n, **result.to_dict()})
             progress.advance(task)
 
         try:
@@ -107,13 +106,24 @@ def _print(as_json: bool, finished: dict[int, Result], count: int, stopped: Base
         print(finished[n].text)
 
 
-@contextmanager
-def _open(path: str | None) -> Iterator[TextIO | None]:
-    if path is None:
-        yield None
-        return
-    with Path(path).open("w") as file:
-        yield file
+class _Lines:
+    """A file of JSON lines, opened at the first: former results outlive a run that yields none."""
+
+    def __init__(self, path: str | None):
+        self._path, self._file = path, None
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise InputError(f"--output {path}: no such folder")
+
+    def write(self, value: dict[str, Any]) -> None:
+        if self._path is None:
+            return
+        if self._file is None:
+            self._file = Path(self._path).open("w", encoding="utf-8")  # noqa: SIM115 closed by close()
+        print(json.dumps(value), file=self._file, flush=True)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Any]:
@@ -123,7 +133,7 @@ def _prompts(arguments: argparse.Namespace) -> list[Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -138,6 +148,14 @@ def _prompts(arguments: argparse.Namespace) -> list[Any]:
     if not prompts:
         raise InputError(f"{path}: no prompts")
     return prompts
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        # Not splitlines: JSON strings may hold the other line separators of Unicode.
+        return path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error}") from error
 
 
 def _decoder(arguments: argparse.Namespace, config: DTOConfig) -> Any:

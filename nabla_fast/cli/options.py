@@ -109,7 +109,8 @@ def check_device(device: str) -> str:
     from nabla_fast.errors import InputError
 
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("nothing is computed there")
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return device

@@ -83,11 +83,15 @@ def revised_answer(problem: countdown.Problem, result: Result, tokenizer: Any) -
             Text(
                 repr(tokenizer.decode([revision.new_token])), style="green" if revision.accepted else "dim"
             ),
-            f"{revision.reward_before:.3f}",
-            f"{revision.reward_after:.3f}",
+            _reward(revision.reward_before),
+            _reward(revision.reward_after),
             Text("accepted", style="green") if revision.accepted else Text("rejected", style="dim"),
         )
     return Group(heading, proposals)
+
+
+def _reward(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def agreement(fast: dict[int, Result], sequential: dict[int, Result]) -> str:

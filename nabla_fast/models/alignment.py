@@ -65,9 +65,12 @@ class VocabularyAlignment:
         mapped = torch.full((size,), -1, dtype=torch.int64)
         for token, index in own.items():
             mapped[index] = theirs.get(token, by_text.get(_text(tokenizer, token), -1))
+        by_role: set[int] = set()
         for role in _ROLES:
             left, right = getattr(tokenizer, role, None), getattr(reward_tokenizer, role, None)
-            if left is not None and right is not None:
+            # One token may have several roles (padding is often EOS): the first one named counts.
+            if left is not None and right is not None and left not in by_role:
+                by_role.add(left)
                 mapped[left] = right
         covered = int((mapped[list(own.values())] >= 0).sum())
         coverage = covered / len(own)

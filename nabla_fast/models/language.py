@@ -43,7 +43,7 @@ class LanguageModel:
         self.head = output_head(model)
         config = model.config.get_text_config()
         self.context: int | None = getattr(config, "max_position_embeddings", None)
-        self.eos_ids = _eos_ids(model)
+        self.eos_ids = eos_ids(model)
         self._backbone = model.base_model
         name = type(model).__name__
         if getattr(config, "is_encoder_decoder", False):
@@ -132,7 +132,8 @@ def _close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
     return bool(((ours - theirs).abs() <= tolerance * theirs.abs().amax().clamp(min=1e-3)).all())
 
 
-def _eos_ids(model: nn.Module) -> frozenset[int]:
+def eos_ids(model: nn.Module) -> frozenset[int]:
+    """Tokens that end a response, by the generation config or else the config."""
     for config in (getattr(model, "generation_config", None), model.config):
         eos = getattr(config, "eos_token_id", None)
         if eos is not None:

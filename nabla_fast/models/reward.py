@@ -117,13 +117,13 @@ class RewardModel:
             raise ModelError(f"{name} gives a reward that is not finite")
         if hasattr(self.model, "score") and self._backbone is not self.model:
             self.scores_last = True
-            self.scores_last = _close(float(self.score([ids])[0]), theirs)
-        if not _close(float(self.score_embeddings(self.embed(ids)[None])[0]), theirs):
+            self.scores_last = self._close(float(self.score([ids])[0]), theirs)
+        if not self._close(float(self.score_embeddings(self.embed(ids)[None])[0]), theirs):
             raise ModelError(f"{name} does not read input embeddings the way it reads tokens")
 
-
-def _close(ours: float, theirs: float) -> bool:
-    return abs(ours - theirs) <= 2e-2 * max(1.0, abs(theirs))
+    def _close(self, ours: float, theirs: float) -> bool:
+        wide = self._own_table.dtype in (torch.float32, torch.float64)
+        return abs(ours - theirs) <= (1e-3 if wide else 5e-2) * max(0.01 if wide else 0.1, abs(theirs))
 
 
 def _wide(rewards: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
-from nabla_fast.errors import BackendUnavailable
+from nabla_fast.errors import BackendUnavailable, InputError
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
@@ -166,6 +166,7 @@ class Op:
         hint = typing.get_type_hints(body)["return"]
         self.record = hint if _is_record(hint) else None
         self._backends = {"torch": _Backend(body, lambda *_, **__: True)}
+        self._mutates = bool(mutates)
         self._check: Callable[..., None] = lambda *_, **__: None
         mutated = {f for p in self.parameters if p.name in mutates for f in p.fields}
         self._library_op = torch.library.custom_op(
@@ -269,6 +270,10 @@ class Op:
         if kwargs or positional < len(args):
             extra = next(iter(kwargs), f"{len(args)} positional")
             raise TypeError(f"{self.name}() got an unexpected argument: {extra}")
+        if self._mutates and torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(flat)):
+            raise InputError(
+                f"{self.name} changes tensors in place and has no gradient: detach what requires grad"
+            )
         result = self._library_op(*flat)
         return self.record(*result) if self.record else result
 
@@ -297,7 +302,13 @@ class Op:
     def _run(self, *flat: Any) -> Any:
         args, kwargs = self._split(flat)
         self._check(*args, **kwargs)
-        return self._flatten_result(self._choose(args, kwargs)(*args, **kwargs))
+        run = self._choose(args, kwargs)
+        device = next(_tensors((args, kwargs))).device.type
+        if not torch.is_autocast_enabled(device):
+            return self._flatten_result(run(*args, **kwargs))
+        # A caller's autocast would round what is promised in float32.
+        with torch.autocast(device, enabled=False):
+            return self._flatten_result(run(*args, **kwargs))
 
     def _choose(self, args: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
         forced = _forced_backends()
