@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -10,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 def pytest_configure() -> None:
+    # Behind everything else, so that an installed package is not shadowed by the checkout.
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)  # tiny models lose by more; a test of threads sets its own number
