@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpu/exponential_race.h"
 #include "cpu/vec_exp_array.h"
 #include "nabla_fast.h"
 
@@ -32,6 +33,17 @@ void vec_exp(std::uintptr_t x, std::uintptr_t y, int64_t n) {
   nabla_fast::cpu::vec_exp_array(pointer<const float>(x), pointer<float>(y), n);
 }
 
+int64_t exponential_race(std::uintptr_t generator, int64_t vocab, std::uintptr_t tokens,
+                         std::uintptr_t probabilities, bool wide, int64_t count) {
+  auto* state = pointer<nabla_fast::cpu::Mt19937>(generator);
+  auto* ids = pointer<const int64_t>(tokens);
+  if (wide)
+    return nabla_fast::cpu::exponential_race(state, vocab, ids,
+                                             pointer<const double>(probabilities), count);
+  return nabla_fast::cpu::exponential_race(state, vocab, ids, pointer<const float>(probabilities),
+                                           count);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
@@ -50,4 +62,8 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              "nabla_fast_token_stats of nabla_fast.h; pointers are addresses. Returns a status.");
   module.def("vec_exp", &vec_exp, release_gil(), py::arg("x"), py::arg("y"), py::arg("n"),
              "y = exp(x) for n float32 at the addresses x and y, as kernels compute it.");
+  module.def("exponential_race", &exponential_race, release_gil(), py::arg("generator"),
+             py::arg("vocab"), py::arg("tokens"), py::arg("probabilities"), py::arg("wide"),
+             py::arg("count"),
+             "A draw as torch.multinomial makes it, from the generator's words at an address.");
 }

@@ -163,6 +163,10 @@ class PagedSequence:
             self.pool.retain(block)
         return PagedSequence(self.pool, [*blocks, own] if rest else list(blocks), length)
 
+    def head(self, length: int) -> PagedSequence:
+        """The first ``length`` tokens, borrowed: to be read while this sequence lives, nothing else."""
+        return PagedSequence(self.pool, self.blocks[: -(-length // self.pool.block_size)], length)
+
     def truncate(self, length: int) -> None:
         """Drop the tokens behind the first ``length``."""
         if not 0 <= length <= self.length:

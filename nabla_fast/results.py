@@ -38,11 +38,17 @@ class Stats:
         speculated: rollouts made ahead of need and dropped.
         rounds: rollouts that had to wait for one another.
         generated_tokens: tokens drawn in rollouts, those of dropped ones included.
+        wasted_tokens: tokens drawn in dropped rollouts.
+        drafted: tokens that rollouts read ahead from the trajectory they were to replace.
+        draft_hits: those of them that were then drawn.
         llm_calls: the official release's count: one a generated token, four a descent's forward+backward
             of both models (a selector's is not counted), two a comparison of rewards.
         gradient_passes: forward+backward passes, the selectors' included.
         token_passes: tokens that forwards read plus tokens that backwards go through, a model
             ("lm", "rm"); tokens served from a cache are not counted.
+        passes_for: the batched loop's token passes of both models by what they served: "rollout",
+            "score", "gradient" (of a trajectory), "flip" (of a moved token) and "discarded" (rollouts
+            and scores of dropped proposals).
         seconds: wall-clock a stage ("rollout", "selection", "gradient", "descent", "reward") and "total".
             What prompts decoded together wait for together is shared evenly, but for the total.
         peak_bytes: most memory in use above what was in use at the start: the CUDA allocator's, or on
@@ -55,9 +61,13 @@ class Stats:
     speculated: int = 0
     rounds: int = 0
     generated_tokens: int = 0
+    wasted_tokens: int = 0
+    drafted: int = 0
+    draft_hits: int = 0
     llm_calls: int = 0
     gradient_passes: int = 0
     token_passes: dict[str, int] = field(default_factory=lambda: {"lm": 0, "rm": 0})
+    passes_for: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
 

@@ -2,60 +2,156 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from nabla_fast import _native
 from nabla_fast.config import SamplingConfig
+
+# torch.Generator.get_state(): the seed, then the words that exponential_race.h describes.
+_WORDS_OFFSET = 8
+
+
+class Generator:
+    """A CPU generator in the state that follows from ``seed`` alone.
+
+    It gives the tokens that ``torch.multinomial`` gives with a ``torch.Generator`` of that seed. This
+    draws an exponential for every token of the vocabulary; where the C++ extension is there, only
+    those of the tokens that can be drawn are computed.
+    """
+
+    def __init__(self, seed: int):
+        self._torch = torch.Generator().manual_seed(seed)
+        self._words = self._torch.get_state() if _races() else None
+
+    def draw(self, tokens: Tensor, probabilities: Tensor, vocabulary: int) -> int:
+        """One token.
+
+        Args:
+            tokens: [n] int64, ascending.
+            probabilities: of these tokens, [n] float32 or float64, contiguous.
+            vocabulary: V.
+        """
+        if self._words is None:
+            dense = probabilities.new_zeros(vocabulary).scatter_(0, tokens, probabilities)
+            return int(torch.multinomial(dense, num_samples=1, generator=self._torch))
+        return _race(self._words, tokens, probabilities, vocabulary)
+
+
+def _race(state: Tensor, tokens: Tensor, probabilities: Tensor, vocabulary: int) -> int:
+    return _native.extension().exponential_race(
+        state.data_ptr() + _WORDS_OFFSET,
+        vocabulary,
+        tokens.data_ptr(),
+        probabilities.data_ptr(),
+        probabilities.dtype == torch.float64,
+        len(tokens),
+    )
+
+
+@functools.cache
+def _races() -> bool:
+    """Whether the C++ draws are those of this release of torch, whose generator they look into."""
+    if not _native.available():
+        return False
+    theirs = torch.Generator().manual_seed(0)
+    ours = theirs.get_state()
+    if len(ours) < _WORDS_OFFSET + 16 + 8 * 624:
+        return False
+    for dtype in (torch.float32, torch.float64):
+        probabilities = torch.full((400,), 1 / 400, dtype=dtype)
+        for _ in range(4):
+            expected = int(torch.multinomial(probabilities, num_samples=1, generator=theirs))
+            if _race(ours, torch.arange(400), probabilities, 400) != expected:
+                return False
+    return True
+
+
+class TokenRows:
+    """What next tokens are drawn from: rows of softmax(top_p(top_k(z / T))), or their argmax.
+
+    Top-k keeps every token that ties with the k-th; top-p works on what top-k left and drops the
+    least likely tokens whose cumulative mass is ≤ 1 − p, never the last one left. A row's draws do
+    not depend on the other rows.
+    """
+
+    def __init__(self, logits: Tensor, sampling: SamplingConfig, *, greedy: bool = False):
+        """Filter rows.
+
+        Args:
+            logits: [N, V] float32 or float64, on the CPU.
+            sampling: T ≤ 0 counts as 1.
+            greedy: draw the argmax, and nothing from generators.
+        """
+        self.vocabulary = logits.shape[1]
+        self._greedy = logits.argmax(dim=-1).tolist() if greedy else None
+        if not greedy:
+            self._kept = _filtered(logits, sampling)
+
+    def draw(self, row: int, generator: Generator) -> int:
+        """A token of one row."""
+        if self._greedy is not None:
+            return self._greedy[row]
+        tokens, probabilities = self._kept[row]
+        return generator.draw(tokens, probabilities, self.vocabulary)
+
+    def probabilities(self, row: int) -> Tensor:
+        """[V], exactly 0 for dropped tokens; of rows that are drawn from."""
+        tokens, probabilities = self._kept[row]
+        return probabilities.new_zeros(self.vocabulary).scatter_(0, tokens, probabilities)
+
+
+def _filtered(logits: Tensor, sampling: SamplingConfig) -> list[tuple[Tensor, Tensor]]:
+    """Tokens kept, ascending, and their probabilities, of each row."""
+    scores = logits / sampling.temperature if sampling.temperature > 0 else logits
+    k = sampling.top_k
+    if not 0 < k < scores.shape[1]:
+        tokens = torch.arange(scores.shape[1]).expand_as(scores)
+        return _without_tail(tokens, scores, sampling.top_p)
+    top = scores.topk(k + 1)
+    ties = top.values[:, k - 1] == top.values[:, k]
+    # From here on the filters work on the few kept tokens instead of on the vocabulary.
+    tokens = top.indices[:, :k].sort(dim=1).values
+    kept = _without_tail(tokens, scores.gather(1, tokens), sampling.top_p)
+    if bool(ties.any()):
+        for row in ties.nonzero().flatten().tolist():
+            tied = (scores[row] >= top.values[row, k]).nonzero().flatten()[None]
+            (kept[row],) = _without_tail(tied, scores[row][tied], sampling.top_p)
+    return kept
+
+
+def _without_tail(tokens: Tensor, values: Tensor, top_p: float) -> list[tuple[Tensor, Tensor]]:
+    """Top-p among tokens [N, n] of scores [N, n]."""
+    if top_p < 1:
+        ascending, order = values.sort(dim=1, stable=True)
+        dropped = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - top_p
+        dropped[:, -1] = False
+        values = values.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+    return list(zip(tokens, values.softmax(dim=1), strict=True))
 
 
 def filtered_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """softmax(top_p(top_k(z / T))) of one row.
-
-    Top-k keeps every token that ties with the k-th; top-p works on what top-k left and drops the
-    least likely tokens whose cumulative mass is ≤ 1 − p, never the last one left.
-
-    Args:
-        logits: [V] float.
-        sampling: T ≤ 0 counts as 1.
-    Returns:
-        [V], exactly 0 for dropped tokens.
-    """
-    scores = logits / sampling.temperature if sampling.temperature > 0 else logits
-    if 0 < sampling.top_k < scores.shape[0]:
-        kept = (scores >= scores.topk(sampling.top_k).values[-1]).nonzero().flatten()
-    else:
-        kept = torch.arange(scores.shape[0], device=scores.device)
-    # From here on the filters work on the few kept tokens instead of on the vocabulary.
-    values = scores[kept]
-    if sampling.top_p < 1:
-        ascending, order = values.sort()
-        dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
-        dropped[-1] = False
-        survivors = order[~dropped]
-        kept, values = kept[survivors], values[survivors]
-    return torch.zeros_like(scores).scatter_(0, kept, values.softmax(dim=-1))
+    """softmax(top_p(top_k(z / T))) of one row of logits [V]: [V], exactly 0 for dropped tokens."""
+    return TokenRows(logits[None], sampling).probabilities(0)
 
 
-def draw(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """One token from the filtered distribution of a row.
-
-    The draw is made on the CPU over the whole vocabulary, so that a generator in the same state
-    gives the same token as ``torch.multinomial`` gives to transformers' ``generate``.
-
-    Args:
-        logits: [V] float, on the CPU.
-        sampling: T ≤ 0 counts as 1.
-        generator: a CPU generator; one draw is taken from it.
-    """
-    probabilities = filtered_probabilities(logits, sampling)
-    return int(torch.multinomial(probabilities, num_samples=1, generator=generator))
+def draw(logits: Tensor, sampling: SamplingConfig, generator: Generator) -> int:
+    """One token from the filtered distribution of a row of logits [V] on the CPU; T ≤ 0 counts as 1."""
+    return TokenRows(logits[None], sampling).draw(0, generator)
 
 
-def next_token(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """A rollout's next token: the argmax if T ≤ 0, else a draw."""
-    return int(logits.argmax()) if sampling.temperature <= 0 else draw(logits, sampling, generator)
+def next_tokens(logits: Tensor, sampling: SamplingConfig) -> TokenRows:
+    """Rows of a rollout's logits [N, V] on the CPU, to be drawn from; their argmax if T ≤ 0."""
+    return TokenRows(logits, sampling, greedy=sampling.temperature <= 0)
 
 
-def seeded(seed: int) -> torch.Generator:
-    """A CPU generator in the state that follows from ``seed`` alone."""
-    return torch.Generator().manual_seed(seed)
+def next_token(logits: Tensor, sampling: SamplingConfig, generator: Generator) -> int:
+    """A rollout's next token from a row of logits [V]: the argmax if T ≤ 0, else a draw."""
+    return next_tokens(logits[None], sampling).draw(0, generator)
+
+
+def seeded(seed: int) -> Generator:
+    """A generator in the state that follows from ``seed`` alone."""
+    return Generator(seed)

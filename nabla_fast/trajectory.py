@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,17 @@ class TrajectoryGradient:
     hidden: Tensor
     head: Tensor
     nll_coeff: float
+
+    @classmethod
+    def joined(cls, gradients: Sequence[TrajectoryGradient], counts: Sequence[int]) -> TrajectoryGradient:
+        """The first positions of several trajectories of the same models, one after another."""
+        first = gradients[0]
+        firsts = [
+            [part[:count] for part in (*g.cotangents, g.hidden)]
+            for g, count in zip(gradients, counts, strict=True)
+        ]
+        *cotangents, hidden = (torch.cat(parts) for parts in zip(*firsts, strict=True))
+        return cls(cotangents, first.tables, hidden, first.head, first.nll_coeff)
 
     def rows(self, count: int) -> Tensor:
         """G of the first ``count`` positions, [count, V]."""

@@ -15,6 +15,7 @@ from itertools import islice
 import torch
 
 from nabla_fast.config import DTOConfig
+from nabla_fast.decode.accelerations import Accelerations
 from nabla_fast.decode.executor import Executor
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.requests import Descend, Gradient, RollOut, Score
@@ -59,8 +60,9 @@ class BatchedLoop:
         *,
         batch_size: int = 16,
         proposals: int | None = None,
+        accelerations: Accelerations | None = None,
     ):
-        self._executor = Executor(lm, rm, config)
+        self._executor = Executor(lm, rm, config, accelerations or Accelerations())
         self._batch_size, self._proposals = batch_size, proposals
 
     @torch.no_grad()

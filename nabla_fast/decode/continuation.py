@@ -12,6 +12,7 @@ from nabla_fast.decode.problem import Problem
 from nabla_fast.models import LanguageModel
 from nabla_fast.ops import GumbelNoise, TokenStats, synchronize, token_stats
 from nabla_fast.ops.gumbel import perturbed
+from nabla_fast.relaxed import blocks
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,29 @@ class Continuation:
         response: list[int],
         tokens: list[int],
         hidden: Tensor,
+        stats: TokenStats | None = None,
     ) -> Continuation:
-        """What was rolled out behind ``response``, L ≥ 1.
+        """What was rolled out behind ``response``, L ≥ 1; its statistics are computed if not given.
 
         Raises:
             RowError: the LM's logits are not finite.
         """
-        stats = token_stats(hidden, lm.head)
+        if stats is None:
+            stats = token_stats(hidden, lm.head)
         synchronize()
         if config.relaxation != "gumbel":
             return cls(tokens, hidden, stats, stats.argmax, None)
         start = len(problem.prompt_ids) + len(response)
         position = torch.arange(start, start + len(tokens), device=hidden.device)
         noise = GumbelNoise(torch.full_like(position, problem.seed), position)
-        hard = perturbed(lm.logits(hidden), noise).argmax(dim=-1)
+        hard = torch.cat(
+            [
+                perturbed(lm.logits(hidden[rows]), GumbelNoise(*(key[rows] for key in noise))).argmax(
+                    dim=-1
+                )
+                for rows in blocks(len(tokens), lm.vocabulary)
+            ]
+        )
         return cls(tokens, hidden, stats, hard, noise)
 
     def after(self, count: int) -> Continuation:

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nabla_fast.config import DTOConfig
-from nabla_fast.decode.continuation import Continuation
+from nabla_fast.decode.accelerations import Accelerations
+from nabla_fast.decode.drafting import Drafting
 from nabla_fast.decode.requests import Descend, Gradient, RollOut, Score
+from nabla_fast.decode.rollouts import roll_out
 from nabla_fast.errors import ModelError
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.models.paged import PagedReader
@@ -22,9 +24,8 @@ from nabla_fast.ops import (
     dto_descent_latents,
     synchronize,
 )
-from nabla_fast.ops.rows import report, row_status
-from nabla_fast.paged_kv import BlockPool
-from nabla_fast.sampling import next_token, seeded
+from nabla_fast.paged_kv import BlockPool, PagedSequence
+from nabla_fast.relaxed import Relaxed
 from nabla_fast.trajectory import TrajectoryGradient
 
 
@@ -35,10 +36,17 @@ class Executor:
         ModelError: a model cannot read from a paged prefix, or does not score its last token.
     """
 
-    def __init__(self, lm: LanguageModel, rm: RewardModel | None, config: DTOConfig):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rm: RewardModel | None,
+        config: DTOConfig,
+        accelerations: Accelerations,
+    ):
         if rm is not None and not rm.scores_last:
             raise ModelError(f"{type(rm.model).__name__} does not score its last token's state")
-        self.lm, self.rm, self.config = lm, rm, config
+        self.lm, self.rm, self.config, self.accelerations = lm, rm, config, accelerations
+        self.drafting = Drafting(accelerations.drafting)
         self.lm_reader = PagedReader(lm.model)
         self.rm_reader = None if rm is None else PagedReader(rm.model)
         self._tables = [lm.table] + ([rm.table.to(lm.device)] if rm and config.reward_coeff > 0 else [])
@@ -48,46 +56,9 @@ class Executor:
         self.lm_pool: BlockPool | None = None
         self.rm_pool: BlockPool | None = None
 
-    # -- rollouts ----------------------------------------------------------------------------------
-
     def roll_out(self, requests: Sequence[RollOut]) -> None:
         """Roll out all requests together; each draws from its own generator."""
-        sampling = self.config.rollout_sampling
-        sequences = [request.base.fork(request.shared) for request in requests]
-        generators = [seeded(request.seed) for request in requests]
-        tokens: list[list[int]] = [[] for _ in requests]
-        states: list[list[Tensor]] = [[] for _ in requests]
-        unread = [
-            [*request.problem.prompt_ids, *request.response][sequence.length :]
-            for request, sequence in zip(requests, sequences, strict=True)
-        ]
-        alive = list(range(len(requests)))
-        while alive:
-            lengths = [len(unread[n]) for n in alive]
-            ids = pad_sequence([torch.tensor(unread[n]) for n in alive], batch_first=True).to(
-                self.lm.device
-            )
-            hidden = self.lm_reader.read([sequences[n] for n in alive], lengths, ids=ids, store=True)
-            last = hidden[torch.arange(len(alive)), torch.tensor(lengths) - 1]
-            logits = self.lm.logits(last).cpu()
-            report("rollout", row_status(logits))
-            going = []
-            for row, n in enumerate(alive):
-                request = requests[n]
-                request.stats.token_passes["lm"] += lengths[row]
-                states[n].append(last[row])
-                tokens[n].append(next_token(logits[row], sampling, generators[n]))
-                unread[n] = tokens[n][-1:]
-                if request.problem.finish_reason(request.response + tokens[n]) is None:
-                    going.append(n)
-            alive = going
-        for n, request in enumerate(requests):
-            request.continuation = Continuation.of(
-                self.lm, self.config, request.problem, request.response, tokens[n], torch.stack(states[n])
-            )
-            request.sequence = sequences[n]
-            request.stats.llm_calls += len(tokens[n])
-            request.stats.generated_tokens += len(tokens[n])
+        roll_out(self.lm, self.lm_reader, self.config, self.drafting, requests)
 
     # -- rewards -----------------------------------------------------------------------------------
 
@@ -101,7 +72,7 @@ class Executor:
             sequences.append(sequence)
             unread.append([*tokens, *problem.reward_suffix][sequence.length :])
             kept.append(len(tokens))
-            request.stats.token_passes["rm"] += len(unread[-1])
+            request.count("rm", len(unread[-1]))
         lengths = list(map(len, unread))
         ids = pad_sequence([torch.tensor(part) for part in unread], batch_first=True).to(self.rm.device)
         hidden = self.rm_reader.read(sequences, lengths, ids=ids, store=True)
@@ -137,54 +108,89 @@ class Executor:
         rows = [n for n, mix in enumerate(mixes) if len(mix) > 1]
         if not rows:
             return cotangents, hidden
+        asked = [requests[n] for n in rows]
         read = [mixes[n][:-1].detach().requires_grad_() for n in rows]
-        prefixes = [
-            requests[n].lm_base.fork(len(requests[n].problem.prompt_ids) + len(requests[n].response))
-            for n in rows
-        ]
-        try:
-            with torch.enable_grad():
-                padded = pad_sequence(read, batch_first=True)
-                states = self.lm_reader.read(prefixes, list(map(len, read)), embeddings=padded)
-        finally:
-            for prefix in prefixes:
-                prefix.free()
-        upstream = torch.zeros_like(states)
-        for row, n in enumerate(rows):
-            own = states.detach()[row, : len(read[row])]
-            hidden[n] = torch.cat([hidden[n], own])
-            requests[n].stats.token_passes["lm"] += len(own)
-            if self.config.nll_coeff > 0:
-                # The first position's state does not depend on what is relaxed.
-                gradient = requests[n].relaxed.likelihood_gradient(own, self.lm.head, start=1)
-                upstream[row, : len(own)] = self.config.nll_coeff * gradient
-                requests[n].stats.token_passes["lm"] += len(own)
+        lengths = list(map(len, read))
+        with torch.enable_grad():
+            before = [[*r.problem.prompt_ids, *r.response] for r in asked]
+            states = self._behind(self.lm_reader, self.lm.table, [r.lm_base for r in asked], before, read)
+        own = [part.detach() for part in states]
+        for n, part in zip(rows, own, strict=True):
+            hidden[n] = torch.cat([hidden[n], part])
+        for request, length in zip(asked, lengths, strict=True):
+            request.count("lm", self._read(len(request.problem.prompt_ids) + len(request.response), length))
         if self.config.nll_coeff > 0:
+            upstream = self._likelihood_gradients(asked, own)
             for n, gradient in zip(rows, torch.autograd.grad(states, read, upstream), strict=True):
                 cotangents[n][:-1] = gradient
+            for request, length in zip(asked, lengths, strict=True):
+                before = len(request.problem.prompt_ids) + len(request.response)
+                request.count("lm", self._read(before, length))
         return cotangents, hidden
+
+    def _read(self, before: int, suffix: int) -> int:
+        """Tokens that a pass over a suffix goes through."""
+        return suffix if self.accelerations.frozen_prefix else before + suffix
+
+    def _behind(
+        self,
+        reader: PagedReader,
+        table: Tensor,
+        bases: Sequence[PagedSequence],
+        before: Sequence[Sequence[int]],
+        suffixes: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Hidden states [L, H] of suffixes of embeddings [L, H] behind what has been read before them."""
+        heads = [base.head(len(ids)) for base, ids in zip(bases, before, strict=True)]
+        if not self.accelerations.frozen_prefix:
+            heads = [base.head(0) for base in bases]
+            suffixes = [
+                torch.cat([table[torch.tensor(ids, device=table.device)], suffix])
+                for ids, suffix in zip(before, suffixes, strict=True)
+            ]
+        lengths = list(map(len, suffixes))
+        states = reader.read(heads, lengths, embeddings=pad_sequence(suffixes, batch_first=True))
+        skipped = [0 if self.accelerations.frozen_prefix else len(ids) for ids in before]
+        return [part[skip:length] for part, skip, length in zip(states, skipped, lengths, strict=True)]
+
+    def _likelihood_gradients(self, requests: Sequence[Gradient], states: Sequence[Tensor]) -> list[Tensor]:
+        """∂ℒ/∂states of the likelihood of all positions but the first, which nothing relaxed precedes."""
+        head, lengths = self.lm.head, list(map(len, states))
+        if all(request.relaxed.tokens is not None for request in requests):
+            relaxed = Relaxed(tokens=torch.cat([request.relaxed.tokens[1:] for request in requests]))
+            gradients = relaxed.likelihood_gradient(torch.cat(list(states)), head).split(lengths)
+        else:
+            gradients = [
+                request.relaxed.likelihood_gradient(part, head, start=1)
+                for request, part in zip(requests, states, strict=True)
+            ]
+        return [self.config.nll_coeff * gradient for gradient in gradients]
 
     def _rm_gradient(self, requests: Sequence[Gradient], mixes: Sequence[Tensor]) -> list[Tensor]:
         read = [mix.detach().to(self.rm.device).requires_grad_() for mix in mixes]
-        prefixes = [r.rm_base.fork(len(r.problem.reward_prefix) + len(r.response)) for r in requests]
-        try:
-            with torch.enable_grad():
-                suffixes = [
-                    torch.cat([part, self.rm.embed(r.problem.reward_suffix)])
-                    for part, r in zip(read, requests, strict=True)
-                ]
-                lengths = list(map(len, suffixes))
-                hidden = self.rm_reader.read(
-                    prefixes, lengths, embeddings=pad_sequence(suffixes, batch_first=True)
-                )
-                last = hidden[torch.arange(len(requests)), torch.tensor(lengths) - 1]
-                loss = -self.config.reward_coeff * self.rm.model.score(last).sum()
-        finally:
-            for prefix in prefixes:
-                prefix.free()
-        for request, length in zip(requests, lengths, strict=True):
-            request.stats.token_passes["rm"] += 2 * length
+        before = [[*r.problem.reward_prefix, *self.rm.read(r.response)] for r in requests]
+        with torch.enable_grad():
+            suffixes = [
+                torch.cat([part, self.rm.embed(r.problem.reward_suffix)])
+                if r.problem.reward_suffix
+                else part
+                for part, r in zip(read, requests, strict=True)
+            ]
+            states = self._behind(
+                self.rm_reader, self.rm.own_table, [r.rm_base for r in requests], before, suffixes
+            )
+            last = torch.stack([part[-1] for part in states])
+            loss = -self.config.reward_coeff * self.rm.model.score(last).sum()
+        for request, ids, suffix in zip(requests, before, suffixes, strict=True):
+            request.count("rm", 2 * self._read(len(ids), len(suffix)))
         return [gradient.to(self.lm.device) for gradient in torch.autograd.grad(loss, read)]
+
+    def norms(self, gradient: TrajectoryGradient) -> Tensor:
+        """‖G_i‖₂ of all positions, [L]."""
+        if self.accelerations.small_gradients:
+            return gradient.norms()
+        rows = gradient.rows(len(gradient.hidden))
+        return rows.masked_fill(rows.isinf(), 0).norm(dim=-1)
 
     # -- descent -----------------------------------------------------------------------------------
 
@@ -193,16 +199,19 @@ class Executor:
         counts = [len(request.parameter) for request in requests]
         parameter = torch.cat([request.parameter for request in requests])
         state = AdamState(*(torch.cat(parts) for parts in zip(*(r.state for r in requests), strict=True)))
-        group = torch.repeat_interleave(torch.arange(len(requests)), torch.tensor(counts)).to(
-            parameter.device
-        )
-        noise = None
+        device = parameter.device
+        group = noise = None
+        if max(counts) > 1:
+            group = torch.repeat_interleave(torch.arange(len(requests)), torch.tensor(counts)).to(device)
         if requests[0].noise is not None:
             noise = GumbelNoise(
                 *(torch.cat(parts) for parts in zip(*(r.noise for r in requests), strict=True))
             )
-        grad = torch.cat([request.grad for request in requests])
-        options = {"group": group, "tau": self.config.tau, "noise": noise}
+        until = torch.tensor(
+            [r.until for r, count in zip(requests, counts, strict=True) for _ in range(count)]
+        )
+        options = {"until": until.to(device), "group": group, "tau": self.config.tau, "noise": noise}
+        grad = self._rows([request.gradient for request in requests], counts)
         if self.config.parameter == "logits":
             done = dto_descent(parameter, grad, state, self.schedule, **options)
         else:
@@ -213,7 +222,16 @@ class Executor:
             parameter.split(counts),
             done.token.split(counts),
             *(tensor.split(counts) for tensor in state),
+            state.step.cpu().split(counts),
             strict=True,
         )
-        for request, rows, token, *moments in parts:
+        for request, rows, token, *moments, steps in parts:
             request.parameter, request.token, request.state = rows, token, AdamState(*moments)
+            request.steps = int(steps[0])
+
+    def _rows(self, gradients: Sequence[TrajectoryGradient], counts: Sequence[int]) -> Tensor:
+        """G of the first rows of several trajectories, from one pass over the tables."""
+        if not self.accelerations.small_gradients:
+            parts = [gradient.rows(len(gradient.hidden)) for gradient in gradients]
+            return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return TrajectoryGradient.joined(gradients, counts).rows(sum(counts))

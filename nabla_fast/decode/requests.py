@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nabla_fast.decode.continuation import Continuation
@@ -16,8 +15,29 @@ from nabla_fast.results import Stats
 from nabla_fast.trajectory import TrajectoryGradient
 
 
-@dataclass
-class RollOut:
+@dataclass(eq=False)
+class _Request:
+    problem: Problem
+    stats: Stats
+
+    purpose = ""  # in Stats.passes_for
+    passes = 0  # token passes it took
+
+    def count(self, model: str, tokens: int) -> None:
+        """Tokens that a model's forward read or its backward went through for this request."""
+        self.passes += tokens
+        self.stats.token_passes[model] += tokens
+        self.stats.passes_for[self.purpose] = self.stats.passes_for.get(self.purpose, 0) + tokens
+
+    def discard(self) -> None:
+        """Count what it took as spent in vain."""
+        counts = self.stats.passes_for
+        counts[self.purpose] = counts.get(self.purpose, 0) - self.passes
+        counts["discarded"] = counts.get("discarded", 0) + self.passes
+
+
+@dataclass(eq=False)
+class RollOut(_Request):
     """Roll out behind ``response``.
 
     Attributes:
@@ -25,22 +45,23 @@ class RollOut:
         shared: tokens of ``base`` that hold for this rollout.
         response: tokens of the response before the first free one.
         seed: of the rollout's generator.
+        draft: what the tokens may be: those of the trajectory to be replaced, position by position.
         continuation: the answer.
         sequence: the answer: the LM's keys and values of all but the last token.
     """
 
-    problem: Problem
-    stats: Stats
     base: PagedSequence
     shared: int
     response: list[int]
     seed: int
+    draft: list[int]
+    purpose = "rollout"
     continuation: Continuation | None = None
     sequence: PagedSequence | None = None
 
 
-@dataclass
-class Score:
+@dataclass(eq=False)
+class Score(_Request):
     """Reward of a response.
 
     Attributes:
@@ -51,17 +72,16 @@ class Score:
         sequence: the answer: the reward model's keys and values of prefix and response, without tail.
     """
 
-    problem: Problem
-    stats: Stats
     base: PagedSequence
     shared: int
     response: list[int]
+    purpose = "score"
     reward: float | None = None
     sequence: PagedSequence | None = None
 
 
-@dataclass
-class Gradient:
+@dataclass(eq=False)
+class Gradient(_Request):
     """G of the positions of a relaxed continuation of ``response``.
 
     Attributes:
@@ -69,33 +89,36 @@ class Gradient:
         hidden: [1, H], the LM's state that predicts the first position.
         lm_base, rm_base: what the models have read; prefixes of them are read as constants.
         relaxed: y of the L positions.
+        purpose: "gradient" or "flip".
         gradient: the answer.
     """
 
-    problem: Problem
-    stats: Stats
     response: list[int]
     hidden: Tensor
     lm_base: PagedSequence
     rm_base: PagedSequence | None
     relaxed: Relaxed
+    purpose: str = "gradient"
     gradient: TrajectoryGradient | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Descend:
     """Adam steps on rows until one of them flips; changes ``parameter`` and ``state``.
 
     Attributes:
         parameter: [n, V or H].
-        grad: G [n, V].
+        gradient: G; its first n rows are descended along.
         noise: keys of the n rows, or None.
+        until: the step to stop at without a flip.
         token: the answer: hard tokens [n] now.
+        steps: the answer: steps taken in all.
     """
 
-    stats: Stats
     parameter: Tensor
-    grad: Tensor
+    gradient: TrajectoryGradient
     state: AdamState
     noise: GumbelNoise | None
-    token: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    until: int
+    token: Tensor | None = None
+    steps: int = 0

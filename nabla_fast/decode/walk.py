@@ -24,7 +24,7 @@ from nabla_fast.ops.softmax import softmax_gradient
 from nabla_fast.paged_kv import PagedSequence
 from nabla_fast.relaxed import Relaxed
 from nabla_fast.results import Revision, Stats
-from nabla_fast.sampling import draw, seeded
+from nabla_fast.sampling import TokenRows, seeded
 from nabla_fast.trajectory import TrajectoryGradient
 
 Request = RollOut | Score | Gradient | Descend
@@ -54,7 +54,7 @@ class Walk:
         """Yield requests until the response is decoded."""
         config, stats, problem = self._config, self._stats, self._problem
         lm = self._run.lm_pool.sequence()
-        first = RollOut(problem, stats, lm, 0, [], problem.seed)
+        first = RollOut(problem, stats, lm, 0, [], problem.seed, [])
         stats.generations = stats.rounds = 1
         yield [first]
         lm.free()
@@ -80,6 +80,8 @@ class Walk:
         """How many proposals to make at once: one more as long as it is as likely needed as not."""
         left = self._config.max_generations - self._stats.generations
         if not self._rejection:
+            return 1
+        if not self._run.accelerations.speculation:
             return 1
         if self._ahead is not None:
             return min(self._ahead, left)
@@ -128,7 +130,7 @@ class Walk:
             if self._reward is None and self._has_reward:
                 yield from self._score_current()
             gradient = (yield from self._gradients([(start, self._relaxed(start))]))[0]
-            selected &= gradient.norms() >= config.grad_threshold
+            selected &= self._run.norms(gradient) >= config.grad_threshold
         offsets = selected.nonzero()
         return start + int(offsets[0]) if len(offsets) else None
 
@@ -139,7 +141,7 @@ class Walk:
         return Relaxed(tokens=self._current.hard[offset:])
 
     def _gradients(
-        self, asked: list[tuple[int, Relaxed]]
+        self, asked: list[tuple[int, Relaxed]], purpose: str = "gradient"
     ) -> Generator[list[Request], None, list[TrajectoryGradient]]:
         """G of what is relaxed from each offset on, from the store where it is there.
 
@@ -150,14 +152,23 @@ class Walk:
         needed: list[tuple[int, tuple[int, ...], Gradient]] = []
         for n, (offset, relaxed) in enumerate(asked):
             before = self._response + self._current.tokens[:offset]
-            key = (*before, *relaxed.tokens.tolist()) if relaxed.tokens is not None else ()
+            key = ()
+            if relaxed.tokens is not None and self._run.accelerations.gradient_store:
+                key = (*before, *relaxed.tokens.tolist())
             if key and key in self._store and self._store[key][0] <= len(before):
                 start, gradient = self._store[key]
                 found[n] = gradient.after(len(before) - start)
                 continue
             hidden = self._current.hidden[offset : offset + 1]
             request = Gradient(
-                self._problem, self._stats, before, hidden, self._sequence, self._rm_sequence, relaxed
+                self._problem,
+                self._stats,
+                before,
+                hidden,
+                self._sequence,
+                self._rm_sequence,
+                relaxed,
+                purpose,
             )
             needed.append((n, key, request))
         # Offsets ascend, so the first request of a key covers the positions of the others.
@@ -179,46 +190,58 @@ class Walk:
         """The optimized and redrawn token at each offset."""
         config, current, lm = self._config, self._current, self._run.lm
         counts = [1 if config.update == "first" else len(current.tokens) - offset for offset in offsets]
-        parameters = []
-        for offset, count in zip(offsets, counts, strict=True):
-            hidden = current.hidden[offset : offset + count]
-            if config.parameter == "logits":
-                parameters.append(lm.logits(hidden))
-            else:
-                parameters.append(hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True))
+        hidden = torch.cat(
+            [current.hidden[offset : offset + count] for offset, count in zip(offsets, counts, strict=True)]
+        )
+        if config.parameter == "logits":
+            parameter = lm.logits(hidden)
+        else:
+            parameter = hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True)
+        parameters = list(parameter.split(counts))
         if config.relaxation == "soft":
             yield from self._descend_soft(offsets, parameters)
         else:
             yield from self._descend_hard(offsets, parameters)
-        tokens = []
-        for offset, parameter in zip(offsets, parameters, strict=True):
-            row = parameter[:1] if config.parameter == "logits" else lm.logits(parameter[:1])
-            generator = seeded(self._problem.seed + len(self._response) + offset)
-            tokens.append(draw(row[0].cpu(), config.resample_sampling, generator))
-        return tokens
+        rows = torch.cat([parameter[:1] for parameter in parameters])
+        if config.parameter == "latents":
+            rows = lm.logits(rows)
+        drawn_from = TokenRows(rows.cpu(), config.resample_sampling)
+        start = self._problem.seed + len(self._response)
+        return [drawn_from.draw(n, seeded(start + offset)) for n, offset in enumerate(offsets)]
 
     def _descend_hard(self, offsets: list[int], parameters: list[torch.Tensor]) -> Ask:
         """K steps of every parameter; those whose tokens flip ask for a new gradient, together."""
+        iters, whole = self._config.iters, self._run.accelerations.whole_descents
         tokens = [self._current.hard[offset:].clone() for offset in offsets]
-        states = [AdamState.zeros(parameter) for parameter in parameters]
-        active = list(range(len(offsets)))
-        while active:
-            gradients = yield from self._gradients(
-                [(offsets[n], Relaxed(tokens=tokens[n].clone())) for n in active]
-            )
-            requests = []
-            for n, gradient in zip(active, gradients, strict=True):
-                count = len(parameters[n])
-                noise = self._current.noise
-                if noise is not None:
-                    noise = GumbelNoise(*(key[offsets[n] : offsets[n] + count] for key in noise))
-                requests.append(Descend(self._stats, parameters[n], gradient.rows(count), states[n], noise))
-            self._stats.llm_calls += 4 * len(active)
-            yield requests
-            for n, request in zip(active, requests, strict=True):
-                parameters[n], states[n] = request.parameter, request.state
-                tokens[n][: len(request.token)] = request.token
-            active = [n for n in active if int(states[n].step[0]) < self._config.iters]
+        requests = []
+        for offset, parameter in zip(offsets, parameters, strict=True):
+            noise = self._current.noise
+            if noise is not None:
+                noise = GumbelNoise(*(key[offset : offset + len(parameter)] for key in noise))
+            state = AdamState.zeros(parameter)
+            requests.append(Descend(parameter, None, state, noise, iters if whole else 1))
+        moved, purpose = list(range(len(offsets))), "gradient"
+        while True:
+            asked = [(offsets[n], Relaxed(tokens=tokens[n].clone())) for n in moved]
+            gradients = yield from self._gradients(asked, purpose)
+            self._stats.llm_calls += 4 * len(moved)
+            for n, gradient in zip(moved, gradients, strict=True):
+                requests[n].gradient = gradient
+            active = [n for n, request in enumerate(requests) if request.steps < iters]
+            if not active:
+                break
+            yield [requests[n] for n in active]
+            moved, purpose = [], "flip"
+            for n in active:
+                request, part = requests[n], tokens[n][: len(parameters[n])]
+                if not whole:
+                    request.until = min(iters, request.steps + 1)
+                if not torch.equal(part, request.token):
+                    part.copy_(request.token)
+                    if request.steps < iters:
+                        moved.append(n)
+        for n, request in enumerate(requests):
+            parameters[n] = request.parameter
 
     def _descend_soft(self, offsets: list[int], parameters: list[torch.Tensor]) -> Ask:
         """K steps of every parameter, each with a forward+backward of its own."""
@@ -263,6 +286,7 @@ class Walk:
     def _judge(self, proposals: list[tuple[int, int]], examined: int) -> Ask:
         """Roll out and score proposals; commit up to the first accepted, or all that was examined."""
         problem, stats, current = self._problem, self._stats, self._current
+        frozen = self._run.accelerations.frozen_prefix
         befores = [self._response + current.tokens[:offset] for offset, _ in proposals]
         responses = [[*before, token] for before, (_, token) in zip(befores, proposals, strict=True)]
         rolls = [
@@ -270,11 +294,12 @@ class Walk:
                 problem,
                 stats,
                 self._sequence,
-                len(problem.prompt_ids) + len(before),
+                len(problem.prompt_ids) + len(before) if frozen else 0,
                 response,
                 problem.seed + len(before),
+                current.tokens[offset + 1 :],
             )
-            for before, response in zip(befores, responses, strict=True)
+            for (offset, _), before, response in zip(proposals, befores, responses, strict=True)
         ]
         going = [roll for roll in rolls if problem.finish_reason(roll.response) is None]
         if going:
@@ -285,12 +310,14 @@ class Walk:
         stats.rounds += 1
         scores: list[Score | None] = [None] * len(rolls)
         if self._rejection:
+            if not self._run.accelerations.company:
+                yield from self._score_current()
             scores = [
                 Score(
                     problem,
                     stats,
                     self._rm_sequence,
-                    len(problem.reward_prefix) + len(before),
+                    len(problem.reward_prefix) + len(before) if frozen else 0,
                     roll.response + roll.continuation.tokens,
                 )
                 for before, roll in zip(befores, rolls, strict=True)
@@ -326,7 +353,12 @@ class Walk:
             self._response = self._response + current.tokens[:examined]
             self._current = current.after(examined)
             return
-        stats.speculated += len(rolls) - winner - 1
+        for roll, score in zip(rolls[winner + 1 :], scores[winner + 1 :], strict=True):
+            stats.speculated += 1
+            stats.wasted_tokens += len(roll.continuation.tokens)
+            roll.discard()
+            if score is not None:
+                score.discard()
         for sequence in (self._sequence, self._rm_sequence):
             if sequence is not None:
                 sequence.free()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from nabla_fast.errors import ModelError, one_line
+from nabla_fast.models.lean import LeanBackbone
 from nabla_fast.ops.prefix_attention import prefix_attention
 from nabla_fast.paged_kv import BlockPool, PagedSequence, block_tables
 
@@ -21,7 +22,7 @@ IMPLEMENTATION = "nabla_paged"
 _HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Context:
     """What the attention of every layer needs to know of a pass."""
 
@@ -30,6 +31,24 @@ class _Context:
     lengths: Tensor  # [B] int64, of the prefixes
     slots: Tensor | None  # [T] int64, where the suffixes' keys and values are put; None: nowhere
     tokens: tuple[Tensor, Tensor] | None  # [T] row and position of each of these in the batch
+    backend: Callable[..., Tensor] | None = None  # of the op, chosen in the first layer
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """[B, Hq, S, D] of q [B, Hq, S, D] over the prefixes and k, v [B, Hkv, S, D]; stores k and v."""
+        pool = self.pool
+        arguments = (q, k, v, pool.keys[layer], pool.values[layer], self.tables, self.lengths)
+        if torch.is_grad_enabled() and q.requires_grad:
+            output = prefix_attention(*arguments, scale=scale, window=window)
+        else:
+            if self.backend is None:
+                self.backend = prefix_attention.chosen(*arguments, scale=scale, window=window)
+            output = self.backend(*arguments, scale=scale, window=window)
+        if self.slots is not None:
+            row, position = self.tokens
+            pool.write(layer, self.slots, k[row, :, position], v[row, :, position])
+        return output
 
 
 def _attention(
@@ -50,21 +69,8 @@ def _attention(
         raise ModelError(
             f"{type(module).__name__} needs {', '.join(unknown)}, which paged attention does not have"
         )
-    pool, layer = paged.pool, module.layer_idx
-    output = prefix_attention(
-        query,
-        key,
-        value,
-        pool.keys[layer],
-        pool.values[layer],
-        paged.tables,
-        paged.lengths,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-    )
-    if paged.slots is not None:
-        row, position = paged.tokens
-        pool.write(layer, paged.slots, key[row, :, position], value[row, :, position])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = paged.attend(module.layer_idx, query, key, value, scale, sliding_window)
     return output.transpose(1, 2), None
 
 
@@ -88,7 +94,16 @@ class PagedReader:
         """
         self._model = model
         self._backbone = model.base_model
-        self._probe()
+        self._lean: LeanBackbone | None = None
+        whole = self._probe(None)
+        if LeanBackbone.can_read(self._backbone):
+            self._lean = LeanBackbone(self._backbone)
+            self._probe(whole)
+
+    def renew(self) -> None:
+        """Read the weights again, which may have changed since the last call."""
+        if self._lean is not None:
+            self._lean = LeanBackbone(self._backbone)
 
     def pool(self, blocks: int, block_size: int = 16) -> BlockPool:
         """A pool for this model's keys and values."""
@@ -143,22 +158,28 @@ class PagedReader:
                 for values in zip(*((b, s) for b, n in enumerate(lengths) for s in range(n)), strict=True)
             )
         context = _Context(pool, tables, before, slots, tokens)
+        positions = before[:, None] + torch.arange(width, device=device)
+        if self._lean is not None:
+            end = width + max(sequence.length for sequence in sequences)
+            return self._lean(positions, end, context.attend, ids=ids, embeddings=embeddings)
         with _implementation(self._model, IMPLEMENTATION):
             output = self._backbone(
                 input_ids=ids,
                 inputs_embeds=embeddings,
-                position_ids=before[:, None] + torch.arange(width, device=device),
+                position_ids=positions,
                 use_cache=False,
                 paged=context,
             )
         return output.last_hidden_state
 
     @torch.no_grad()
-    def _probe(self) -> None:
+    def _probe(self, whole: Tensor | None) -> Tensor:
+        """Compare what is read in pieces with what is read at once, and return this."""
         name = type(self._model).__name__
         table = self._model.get_input_embeddings().weight
         ids = torch.tensor([[v % table.shape[0] for v in (1, 2, 3, 5)]], device=table.device)
-        whole = self._backbone(input_ids=ids, use_cache=False).last_hidden_state
+        if whole is None:
+            whole = self._backbone(input_ids=ids, use_cache=False).last_hidden_state
         try:
             sequence = self.pool(blocks=2, block_size=2).sequence()
             pieces = [self.read([sequence], [2], ids=part, store=True) for part in ids.split(2, dim=1)]
@@ -170,6 +191,7 @@ class PagedReader:
         difference = (torch.cat(pieces, dim=1) - whole).abs().amax()
         if not difference <= tolerance * whole.abs().amax():
             raise ModelError(f"{name} reads something else behind a paged prefix than at once")
+        return whole
 
 
 def _extended(sequences: Sequence[PagedSequence], lengths: Sequence[int]) -> list[Tensor]:

@@ -24,6 +24,7 @@ class RewardModel:
         model: the transformers model.
         table: input embeddings R [V, H_r], read through the LM's vocabulary: row v is what the model
             reads for token v of the LM.
+        own_table: input embeddings [V_r, H_r] of the model's own tokens.
         context: most tokens the model reads, or None if it does not say.
         scores_last: whether a reward is the score head of the last token's hidden state.
     """
@@ -44,9 +45,9 @@ class RewardModel:
                 f"{type(model).__name__} has {labels} labels; a reward model has one (num_labels=1)"
             )
         self.model = model
-        self._own_table = embedding_table(model)
+        self.own_table = embedding_table(model)
         self._token_map = alignment.token_map
-        self.table = alignment.aligned(self._own_table)
+        self.table = alignment.aligned(self.own_table)
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._backbone = getattr(model, "base_model", model)
         self.scores_last = False
@@ -55,12 +56,12 @@ class RewardModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go and rewards come from."""
-        return self._own_table.device
+        return self.own_table.device
 
     @property
     def vocabulary(self) -> int:
         """V_r, the model's own."""
-        return self._own_table.shape[0]
+        return self.own_table.shape[0]
 
     def read(self, lm_ids: Sequence[int]) -> list[int]:
         """The model's own ids of a sequence of the LM's tokens."""
@@ -68,7 +69,7 @@ class RewardModel:
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Input embeddings [S, H_r] of the model's own token ids."""
-        return self._own_table[self._ids(ids)]
+        return self.own_table[self._ids(ids)]
 
     def score_embeddings(self, embeddings: Tensor) -> Tensor:
         """Rewards [1] of one sequence of input embeddings [1, S, H_r]; differentiable."""
@@ -122,7 +123,7 @@ class RewardModel:
             raise ModelError(f"{name} does not read input embeddings the way it reads tokens")
 
     def _close(self, ours: float, theirs: float) -> bool:
-        wide = self._own_table.dtype in (torch.float32, torch.float64)
+        wide = self.own_table.dtype in (torch.float32, torch.float64)
         return abs(ours - theirs) <= (1e-3 if wide else 5e-2) * max(0.01 if wide else 0.1, abs(theirs))
 
 

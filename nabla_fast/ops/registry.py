@@ -166,9 +166,10 @@ class Op:
         hint = typing.get_type_hints(body)["return"]
         self.record = hint if _is_record(hint) else None
         self._backends = {"torch": _Backend(body, lambda *_, **__: True)}
-        self._mutates = bool(mutates)
         self._check: Callable[..., None] = lambda *_, **__: None
         mutated = {f for p in self.parameters if p.name in mutates for f in p.fields}
+        fields = [f for p in self.parameters for f in p.fields]
+        self._mutates = [n for n, f in enumerate(fields) if f in mutated]
         self._library_op = torch.library.custom_op(
             f"nabla_fast::{self.name}",
             self._run,
@@ -274,8 +275,21 @@ class Op:
             raise InputError(
                 f"{self.name} changes tensors in place and has no gradient: detach what requires grad"
             )
-        result = self._library_op(*flat)
+        if _is_plain(flat):
+            result = self._run(*flat)
+            if self._mutates:
+                # Kernels write through pointers, which autograd does not see.
+                torch.autograd.graph.increment_version([flat[n] for n in self._mutates])
+        else:
+            result = self._library_op(*flat)
         return self.record(*result) if self.record else result
+
+    def chosen(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """The backend that these arguments get, to be called without checks on others like them.
+
+        For inner loops whose arguments are right by construction: no gradient, no tracing.
+        """
+        return self._choose(list(args), kwargs)
 
     def backends(self) -> tuple[str, ...]:
         """The backends registered on this op, the plain-PyTorch one first."""
@@ -331,6 +345,25 @@ def op(body: Callable[..., Any] | None = None, *, mutates: Sequence[str] = ()) -
 def all_ops() -> dict[str, Op]:
     """Every op by name."""
     return dict(_ops)
+
+
+def _is_plain(flat: Sequence[Any]) -> bool:
+    """Whether a call needs nothing of torch's dispatcher: no gradient, no tracing, no other mode.
+
+    A small op costs less than its way through the dispatcher.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    graded = torch.is_grad_enabled()
+    return all(
+        type(tensor) in (Tensor, torch.nn.Parameter) and not (graded and tensor.requires_grad)
+        for tensor in _tensors(flat)
+    )
 
 
 _HOLE = object()

@@ -1,0 +1,209 @@
+"""The forward of Llama-type decoders without what makes a small step slow in Python.
+
+transformers' own modules take hundreds of calls for a token of a small model. The same arithmetic is
+written flat here for the layers it is known of; any other model runs through its own modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Layers whose forward is: x += o(attention(norm(x))); x += down(act(gate(norm(x))) · up(norm(x))).
+_LAYERS = {
+    f"transformers.models.{family}.modeling_{family}.{name}DecoderLayer"
+    for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+}
+# Rotary embeddings whose frequencies do not depend on the length of the text.
+_ROTARY = {"default", "linear", "llama3", "yarn"}
+# Below this many elements, one product with joined weights beats several, and a copy of them costs little.
+_JOINED = 1 << 20
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """Root-mean-square norm over the last dimension, rounded as transformers rounds it."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """One linear layer, or several of the same input side by side."""
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+
+    @classmethod
+    def of(cls, *modules: nn.Linear) -> _Linear:
+        weights, biases = [m.weight for m in modules], [m.bias for m in modules]
+        alike = all((bias is None) == (biases[0] is None) for bias in biases)
+        if len(modules) > 1 and alike and sum(weight.numel() for weight in weights) <= _JOINED:
+            joined = None if biases[0] is None else torch.cat(biases)
+            return cls([torch.cat(weights)], [joined])
+        return cls(weights, biases)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(self.weights) == 1:
+            return F.linear(x, self.weights[0], self.biases[0])
+        parts = [F.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
+        return torch.cat(parts, dim=-1)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + self(x)."""
+        if self.biases[0] is None:
+            return torch.addmm(residual, x, self.weights[0].t())
+        return residual + self(x)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    before_attention: _Norm
+    qkv: _Linear
+    qk: _Norm | None
+    output: _Linear
+    before_mlp: _Norm
+    gate_up: _Linear
+    act: Callable[[Tensor], Tensor]
+    down: _Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+
+
+class LeanBackbone:
+    """A decoder's layers, read once: take a new one when its weights may have changed."""
+
+    def __init__(self, backbone: nn.Module):
+        """Read the weights of a backbone for which :meth:`can_read` holds."""
+        self._rotary_module = backbone.rotary_emb
+        self._layers = [_layer(layer) for layer in backbone.layers]
+        self._norm = _norm(backbone.norm)
+        self._table = backbone.embed_tokens.weight
+        self._rotary = self._rotary_table(1024)
+
+    @staticmethod
+    def can_read(backbone: nn.Module) -> bool:
+        """Whether a backbone is one whose forward is known here, with nothing hooked into it."""
+        layers = getattr(backbone, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            return False
+        if any(f"{type(m).__module__}.{type(m).__name__}" not in _LAYERS for m in layers):
+            return False
+        if getattr(getattr(backbone, "rotary_emb", None), "rope_type", None) not in _ROTARY:
+            return False
+        if len(layers) != backbone.config.num_hidden_layers:
+            return False
+        embedding = getattr(backbone, "embed_tokens", None)
+        if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+            return False
+        if len({p.device for p in backbone.parameters()} | {p.dtype for p in backbone.parameters()}) != 2:
+            return False
+        for module in backbone.modules():
+            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+                return False
+            if "forward" in vars(module):
+                return False
+        projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        return all(
+            type(module) is nn.Linear
+            for layer in layers
+            for name, module in layer.named_modules()
+            if name.rpartition(".")[2] in projections
+        )
+
+    def __call__(
+        self, positions: Tensor, end: int, attend: Attend, *, ids: Tensor | None, embeddings: Tensor | None
+    ) -> Tensor:
+        """Hidden states [B, S, H] after the last norm.
+
+        Args:
+            positions: [B, S] int64, all below
+            end: a host number, so that nothing waits for the device.
+            attend: (layer, q [B, Hq, S, D], k, v [B, Hkv, S, D], scale, window) → [B, Hq, S, D].
+            ids: [B, S] int64, or
+            embeddings: [B, S, H].
+        """
+        x = F.embedding(ids, self._table) if embeddings is None else embeddings
+        batch, suffix, width = x.shape
+        cos, sin = self._cos_sin(positions, end)
+        x = x.reshape(-1, width)
+        for index, layer in enumerate(self._layers):
+            heads = layer.qkv(layer.before_attention(x)).view(batch, suffix, -1, layer.head_dim)
+            qk, v = heads.split([layer.heads + layer.kv_heads, layer.kv_heads], dim=2)
+            if layer.qk is not None:
+                qk = layer.qk(qk)
+            # The rotation by halves; the sign of the half that changes it stands in the table.
+            qk = torch.addcmul(qk * cos, qk.roll(layer.head_dim // 2, -1), sin)
+            q, k = qk.split([layer.heads, layer.kv_heads], dim=2)
+            attended = attend(
+                index, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), layer.scale, layer.window
+            )
+            x = layer.output.added_to(x, attended.transpose(1, 2).reshape(len(x), -1))
+            gate, up = layer.gate_up(layer.before_mlp(x)).chunk(2, dim=-1)
+            x = layer.down.added_to(x, layer.act(gate) * up)
+        return self._norm(x).view(batch, suffix, width)
+
+    def _cos_sin(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """[B, S, 1, D] each."""
+        length = self._rotary.shape[1]
+        if end > length:
+            self._rotary = self._rotary_table(max(end, 2 * length))
+        cos, sin = self._rotary[:, positions]
+        return cos[:, :, None], sin[:, :, None]
+
+    @torch.no_grad()
+    def _rotary_table(self, length: int) -> Tensor:
+        """cos and signed sin [2, length, D] of positions 0..length−1."""
+        positions = torch.arange(length, device=self._table.device)[None]
+        cos, sin = self._rotary_module(self._table[:1, None], positions)
+        half = sin.shape[-1] // 2
+        return torch.stack([cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)])
+
+
+def _norm(module: nn.Module) -> _Norm:
+    return _Norm(module.weight, module.variance_epsilon)
+
+
+def _layer(layer: nn.Module) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    config = attention.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    qk = None
+    if hasattr(attention, "q_norm"):
+        weights = [attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1)]
+        qk = _Norm(torch.cat(weights), attention.q_norm.variance_epsilon)
+    if hasattr(attention, "sliding_window"):
+        window = attention.sliding_window
+    else:
+        window = config.sliding_window if config.model_type == "mistral" else None
+    return _Layer(
+        before_attention=_norm(layer.input_layernorm),
+        qkv=_Linear.of(attention.q_proj, attention.k_proj, attention.v_proj),
+        qk=qk,
+        output=_Linear.of(attention.o_proj),
+        before_mlp=_norm(layer.post_attention_layernorm),
+        gate_up=_Linear.of(mlp.gate_proj, mlp.up_proj),
+        act=mlp.act_fn,
+        down=_Linear.of(mlp.down_proj),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        window=window,
+    )
