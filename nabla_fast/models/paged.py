@@ -13,7 +13,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from nabla_fast.errors import ModelError, one_line
 from nabla_fast.models.lean import LeanBackbone
-from nabla_fast.ops.prefix_attention import prefix_attention
+from nabla_fast.ops.prefix_attention import (
+    SuffixGradient,
+    prefix_attention,
+    prefix_attention_backward,
+)
 from nabla_fast.paged_kv import BlockPool, PagedSequence, block_tables
 
 IMPLEMENTATION = "nabla_paged"
@@ -39,7 +43,7 @@ class _Context:
         """[B, Hq, S, D] of q [B, Hq, S, D] over the prefixes and k, v [B, Hkv, S, D]; stores k and v."""
         pool = self.pool
         arguments = (q, k, v, pool.keys[layer], pool.values[layer], self.tables, self.lengths)
-        if torch.is_grad_enabled() and q.requires_grad:
+        if q.requires_grad and torch.is_grad_enabled():
             output = prefix_attention(*arguments, scale=scale, window=window)
         else:
             if self.backend is None:
@@ -49,6 +53,21 @@ class _Context:
             row, position = self.tokens
             pool.write(layer, self.slots, k[row, :, position], v[row, :, position])
         return output
+
+    def attend_backward(
+        self,
+        layer: int,
+        cotangent: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> SuffixGradient:
+        """∂/∂q, ∂/∂k and ∂/∂v of :meth:`attend`."""
+        pool = self.pool
+        arguments = (cotangent, q, k, v, pool.keys[layer], pool.values[layer], self.tables, self.lengths)
+        return prefix_attention_backward(*arguments, scale=scale, window=window)
 
 
 def _attention(
@@ -161,7 +180,7 @@ class PagedReader:
         positions = before[:, None] + torch.arange(width, device=device)
         if self._lean is not None:
             end = width + max(sequence.length for sequence in sequences)
-            return self._lean(positions, end, context.attend, ids=ids, embeddings=embeddings)
+            return self._lean(positions, end, context, ids=ids, embeddings=embeddings)
         with _implementation(self._model, IMPLEMENTATION):
             output = self._backbone(
                 input_ids=ids,
