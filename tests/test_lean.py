@@ -1,0 +1,154 @@
+"""The flat forward of Llama-type decoders: when it is taken, and that it is theirs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+from nabla_fast.models.lean import LeanBackbone
+from nabla_fast.models.paged import PagedReader
+
+KNOWN = ("qwen2", "qwen2_tied", "qwen3", "llama", "mistral")
+
+
+def reader(model: nn.Module) -> PagedReader:
+    return PagedReader(model.requires_grad_(False))
+
+
+def whole(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def read(paged: PagedReader, ids: torch.Tensor) -> torch.Tensor:
+    return paged.read([paged.pool(40, block_size=4).sequence()], [ids.shape[1]], ids=ids)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_known_layers_are_read_flat(kind):
+    model = tiny_models.causal_lm(kind)
+    paged = reader(model)
+    assert paged._lean is not None
+    ids = torch.randint(3, tiny_models.VOCABULARY, (1, 13))
+    torch.testing.assert_close(read(paged, ids), whole(model, ids), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gpt2", "phi", "cohere", "granite"])
+def test_other_layers_run_through_their_own_modules(kind):
+    assert reader(tiny_models.causal_lm(kind))._lean is None
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_as_the_modules_do(kind, dtype):
+    model = tiny_models.causal_lm(kind, dtype=dtype)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (1, 9))
+    exact = whole(model.double(), ids)
+    theirs = whole(model.to(dtype), ids)
+    ours = read(reader(model), ids)
+    assert (ours - exact).abs().amax() <= 3 * (theirs - exact).abs().amax() + 1e-3
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_written_backward_is_autograds(kind, window):
+    # In float32, where the backward is written out, against autograd through the same layers' modules.
+    fields = {} if window is None else {"sliding_window": window}
+    if kind.startswith("qwen") and window is not None:
+        fields |= {"use_sliding_window": True, "max_window_layers": 0}
+    model = tiny_models.causal_lm(kind, dtype=torch.float32, **fields)
+    paged = reader(model)
+    assert paged._lean._has_backward
+    table = model.get_input_embeddings().weight
+    ids = torch.randint(3, tiny_models.VOCABULARY, (1, 17))
+    sequence = paged.pool(40, block_size=4).sequence()
+    paged.read([sequence], [7], ids=ids[:, :7], store=True)
+    suffix = table[ids[:, 7:]].clone().requires_grad_()
+    ours = paged.read([sequence], [10], embeddings=suffix)
+    own = table[ids[:, 7:]].double().requires_grad_()
+    model = copy.deepcopy(model).double()
+    embeddings = torch.cat([model.get_input_embeddings().weight[ids[:, :7]], own], dim=1)
+    theirs = model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, 7:]
+    cotangent = torch.randn_like(ours)
+    (expected,) = torch.autograd.grad(theirs, own, cotangent.double())
+    (found,) = torch.autograd.grad(ours, suffix, cotangent)
+    assert (found - expected).abs().amax() <= 1e-5 * expected.abs().amax()
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_rotary_embeddings_of_fixed_frequencies_are_read_flat(scaling):
+    model = tiny_models.causal_lm("llama", rope_parameters=scaling | {"rope_theta": 10000.0})
+    paged = reader(model)
+    assert paged._lean is not None
+    ids = torch.randint(3, tiny_models.VOCABULARY, (1, 40))
+    torch.testing.assert_close(read(paged, ids), whole(model, ids), rtol=1e-12, atol=1e-12)
+
+
+def test_frequencies_that_follow_the_length_are_left_to_the_module():
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert not LeanBackbone.can_read(tiny_models.causal_lm("llama", rope_parameters=scaling).base_model)
+
+
+def test_positions_behind_the_first_table():
+    model = tiny_models.causal_lm("qwen2", max_position_embeddings=3000)
+    paged = PagedReader(model.requires_grad_(False))
+    ids = torch.randint(3, tiny_models.VOCABULARY, (1, 2100))
+    pool = paged.pool(200)
+    sequence = pool.sequence()
+    pieces = [
+        paged.read([sequence], [part.shape[1]], ids=part, store=True) for part in ids.split(1050, dim=1)
+    ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole(model, ids), rtol=1e-10, atol=1e-10)
+
+
+def hooked(model: nn.Module) -> None:
+    model.base_model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def wrapped(model: nn.Module) -> None:
+    class Wrapped(nn.Linear):
+        pass
+
+    layer = model.base_model.layers[0].self_attn
+    layer.q_proj = Wrapped(layer.q_proj.in_features, layer.q_proj.out_features)
+
+
+def replaced(model: nn.Module) -> None:
+    mlp = model.base_model.layers[0].mlp
+    mlp.forward = lambda x: x
+
+
+@pytest.mark.parametrize("change", [hooked, wrapped, replaced], ids=lambda f: f.__name__)
+def test_changed_modules_are_left_to_themselves(change):
+    model = tiny_models.causal_lm("qwen2")
+    assert LeanBackbone.can_read(model.base_model)
+    change(model)
+    assert not LeanBackbone.can_read(model.base_model)
+
+
+def test_weights_changed_in_place_are_followed_once_renewed():
+    model = tiny_models.causal_lm("llama")
+    paged = reader(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    paged.renew()
+    ids = torch.randint(3, tiny_models.VOCABULARY, (1, 6))
+    torch.testing.assert_close(read(paged, ids), whole(model, ids), rtol=1e-12, atol=1e-12)
