@@ -73,8 +73,8 @@ class TokenRows:
     """What next tokens are drawn from: rows of softmax(top_p(top_k(z / T))), or their argmax.
 
     Top-k keeps every token that ties with the k-th; top-p works on what top-k left and drops the
-    least likely tokens whose cumulative mass is ≤ 1 − p, never the last one left. A row's draws do
-    not depend on the other rows.
+    least likely tokens whose cumulative mass is ≤ 1 − p, never the last one left; of equally likely
+    ones, those of lower index first. A row's draws do not depend on the other rows.
     """
 
     def __init__(self, logits: Tensor, sampling: SamplingConfig, *, greedy: bool = False):

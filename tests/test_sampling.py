@@ -7,7 +7,8 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nabla_fast import SamplingConfig
-from nabla_fast.sampling import draw, filtered_probabilities, next_token, seeded
+from nabla_fast import sampling as sampling_module
+from nabla_fast.sampling import draw, filtered_probabilities, next_token, next_tokens, seeded
 
 SETTINGS = [
     SamplingConfig(temperature, top_k, top_p)
@@ -61,3 +62,37 @@ def test_no_temperature_is_greedy_in_rollouts_and_one_in_resampling(temperature)
     assert [draw(logits, cold, seeded(s)) for s in range(9)] == [
         draw(logits, plain, seeded(s)) for s in range(9)
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("native", [True, False])
+def test_draws_are_those_of_multinomial_and_leave_the_generator_where_it_does(dtype, native, monkeypatch):
+    if native and not sampling_module._races():
+        pytest.skip("no C++ extension")
+    monkeypatch.setattr(sampling_module, "_races", lambda: native)
+    for seed in range(40):
+        chance = torch.Generator().manual_seed(seed)
+        ours, theirs = seeded(seed), torch.Generator().manual_seed(seed)
+        for _ in range(8):
+            vocabulary = int(torch.randint(1, 3000, (1,), generator=chance))
+            count = min(vocabulary, int(torch.randint(1, 40, (1,), generator=chance)))
+            tokens = torch.randperm(vocabulary, generator=chance)[:count].sort().values
+            probabilities = torch.rand(count, dtype=dtype, generator=chance).softmax(dim=0)
+            dense = torch.zeros(vocabulary, dtype=dtype).scatter_(0, tokens, probabilities)
+            expected = int(torch.multinomial(dense, 1, generator=theirs))
+            assert ours.draw(tokens, probabilities, vocabulary) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rows_draws_do_not_depend_on_other_rows(dtype):
+    for sampling in SETTINGS:
+        logits = torch.randn(9, 60, dtype=dtype)
+        logits[4] = logits[4].round()  # ties
+        logits[5, 3:] = -torch.inf
+        together = next_tokens(logits, sampling)
+        for row in range(len(logits)):
+            alone = next_tokens(logits[row : row + 1], sampling)
+            assert torch.equal(together.probabilities(row), alone.probabilities(0))
+            if row != 4:  # which of equal tokens top-p drops, transformers leaves to an unstable sort
+                torch.testing.assert_close(alone.probabilities(0), theirs(logits[row], sampling))
+            assert together.draw(row, seeded(row)) == alone.draw(0, seeded(row))
