@@ -13,6 +13,7 @@ from torch import nn
 
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched import BatchedLoop
+from nabla_fast.decode.pools import BLOCK
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.sequential import SequentialLoop
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError
@@ -42,6 +43,8 @@ class NablaDecoder:
         loop: "sequential", the loop that defines the result, on any model; or "batched", which returns
             the same tokens from far fewer token passes, for decoders that read from a paged prefix.
         batch_size: prompts that the batched loop decodes at once.
+        max_kv_tokens: most tokens whose keys and values the batched loop holds at once, a model; None for
+            no limit. Memory is taken as it is needed; a decode that needs more fails with what would do.
         alignment: how the reward model reads the LM's tokens, where their vocabularies differ.
     Raises:
         ModelError: a model has a feature that is not supported, which the line names.
@@ -58,13 +61,18 @@ class NablaDecoder:
         *,
         loop: Literal["sequential", "batched"] = "sequential",
         batch_size: int = 16,
+        max_kv_tokens: int | None = None,
         alignment: VocabularyAlignment | None = None,
     ):
         self.config = DTOConfig() if config is None else config
         if loop not in ("sequential", "batched"):
             raise InputError(f"loop must be 'sequential' or 'batched', got {loop!r}")
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        if not _at_least(1, batch_size):
             raise InputError(f"batch_size must be a whole number ≥ 1, got {batch_size!r}")
+        if max_kv_tokens is not None and not _at_least(BLOCK, max_kv_tokens):
+            raise InputError(f"max_kv_tokens must be a whole number ≥ {BLOCK}, got {max_kv_tokens!r}")
+        if max_kv_tokens is not None and loop != "batched":
+            raise InputError("max_kv_tokens goes with loop='batched'; the other holds no pools")
         if not isinstance(self.config, DTOConfig):
             raise InputError(f"config must be a DTOConfig, got {type(self.config).__name__}")
         _check_model("lm", lm)
@@ -74,7 +82,7 @@ class NablaDecoder:
         self._tokenizer = tokenizer
         self._reward_tokenizer = tokenizer if reward_tokenizer is None else reward_tokenizer
         self._alignment = alignment
-        self._loop_name, self._batch_size = loop, batch_size
+        self._loop_name, self._batch_size, self._max_kv_tokens = loop, batch_size, max_kv_tokens
         self._key: tuple = ()
         with self._frozen():
             self._prepare()
@@ -158,7 +166,9 @@ class NablaDecoder:
         if self._reward_model is not None:
             rm = RewardModel(self._reward_model, self._checked_alignment(lm.vocabulary))
         if self._loop_name == "batched":
-            self._loop = BatchedLoop(lm, rm, self.config, batch_size=self._batch_size)
+            self._loop = BatchedLoop(
+                lm, rm, self.config, batch_size=self._batch_size, max_kv_tokens=self._max_kv_tokens
+            )
         else:
             self._loop = SequentialLoop(lm, rm, self.config)
         self._reader = PromptReader(lm, rm, self._tokenizer, self._reward_tokenizer)
@@ -227,6 +237,10 @@ def _no_autocast() -> Iterator[None]:
     """A caller's autocast would round what has to stay float32."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+def _at_least(least: int, value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _check_model(name: str, model: object) -> None:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
 class PoolExhausted(RuntimeError):
-    """A pool has too few blocks; the message names the size that would do."""
+    """A pool may not hold what is asked of it; the message names the size that would do."""
 
 
 class BlockPool:
     """Keys and values of all layers of one model, in blocks of a fixed number of tokens.
 
+    A pool grows when its free blocks do not suffice, at least to twice its size: what all growths copy
+    together is less than what it holds in the end.
+
     Args:
         layers, kv_heads, head_dim: of the model.
-        blocks: how many there are.
+        blocks: how many there are at first, ≥ 1.
         block_size: tokens a block holds.
+        limit: most blocks it may grow to; None for no limit.
         dtype, device: of keys and values.
 
     Attributes:
-        keys, values: [layers, blocks, block_size, kv_heads, head_dim].
+        keys, values: [layers, blocks, block_size, kv_heads, head_dim]; other tensors after a growth.
     """
 
     def __init__(
@@ -31,13 +37,17 @@ class BlockPool:
         head_dim: int,
         blocks: int,
         block_size: int = 16,
+        limit: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
+        if blocks < 1 or (limit is not None and limit < blocks):
+            raise ValueError(f"a pool needs 1 ≤ blocks ≤ limit, got {blocks} blocks and a limit of {limit}")
         shape = (layers, blocks, block_size, kv_heads, head_dim)
+        # Zeros: attention multiplies what it masks by 0, and stray NaN would come through that.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.block_size = block_size
+        self.block_size, self.limit = block_size, limit
         self.references = [0] * blocks
         # The lowest free block is taken first, so that runs repeat exactly.
         self._free = list(range(blocks))[::-1]
@@ -54,7 +64,19 @@ class BlockPool:
 
     def sequence(self) -> PagedSequence:
         """A new, empty sequence."""
-        return PagedSequence(self, [], 0)
+        return self.group().sequence()
+
+    def group(self) -> SequenceGroup:
+        """A new, empty group of sequences that are given back together."""
+        return SequenceGroup(self)
+
+    def close(self) -> None:
+        """Drop keys and values, though somebody may still hold the pool; it has no blocks afterwards.
+
+        An exception's traceback keeps a failed decode's pools alive as long as itself.
+        """
+        self.keys, self.values = (tensor.new_zeros(0) for tensor in (self.keys, self.values))
+        self.references, self._free, self.limit = [], [], 0
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put tokens where :meth:`PagedSequence.extend` made room for them.
@@ -67,18 +89,42 @@ class BlockPool:
         self.keys[layer].flatten(0, 1)[slots] = keys.to(self.keys.dtype)
         self.values[layer].flatten(0, 1)[slots] = values.to(self.values.dtype)
 
+    def reserve(self, count: int) -> None:
+        """See to it that ``count`` blocks are free.
+
+        Raises:
+            PoolExhausted: the pool may not grow that far; it is as it was.
+        """
+        needed = self.blocks - self.free_blocks + count
+        if needed <= self.blocks:
+            return
+        if self.limit is not None and needed > self.limit:
+            raise PoolExhausted(
+                f"the key-value pool may have {self.limit} blocks of {self.block_size} tokens, "
+                f"{self.blocks - self.free_blocks} are in use and {count} more are needed: "
+                f"{needed} blocks ({needed * self.block_size} tokens) would do"
+            )
+        doubled = max(needed, 2 * self.blocks)
+        self._grow(doubled if self.limit is None else min(doubled, self.limit))
+
+    def _grow(self, blocks: int) -> None:
+        former = self.blocks
+        grown = []
+        for tensor in (self.keys, self.values):
+            layers, _, *block = tensor.shape
+            grown.append(tensor.new_zeros(layers, blocks, *block))
+            grown[-1][:, :former] = tensor
+        self.keys, self.values = grown
+        self.references += [0] * (blocks - former)
+        self._free[:0] = range(blocks - 1, former - 1, -1)  # taken last, as their numbers are highest
+
     def take(self, count: int) -> list[int]:
         """``count`` free blocks, each now referenced once.
 
         Raises:
-            PoolExhausted: fewer are free; none has been taken.
+            PoolExhausted: the pool may not grow that far; none has been taken.
         """
-        if count > len(self._free):
-            free = len(self._free)
-            raise PoolExhausted(
-                f"the key-value pool has {self.blocks} blocks of {self.block_size} tokens, "
-                f"{free} of them free, and {count} are needed: {self.blocks - free + count} would do"
-            )
+        self.reserve(count)
         taken = [self._free.pop() for _ in range(count)]
         for block in taken:
             self.references[block] = 1
@@ -102,19 +148,38 @@ class BlockPool:
         self.values[:, target] = self.values[:, source]
 
 
+class SequenceGroup:
+    """Sequences of one pool that are given back together: those made here, and all forks of them."""
+
+    def __init__(self, pool: BlockPool):
+        self.pool = pool
+        self.holding: set[PagedSequence] = set()  # all that may have blocks
+
+    def sequence(self) -> PagedSequence:
+        """A new, empty sequence of the group."""
+        return PagedSequence(self, [], 0)
+
+    def free(self) -> None:
+        """Give the blocks of all its sequences back, which are empty afterwards."""
+        for sequence in list(self.holding):
+            sequence.free()
+
+
 class PagedSequence:
     """The tokens of one sequence in a pool: a table of blocks and a length.
 
     Attributes:
-        pool: where they lie.
+        group: what it is given back with.
+        pool: where its tokens lie.
         blocks: its block table; only the last block may be partly filled.
         length: tokens it holds.
     """
 
-    def __init__(self, pool: BlockPool, blocks: list[int], length: int):
-        self.pool = pool
+    def __init__(self, group: SequenceGroup, blocks: list[int], length: int):
+        self.group, self.pool = group, group.pool
         self.blocks = blocks
         self.length = length
+        group.holding.add(self)
 
     def extend(self, count: int) -> Tensor:
         """Make room for ``count`` tokens behind the last.
@@ -125,47 +190,61 @@ class PagedSequence:
         Returns:
             [count] int64 slots on the CPU for :meth:`BlockPool.write`.
         Raises:
-            PoolExhausted: there are too few free blocks; the sequence is as it was.
+            PoolExhausted: the pool may not grow that far; the sequence is as it was.
         """
         size = self.pool.block_size
-        filled = self.length % size
-        shared = filled > 0 and count > 0 and self.pool.references[self.blocks[-1]] > 1
-        missing = -(-(self.length + count) // size) - len(self.blocks)
-        taken = self.pool.take(missing + shared)
-        if shared:
-            own = taken.pop()
-            self.pool.copy(self.blocks[-1], own)
-            self.pool.release(self.blocks[-1])
-            self.blocks[-1] = own
+        last = len(self.blocks) - 1
+        shared = self._writes_to_shared(count)
+        taken = self.pool.take(self.missing(count))
+        # Theirs from here on, so that whatever strikes now, they are given back with the sequence.
         self.blocks += taken
+        self.group.holding.add(self)
+        if shared:
+            former = self.blocks[last]
+            self.pool.copy(former, self.blocks[-1])
+            self.blocks[last] = self.blocks.pop()
+            self.pool.release(former)
         position = torch.arange(self.length, self.length + count)
         self.length += count
         table = torch.tensor(self.blocks, dtype=torch.int64)
         return table[position // size] * size + position % size
 
+    def missing(self, count: int) -> int:
+        """Blocks that an extension by ``count`` tokens takes from the pool."""
+        needed = -(-(self.length + count) // self.pool.block_size)
+        return needed - len(self.blocks) + self._writes_to_shared(count)
+
+    def _writes_to_shared(self, count: int) -> bool:
+        filled = self.length % self.pool.block_size
+        return filled > 0 and count > 0 and self.pool.references[self.blocks[-1]] > 1
+
     def fork(self, length: int | None = None) -> PagedSequence:
-        """A sequence with the same first ``length`` tokens (all, if None).
+        """A sequence with the same first ``length`` tokens (all, if None), in the same group.
 
         Full blocks are shared; a partly used last block is copied, so that both can go on writing.
 
         Raises:
-            PoolExhausted: there is no free block for the copy.
+            PoolExhausted: there is no block for the copy.
         """
         length = self.length if length is None else length
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot fork {length} tokens of a sequence of {self.length}")
         full, rest = divmod(length, self.pool.block_size)
-        blocks = self.blocks[:full]
+        fork = PagedSequence(self.group, self.pool.take(1) if rest else [], 0)
         if rest:
-            (own,) = self.pool.take(1)
-            self.pool.copy(self.blocks[full], own)
-        for block in blocks:
+            self.pool.copy(self.blocks[full], fork.blocks[0])
+        shared = self.blocks[:full]
+        for block in shared:
             self.pool.retain(block)
-        return PagedSequence(self.pool, [*blocks, own] if rest else list(blocks), length)
+        fork.blocks[:0] = shared
+        fork.length = length
+        return fork
 
     def head(self, length: int) -> PagedSequence:
         """The first ``length`` tokens, borrowed: to be read while this sequence lives, nothing else."""
-        return PagedSequence(self.pool, self.blocks[: -(-length // self.pool.block_size)], length)
+        # In a group of its own, which nobody gives back.
+        group = SequenceGroup(self.pool)
+        return PagedSequence(group, self.blocks[: -(-length // self.pool.block_size)], length)
 
     def truncate(self, length: int) -> None:
         """Drop the tokens behind the first ``length``."""
@@ -180,6 +259,22 @@ class PagedSequence:
     def free(self) -> None:
         """Give all blocks back; the sequence is empty afterwards."""
         self.truncate(0)
+        self.group.holding.discard(self)
+
+
+def extend_all(sequences: Sequence[PagedSequence], counts: Sequence[int]) -> list[Tensor]:
+    """Extend several sequences of one pool, all or none.
+
+    Returns:
+        What :meth:`PagedSequence.extend` returns for each.
+    Raises:
+        PoolExhausted: the pool may not grow far enough for all of them; every sequence is as it was.
+    """
+    pairs = list(zip(sequences, counts, strict=True))
+    if pairs:
+        # At once, so that the pool grows once and a refusal names what all of them need.
+        sequences[0].pool.reserve(sum(sequence.missing(count) for sequence, count in pairs))
+    return [sequence.extend(count) for sequence, count in pairs]
 
 
 def block_tables(sequences: list[PagedSequence], device: torch.device | str = "cpu") -> Tensor:

@@ -28,6 +28,7 @@ from nabla_fast import (
     RowError,
     SamplingConfig,
 )
+from nabla_fast.paged_kv import PoolExhausted
 
 TOKENIZER = word_tokenizer()
 PROMPT = [5, 9, 3]
@@ -312,6 +313,14 @@ def test_models_of_the_wrong_kind():
         NablaDecoder(shared_lm("qwen2"), "a-model", None)
 
 
+@pytest.mark.parametrize("value", [0, 15, -16, 1.5, True, "64"])
+def test_a_limit_of_keys_and_values(value):
+    with refused(InputError, "max_kv_tokens", "whole number ≥ 16", repr(value)):
+        decoder(loop="batched", max_kv_tokens=value)
+    with refused(InputError, "max_kv_tokens", "loop='batched'"):
+        decoder(max_kv_tokens=64)
+
+
 def test_models_of_inference_mode():
     with torch.inference_mode():
         lm = causal_lm("llama")
@@ -355,6 +364,13 @@ def test_rewards_that_are_not_finite(value):
     with refused(DecodingFailed, "prompt 0", "reward model", "tokens") as error:
         d.generate([PROMPT], max_new_tokens=4)
     assert re.search(r"nan|-?inf", str(error.value))
+
+
+def test_too_few_keys_and_values():
+    d = decoder(loop="batched", max_kv_tokens=32)
+    with refused(DecodingFailed, "max_kv_tokens", "2 blocks of 16 tokens", "(48 tokens) would do") as error:
+        d.generate([PROMPT] * 3, max_new_tokens=4)
+    assert isinstance(error.value.__cause__, PoolExhausted)
 
 
 class Trap:

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from golden_data import golden_json
+from pool_watch import watched_pools
 from test_decoder import LMS, REWARD_MODELS, TOKENIZER, make_case
 from test_golden_decode import EOS, _cases, _config
 from tiny_models import VOCABULARY, shared_lm, shared_reward_model
@@ -77,7 +78,10 @@ def compare(n: int, seen: Counter) -> None:
     expected = dict(SequentialLoop(lm, rm, case.config).decode(given, expected_stats))
     batch_size, proposals = chance.choice([1, 3, 16]), chance.choice([None, 1, 1, 2, 4, 8])
     loop = BatchedLoop(lm, rm, case.config, batch_size=batch_size, proposals=proposals)
-    found = dict(loop.decode(given, stats))
+    with watched_pools() as watch:
+        found = dict(loop.decode(given, stats))
+    assert watch.all_given_back()
+    assert watch.left == []
     assert found.keys() == expected.keys()
     for index in found:
         ours, theirs = found[index], expected[index]
@@ -95,9 +99,6 @@ def compare(n: int, seen: Counter) -> None:
         seen["speculated"] += stats[index].speculated
         seen["fewer rounds"] += stats[index].rounds < expected_stats[index].rounds
         seen["accepted"] += sum(r.accepted for r in ours.revisions)
-    executor = loop._executor
-    for pool in (executor.lm_pool, executor.rm_pool):
-        assert pool is None or pool.free_blocks == pool.blocks
 
 
 def test_random_problems_in_float64():

@@ -112,6 +112,7 @@ def test_decoding_options_reach_the_decoder(run):
         ([*MODELS, "--prompt", "x", "--top-p", "0"], "top_p must be"),
         ([*MODELS, "--prompt", "x", "--device", "cuda:99"], "--device cuda:99"),
         ([*MODELS, "--prompt", "x", "--batch-size", "0"], "batch_size must be a whole number ≥ 1"),
+        ([*MODELS, "--prompt", "x", "--max-kv-tokens", "640"], "max_kv_tokens goes with loop='batched'"),
         ([*MODELS, "--prompts", "/no/such/file"], "no such file"),
         ([*MODELS, "--prompt", "x", "--output", "/no/such/folder/out"], "no such folder"),
     ],

@@ -9,7 +9,7 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from nabla_fast.errors import ModelError
+from nabla_fast.errors import InputError, ModelError
 from nabla_fast.models.paged import PagedReader
 from nabla_fast.paged_kv import PoolExhausted
 
@@ -107,7 +107,7 @@ def test_the_models_own_attention_comes_back():
     model = decoder("qwen2")
     before = model.config._attn_implementation
     reader = PagedReader(model)
-    sequence = reader.pool(1, block_size=4).sequence()
+    sequence = reader.pool(1, block_size=4, limit=1).sequence()
     with pytest.raises(PoolExhausted):
         reader.read([sequence], [9], ids=torch.ones(1, 9, dtype=torch.int64), store=True)
     assert sequence.length == 0
@@ -117,9 +117,33 @@ def test_the_models_own_attention_comes_back():
 
 def test_a_failed_extension_leaves_all_sequences_as_they_were():
     reader = PagedReader(decoder("qwen2"))
-    pool = reader.pool(3, block_size=4)
+    pool = reader.pool(3, block_size=4, limit=3)
     sequences = [pool.sequence(), pool.sequence()]
     with pytest.raises(PoolExhausted):
         reader.read(sequences, [8, 8], ids=torch.ones(2, 8, dtype=torch.int64), store=True)
     assert [s.length for s in sequences] == [0, 0]
     assert pool.free_blocks == 3
+
+
+def test_a_pool_that_grows_between_reads_keeps_the_prefixes():
+    model = decoder("qwen2")
+    reader = PagedReader(model)
+    pool = reader.pool(1, block_size=4)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (2, 11))
+    whole = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    sequences = [pool.sequence(), pool.sequence()]
+    pieces, sizes = [], []
+    for part in ids.split(3, dim=1):
+        pieces.append(reader.read(sequences, [part.shape[1]] * 2, ids=part, store=True))
+        sizes.append(pool.blocks)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-12, atol=1e-12)
+    assert sizes[0] < sizes[1] < sizes[-1]
+
+
+def test_sequences_of_different_pools_are_refused():
+    reader = PagedReader(decoder("qwen2"))
+    ours, theirs = reader.pool(4, block_size=4), reader.pool(4, block_size=4)
+    sequences = [ours.sequence(), ours.sequence(), theirs.sequence()]
+    with pytest.raises(InputError, match="sequence 2 lies in another pool than sequence 0"):
+        reader.read(sequences, [1, 1, 1], ids=torch.ones(3, 1, dtype=torch.int64), store=True)
+    assert [s.length for s in sequences] == [0, 0, 0]

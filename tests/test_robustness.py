@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from golden_data import golden_json
+from tiny_models import causal_lm, reward_model
 
 from nabla_fast import DecodingFailed, DecodingInterrupted, InputError, NablaDecoder, RowError, ops
 
@@ -97,3 +98,17 @@ def test_eos_changed_between_calls_is_followed(golden_models, decoder):
 def test_on_result_must_be_callable(decoder):
     with pytest.raises(InputError, match="on_result must be callable, got int"):
         decoder.generate([PROMPT], on_result=3)
+
+
+def test_weights_changed_between_calls_are_read_again():
+    lm, rm = causal_lm("qwen2"), reward_model("qwen2")
+    kept = NablaDecoder(lm, rm, None, loop="batched")
+    kept.generate([[3, 4, 5]], max_new_tokens=4)
+    with torch.no_grad():
+        for model in (lm, rm):
+            for name, weight in model.named_parameters():
+                if "q_proj" in name or "gate_proj" in name:
+                    weight.copy_(torch.randn_like(weight))
+    (found,) = kept.generate([[3, 4, 5]], max_new_tokens=12)
+    (expected,) = NablaDecoder(lm, rm, None, loop="batched").generate([[3, 4, 5]], max_new_tokens=12)
+    assert (found.token_ids, found.reward) == (expected.token_ids, expected.reward)

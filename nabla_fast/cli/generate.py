@@ -51,6 +51,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="batched: the same tokens from fewer token passes, prompts decoded together",
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="of the batched loop (16)")
+    parser.add_argument(
+        "--max-kv-tokens", type=int, metavar="N", help="most tokens that the batched loop's caches hold"
+    )
     parser.add_argument("--output", metavar="FILE.jsonl", help="write each result as it finishes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_device_options(parser)
@@ -192,5 +195,6 @@ def _decoder(arguments: argparse.Namespace, config: DTOConfig) -> Any:
         config,
         loop=arguments.loop,
         batch_size=arguments.batch_size,
+        max_kv_tokens=arguments.max_kv_tokens,
         alignment=alignment,
     )

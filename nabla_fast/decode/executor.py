@@ -24,13 +24,13 @@ from nabla_fast.ops import (
     dto_descent_latents,
     synchronize,
 )
-from nabla_fast.paged_kv import BlockPool, PagedSequence
+from nabla_fast.paged_kv import PagedSequence
 from nabla_fast.relaxed import Relaxed
 from nabla_fast.trajectory import TrajectoryGradient
 
 
 class Executor:
-    """The models, their pools, and one method a kind of request.
+    """The models, and one method a kind of request.
 
     Raises:
         ModelError: a model cannot read from a paged prefix, or does not score its last token.
@@ -53,8 +53,6 @@ class Executor:
         self.schedule = cosine_schedule(
             config.iters, config.lr, min_ratio=config.min_lr_ratio, warmup_steps=config.warmup_steps
         ).to(lm.device)
-        self.lm_pool: BlockPool | None = None
-        self.rm_pool: BlockPool | None = None
 
     def roll_out(self, requests: Sequence[RollOut]) -> None:
         """Roll out all requests together; each draws from its own generator."""

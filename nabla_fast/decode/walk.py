@@ -14,6 +14,7 @@ import torch
 
 from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.executor import Executor
+from nabla_fast.decode.pools import Held
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.requests import Descend, Gradient, RollOut, Score
 from nabla_fast.decode.sequential import Decoded
@@ -34,10 +35,12 @@ MOST_AHEAD = 8
 
 
 class Walk:
-    """The state of one problem."""
+    """The state of one problem; its sequences are of the groups in ``held``, whose owner frees them."""
 
-    def __init__(self, executor: Executor, problem: Problem, stats: Stats, ahead: int | None = None):
-        self._run, self._config = executor, executor.config
+    def __init__(
+        self, executor: Executor, held: Held, problem: Problem, stats: Stats, ahead: int | None = None
+    ):
+        self._run, self._config, self._held = executor, executor.config, held
         self._problem, self._stats, self._ahead = problem, stats, ahead
         self._has_reward = executor.rm is not None
         self._rejection = self._config.rejection and self._has_reward
@@ -53,7 +56,7 @@ class Walk:
     def steps(self) -> Generator[list[Request], None, Decoded]:
         """Yield requests until the response is decoded."""
         config, stats, problem = self._config, self._stats, self._problem
-        lm = self._run.lm_pool.sequence()
+        lm = self._held.lm.sequence()
         first = RollOut(problem, stats, lm, 0, [], problem.seed, [])
         stats.generations = stats.rounds = 1
         yield [first]
@@ -270,7 +273,7 @@ class Walk:
     # -- judgement ---------------------------------------------------------------------------------
 
     def _score_current(self) -> Ask:
-        base = self._rm_sequence or self._run.rm_pool.sequence()
+        base = self._rm_sequence or self._held.rm.sequence()
         request = Score(self._problem, self._stats, base, 0, self._response + self._current.tokens)
         yield [request]
         base.free()

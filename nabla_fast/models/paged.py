@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from nabla_fast.errors import ModelError, one_line
+from nabla_fast.errors import InputError, ModelError, one_line
 from nabla_fast.models.lean import LeanBackbone
 from nabla_fast.ops.prefix_attention import (
     SuffixGradient,
     prefix_attention,
     prefix_attention_backward,
 )
-from nabla_fast.paged_kv import BlockPool, PagedSequence, block_tables
+from nabla_fast.paged_kv import BlockPool, PagedSequence, block_tables, extend_all
 
 IMPLEMENTATION = "nabla_paged"
 
@@ -124,8 +124,8 @@ class PagedReader:
         if self._lean is not None:
             self._lean = LeanBackbone(self._backbone)
 
-    def pool(self, blocks: int, block_size: int = 16) -> BlockPool:
-        """A pool for this model's keys and values."""
+    def pool(self, blocks: int, block_size: int = 16, limit: int | None = None) -> BlockPool:
+        """A pool for this model's keys and values; arguments as of :class:`BlockPool`."""
         config = self._model.config.get_text_config()
         heads = config.num_attention_heads
         weight = self._model.get_input_embeddings().weight
@@ -135,6 +135,7 @@ class PagedReader:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             blocks=blocks,
             block_size=block_size,
+            limit=limit,
             dtype=weight.dtype,
             device=weight.device,
         )
@@ -161,17 +162,21 @@ class PagedReader:
         Returns:
             [B, S, H]; rows of padding mean nothing.
         Raises:
-            PoolExhausted: too few blocks; no sequence has changed.
+            InputError: the sequences do not lie in one pool.
+            PoolExhausted: the pool may not grow that far; no sequence has changed.
             ModelError: the model's attention needs something that paged attention does not have.
         """
         width = (ids if ids is not None else embeddings).shape[1]
         pool = sequences[0].pool
+        strangers = [n for n, sequence in enumerate(sequences) if sequence.pool is not pool]
+        if strangers:
+            raise InputError(f"sequence {strangers[0]} lies in another pool than sequence 0")
         device = pool.keys.device
         before = torch.tensor([sequence.length for sequence in sequences], device=device)
         tables = block_tables(list(sequences), device)
         slots = tokens = None
         if store:
-            slots = torch.cat(_extended(sequences, lengths)).to(device)
+            slots = torch.cat(extend_all(sequences, lengths)).to(device)
             tokens = tuple(
                 torch.tensor(values, device=device)
                 for values in zip(*((b, s) for b, n in enumerate(lengths) for s in range(n)), strict=True)
@@ -211,22 +216,6 @@ class PagedReader:
         if not difference <= tolerance * whole.abs().amax():
             raise ModelError(f"{name} reads something else behind a paged prefix than at once")
         return whole
-
-
-def _extended(sequences: Sequence[PagedSequence], lengths: Sequence[int]) -> list[Tensor]:
-    """Slots for the suffixes; where the pool does not have them all, every sequence is as before."""
-    done: list[tuple[PagedSequence, int]] = []
-    slots = []
-    try:
-        for sequence, count in zip(sequences, lengths, strict=True):
-            former = sequence.length
-            slots.append(sequence.extend(count))
-            done.append((sequence, former))
-    except BaseException:
-        for sequence, former in done:
-            sequence.truncate(former)
-        raise
-    return slots
 
 
 @contextmanager
