@@ -33,6 +33,15 @@ void vec_exp(std::uintptr_t x, std::uintptr_t y, int64_t n) {
   nabla_fast::cpu::vec_exp_array(pointer<const float>(x), pointer<float>(y), n);
 }
 
+nabla_fast_status lm_logits(std::uintptr_t hidden, int64_t rows, int64_t hidden_stride,
+                            std::uintptr_t head, nabla_fast_dtype head_dtype, int64_t vocab,
+                            int64_t width, int64_t head_stride, std::uintptr_t logits,
+                            int64_t logits_stride, int32_t num_threads) {
+  return nabla_fast_lm_logits(pointer<const float>(hidden), rows, hidden_stride,
+                              pointer<const void>(head), head_dtype, vocab, width, head_stride,
+                              pointer<float>(logits), logits_stride, num_threads);
+}
+
 int64_t exponential_race(std::uintptr_t generator, int64_t vocab, std::uintptr_t tokens,
                          std::uintptr_t probabilities, bool wide, int64_t count) {
   auto* state = pointer<nabla_fast::cpu::Mt19937>(generator);
@@ -62,6 +71,11 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              "nabla_fast_token_stats of nabla_fast.h; pointers are addresses. Returns a status.");
   module.def("vec_exp", &vec_exp, release_gil(), py::arg("x"), py::arg("y"), py::arg("n"),
              "y = exp(x) for n float32 at the addresses x and y, as kernels compute it.");
+  module.def("lm_logits", &lm_logits, release_gil(), py::arg("hidden"), py::arg("rows"),
+             py::arg("hidden_stride"), py::arg("head"), py::arg("head_dtype"), py::arg("vocab"),
+             py::arg("width"), py::arg("head_stride"), py::arg("logits"), py::arg("logits_stride"),
+             py::arg("num_threads"),
+             "nabla_fast_lm_logits of nabla_fast.h; pointers are addresses. Returns a status.");
   module.def("exponential_race", &exponential_race, release_gil(), py::arg("generator"),
              py::arg("vocab"), py::arg("tokens"), py::arg("probabilities"), py::arg("wide"),
              py::arg("count"),

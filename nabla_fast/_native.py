@@ -124,3 +124,33 @@ def token_stats(
         )
     )
     return logsumexp, confidence, entropy, argmax, status
+
+
+def lm_logits(
+    hidden: Tensor,  # [N, H] float32 on the CPU, unit stride along H
+    head: Tensor,  # [V, H] float32 or bfloat16 on the CPU, unit stride along H
+) -> Tensor:
+    """hidden·headᵀ, [N, V] float32. No gradient. The same bits in a row whatever the other rows.
+
+    Raises RuntimeError where the extension is missing.
+    """
+    import torch
+
+    native = extension()
+    logits = torch.empty(hidden.shape[0], head.shape[0])
+    _check(
+        native.lm_logits(
+            hidden.data_ptr(),
+            hidden.shape[0],
+            hidden.stride(0),
+            head.data_ptr(),
+            native.FLOAT32 if head.dtype == torch.float32 else native.BFLOAT16,
+            head.shape[0],
+            head.shape[1],
+            head.stride(0),
+            logits.data_ptr(),
+            head.shape[0],
+            torch.get_num_threads(),
+        )
+    )
+    return logits

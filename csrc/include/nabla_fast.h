@@ -81,6 +81,18 @@ NABLA_FAST_API nabla_fast_status nabla_fast_token_stats(
     double tau, float* logsumexp, float* confidence, float* entropy, int64_t* argmax,
     nabla_fast_status* row_status, int32_t num_threads);
 
+/* Logits of hidden states: logits[r, v] = sum_k hidden[r, k] * head[v, k], in fp32. For few rows: the
+ * head is read once whatever their number, up to the size of a cache.
+ *
+ *   hidden       [rows, width]; row r begins at element r * hidden_stride
+ *   head         [vocab, width] of `head_dtype`; row v begins at element v * head_stride
+ *   logits       [rows, vocab]; row r begins at element r * logits_stride
+ *   num_threads  how many OpenMP threads to use at most; 0 or less: OpenMP's own choice */
+NABLA_FAST_API nabla_fast_status nabla_fast_lm_logits(
+    const float* hidden, int64_t rows, int64_t hidden_stride, const void* head,
+    nabla_fast_dtype head_dtype, int64_t vocab, int64_t width, int64_t head_stride, float* logits,
+    int64_t logits_stride, int32_t num_threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from nabla_fast import _native
+from nabla_fast.ops.checks import expect_matrix, expect_one_device
+from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype
 
 _BLOCK = 16384  # rows of a half-precision head converted at a time
 
 
+@op
 def lm_logits(hidden: Tensor, head: Tensor) -> Tensor:
     """z = hidden·headᵀ in float32 (float64 if hidden is).
 
@@ -22,6 +28,8 @@ def lm_logits(hidden: Tensor, head: Tensor) -> Tensor:
         head: [V, H].
     Returns:
         [N, V].
+    Raises:
+        InputError: a shape, dtype or device does not fit.
     """
     dtype = accumulation_dtype(hidden)
     hidden = hidden.to(dtype)
@@ -43,3 +51,36 @@ def logits_backward(grad: Tensor, head: Tensor) -> Tensor:
         return grad @ head
     blocks = zip(grad.split(_BLOCK, dim=1), head.split(_BLOCK), strict=True)
     return sum(part @ block.to(grad.dtype) for part, block in blocks)
+
+
+@lm_logits.check
+def _(hidden: Tensor, head: Tensor) -> None:
+    expect_matrix("lm_logits", "hidden", hidden)
+    expect_matrix("lm_logits", "head", head, columns=hidden.shape[1])
+    expect_one_device("lm_logits", hidden, head)
+
+
+@lm_logits.fake
+def _(hidden: Tensor, head: Tensor) -> Tensor:
+    return hidden.new_empty((hidden.shape[0], head.shape[0]), dtype=accumulation_dtype(hidden))
+
+
+@lm_logits.gradient("hidden", "head")
+def _(arguments: dict[str, Any], output: Tensor, cotangents: list[Tensor]) -> tuple[Tensor, Tensor]:
+    (dz,), hidden, head = cotangents, arguments["hidden"], arguments["head"]
+    return logits_backward(dz, head).to(hidden.dtype), (dz.T @ hidden.to(dz.dtype)).to(head.dtype)
+
+
+def _native_takes(hidden: Tensor, head: Tensor) -> bool:
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype != torch.float64
+        and head.dtype in (torch.float32, torch.bfloat16)
+        and head.stride(1) == 1
+    )
+
+
+@lm_logits.backend("cpu", when=_native_takes)
+def _(hidden: Tensor, head: Tensor) -> Tensor:
+    hidden = hidden.float()
+    return _native.lm_logits(hidden if hidden.stride(1) == 1 else hidden.contiguous(), head)

@@ -227,6 +227,34 @@ _ONEHOT: dict[str, dict[str, Any]] = {
 }
 
 
+def lm_logits(
+    draw: Draw,
+    rows: int,
+    vocabulary: int,
+    hidden: int = 33,
+    dtype: torch.dtype = F32,
+    head: torch.dtype = F32,
+    gaps: bool = False,
+) -> dict[str, Any]:
+    states, matrix = draw.normal(rows, hidden, dtype=dtype), draw.normal(vocabulary, hidden, dtype=head)
+    return {"hidden": strided(states) if gaps else states, "head": strided(matrix) if gaps else matrix}
+
+
+_LOGITS: dict[str, dict[str, Any]] = {
+    "odd": {"rows": 5, "vocabulary": 257},
+    "one token": {"rows": 3, "vocabulary": 1, "hidden": 1},
+    "one row": {"rows": 1, "vocabulary": 4099, "hidden": 64},
+    "many rows": {"rows": 67, "vocabulary": 515, "hidden": 16},
+    "narrow": {"rows": 6, "vocabulary": 1021, "hidden": 7},
+    "gaps": {"rows": 7, "vocabulary": 515, "gaps": True},
+    "bf16 head": {"rows": 5, "vocabulary": 1021, "hidden": 40, "head": BF16},
+    "bf16": {"rows": 6, "vocabulary": 257, "dtype": BF16, "head": BF16},
+    "fp16": {"rows": 6, "vocabulary": 257, "dtype": F16, "head": F16},
+    "float64": {"rows": 3, "vocabulary": 257, "dtype": F64, "head": F64},
+    "whole vocabulary": {"rows": 2, "vocabulary": WHOLE, "hidden": 8},
+}
+
+
 # -- descents ----------------------------------------------------------------------------------------
 
 
@@ -396,6 +424,7 @@ _ATTENTIONS: dict[str, dict[str, Any]] = {
 
 
 CASES: dict[str, list[Case]] = {
+    "lm_logits": _cases(lm_logits, _LOGITS),
     "gumbel_noise": _cases(gumbel_noise, _NOISES),
     "embedding_mix": _mix_cases(embedding_mix, backward=False),
     "embedding_mix_backward": _mix_cases(mix_backward, backward=True),

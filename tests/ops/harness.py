@@ -340,6 +340,7 @@ ROW_INDEPENDENT = (
     "dto_descent",
     "dto_descent_latents",
     "gumbel_noise",
+    "lm_logits",
     "onehot_grad",
     "onehot_grad_norm",
     "token_stats",

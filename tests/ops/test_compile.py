@@ -16,12 +16,14 @@ from .harness import flatten, library_op, map_tensors
 
 # The gradient flows to these arguments.
 DIFFERENTIABLE = {
+    "lm_logits": ("hidden", "head"),
     "embedding_mix": ("logits",),
     "linear_embedding_mix": ("hidden",),
     "prefix_attention": ("q", "k", "v"),
 }
 
 CHECKED = {
+    "lm_logits": ["odd", "bf16"],
     "gumbel_noise": ["odd"],
     "embedding_mix": ["two tables, hard", "noise, soft", "dtypes, soft", "transposed, hard"],
     "embedding_mix_backward": ["two tables", "noise", "bf16", "transposed", "gaps"],
@@ -36,6 +38,7 @@ CHECKED = {
     "prefix_attention_backward": ["ragged", "window", "bf16"],
 }
 COMPILED = {
+    "lm_logits": ["odd"],
     "gumbel_noise": ["odd"],
     "embedding_mix": ["two tables, hard", "noise, soft"],
     "embedding_mix_backward": ["noise"],
