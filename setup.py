@@ -31,6 +31,8 @@ OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # too. -ffp-contract is said aloud because its default differs between gcc and clang.
 COMPILE = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *OPENMP]
 COMPILE += ["-fno-math-errno", "-fno-trapping-math", "-fstrict-overflow", "-ffp-contract=fast"]
+# Functions that take vectors are inlined: how they would be called does not matter.
+COMPILE += ["-Wno-psabi"]
 
 setup(
     packages=find_packages(include=["nabla_fast", "nabla_fast.*"]) + sorted(MAPPED),

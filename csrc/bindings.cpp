@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 
 #include "cpu/exponential_race.h"
 #include "cpu/vec_exp_array.h"
@@ -27,6 +28,33 @@ nabla_fast_status token_stats(std::uintptr_t logits, nabla_fast_dtype dtype, int
                                 pointer<float>(logsumexp), pointer<float>(confidence),
                                 pointer<float>(entropy), pointer<int64_t>(argmax),
                                 pointer<nabla_fast_status>(row_status), num_threads);
+}
+
+// Memory for a kernel to work in, as much as its size query said.
+std::unique_ptr<char[]> workspace(int64_t bytes) {
+  return std::unique_ptr<char[]>(new char[static_cast<size_t>(bytes)]);
+}
+
+nabla_fast_status dto_descent(std::uintptr_t z, std::uintptr_t grad, std::uintptr_t exp_avg,
+                              std::uintptr_t exp_avg_sq, std::uintptr_t step, int64_t rows,
+                              int64_t vocab, int64_t z_stride, int64_t grad_stride,
+                              int64_t exp_avg_stride, int64_t exp_avg_sq_stride,
+                              std::uintptr_t schedule, int64_t iters, int64_t schedule_stride,
+                              std::uintptr_t until, std::uintptr_t group, double tau,
+                              std::uintptr_t noise_seed, std::uintptr_t noise_position,
+                              std::uintptr_t token, std::uintptr_t flipped,
+                              std::uintptr_t row_status, int32_t num_threads) {
+  const int64_t bytes = nabla_fast_dto_descent_workspace(rows, vocab, iters, noise_seed != 0,
+                                                         group != 0, num_threads);
+  const auto memory = workspace(bytes);
+  return nabla_fast_dto_descent(
+      pointer<float>(z), pointer<const float>(grad), pointer<float>(exp_avg),
+      pointer<float>(exp_avg_sq), pointer<int64_t>(step), rows, vocab, z_stride, grad_stride,
+      exp_avg_stride, exp_avg_sq_stride, pointer<const double>(schedule), iters, schedule_stride,
+      pointer<const int64_t>(until), pointer<const int64_t>(group), tau,
+      pointer<const int64_t>(noise_seed), pointer<const int64_t>(noise_position),
+      pointer<int64_t>(token), pointer<uint8_t>(flipped), pointer<nabla_fast_status>(row_status),
+      memory.get(), bytes, num_threads);
 }
 
 void vec_exp(std::uintptr_t x, std::uintptr_t y, int64_t n) {
@@ -60,6 +88,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
 
   module.attr("FLOAT32") = static_cast<int>(NABLA_FAST_FLOAT32);
   module.attr("BFLOAT16") = static_cast<int>(NABLA_FAST_BFLOAT16);
+  module.attr("BAD_ROWS") = static_cast<int>(NABLA_FAST_BAD_ROWS);
   module.def("abi_version", &nabla_fast_abi_version);
   module.def("status_string", &nabla_fast_status_string, py::arg("status"));
   module.def("cpu_isa", &nabla_fast_cpu_isa);
@@ -69,6 +98,15 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              py::arg("logsumexp"), py::arg("confidence"), py::arg("entropy"), py::arg("argmax"),
              py::arg("row_status"), py::arg("num_threads"),
              "nabla_fast_token_stats of nabla_fast.h; pointers are addresses. Returns a status.");
+  module.def("dto_descent", &dto_descent, release_gil(), py::arg("z"), py::arg("grad"),
+             py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("step"), py::arg("rows"),
+             py::arg("vocab"), py::arg("z_stride"), py::arg("grad_stride"),
+             py::arg("exp_avg_stride"), py::arg("exp_avg_sq_stride"), py::arg("schedule"),
+             py::arg("iters"), py::arg("schedule_stride"), py::arg("until"), py::arg("group"),
+             py::arg("tau"), py::arg("noise_seed"), py::arg("noise_position"), py::arg("token"),
+             py::arg("flipped"), py::arg("row_status"), py::arg("num_threads"),
+             "nabla_fast_dto_descent of nabla_fast.h with a workspace of its own; pointers are "
+             "addresses, 0 for null. Returns a status.");
   module.def("vec_exp", &vec_exp, release_gil(), py::arg("x"), py::arg("y"), py::arg("n"),
              "y = exp(x) for n float32 at the addresses x and y, as kernels compute it.");
   module.def("lm_logits", &lm_logits, release_gil(), py::arg("hidden"), py::arg("rows"),

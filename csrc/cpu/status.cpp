@@ -22,6 +22,12 @@ const char* nabla_fast_status_string(nabla_fast_status status) {
       return "the dtype is neither float32 nor bfloat16";
     case NABLA_FAST_UNKNOWN_ISA:
       return "the instruction set is unknown";
+    case NABLA_FAST_BAD_ROWS:
+      return "a row has no answer";
+    case NABLA_FAST_INVALID_STEPS:
+      return "a step count is negative or beyond the schedule";
+    case NABLA_FAST_WORKSPACE_TOO_SMALL:
+      return "the workspace is too small";
     default:
       return "unknown status";
   }

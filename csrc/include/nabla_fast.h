@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 /* Raised by every change that a caller compiled against an older header would notice. */
-#define NABLA_FAST_ABI_VERSION 1
+#define NABLA_FAST_ABI_VERSION 2
 
 /* NABLA_FAST_ABI_VERSION of the library, to compare with the header's. */
 NABLA_FAST_API int32_t nabla_fast_abi_version(void);
@@ -43,7 +43,10 @@ enum {
   NABLA_FAST_INVALID_TAU = 17,     /* tau is not in [2^-64, 2^64] */
   NABLA_FAST_INVALID_POINTER = 18, /* a null pointer where elements must be read or written */
   NABLA_FAST_UNKNOWN_DTYPE = 19,
-  NABLA_FAST_UNKNOWN_ISA = 20
+  NABLA_FAST_UNKNOWN_ISA = 20,
+  NABLA_FAST_BAD_ROWS = 21,           /* a row_status is not OK; nothing else was written */
+  NABLA_FAST_INVALID_STEPS = 22,      /* a step count is negative or beyond the schedule */
+  NABLA_FAST_WORKSPACE_TOO_SMALL = 23 /* smaller than the kernel's size query says */
 };
 
 /* One line in English for a status; never null. The string belongs to the library. */
@@ -92,6 +95,45 @@ NABLA_FAST_API nabla_fast_status nabla_fast_lm_logits(
     const float* hidden, int64_t rows, int64_t hidden_stride, const void* head,
     nabla_fast_dtype head_dtype, int64_t vocab, int64_t width, int64_t head_stride, float* logits,
     int64_t logits_stride, int32_t num_threads);
+
+/* Adam steps on rows of logits z under a constant one-hot gradient G, until a row's hard token
+ * moves.
+ *
+ * A row takes steps along (1 / tau) p (G - <p, G>), p = softmax((z + g) / tau), from its step count
+ * up to a limit, and stops right after the step that moves its hard token argmax(z + g), g being
+ * Gumbel noise or 0. Rows of a group stop together, after as many steps as the group's earliest
+ * move takes. Adam has beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, and corrects its bias.
+ *
+ *   z, exp_avg, exp_avg_sq   [rows, vocab], changed in place; row r begins at element r * its
+ * stride; rows do not overlap. -inf logits are masked tokens and stay grad [rows, vocab] G; any
+ * stride step                     [rows] steps taken, brought up to date schedule learning rates of
+ * steps 0 to iters - 1; those of row r begin at element r * schedule_stride, 0 for one schedule
+ *   until                    [rows] at which step each row stops, at most iters; null for iters
+ *   group                    [rows] the group of each row; null: every row stops by itself
+ *   tau                      temperature
+ *   noise_seed, noise_position  [rows] keys of the noise as nabla_fast.ops.gumbel_noise defines it:
+ *                            token v has word v mod 4 of Philox-4x32-10 at counter (v div 4,
+ * position low word, position high word, 0) under the key (seed low word, seed high word), u =
+ * (word div 2^9 + 1/2) / 2^23, g = -log(-log u) rounded to fp32; both null: no noise token [rows]
+ * the hard token now, the first of equal ones flipped                  [rows] 1 where the last step
+ * taken moved it, else 0 row_status               [rows] NABLA_FAST_OK or NABLA_FAST_ROW_*, of z.
+ * Unless all are OK, nothing else is written and NABLA_FAST_BAD_ROWS is returned workspace bytes to
+ * work in, any alignment, as many as nabla_fast_dto_descent_workspace() says for the same arguments
+ *   num_threads              as above
+ *
+ * A row becomes NaN where G or the learning rate makes it so. */
+NABLA_FAST_API nabla_fast_status nabla_fast_dto_descent(
+    float* z, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t* step, int64_t rows,
+    int64_t vocab, int64_t z_stride, int64_t grad_stride, int64_t exp_avg_stride,
+    int64_t exp_avg_sq_stride, const double* schedule, int64_t iters, int64_t schedule_stride,
+    const int64_t* until, const int64_t* group, double tau, const int64_t* noise_seed,
+    const int64_t* noise_position, int64_t* token, uint8_t* flipped, nabla_fast_status* row_status,
+    void* workspace, int64_t workspace_bytes, int32_t num_threads);
+
+/* Bytes of workspace for nabla_fast_dto_descent(); noise and groups: whether there are any. */
+NABLA_FAST_API int64_t nabla_fast_dto_descent_workspace(int64_t rows, int64_t vocab, int64_t iters,
+                                                        int32_t noise, int32_t groups,
+                                                        int32_t num_threads);
 
 #ifdef __cplusplus
 }

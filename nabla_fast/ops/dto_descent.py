@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_fast import _native
 from nabla_fast.ops.adam import AdamState
 from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
 from nabla_fast.ops.descent_loop import Descent, check_descent, descend
@@ -91,3 +92,45 @@ def _(
 @dto_descent.fake
 def _(z: Tensor, *_: Any, **__: Any) -> Descent:
     return Descent(z.new_empty(z.shape[0], dtype=torch.int64), z.new_empty(z.shape[0], dtype=torch.bool))
+
+
+def _native_takes(
+    z: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: GumbelNoise | None,
+) -> bool:
+    vectors = (state.step, until, group, *(noise or ()))
+    return (
+        z.device.type == "cpu"
+        and z.dtype == grad.dtype == torch.float32
+        and all(tensor.stride(1) == 1 for tensor in (z, grad, state.exp_avg, state.exp_avg_sq))
+        and all(tensor is None or tensor.is_contiguous() for tensor in vectors)
+        and schedule.stride(-1) == 1
+        and 2**-64 <= tau <= 2**64
+    )
+
+
+@dto_descent.backend("cpu", when=_native_takes)
+def _(
+    z: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: GumbelNoise | None,
+) -> Descent:
+    token, flipped, status = _native.dto_descent_(
+        z, grad, *state, schedule, until=until, group=group, tau=tau, noise=noise
+    )
+    if status is not None:
+        report("dto_descent", status)
+    return Descent(token, flipped)

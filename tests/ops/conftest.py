@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from nabla_fast import _native
 
 from .cases import Draw
 
@@ -37,3 +39,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=_native.ISA_NAMES)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each instruction set that this CPU has."""
+    if not _native.available():
+        pytest.skip(_native.why_missing())
+    native = _native.extension()
+    best, level = native.cpu_isa(), _native.ISA_NAMES.index(request.param)
+    if level > best:
+        pytest.skip(f"this CPU has no {request.param}")
+    assert native.limit_cpu_isa(level) == 0
+    yield request.param
+    native.limit_cpu_isa(best)
+
+
+@pytest.fixture
+def threads(one_thread: None) -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads; one again after the test."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
