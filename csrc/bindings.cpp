@@ -70,6 +70,18 @@ nabla_fast_status lm_logits(std::uintptr_t hidden, int64_t rows, int64_t hidden_
                               pointer<float>(logits), logits_stride, num_threads);
 }
 
+nabla_fast_status nll_grad(std::uintptr_t hidden, int64_t rows, int64_t hidden_stride,
+                           std::uintptr_t head, nabla_fast_dtype head_dtype, int64_t vocab,
+                           int64_t width, int64_t head_stride, std::uintptr_t targets,
+                           std::uintptr_t grad, std::uintptr_t row_status, std::uintptr_t workspace,
+                           int64_t workspace_bytes, int32_t num_threads) {
+  return nabla_fast_nll_grad(pointer<const float>(hidden), rows, hidden_stride,
+                             pointer<const void>(head), head_dtype, vocab, width, head_stride,
+                             pointer<const int64_t>(targets), pointer<float>(grad), width,
+                             pointer<nabla_fast_status>(row_status), pointer<void>(workspace),
+                             workspace_bytes, num_threads);
+}
+
 int64_t exponential_race(std::uintptr_t generator, int64_t vocab, std::uintptr_t tokens,
                          std::uintptr_t probabilities, bool wide, int64_t count) {
   auto* state = pointer<nabla_fast::cpu::Mt19937>(generator);
@@ -114,6 +126,14 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              py::arg("width"), py::arg("head_stride"), py::arg("logits"), py::arg("logits_stride"),
              py::arg("num_threads"),
              "nabla_fast_lm_logits of nabla_fast.h; pointers are addresses. Returns a status.");
+  module.def("nll_grad", &nll_grad, release_gil(), py::arg("hidden"), py::arg("rows"),
+             py::arg("hidden_stride"), py::arg("head"), py::arg("head_dtype"), py::arg("vocab"),
+             py::arg("width"), py::arg("head_stride"), py::arg("targets"), py::arg("grad"),
+             py::arg("row_status"), py::arg("workspace"), py::arg("workspace_bytes"),
+             py::arg("num_threads"),
+             "nabla_fast_nll_grad of nabla_fast.h; pointers are addresses. Returns a status.");
+  module.def("nll_grad_workspace", &nabla_fast_nll_grad_workspace, py::arg("rows"),
+             py::arg("vocab"), py::arg("width"));
   module.def("exponential_race", &exponential_race, release_gil(), py::arg("generator"),
              py::arg("vocab"), py::arg("tokens"), py::arg("probabilities"), py::arg("wide"),
              py::arg("count"),

@@ -215,3 +215,41 @@ def dto_descent_(
         return token, flipped, status
     _check(code)
     return token, flipped, None
+
+
+def nll_grad(
+    hidden: Tensor,  # [N, H] float32 on the CPU, unit stride along H
+    head: Tensor,  # [V, H] float32 or bfloat16 on the CPU, unit stride along H
+    tokens: Tensor,  # [N] int64 on the CPU, contiguous
+) -> tuple[Tensor, Tensor]:
+    """∂/∂hidden of −Σ log softmax(hidden·headᵀ)[tokens], [N, H] float32; status [N] int32.
+
+    Raises ValueError for a token that the head does not have; RuntimeError where the extension is
+    missing.
+    """
+    import torch
+
+    native = extension()
+    (rows, width), vocab = hidden.shape, head.shape[0]
+    grad = torch.empty(rows, width)
+    status = torch.empty(rows, dtype=torch.int32)
+    workspace = torch.empty(native.nll_grad_workspace(rows, vocab, width), dtype=torch.uint8)
+    _check(
+        native.nll_grad(
+            hidden.data_ptr(),
+            rows,
+            hidden.stride(0),
+            head.data_ptr(),
+            native.FLOAT32 if head.dtype == torch.float32 else native.BFLOAT16,
+            vocab,
+            width,
+            head.stride(0),
+            tokens.data_ptr(),
+            grad.data_ptr(),
+            status.data_ptr(),
+            workspace.data_ptr(),
+            len(workspace),
+            torch.get_num_threads(),
+        )
+    )
+    return grad, status

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nabla_fast.ops import embedding_mix, lm_logits, logits_backward
-
-_ELEMENTS = 1 << 22  # of [n, V] logits that exist at a time
-
-
-def blocks(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Parts of N rows of logits that are few enough for no [N, V] tensor to be large."""
-    step = max(1, _ELEMENTS // vocabulary)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+from nabla_fast.ops import embedding_mix, lm_logits, logits_backward, nll_grad
+from nabla_fast.ops.rows import blocks
 
 
 @dataclass(frozen=True)
@@ -54,13 +47,13 @@ class Relaxed:
         Returns:
             [n, H] in the dtype of ``states``.
         """
+        if self.tokens is not None:
+            tokens = self.tokens[start : start + len(states)]
+            return nll_grad(states, head, tokens).to(states.dtype)
         gradients = []
         for block in blocks(len(states), head.shape[0]):
             part, rows = states[block], slice(start + block.start, start + block.stop)
             pi = lm_logits(part, head).softmax(dim=-1)
-            if self.tokens is not None:
-                pi[torch.arange(len(part), device=pi.device), self.tokens[rows]] -= 1
-            else:
-                pi -= torch.softmax(self.logits[rows] / self.tau, dim=-1)
+            pi -= torch.softmax(self.logits[rows] / self.tau, dim=-1)
             gradients.append(logits_backward(pi, head))
         return torch.cat(gradients).to(states.dtype)

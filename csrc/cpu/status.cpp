@@ -28,6 +28,8 @@ const char* nabla_fast_status_string(nabla_fast_status status) {
       return "a step count is negative or beyond the schedule";
     case NABLA_FAST_WORKSPACE_TOO_SMALL:
       return "the workspace is too small";
+    case NABLA_FAST_INVALID_TOKEN:
+      return "a token is not in the vocabulary";
     default:
       return "unknown status";
   }

@@ -46,7 +46,8 @@ enum {
   NABLA_FAST_UNKNOWN_ISA = 20,
   NABLA_FAST_BAD_ROWS = 21,           /* a row_status is not OK; nothing else was written */
   NABLA_FAST_INVALID_STEPS = 22,      /* a step count is negative or beyond the schedule */
-  NABLA_FAST_WORKSPACE_TOO_SMALL = 23 /* smaller than the kernel's size query says */
+  NABLA_FAST_WORKSPACE_TOO_SMALL = 23, /* smaller than the kernel's size query says */
+  NABLA_FAST_INVALID_TOKEN = 24        /* a token that the vocabulary does not have */
 };
 
 /* One line in English for a status; never null. The string belongs to the library. */
@@ -134,6 +135,27 @@ NABLA_FAST_API nabla_fast_status nabla_fast_dto_descent(
 NABLA_FAST_API int64_t nabla_fast_dto_descent_workspace(int64_t rows, int64_t vocab, int64_t iters,
                                                         int32_t noise, int32_t groups,
                                                         int32_t num_threads);
+
+/* Gradient of a linear cross-entropy with respect to its hidden states:
+ * grad[r] = sum_v (softmax(hidden[r] . head)[v] - [v = targets[r]]) * head[v]; of the logits, 64 x 64
+ * exist at a time.
+ *
+ *   hidden       [rows, width] fp32; row r begins at element r * hidden_stride
+ *   head         [vocab, width] of `head_dtype`; row v begins at element v * head_stride
+ *   targets      [rows] tokens
+ *   grad         [rows, width]; row r begins at element r * grad_stride
+ *   row_status   [rows]  NABLA_FAST_OK or NABLA_FAST_ROW_*; where it is not OK the row is NaN
+ *   workspace    workspace_bytes to work in, 4-byte aligned, at least as many as
+ *                nabla_fast_nll_grad_workspace() says
+ *   num_threads  how many OpenMP threads to use at most; 0 or less: OpenMP's own choice */
+NABLA_FAST_API nabla_fast_status nabla_fast_nll_grad(
+    const float* hidden, int64_t rows, int64_t hidden_stride, const void* head,
+    nabla_fast_dtype head_dtype, int64_t vocab, int64_t width, int64_t head_stride,
+    const int64_t* targets, float* grad, int64_t grad_stride, nabla_fast_status* row_status,
+    void* workspace, int64_t workspace_bytes, int32_t num_threads);
+
+/* Bytes of workspace for nabla_fast_nll_grad(). */
+NABLA_FAST_API int64_t nabla_fast_nll_grad_workspace(int64_t rows, int64_t vocab, int64_t width);
 
 #ifdef __cplusplus
 }

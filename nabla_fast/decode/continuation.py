@@ -12,7 +12,7 @@ from nabla_fast.decode.problem import Problem
 from nabla_fast.models import LanguageModel
 from nabla_fast.ops import GumbelNoise, TokenStats, synchronize, token_stats
 from nabla_fast.ops.gumbel import perturbed
-from nabla_fast.relaxed import blocks
+from nabla_fast.ops.rows import blocks
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from nabla_fast.ops.embedding_mix import embedding_mix
 from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
 from nabla_fast.ops.linear_embedding_mix import linear_embedding_mix
 from nabla_fast.ops.logits import lm_logits, logits_backward
+from nabla_fast.ops.nll_grad import nll_grad
 from nabla_fast.ops.onehot_grad import onehot_grad
 from nabla_fast.ops.onehot_grad_norm import onehot_grad_norm
 from nabla_fast.ops.prefix_attention import prefix_attention
@@ -35,6 +36,7 @@ __all__ = [
     "linear_embedding_mix",
     "lm_logits",
     "logits_backward",
+    "nll_grad",
     "onehot_grad",
     "onehot_grad_norm",
     "prefix_attention",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,15 @@ REASONS = {
 
 _pending: list[tuple[str, Tensor]] = []
 _MOST_PENDING = 64
+
+
+_ELEMENTS = 1 << 22  # of [n, V] logits that exist at a time
+
+
+def blocks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Parts of N rows of logits that are few enough for no [N, V] tensor to be large."""
+    step = max(1, _ELEMENTS // vocabulary)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -255,6 +255,19 @@ _LOGITS: dict[str, dict[str, Any]] = {
 }
 
 
+def nll_grad(draw: Draw, rows: int, vocabulary: int, scale: float = 1.0, **options: Any) -> dict[str, Any]:
+    arguments = lm_logits(draw, rows, vocabulary, **options)
+    arguments["hidden"] = arguments["hidden"] * scale
+    return {**arguments, "tokens": draw.integers(0, vocabulary, rows)}
+
+
+_NLLS = _LOGITS | {
+    "peaked": {"rows": 9, "vocabulary": 257, "scale": 8.0},
+    "flat": {"rows": 9, "vocabulary": 257, "scale": 1e-3},
+    "several segments": {"rows": 65, "vocabulary": 8192 * 2 + 77, "hidden": 20},
+}
+
+
 # -- descents ----------------------------------------------------------------------------------------
 
 
@@ -425,6 +438,7 @@ _ATTENTIONS: dict[str, dict[str, Any]] = {
 
 CASES: dict[str, list[Case]] = {
     "lm_logits": _cases(lm_logits, _LOGITS),
+    "nll_grad": _cases(nll_grad, _NLLS),
     "gumbel_noise": _cases(gumbel_noise, _NOISES),
     "embedding_mix": _mix_cases(embedding_mix, backward=False),
     "embedding_mix_backward": _mix_cases(mix_backward, backward=True),

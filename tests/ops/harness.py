@@ -341,6 +341,7 @@ ROW_INDEPENDENT = (
     "dto_descent_latents",
     "gumbel_noise",
     "lm_logits",
+    "nll_grad",
     "onehot_grad",
     "onehot_grad_norm",
     "token_stats",

@@ -24,6 +24,7 @@ DIFFERENTIABLE = {
 
 CHECKED = {
     "lm_logits": ["odd", "bf16"],
+    "nll_grad": ["odd", "bf16"],
     "gumbel_noise": ["odd"],
     "embedding_mix": ["two tables, hard", "noise, soft", "dtypes, soft", "transposed, hard"],
     "embedding_mix_backward": ["two tables", "noise", "bf16", "transposed", "gaps"],
@@ -38,6 +39,7 @@ CHECKED = {
     "prefix_attention_backward": ["ragged", "window", "bf16"],
 }
 COMPILED = {
+    "nll_grad": ["odd"],
     "lm_logits": ["odd"],
     "gumbel_noise": ["odd"],
     "embedding_mix": ["two tables, hard", "noise, soft"],

@@ -1,0 +1,284 @@
+// nabla_fast_nll_grad: the gradient of a linear cross-entropy with respect to its hidden states.
+// The vocabulary passes through in blocks; of the logits, one block of one group of rows exists at
+// a time.
+//
+// The vocabulary is cut into segments, by position alone. A segment keeps for each row the largest
+// logit so far, the sum of exponentials under it and their sum times the head's rows; segments are
+// joined from left to right, whoever computed them. The target's own term is left out of both sums
+// and joined at the end, where 1 - p would be lost to rounding.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#ifdef _OPENMP
+  #include <omp.h>
+#endif
+
+#include "isa.h"
+#include "lanes.h"
+#include "nabla_fast.h"
+#include "vec_exp.h"
+
+namespace nabla_fast::cpu {
+namespace {
+
+constexpr int64_t kSegment = 8192;
+// Rows that a pass over the head serves, tokens whose logits exist at once, and the rows of a group
+// whose hidden states stay in the first-level cache.
+constexpr int64_t kGroup = 64;
+constexpr int64_t kBlock = 64;
+constexpr int64_t kRowBlock = 16;
+// Columns of the head that are added up in registers at once.
+constexpr int kColumns = 4;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
+
+int64_t segments_of(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
+
+// What a segment found out about a group of rows.
+struct Part {
+  float* max;     // [rows]
+  float* sum;     // [rows] of exp(logit - max), the target's left out
+  float* target;  // [rows] its logit, if it lies in the segment
+  float* mix;     // [rows, padded(width)] sum of exp(logit - max) times the head's row, likewise
+
+  static int64_t floats(int64_t rows, int64_t width) { return rows * (3 + padded(width)); }
+
+  Part(float* memory, int64_t rows)
+      : max(memory), sum(memory + rows), target(memory + 2 * rows), mix(memory + 3 * rows) {}
+};
+
+// mix[r, ..] += weights[r, t] * head[t, ..] for `R` rows, `tokens` tokens and `C` vectors of
+// columns, of which the last has `rest` elements if that is not 0.
+template <int R, int C, typename T>
+NABLA_FAST_INLINE void add_columns(const float* weights, int tokens, const T* head,
+                                   int64_t head_stride, float* mix, int64_t mix_stride, int rest) {
+  Lanes total[R * C];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) total[r * C + c] = load(mix + r * mix_stride + c * kLanes);
+  }
+  for (int t = 0; t < tokens; ++t) {
+    const T* w = head + t * head_stride;
+    Lanes row[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      row[c] = rest && c == C - 1 ? load_part(w + c * kLanes, rest) : load(w + c * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      float weight = weights[r * kBlock + t];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) total[r * C + c] += weight * row[c];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(mix + r * mix_stride + c * kLanes, total[r * C + c]);
+  }
+}
+
+template <int C, typename T>
+NABLA_FAST_INLINE void add_rows(const float* weights, int64_t rows, int tokens, const T* head,
+                                int64_t head_stride, float* mix, int64_t mix_stride, int rest) {
+  int64_t row = 0;
+  for (; row + kTileRows <= rows; row += kTileRows)
+    add_columns<kTileRows, C, T>(weights + row * kBlock, tokens, head, head_stride,
+                                 mix + row * mix_stride, mix_stride, rest);
+  for (; row < rows; ++row)
+    add_columns<1, C, T>(weights + row * kBlock, tokens, head, head_stride, mix + row * mix_stride,
+                         mix_stride, rest);
+}
+
+template <typename T>
+NABLA_FAST_INLINE void add_mix(const Product& p, const float* weights, int64_t token, int tokens,
+                               float* mix) {
+  const T* head = static_cast<const T*>(p.head) + token * p.head_stride;
+  int64_t stride = padded(p.width), column = 0;
+  for (; column + kColumns * kLanes <= p.width; column += kColumns * kLanes)
+    add_rows<kColumns, T>(weights, p.rows, tokens, head + column, p.head_stride, mix + column,
+                          stride, 0);
+  for (; column < p.width; column += kLanes) {
+    int rest = static_cast<int>(std::min<int64_t>(kLanes, p.width - column)) % kLanes;
+    add_rows<1, T>(weights, p.rows, tokens, head + column, p.head_stride, mix + column, stride,
+                   rest);
+  }
+}
+
+// Tokens [first, last) for the rows of `p`, at most kGroup.
+template <typename T>
+NABLA_FAST_INLINE void segment(const Product& p, const int64_t* targets, int64_t first,
+                               int64_t last, Part part) {
+  int64_t width = padded(p.width);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    part.max[r] = -kInfinity;
+    part.sum[r] = 0;
+    part.target[r] = -kInfinity;
+  }
+  std::fill_n(part.mix, p.rows * width, 0.0f);
+  float z[kGroup * kBlock];
+  for (int64_t block = first; block < last; block += kBlock) {
+    int tokens = static_cast<int>(std::min(kBlock, last - block));
+    for (int64_t row = 0; row < p.rows; row += kRowBlock) {
+      int64_t end = std::min(p.rows, row + kRowBlock);
+      for (int t = 0; t < tokens; t += kTileTokens) {
+        int count = std::min(kTileTokens, tokens - t);
+        float* out = z + row * kBlock + t;
+        if (row == 0)
+          product_column<true, T>(p, row, end, block + t, count, out, kBlock);
+        else
+          product_column<false, T>(p, row, end, block + t, count, out, kBlock);
+      }
+    }
+    for (int64_t r = 0; r < p.rows; ++r) {
+      float* row = z + r * kBlock;
+      int64_t target = targets[r] - block;
+      bool here = target >= 0 && target < tokens;
+      if (here) part.target[r] = row[target];
+      float top = part.max[r];
+      for (int t = 0; t < tokens; ++t) top = row[t] > top ? row[t] : top;
+      if (top > part.max[r]) {
+        float scale = vec_exp(part.max[r] - top);
+        part.sum[r] *= scale;
+        for (int64_t k = 0; k < width; ++k) part.mix[r * width + k] *= scale;
+        part.max[r] = top;
+      }
+      // A row of -inf alone so far: its differences would be NaN.
+      float shift = top > -kInfinity ? top : 0.0f;
+      for (int t = 0; t < tokens; ++t) row[t] = vec_exp(row[t] - shift);
+      if (here) row[target] = 0;
+      float sum = 0;
+      for (int t = 0; t < tokens; ++t) sum += row[t];
+      part.sum[r] += sum;
+    }
+    add_mix<T>(p, z, block, tokens, part.mix);
+  }
+}
+
+using Segment = void(const Product&, const int64_t*, int64_t, int64_t, Part);
+
+void f32_baseline(const Product& p, const int64_t* y, int64_t a, int64_t b, Part part) {
+  segment<float>(p, y, a, b, part);
+}
+NABLA_FAST_TARGET_AVX2 void f32_avx2(const Product& p, const int64_t* y, int64_t a, int64_t b,
+                                     Part part) {
+  segment<float>(p, y, a, b, part);
+}
+NABLA_FAST_TARGET_AVX512 void f32_avx512(const Product& p, const int64_t* y, int64_t a, int64_t b,
+                                         Part part) {
+  segment<float>(p, y, a, b, part);
+}
+void bf16_baseline(const Product& p, const int64_t* y, int64_t a, int64_t b, Part part) {
+  segment<uint16_t>(p, y, a, b, part);
+}
+NABLA_FAST_TARGET_AVX2 void bf16_avx2(const Product& p, const int64_t* y, int64_t a, int64_t b,
+                                      Part part) {
+  segment<uint16_t>(p, y, a, b, part);
+}
+NABLA_FAST_TARGET_AVX512 void bf16_avx512(const Product& p, const int64_t* y, int64_t a, int64_t b,
+                                          Part part) {
+  segment<uint16_t>(p, y, a, b, part);
+}
+
+float element(const Product& p, nabla_fast_dtype dtype, int64_t token, int64_t k) {
+  int64_t index = token * p.head_stride + k;
+  if (dtype == NABLA_FAST_FLOAT32) return static_cast<const float*>(p.head)[index];
+  return bits_float(static_cast<int32_t>(
+      static_cast<uint32_t>(static_cast<const uint16_t*>(p.head)[index]) << 16));
+}
+
+// One row's parts, from left to right.
+nabla_fast_status join(const Product& p, nabla_fast_dtype dtype, int64_t target, float* memory,
+                       int64_t segments, int64_t row, float* out) {
+  int64_t width = padded(p.width), floats = Part::floats(p.rows, p.width);
+  float top = -kInfinity, target_logit = -kInfinity;
+  bool nan = false;
+  for (int64_t s = 0; s < segments; ++s) {
+    Part part(memory + s * floats, p.rows);
+    nan = nan || part.sum[row] != part.sum[row] || part.target[row] != part.target[row];
+    top = std::max(top, part.max[row]);
+    if (target / kSegment == s) target_logit = part.target[row];
+  }
+  nabla_fast_status status = NABLA_FAST_OK;
+  if (top == kInfinity)
+    status = NABLA_FAST_ROW_INFINITE;
+  else if (nan)
+    status = NABLA_FAST_ROW_NAN;
+  else if (top == -kInfinity)
+    status = NABLA_FAST_ROW_ALL_MASKED;
+  if (status != NABLA_FAST_OK) {
+    for (int64_t k = 0; k < p.width; ++k) out[k] = std::numeric_limits<float>::quiet_NaN();
+    return status;
+  }
+  double rest = 0;
+  for (int64_t k = 0; k < p.width; ++k) out[k] = 0;
+  for (int64_t s = 0; s < segments; ++s) {
+    Part part(memory + s * floats, p.rows);
+    double scale = std::exp(static_cast<double>(part.max[row]) - top);
+    rest += scale * part.sum[row];
+    for (int64_t k = 0; k < p.width; ++k)
+      out[k] += static_cast<float>(scale) * part.mix[row * width + k];
+  }
+  double inverse = 1 / (rest + std::exp(static_cast<double>(target_logit) - top));
+  for (int64_t k = 0; k < p.width; ++k)
+    out[k] = static_cast<float>((out[k] - rest * element(p, dtype, target, k)) * inverse);
+  return NABLA_FAST_OK;
+}
+
+}  // namespace
+}  // namespace nabla_fast::cpu
+
+extern "C" int64_t nabla_fast_nll_grad_workspace(int64_t rows, int64_t vocab, int64_t width) {
+  using namespace nabla_fast::cpu;
+  if (rows < 0 || vocab < 0 || width < 0) return 0;
+  return segments_of(vocab) * Part::floats(std::min(rows, kGroup), width) *
+         static_cast<int64_t>(sizeof(float));
+}
+
+extern "C" nabla_fast_status nabla_fast_nll_grad(
+    const float* hidden, int64_t rows, int64_t hidden_stride, const void* head,
+    nabla_fast_dtype head_dtype, int64_t vocab, int64_t width, int64_t head_stride,
+    const int64_t* targets, float* grad, int64_t grad_stride, nabla_fast_status* row_status,
+    void* workspace, int64_t workspace_bytes, int32_t num_threads) {
+  using namespace nabla_fast::cpu;
+  if (rows < 0 || vocab < 1 || width < 0) return NABLA_FAST_INVALID_SHAPE;
+  if (head_dtype != NABLA_FAST_FLOAT32 && head_dtype != NABLA_FAST_BFLOAT16)
+    return NABLA_FAST_UNKNOWN_DTYPE;
+  if (rows == 0) return NABLA_FAST_OK;
+  if (!targets || !row_status || !workspace || (width > 0 && (!hidden || !head || !grad)))
+    return NABLA_FAST_INVALID_POINTER;
+  if (workspace_bytes < nabla_fast_nll_grad_workspace(rows, vocab, width))
+    return NABLA_FAST_WORKSPACE_TOO_SMALL;
+  for (int64_t r = 0; r < rows; ++r)
+    if (targets[r] < 0 || targets[r] >= vocab) return NABLA_FAST_INVALID_TOKEN;
+  Segment* run = head_dtype == NABLA_FAST_FLOAT32
+                     ? select_isa(f32_baseline, f32_avx2, f32_avx512)
+                     : select_isa(bf16_baseline, bf16_avx2, bf16_avx512);
+  auto* memory = static_cast<float*>(workspace);
+  int64_t segments = segments_of(vocab);
+  for (int64_t first = 0; first < rows; first += kGroup) {
+    int64_t count = std::min(kGroup, rows - first);
+    Product p{
+        hidden + first * hidden_stride, count, hidden_stride, head, vocab, width, head_stride};
+    int64_t floats = Part::floats(count, width);
+#ifdef _OPENMP
+    int64_t threads =
+        std::min<int64_t>(num_threads > 0 ? num_threads : omp_get_max_threads(), segments);
+  #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
+#else
+    (void)num_threads;
+#endif
+    for (int64_t s = 0; s < segments; ++s)
+      run(p, targets + first, s * kSegment, std::min(vocab, (s + 1) * kSegment),
+          Part(memory + s * floats, count));
+    for (int64_t r = 0; r < count; ++r)
+      row_status[first + r] = join(p, head_dtype, targets[first + r], memory, segments, r,
+                                   grad + (first + r) * grad_stride);
+  }
+  return NABLA_FAST_OK;
+}

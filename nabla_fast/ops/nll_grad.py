@@ -1,0 +1,77 @@
+"""The gradient of the likelihood with respect to the hidden states that predict."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nabla_fast import _native
+from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_vocabulary
+from nabla_fast.ops.logits import lm_logits, logits_backward
+from nabla_fast.ops.registry import op
+from nabla_fast.ops.rows import accumulation_dtype, blocks, report, row_status
+
+
+@op
+def nll_grad(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
+    """∂/∂h of −Σ_i log π(token_i), with π = softmax(h·headᵀ): (π − onehot(token))·head.
+
+    Args:
+        hidden: h [N, H].
+        head: [V, H].
+        tokens: [N] int64.
+    Returns:
+        [N, H], float32 (float64 if ``hidden`` is).
+    Raises:
+        InputError: a shape, dtype or device does not fit, or a token is not in the vocabulary.
+        RowError: a row's logits have a NaN or +inf, or no finite value.
+    """
+    gradients = [hidden.new_zeros(0, hidden.shape[1], dtype=accumulation_dtype(hidden))]
+    for rows in blocks(len(hidden), len(head)):
+        z = lm_logits(hidden[rows], head)
+        report("nll_grad", row_status(z))
+        pi = z.softmax(dim=-1)
+        pi[torch.arange(len(pi), device=pi.device), tokens[rows]] -= 1
+        gradients.append(logits_backward(pi, head))
+    return torch.cat(gradients)
+
+
+@nll_grad.check
+def _(hidden: Tensor, head: Tensor, tokens: Tensor) -> None:
+    expect_matrix("nll_grad", "hidden", hidden)
+    expect_matrix("nll_grad", "head", head, columns=hidden.shape[1])
+    expect_vocabulary("nll_grad", head.shape[0])
+    expect(
+        tokens.dtype == torch.int64 and list(tokens.shape) == [len(hidden)],
+        f"nll_grad: tokens must be int64 [{len(hidden)}], got {tokens.dtype} {list(tokens.shape)}",
+    )
+    expect_one_device("nll_grad", hidden, head, tokens)
+    if tokens.device.type == "cpu" and len(tokens):  # elsewhere the look-up itself complains
+        low, high = int(tokens.min()), int(tokens.max())
+        expect(
+            low >= 0 and high < len(head),
+            f"nll_grad: tokens must be in 0..{len(head) - 1}, got {low if low < 0 else high}",
+        )
+
+
+@nll_grad.fake
+def _(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape, dtype=accumulation_dtype(hidden))
+
+
+def _native_takes(hidden: Tensor, head: Tensor, tokens: Tensor) -> bool:
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype != torch.float64
+        and head.dtype in (torch.float32, torch.bfloat16)
+        and head.stride(1) == 1
+    )
+
+
+@nll_grad.backend("cpu", when=_native_takes)
+def _(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
+    hidden = hidden.float()
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    grad, status = _native.nll_grad(hidden, head, tokens.contiguous())
+    report("nll_grad", status)
+    return grad
