@@ -15,6 +15,7 @@ from nabla_fast import SamplingConfig, VocabularyAlignment
 from nabla_fast.decode.accelerations import Accelerations
 from nabla_fast.decode.batched import BatchedLoop
 from nabla_fast.decode.drafting import Drafting
+from nabla_fast.decode.walk import Walk
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.results import Stats
 
@@ -104,3 +105,53 @@ def test_passes_are_counted_once_for_what_they_served():
             total.update(own.passes_for)
     assert total.keys() == {"rollout", "score", "gradient", "flip", "discarded"}
     assert min(total.values()) > 0
+
+
+def straight_through(n: int, **changes) -> tuple[BatchedLoop, list]:
+    """A case's models and problems under a configuration whose gradients are of hard tokens."""
+    case, chance = make_case(n), random.Random(n)
+    lm = LanguageModel(shared_lm(LMS[n % len(LMS)], eos_token_id=case.eos or None))
+    rm = RewardModel(shared_reward_model("qwen2"), VocabularyAlignment.identity())
+    settings = {"relaxation": "straight_through", "update": "first", "max_generations": 6} | changes
+    config = replace(case.config, **settings)
+    return BatchedLoop(lm, rm, config, proposals=1), problems(case, chance, 2)
+
+
+def test_greedy_rollouts_without_flips_take_one_gradient_a_trajectory():
+    trajectories = 0
+    for n in range(24):
+        loop, given = straight_through(n, rollout_sampling=SamplingConfig(0), lr=1e-9, iters=2)
+        stats = [Stats() for _ in given]
+        for index, decoded in loop.decode(given, stats):
+            accepted = sum(revision.accepted for revision in decoded.revisions)
+            # A trajectory none of whose positions is selected asks for none, the last one for instance.
+            assert stats[index].gradient_passes <= 1 + accepted
+            assert "flip" not in stats[index].passes_for
+            if decoded.revisions:
+                assert stats[index].gradient_passes >= 1 + sum(r.accepted for r in decoded.revisions[:-1])
+            trajectories += stats[index].gradient_passes
+    assert trajectories > 20
+
+
+def test_sampled_rollouts_take_one_gradient_a_distinct_sequence(monkeypatch):
+    asked: list[tuple] = []
+    original = Walk._gradients
+
+    def recording(self, wanted, purpose="gradient"):
+        for offset, relaxed in wanted:
+            before = self._response + self._current.tokens[:offset]
+            asked.append((self._problem.seed, *before, *relaxed.tokens.tolist()))
+        return original(self, wanted, purpose)
+
+    monkeypatch.setattr(Walk, "_gradients", recording)
+    total = 0
+    for n in range(60):
+        # Without acceptance there is one trajectory, and its store is never emptied.
+        loop, given = straight_through(n, rollout_sampling=SamplingConfig(1.5), lr=0.3)
+        stats = [Stats() for _ in given]
+        decoded = dict(loop.decode(given, stats))
+        if not any(r.accepted for d in decoded.values() for r in d.revisions):
+            assert sum(s.gradient_passes for s in stats) == len(set(asked))
+            total += len(set(asked))
+        asked.clear()
+    assert total > 20
