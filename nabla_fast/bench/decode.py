@@ -1,169 +1,174 @@
-"""The decode benchmark: both loops and Best-of-N on the same prompts, the tokens compared first."""
+"""The decode benchmark: what the batched loop is worth, the tokens compared before any time.
+
+Every way of decoding a case is a side. Each side runs once to warm up and to have its tokens compared;
+where a float32 side returns other tokens, everything is run anew with the models in float64. Then the
+sides take turns, and a time is the median of a side's turns.
+"""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
-from nabla_fast import countdown
-from nabla_fast.checkpoints import bundled, load_language_model, load_reward_model, load_tokenizer
-from nabla_fast.config import DTOConfig
+from nabla_fast.bench.decode_cases import Case, describe
+from nabla_fast.bench.decode_runs import CountingLoop, Run, best_of_n, decode
+from nabla_fast.bench.release_form import ReleaseFormLoop
+from nabla_fast.decode.accelerations import Accelerations
 from nabla_fast.decode.batched import BatchedLoop
-from nabla_fast.decode.problem import Problem
-from nabla_fast.decode.sequential import Decoded, SequentialLoop
-from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
-from nabla_fast.prompts import render_chat, response_tail
-from nabla_fast.results import Stats
-from nabla_fast.rollout.batched import sample_batch
-from nabla_fast.stop import StopStrings
+from nabla_fast.decode.sequential import SequentialLoop
 
-_REPEATS = 3
+# A side slower than the first is timed once, and one slower than the second by its first run.
+_SLOW_SECONDS, _SLOWEST_SECONDS = 8.0, 30.0
+
+# Of the accelerations, in the order of their fields.
+LETTERS = dict(zip((field.name for field in fields(Accelerations)), "ABCDEFG", strict=True))
+
+OnSide = Callable[[str], None]
+Sides = dict[str, Callable[[], Run]]
+
+_WITHOUT = "without "
 
 
-@dataclass(frozen=True)
-class Case:
-    """Prompts decoded with one pair of models.
+class Examination:
+    """A case whose sides have each run once.
 
     Attributes:
-        batch_size: prompts that the batched loop takes at once.
+        sides: what runs each side again.
+        first: each side's first run.
+        same: sides whose tokens are the sequential loop's; Best-of-N has none to compare.
+        entry: the benchmark's JSON of the case, without times.
     """
 
-    name: str
-    lm: LanguageModel
-    rm: RewardModel
-    config: DTOConfig
-    problems: list[Problem]
-    batch_size: int
+    def __init__(self, case: Case, on_side: OnSide = lambda name: None):
+        differing = self._run(case, on_side)
+        narrow = case.lm.table.dtype != torch.float64
+        if differing and narrow:
+            case = case.in_float64()
+            self._run(case, lambda name: on_side(f"{name}, in float64"))
+        self.entry = self._entry(case, differing if narrow else [])
 
+    def _run(self, case: Case, on_side: OnSide) -> list[str]:
+        """Run all sides; those that differ."""
+        on_side("sequential")
+        counting = CountingLoop(case.lm, case.rm, case.config)
+        sequential = decode(counting, case.problems)
+        self._positions = counting.positions()
+        samples = max(1, round(sequential.total("generations") / len(case.problems)))
+        self.sides = _sides(case, samples)
+        self.first = {"sequential": sequential}
+        for name, side in self.sides.items():
+            if name != "sequential":
+                on_side(name)
+                self.first[name] = side()
+        self.same = {name for name, run in self.first.items() if run.has_tokens_of(sequential)}
+        return [name for name in self.first if name not in self.same]
 
-def cases(device: torch.device) -> Iterator[Case]:
-    """The bundled models with prompts one at a time and together, and random ones of real vocabularies."""
-    lm, rm, problems = _bundled(16, device)
-    yield Case("bundled, one prompt at a time", lm, rm, DTOConfig(), problems, 1)
-    yield Case("bundled, 16 prompts together", lm, rm, DTOConfig(), problems, 16)
-    for vocabulary, length in ((32_768, 64), (151_936, 128)):
-        lm, rm = _random(vocabulary, device)
-        prompts = [
-            Problem(tuple(range(5, 37)), tuple(range(5, 37)), (3, 4), 7, length, frozenset(), StopStrings())
-        ]
-        yield Case(f"random, V={vocabulary}, L={length}", lm, rm, DTOConfig(), prompts, 1)
-
-
-def measure(case: Case, repeats: int = _REPEATS) -> dict[str, Any]:
-    """One entry of the benchmark's JSON; a case whose loops differ has no times."""
-    sequential = SequentialLoop(case.lm, case.rm, case.config)
-    fast = BatchedLoop(case.lm, case.rm, case.config, batch_size=case.batch_size)
-    expected, slow_stats = _decode(sequential, case.problems)
-    found, fast_stats = _decode(fast, case.problems)
-    same = all(found[n].tokens == expected[n].tokens for n in expected)
-    generations = sum(s.generations for s in slow_stats) / len(slow_stats)
-    count = max(1, round(generations))
-    best_stats = _best_of_n(case, count)
-    entry: dict[str, Any] = {
-        "name": case.name,
-        "prompts": len(case.problems),
-        "same_tokens": same,
-        "generations": generations,
-        "samples": count,
-        "speculated": sum(s.speculated for s in fast_stats) / len(fast_stats),
-        "token_passes": {
-            "sequential": _passes(slow_stats),
-            "fast": _passes(fast_stats),
-            "best_of_n": _passes(best_stats),
-        },
-        "rounds": {"sequential": _rounds(slow_stats), "fast": _rounds(fast_stats)},
-    }
-    if not same:
+    def _entry(self, case: Case, differed: list[str]) -> dict[str, Any]:
+        first, count = self.first, len(case.problems)
+        sequential, fast = first["sequential"], first["fast"]
+        passes = {name: run.token_passes() for name, run in first.items() if not name.startswith(_WITHOUT)}
+        loops = ("sequential", "fast")
+        entry: dict[str, Any] = {
+            "name": case.name,
+            "config": describe(case.config),
+            "note": case.note,
+            "prompts": count,
+            "batch_size": case.batch_size,
+            "dtype": str(case.lm.table.dtype).removeprefix("torch."),
+            "differed_in_float32": differed,
+            "same_tokens": {"fast", "one_proposal"} <= self.same,
+            "generations": sequential.total("generations") / count,
+            "samples": first["best_of_n"].total("generations") // count,
+            "answer_tokens": sum(map(len, sequential.tokens.values())) / count,
+            "positions": self._positions,
+            "trajectories": sequential.trajectories,
+            "gradient_passes": {name: first[name].total("gradient_passes") for name in loops},
+            "rounds": {name: first[name].total("rounds") for name in loops},
+            "speculated": fast.total("speculated") / count,
+            "wasted_tokens": fast.total("wasted_tokens"),
+            "drafted": fast.total("drafted"),
+            "draft_hits": fast.total("draft_hits"),
+            "token_passes": passes,
+            "passes_to_best_of_n": {
+                name: passes[name] / passes["best_of_n"] for name in passes if name != "best_of_n"
+            },
+            "passes_for": {name: first[name].shares() for name in ("fast", "one_proposal")},
+            "ablation": [],
+        }
+        if case.release_form:
+            entry["release_form"] = {"same_tokens": "release_form" in self.same}
+        for name, letter in LETTERS.items():
+            side = _WITHOUT + name
+            if side in first:
+                row = {"off": name, "letter": letter, "same_tokens": side in self.same}
+                entry["ablation"].append(row | {"token_passes": first[side].token_passes()})
         return entry
-    runs: dict[str, Callable[[], object]] = {
-        "sequential": lambda: _decode(sequential, case.problems),
-        "fast": lambda: _decode(fast, case.problems),
-        "best_of_n": lambda: _best_of_n(case, count),
+
+
+def measure(case: Case, repeats: int = 3, on_side: OnSide = lambda name: None) -> dict[str, Any]:
+    """One entry of the benchmark's JSON; a case whose tokens differ has no times, nor has such a side."""
+    examined = Examination(case, on_side)
+    entry, first = examined.entry, examined.first
+    if not entry["same_tokens"]:
+        return entry
+    runs: dict[str, list[Run]] = {name: [] for name in examined.sides if name in examined.same}
+    for name, done in runs.items():
+        if first[name].seconds > _SLOWEST_SECONDS:
+            done.append(first[name])
+    for turn in range(repeats):
+        for name, done in runs.items():
+            if not done or first[name].seconds <= _SLOW_SECONDS:
+                on_side(f"{name}, run {turn + 1} of {repeats}")
+                done.append(examined.sides[name]())
+    seconds = {name: statistics.median(run.seconds for run in done) for name, done in runs.items()}
+    fast = seconds["fast"]
+    entry["seconds"] = {name: value for name, value in seconds.items() if not name.startswith(_WITHOUT)}
+    entry["timed_runs"] = {name: len(runs[name]) for name in entry["seconds"]}
+    entry["speedup"] = seconds["sequential"] / fast
+    entry["seconds_to_best_of_n"] = fast / seconds["best_of_n"]
+    if "release_form" in seconds:
+        entry["speedup_over_release_form"] = seconds["release_form"] / fast
+        done = runs["release_form"]
+        # Of the passes over [L, V] alone: to be compared with the release's own.
+        step = statistics.median(run.stages()["descent"] / run.steps for run in done if run.steps)
+        entry["release_form"] |= {"steps": done[0].steps, "seconds_a_step": step}
+    entry["stage_seconds"] = {
+        name: _medians([run.stages() for run in runs[name]]) for name in ("sequential", "fast")
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    entry["seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
-    entry["speedup"] = entry["seconds"]["sequential"] / entry["seconds"]["fast"]
+    for row in entry["ablation"]:
+        if row["same_tokens"]:
+            row["seconds"] = seconds[_WITHOUT + row["off"]]
+            row["slowdown"] = row["seconds"] / fast
     return entry
 
 
-def _decode(
-    loop: SequentialLoop | BatchedLoop, problems: list[Problem]
-) -> tuple[dict[int, Decoded], list[Stats]]:
-    stats = [Stats() for _ in problems]
-    return dict(loop.decode(problems, stats)), stats
+def all_same(entry: dict[str, Any]) -> bool:
+    """Whether every side of an entry returned the sequential loop's tokens."""
+    rows = [entry, *entry.get("ablation", ()), entry.get("release_form", entry)]
+    return all(row["same_tokens"] for row in rows)
 
 
-def _best_of_n(case: Case, count: int) -> list[Stats]:
-    """Roll out ``count`` samples a prompt as one batch and score them, batch by batch of prompts."""
-    everything = []
-    for start in range(0, len(case.problems), case.batch_size):
-        part = case.problems[start : start + case.batch_size]
-        stats = Stats()
-        longest = max(problem.max_new_tokens for problem in part)
-        prompts = [problem.prompt_ids for problem in part]
-        sampling = case.config.rollout_sampling
-        responses = sample_batch(case.lm, prompts, count, sampling, part[0].seed, longest, stats)
-        sequences = [
-            [*problem.reward_prefix, *response, *problem.reward_suffix]
-            for problem, group in zip(part, responses, strict=True)
-            for response in group
-        ]
-        case.rm.score(sequences)
-        stats.token_passes["rm"] += sum(map(len, sequences))
-        everything.append(stats)
-    return everything
-
-
-def _passes(stats: list[Stats]) -> int:
-    return sum(sum(s.token_passes.values()) for s in stats)
-
-
-def _rounds(stats: list[Stats]) -> int:
-    return sum(s.rounds for s in stats)
-
-
-def _bundled(count: int, device: torch.device) -> tuple[LanguageModel, RewardModel, list[Problem]]:
-    lm = LanguageModel(load_language_model(bundled("lm"), str(device)))
-    rm = RewardModel(load_reward_model(bundled("rm"), str(device)), VocabularyAlignment.identity())
-    for model in (lm.model, rm.model):
-        model.requires_grad_(False)
-    tokenizer = load_tokenizer(bundled("tokenizer"))
-    tail = response_tail(tokenizer)
-    problems = []
-    for n, problem in enumerate(countdown.held_out(count)):
-        prompt = render_chat(tokenizer, [{"role": "user", "content": countdown.render(problem)}])
-        problems.append(Problem(prompt, prompt, tail, n, 40, lm.eos_ids, StopStrings()))
-    return lm, rm, problems
-
-
-def _random(vocabulary: int, device: torch.device) -> tuple[LanguageModel, RewardModel]:
-    """Two layers, so that the vocabulary is what costs."""
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": vocabulary,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-        "bos_token_id": None,
+def _sides(case: Case, samples: int) -> Sides:
+    given = (case.lm, case.rm, case.config)
+    loops: dict[str, SequentialLoop | BatchedLoop] = {
+        "sequential": SequentialLoop(*given),
+        "fast": BatchedLoop(*given, batch_size=case.batch_size),
+        "one_proposal": BatchedLoop(*given, batch_size=case.batch_size, proposals=1),
     }
-    lm = Qwen2ForCausalLM(Qwen2Config(**shape)).to(device).eval().requires_grad_(False)
-    rm = Qwen2ForSequenceClassification(Qwen2Config(**shape, num_labels=1))
-    return LanguageModel(lm), RewardModel(
-        rm.to(device).eval().requires_grad_(False), VocabularyAlignment.identity()
-    )
+    if case.release_form:
+        loops["release_form"] = ReleaseFormLoop(*given)
+    for name in LETTERS if case.ablated else ():
+        # Company is other prompts' too.
+        batch_size = 1 if name == "company" else case.batch_size
+        without = replace(Accelerations(), **{name: False})
+        loops[_WITHOUT + name] = BatchedLoop(*given, batch_size=batch_size, accelerations=without)
+    sides: Sides = {name: lambda loop=loop: decode(loop, case.problems) for name, loop in loops.items()}
+    return sides | {"best_of_n": lambda: best_of_n(case, samples)}
+
+
+def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {stage: statistics.median(run.get(stage, 0.0) for run in runs) for stage in runs[0]}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nabla_fast.cli.options import check_device
-from nabla_fast.errors import InputError
+from nabla_fast.cli import bench_decode
+from nabla_fast.cli.options import check_device, set_threads
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -27,12 +25,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     kernels.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     kernels.add_argument("--json", action="store_true", help="print one JSON object")
     kernels.set_defaults(run=run_kernels)
-    decode = parts.add_parser("decode", help="both loops beside Best-of-N with as many samples")
-    decode.add_argument("--device", default="cpu", help="a torch device (cpu)")
-    decode.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's choice)")
-    decode.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each (3)")
-    decode.add_argument("--json", action="store_true", help="print one JSON object")
-    decode.set_defaults(run=run_decode)
+    bench_decode.add_parser(parts)
 
 
 def run_kernels(arguments: argparse.Namespace) -> int:
@@ -41,7 +34,7 @@ def run_kernels(arguments: argparse.Namespace) -> int:
     from nabla_fast.bench.kernels import run
     from nabla_fast.env import report
 
-    _set_threads(arguments.threads)
+    set_threads(arguments.threads)
     found = "cuda" if arguments.backend != "cpu" and torch.cuda.is_available() else "cpu"
     device = torch.device(check_device(arguments.device or found))
     progress = Console(stderr=True)
@@ -63,69 +56,6 @@ def run_kernels(arguments: argparse.Namespace) -> int:
     if interrupted:
         raise KeyboardInterrupt("interrupted: the rows are those that were finished")
     return int(any(row["check"] != "passed" for row in rows))
-
-
-def run_decode(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from nabla_fast.bench.decode import cases, measure
-    from nabla_fast.env import report
-
-    if arguments.repeats < 1:
-        raise InputError(f"--repeats must be at least 1, got {arguments.repeats}")
-    _set_threads(arguments.threads)
-    device = torch.device(check_device(arguments.device))
-    progress = Console(stderr=True)
-    entries: list[dict] = []
-    interrupted = False
-    try:
-        for case in cases(device):
-            entries.append(measure(case, arguments.repeats))
-            progress.print(f"{case.name}: done", highlight=False)
-    except KeyboardInterrupt:
-        interrupted = True
-    speedups = [entry["speedup"] for entry in entries if "speedup" in entry]
-    if arguments.json:
-        median = statistics.median(speedups) if speedups else None
-        summary = {"cases": entries, "median_speedup": median, "interrupted": interrupted}
-        print(json.dumps({**summary, "environment": report()}))
-    else:
-        Console().print(_decode_table(entries))
-    if interrupted:
-        raise KeyboardInterrupt("interrupted: the cases are those that were finished")
-    return int(not all(entry["same_tokens"] for entry in entries))
-
-
-def _decode_table(entries: list[dict]) -> Table:
-    table = Table(
-        title="decoding", caption="seconds are medians; passes are those of both models", box=SIMPLE
-    )
-    for name in ("case", "tokens", "generations"):
-        table.add_column(name)
-    for name in ("sequential s", "batched s", "Best-of-N s", "speed-up", "passes", "batched", "Best-of-N"):
-        table.add_column(name, justify="right")
-    for entry in entries:
-        seconds, passes = entry.get("seconds"), entry["token_passes"]
-        times = [f"{seconds[key]:.2f}" for key in seconds] if seconds else ["", "", ""]
-        table.add_row(
-            entry["name"],
-            "same" if entry["same_tokens"] else "[red]differ[/]",
-            f"{entry['generations']:.1f}",
-            *times,
-            f"{entry['speedup']:.1f}" if seconds else "",
-            *(f"{passes[key]:,}" for key in ("sequential", "fast", "best_of_n")),
-        )
-    return table
-
-
-def _set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is None:
-        return
-    if threads < 1:
-        raise InputError(f"--threads must be at least 1, got {threads}")
-    torch.set_num_threads(threads)
 
 
 def _table(rows: list[dict]) -> Table:

@@ -114,3 +114,20 @@ def check_device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def set_threads(threads: int | None) -> None:
+    """Torch's CPU threads; None leaves its choice.
+
+    Raises:
+        InputError: fewer than one.
+    """
+    import torch
+
+    from nabla_fast.errors import InputError
+
+    if threads is None:
+        return
+    if threads < 1:
+        raise InputError(f"--threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)

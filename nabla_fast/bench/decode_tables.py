@@ -1,0 +1,219 @@
+"""The decode benchmark's JSON as tables of text, for the terminal and for the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nabla_fast.bench.decode import LETTERS
+
+_PURPOSES = {
+    "rollout": "rollout",
+    "gradient": "gradient",
+    "flip": "flip",
+    "score": "score",
+    "discarded": "lost",
+}
+_LOOPS = ("seq.", "batched", "one")
+Cases = dict[int, dict[str, Any]]
+_STAGES = ("rollout", "selection", "gradient", "descent", "reward")
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A titled table; the first column names its rows.
+
+    Attributes:
+        note: what a reader needs to know, below the table.
+    """
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str
+
+    def markdown(self) -> str:
+        """As GitHub renders it."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"**{self.title}**\n\n{text}\n\n{self.note}"
+
+
+def tables(results: dict[str, Any]) -> Iterator[TextTable]:
+    """All tables that the results have figures for."""
+    cases = dict(enumerate(results.get("cases", []), start=1))
+    if cases:
+        yield _cases(cases)
+        yield _times(cases)
+        yield _counts(cases)
+        yield _passes(cases)
+    if any(entry["ablation"] for entry in cases.values()):
+        yield _ablation({n: entry for n, entry in cases.items() if entry["ablation"]})
+    if any("stage_seconds" in entry for entry in cases.values()):
+        yield _stages({n: entry for n, entry in cases.items() if "stage_seconds" in entry})
+    if results.get("lengths"):
+        yield _lengths(results["lengths"])
+    if results.get("generate"):
+        yield _generate(results["generate"])
+
+
+def _cases(cases: Cases) -> TextTable:
+    rows = [
+        [
+            str(n),
+            f"{entry['name']} ({entry['note']})" if entry["note"] else entry["name"],
+            entry["config"],
+            _tokens(entry),
+        ]
+        for n, entry in cases.items()
+    ]
+    note = "Tokens: of the batched loop, compared with the sequential one's before anything is timed."
+    return TextTable("Decoding: the cases", ["#", "case", "settings", "tokens"], rows, note)
+
+
+def _times(cases: Cases) -> TextTable:
+    header = ["#", "sequential", "batched", "speed-up", "Best-of-N", "of it", "release's form", "speed-up"]
+    rows = []
+    for n, entry in cases.items():
+        seconds = entry.get("seconds", {})
+        rows.append(
+            [
+                str(n),
+                _number(seconds.get("sequential")),
+                _number(seconds.get("fast")),
+                _times_text(entry.get("speedup")),
+                _number(seconds.get("best_of_n")),
+                _times_text(entry.get("seconds_to_best_of_n")),
+                _number(seconds.get("release_form")),
+                _times_text(entry.get("speedup_over_release_form")),
+            ]
+        )
+    note = (
+        "Of all prompts, medians; speed-ups are the batched loop's, and its seconds are also given as a "
+        "multiple of Best-of-N's, where N is the mean of the generations a prompt used, rounded. The "
+        "release's form is a reconstruction of the published release's inner loop, not its code."
+    )
+    return TextTable("Decoding: seconds", header, rows, note)
+
+
+def _counts(cases: Cases) -> TextTable:
+    header = ["#", "gen.", "gradients", "walked", "dropped", "drafted", "left out", "drawn again"]
+    rows = []
+    for n, entry in cases.items():
+        passes, positions = entry["gradient_passes"], entry["positions"]
+        rows.append(
+            [
+                str(n),
+                f"{entry['generations']:.1f}",
+                f"{passes['fast']} ({passes['sequential']})",
+                str(entry["trajectories"]),
+                f"{entry['speculated']:.1f}",
+                f"{entry['drafted']} ({entry['draft_hits']})",
+                f"{positions['left_out']:.0%}",
+                f"{positions['drawn_again']:.0%}",
+            ]
+        )
+    note = (
+        "Mean generations a prompt; forward+backward passes, the sequential loop's in brackets; "
+        "trajectories walked along; rollouts made ahead of need and dropped, a prompt; tokens read ahead "
+        "from the replaced trajectory, those then drawn in brackets; positions that the conditions left "
+        "out; optimized positions whose token was drawn again."
+    )
+    return TextTable("Decoding: counts", header, rows, note)
+
+
+def _passes(cases: Cases) -> TextTable:
+    rows = [[str(n), *_ratios(entry), *_shares(entry)] for n, entry in cases.items()]
+    note = (
+        "First against those of Best-of-N, for the sequential loop, the batched loop, and the batched loop "
+        "with one proposal at a time; then what the batched loop's served, and what those with one "
+        "proposal. Lost are those of dropped rollouts."
+    )
+    header = ["#", *_LOOPS, *_PURPOSES.values()]
+    return TextTable("Decoding: token passes of both models", header, rows, note)
+
+
+def _ablation(cases: Cases) -> TextTable:
+    rows = []
+    for n, entry in cases.items():
+        passes = entry["token_passes"]["fast"]
+        rows.append([str(n), *(_ablated(row, passes) for row in entry["ablation"])])
+    names = ", ".join(f"{letter} {name.replace('_', ' ')}" for name, letter in LETTERS.items())
+    note = (
+        "Each acceleration switched off alone: seconds, and in brackets token passes, as multiples of "
+        f"those with all of them. {names}; without F prompts are taken one at a time."
+    )
+    header = ["#", *LETTERS.values()]
+    return TextTable("Decoding: what each acceleration is worth", header, rows, note)
+
+
+def _ablated(row: dict[str, Any], passes: int) -> str:
+    if not row["same_tokens"]:
+        return "differs"
+    slowdown = f"{row['slowdown']:.2f}" if "slowdown" in row else "-"
+    return f"{slowdown} ({row['token_passes'] / passes:.2f})"
+
+
+def _stages(cases: Cases) -> TextTable:
+    rows = []
+    for n, entry in cases.items():
+        fast, sequential = (entry["stage_seconds"][loop] for loop in ("fast", "sequential"))
+        pairs = [f"{_short(fast.get(s))} / {_short(sequential.get(s))}" for s in _STAGES]
+        rows.append([str(n), *pairs])
+    note = "Batched / sequential, in seconds. The batched loop counts selection among the others."
+    return TextTable("Decoding: seconds by stage", ["#", *_STAGES], rows, note)
+
+
+def _lengths(lengths: list[dict[str, Any]]) -> TextTable:
+    header = ["length", "gen.", *_LOOPS, *_PURPOSES.values()]
+    rows = [[_length(row), f"{row['generations']:.1f}", *_ratios(row), *_shares(row)] for row in lengths]
+    note = (
+        "Random models of two layers and a vocabulary of 512 without EOS, two prompts of 32 tokens "
+        "together, default settings; columns as of the token passes above."
+    )
+    return TextTable("Decoding: token passes by length of the answer", header, rows, note)
+
+
+def _length(row: dict[str, Any]) -> str:
+    tokens = _tokens(row)
+    return str(row["tokens"]) if tokens == "same" else f"{row['tokens']} (tokens {tokens})"
+
+
+def _generate(entry: dict[str, Any]) -> TextTable:
+    rows = [["transformers' generate, one prompt", _number(entry.get("generate_ms")), ""]]
+    for count, ms in entry.get("rollout_ms", {}).items():
+        name = f"rollouts of the batched loop, {count} prompt{'s' if count != '1' else ''}"
+        rows.append([name, _number(ms), f"{entry['share'][count]:.0%}"])
+    note = (
+        f"The bundled LM, {entry['prompts']} prompts answered with {entry['tokens']} tokens each; the "
+        f"tokens drawn are {'the same' if entry['same_tokens'] else 'NOT the same'}."
+    )
+    return TextTable("Rollouts: milliseconds a token", ["", "ms", "of generate's"], rows, note)
+
+
+def _tokens(entry: dict[str, Any]) -> str:
+    text = "same" if entry["same_tokens"] else "differ"
+    return text if entry["dtype"] == "float32" else f"{text} in {entry['dtype']}"
+
+
+def _ratios(entry: dict[str, Any]) -> list[str]:
+    ratios = entry["passes_to_best_of_n"]
+    return [_times_text(ratios[name]) for name in ("sequential", "fast", "one_proposal")]
+
+
+def _shares(entry: dict[str, Any]) -> list[str]:
+    fast, one = (entry["passes_for"][name] for name in ("fast", "one_proposal"))
+    return [f"{100 * fast.get(purpose, 0):.0f}/{one.get(purpose, 0):.0%}" for purpose in _PURPOSES]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _times_text(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}×"

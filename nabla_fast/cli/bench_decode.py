@@ -1,0 +1,136 @@
+"""``nabla-fast bench decode``: what the batched loop is worth, the tokens compared before any time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nabla_fast.cli.options import check_device, set_threads
+from nabla_fast.errors import InputError
+
+_GENERATE, _LENGTHS = "generate", "lengths"  # parts beside the cases
+
+
+def add_parser(parts: argparse._SubParsersAction) -> None:
+    parser = parts.add_parser("decode", help="the loops beside Best-of-N with as many samples")
+    parser.add_argument("--device", default="cpu", help="a torch device (cpu)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's choice)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each (3)")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        metavar="TEXT",
+        help=f"only cases with one of these texts in their name; also '{_GENERATE}' (time per token beside "
+        f"transformers' generate) and '{_LENGTHS}' (of answers)",
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny cases and one run: does it work?")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from nabla_fast.bench.decode import all_same
+    from nabla_fast.env import report
+
+    if arguments.repeats < 1:
+        raise InputError(f"--repeats must be at least 1, got {arguments.repeats}")
+    set_threads(arguments.threads)
+    device = torch.device(check_device(arguments.device))
+    results: dict[str, Any] = {"cases": [], "lengths": [], "generate": None}
+    steps = _chosen(_steps(device, arguments, results), arguments.cases)
+    interrupted = False
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(steps))
+        try:
+            for name, step in steps.items():
+                progress.update(task, description=name)
+                step(lambda side, name=name: progress.update(task, description=f"{name}: {side}"))
+                progress.advance(task)
+                progress.console.print(f"{name}: done", highlight=False)
+        except KeyboardInterrupt:
+            interrupted = True
+    speedups = [entry["speedup"] for entry in results["cases"] if "speedup" in entry]
+    if arguments.json:
+        summary = {
+            "median_speedup": statistics.median(speedups) if speedups else None,
+            "quick": arguments.quick,
+            "repeats": 1 if arguments.quick else arguments.repeats,
+            "interrupted": interrupted,
+        }
+        print(json.dumps({**results, **summary, "environment": report()}))
+    else:
+        _show(results)
+    if interrupted:
+        raise KeyboardInterrupt("interrupted: the cases are those that were finished")
+    entries = [*results["cases"], *results["lengths"]] + (
+        [results["generate"]] if results["generate"] else []
+    )
+    return int(not all(map(all_same, entries)))
+
+
+def _steps(
+    device: Any, arguments: argparse.Namespace, results: dict[str, Any]
+) -> dict[str, Callable[[Callable[[str], None]], None]]:
+    """What there is to measure, by name; each puts what it found among the results."""
+    from nabla_fast.bench.decode import measure
+    from nabla_fast.bench.decode_cases import named_cases
+    from nabla_fast.bench.lengths import LENGTHS, QUICK_LENGTHS, measure_length
+    from nabla_fast.bench.rollout_speed import measure_rollouts
+
+    quick = arguments.quick
+    repeats = 1 if quick else arguments.repeats
+
+    def generate(on_side: Callable[[str], None]) -> None:
+        results["generate"] = measure_rollouts(device, repeats, tokens=8 if quick else 40)
+
+    steps = {
+        named.name: lambda on_side, named=named: results["cases"].append(
+            measure(named.build(device), repeats, on_side)
+        )
+        for named in named_cases(quick=quick)
+    }
+    for length in QUICK_LENGTHS if quick else LENGTHS:
+        steps[f"{_LENGTHS}: {length} tokens"] = lambda on_side, length=length: results["lengths"].append(
+            measure_length(length, device, on_side)
+        )
+    return steps | {_GENERATE: generate}
+
+
+def _chosen(steps: dict[str, Any], texts: list[str] | None) -> dict[str, Any]:
+    """The steps with one of the texts in their name.
+
+    Raises:
+        InputError: a text is in none of the names.
+    """
+    if texts is None:
+        return steps
+    for text in texts:
+        if not any(text in name for name in steps):
+            raise InputError(f"--cases {text!r} is in no name; there are: {'; '.join(steps)}")
+    return {name: step for name, step in steps.items() if any(text in name for text in texts)}
+
+
+def _show(results: dict[str, Any]) -> None:
+    from nabla_fast.bench.decode_tables import tables
+
+    console = Console()
+    for found in tables(results):
+        table = Table(title=found.title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in found.header:
+            justify = "left" if name in ("", "#", "case") else "right"
+            table.add_column(name, justify=justify, overflow="fold")
+        for row in found.rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print(found.note + "\n", style="dim", highlight=False)
