@@ -2,8 +2,8 @@
 
 A reconstruction to measure against, not the release's code. Of a trajectory of L tokens it moves the
 first row alone, yet makes G [L, V], softmax, argmax, relaxed gradient and Adam of all rows; G comes from a
-forward+backward of both models over the whole sequence. What the release does beyond that (mixing dense
-one-hot rows with the tables, keys and values kept through the backward) is left out in its favour.
+forward+backward of both models over the whole sequence. In its favour, embeddings are looked up instead of
+mixed from dense one-hot rows, G is centred once and not at every step, and Adam is torch's own.
 """
 
 from __future__ import annotations
