@@ -78,7 +78,7 @@ class BlockPool:
         self.keys, self.values = (tensor.new_zeros(0) for tensor in (self.keys, self.values))
         self.references, self._free, self.limit = [], [], 0
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(self, layer: int, slots: Tensor | list[int], keys: Tensor, values: Tensor) -> None:
         """Put tokens where :meth:`PagedSequence.extend` made room for them.
 
         Args:
@@ -86,8 +86,9 @@ class BlockPool:
             slots: [T] int64.
             keys, values: [T, kv_heads, head_dim].
         """
-        self.keys[layer].flatten(0, 1)[slots] = keys.to(self.keys.dtype)
-        self.values[layer].flatten(0, 1)[slots] = values.to(self.values.dtype)
+        slots = torch.as_tensor(slots, dtype=torch.int64, device=self.keys.device)
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys.to(self.keys.dtype))
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, values.to(self.values.dtype))
 
     def reserve(self, count: int) -> None:
         """See to it that ``count`` blocks are free.
@@ -181,14 +182,14 @@ class PagedSequence:
         self.length = length
         group.holding.add(self)
 
-    def extend(self, count: int) -> Tensor:
+    def extend(self, count: int) -> list[int]:
         """Make room for ``count`` tokens behind the last.
 
         A partly filled last block that another sequence shares is copied first: shared tokens are
         never written to.
 
         Returns:
-            [count] int64 slots on the CPU for :meth:`BlockPool.write`.
+            A slot for each token, for :meth:`BlockPool.write`.
         Raises:
             PoolExhausted: the pool may not grow that far; the sequence is as it was.
         """
@@ -204,10 +205,8 @@ class PagedSequence:
             self.pool.copy(former, self.blocks[-1])
             self.blocks[last] = self.blocks.pop()
             self.pool.release(former)
-        position = torch.arange(self.length, self.length + count)
-        self.length += count
-        table = torch.tensor(self.blocks, dtype=torch.int64)
-        return table[position // size] * size + position % size
+        start, self.length = self.length, self.length + count
+        return [self.blocks[n // size] * size + n % size for n in range(start, self.length)]
 
     def missing(self, count: int) -> int:
         """Blocks that an extension by ``count`` tokens takes from the pool."""
@@ -262,7 +261,7 @@ class PagedSequence:
         self.group.holding.discard(self)
 
 
-def extend_all(sequences: Sequence[PagedSequence], counts: Sequence[int]) -> list[Tensor]:
+def extend_all(sequences: Sequence[PagedSequence], counts: Sequence[int]) -> list[list[int]]:
     """Extend several sequences of one pool, all or none.
 
     Returns:

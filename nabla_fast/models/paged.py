@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class _Context:
     tables: Tensor  # [B, M] int64
     lengths: Tensor  # [B] int64, of the prefixes
     slots: Tensor | None  # [T] int64, where the suffixes' keys and values are put; None: nowhere
-    tokens: tuple[Tensor, Tensor] | None  # [T] row and position of each of these in the batch
+    tokens: Tensor | None  # [2, T] row and position of each of these in the batch; None: no padding
     backend: Callable[..., Tensor] | None = None  # of the op, chosen in the first layer
 
     def attend(
@@ -50,9 +51,15 @@ class _Context:
                 self.backend = prefix_attention.chosen(*arguments, scale=scale, window=window)
             output = self.backend(*arguments, scale=scale, window=window)
         if self.slots is not None:
-            row, position = self.tokens
-            pool.write(layer, self.slots, k[row, :, position], v[row, :, position])
+            pool.write(layer, self.slots, self._tokens_of(k), self._tokens_of(v))
         return output
+
+    def _tokens_of(self, x: Tensor) -> Tensor:
+        """[T, Hkv, D] of [B, Hkv, S, D], padding left out."""
+        if self.tokens is None:
+            return x.transpose(1, 2).flatten(0, 1)
+        row, position = self.tokens
+        return x[row, :, position]
 
     def attend_backward(
         self,
@@ -176,11 +183,12 @@ class PagedReader:
         tables = block_tables(list(sequences), device)
         slots = tokens = None
         if store:
-            slots = torch.cat(extend_all(sequences, lengths)).to(device)
-            tokens = tuple(
-                torch.tensor(values, device=device)
-                for values in zip(*((b, s) for b, n in enumerate(lengths) for s in range(n)), strict=True)
+            slots = torch.tensor(
+                [*chain(*extend_all(sequences, lengths))], dtype=torch.int64, device=device
             )
+            if min(lengths) < width:
+                places = [(b, s) for b, n in enumerate(lengths) for s in range(n)]
+                tokens = torch.tensor(places, device=device).view(-1, 2).T
         context = _Context(pool, tables, before, slots, tokens)
         positions = before[:, None] + torch.arange(width, device=device)
         if self._lean is not None:
