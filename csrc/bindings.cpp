@@ -57,6 +57,78 @@ nabla_fast_status dto_descent(std::uintptr_t z, std::uintptr_t grad, std::uintpt
       memory.get(), bytes, num_threads);
 }
 
+// A tensor's sizes or strides.
+int64_t at(const py::tuple& sizes, size_t index) {
+  return py::cast<int64_t>(PyTuple_GET_ITEM(sizes.ptr(), static_cast<Py_ssize_t>(index)));
+}
+
+nabla_fast_strides strides(const py::tuple& of) { return {at(of, 0), at(of, 1), at(of, 2)}; }
+
+nabla_fast_pool_strides pool_strides(const py::tuple& of) {
+  return {at(of, 0), at(of, 1), at(of, 2)};
+}
+
+// The inputs of an attention, as tensors' addresses, sizes and strides.
+nabla_fast_attention attention(std::uintptr_t q, const py::tuple& q_shape,
+                               const py::tuple& q_strides, std::uintptr_t k,
+                               const py::tuple& k_strides, std::uintptr_t v,
+                               const py::tuple& v_strides, std::uintptr_t key_pool,
+                               const py::tuple& pool_shape, const py::tuple& key_pool_strides,
+                               std::uintptr_t value_pool, const py::tuple& value_pool_strides,
+                               std::uintptr_t block_tables, int64_t table_width,
+                               int64_t table_stride, std::uintptr_t prefix_lengths, double scale,
+                               int64_t window) {
+  nabla_fast_attention inputs;
+  inputs.batch = at(q_shape, 0);
+  inputs.heads = at(q_shape, 1);
+  inputs.suffix = at(q_shape, 2);
+  inputs.dim = at(q_shape, 3);
+  inputs.blocks = at(pool_shape, 0);
+  inputs.block_size = at(pool_shape, 1);
+  inputs.kv_heads = at(pool_shape, 2);
+  inputs.table_width = table_width;
+  inputs.window = window;
+  inputs.scale = scale;
+  inputs.q = pointer<const float>(q);
+  inputs.k = pointer<const float>(k);
+  inputs.v = pointer<const float>(v);
+  inputs.key_pool = pointer<const float>(key_pool);
+  inputs.value_pool = pointer<const float>(value_pool);
+  inputs.block_tables = pointer<const int64_t>(block_tables);
+  inputs.prefix_lengths = pointer<const int64_t>(prefix_lengths);
+  inputs.table_stride = table_stride;
+  inputs.q_strides = strides(q_strides);
+  inputs.k_strides = strides(k_strides);
+  inputs.v_strides = strides(v_strides);
+  inputs.key_pool_strides = pool_strides(key_pool_strides);
+  inputs.value_pool_strides = pool_strides(value_pool_strides);
+  return inputs;
+}
+
+// `run` behind the arguments of attention().
+template <typename... Others>
+auto with_attention(nabla_fast_status (*run)(const nabla_fast_attention&, Others...)) {
+  return [run](std::uintptr_t q, const py::tuple& q_shape, const py::tuple& q_strides,
+               std::uintptr_t k, const py::tuple& k_strides, std::uintptr_t v,
+               const py::tuple& v_strides, std::uintptr_t key_pool, const py::tuple& pool_shape,
+               const py::tuple& key_pool_strides, std::uintptr_t value_pool,
+               const py::tuple& value_pool_strides, std::uintptr_t block_tables,
+               int64_t table_width, int64_t table_stride, std::uintptr_t prefix_lengths,
+               double scale, int64_t window, Others... others) {
+    return run(attention(q, q_shape, q_strides, k, k_strides, v, v_strides, key_pool, pool_shape,
+                         key_pool_strides, value_pool, value_pool_strides, block_tables,
+                         table_width, table_stride, prefix_lengths, scale, window),
+               others...);
+  };
+}
+
+nabla_fast_status prefix_attention(const nabla_fast_attention& inputs, std::uintptr_t output,
+                                   py::tuple output_strides, int32_t num_threads) {
+  const nabla_fast_strides to = strides(output_strides);
+  py::gil_scoped_release release;
+  return nabla_fast_prefix_attention(&inputs, pointer<float>(output), to, num_threads);
+}
+
 void vec_exp(std::uintptr_t x, std::uintptr_t y, int64_t n) {
   nabla_fast::cpu::vec_exp_array(pointer<const float>(x), pointer<float>(y), n);
 }
@@ -119,6 +191,10 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              py::arg("flipped"), py::arg("row_status"), py::arg("num_threads"),
              "nabla_fast_dto_descent of nabla_fast.h with a workspace of its own; pointers are "
              "addresses, 0 for null. Returns a status.");
+  module.def(
+      "prefix_attention", with_attention(&prefix_attention),
+      "nabla_fast_prefix_attention of nabla_fast.h; tensors are addresses, sizes and strides. "
+      "Returns a status.");
   module.def("vec_exp", &vec_exp, release_gil(), py::arg("x"), py::arg("y"), py::arg("n"),
              "y = exp(x) for n float32 at the addresses x and y, as kernels compute it.");
   module.def("lm_logits", &lm_logits, release_gil(), py::arg("hidden"), py::arg("rows"),

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # NABLA_FAST_ABI_VERSION that this file is written against.
-ABI_VERSION = 2
+ABI_VERSION = 3
+
+# The widest head that attention takes: NABLA_FAST_MOST_HEAD_DIM.
+MOST_HEAD_DIM = 512
 
 # nabla_fast_isa of nabla_fast.h, by value.
 ISA_NAMES = ("baseline", "avx2", "avx512")
@@ -253,3 +256,52 @@ def nll_grad(
         )
     )
     return grad, status
+
+
+def prefix_attention(
+    q: Tensor,  # [B, Hq, S, D] float32 on the CPU, unit stride along D, any along the others
+    k: Tensor,  # [B, Hkv, S, D] likewise
+    v: Tensor,  # [B, Hkv, S, D] likewise
+    key_pool: Tensor,  # [blocks, block_size, Hkv, D] likewise
+    value_pool: Tensor,  # [blocks, block_size, Hkv, D] likewise
+    block_tables: Tensor,  # [B, M] int64, unit stride along M
+    prefix_lengths: Tensor,  # [B] int64, contiguous
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """The forward of ``nabla_fast.ops.prefix_attention``: [B, Hq, S, D], in memory [B, S, Hq, D].
+
+    Raises ValueError for D above 512, a prefix longer than its table or a block not in the pool;
+    RuntimeError where the extension is missing.
+    """
+    import torch
+
+    native = extension()
+    batch, heads, suffix, dim = q.shape
+    output = torch.empty(batch, suffix, heads, dim).transpose(1, 2)
+    code = native.prefix_attention(
+        q.data_ptr(),
+        q.shape,
+        q.stride(),
+        k.data_ptr(),
+        k.stride(),
+        v.data_ptr(),
+        v.stride(),
+        key_pool.data_ptr(),
+        key_pool.shape,
+        key_pool.stride(),
+        value_pool.data_ptr(),
+        value_pool.stride(),
+        block_tables.data_ptr(),
+        block_tables.shape[1],
+        block_tables.stride(0),
+        prefix_lengths.data_ptr(),
+        scale,
+        window or 0,
+        output.data_ptr(),
+        output.stride(),
+        torch.get_num_threads(),
+    )
+    if code:
+        _check(code)
+    return output

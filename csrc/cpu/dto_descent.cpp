@@ -175,15 +175,12 @@ struct Rest {
 template <int W>
 NABLA_FAST_INLINE void join_lanes(const Found<W>& found, Partial& partial) {
   partial.sum = partial.tilt = 0;
-  Ints<W> unclean = found.unclean;
-  int32_t any = 0;
   for (int lane = 0; lane < W; ++lane) {
     partial.sum += found.sum[lane];
     partial.tilt += found.tilt[lane];
-    any |= unclean[lane];
   }
   partial.max = lane_max<W>(found.max);
-  partial.unclean = any != 0;
+  partial.unclean = any_lane<W>(found.unclean);
 }
 
 // Largest y of a chunk of n tokens, and whether all are clean.

@@ -30,6 +30,10 @@ const char* nabla_fast_status_string(nabla_fast_status status) {
       return "the workspace is too small";
     case NABLA_FAST_INVALID_TOKEN:
       return "a token is not in the vocabulary";
+    case NABLA_FAST_INVALID_HEADS:
+      return "a size of the attention is negative, too large, or does not fit the others";
+    case NABLA_FAST_INVALID_PREFIX:
+      return "a prefix is longer than its block table, or a block of it is not in the pool";
     default:
       return "unknown status";
   }

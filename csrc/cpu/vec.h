@@ -69,6 +69,20 @@ NABLA_FAST_INLINE float lane_max(Floats<W> x) {
   return max;
 }
 
+template <int W>
+NABLA_FAST_INLINE float lane_sum(Floats<W> x) {
+  float sum = x[0];
+  for (int lane = 1; lane < W; ++lane) sum += x[lane];
+  return sum;
+}
+
+template <int W>
+NABLA_FAST_INLINE bool any_lane(Ints<W> mask) {
+  int32_t any = 0;
+  for (int lane = 0; lane < W; ++lane) any |= mask[lane];
+  return any != 0;
+}
+
 }  // namespace nabla_fast::cpu
 
 #endif  // NABLA_FAST_CPU_VEC_H_

@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 /* Raised by every change that a caller compiled against an older header would notice. */
-#define NABLA_FAST_ABI_VERSION 2
+#define NABLA_FAST_ABI_VERSION 3
 
 /* NABLA_FAST_ABI_VERSION of the library, to compare with the header's. */
 NABLA_FAST_API int32_t nabla_fast_abi_version(void);
@@ -44,10 +44,12 @@ enum {
   NABLA_FAST_INVALID_POINTER = 18, /* a null pointer where elements must be read or written */
   NABLA_FAST_UNKNOWN_DTYPE = 19,
   NABLA_FAST_UNKNOWN_ISA = 20,
-  NABLA_FAST_BAD_ROWS = 21,           /* a row_status is not OK; nothing else was written */
-  NABLA_FAST_INVALID_STEPS = 22,      /* a step count is negative or beyond the schedule */
+  NABLA_FAST_BAD_ROWS = 21,            /* a row_status is not OK; nothing else was written */
+  NABLA_FAST_INVALID_STEPS = 22,       /* a step count is negative or beyond the schedule */
   NABLA_FAST_WORKSPACE_TOO_SMALL = 23, /* smaller than the kernel's size query says */
-  NABLA_FAST_INVALID_TOKEN = 24        /* a token that the vocabulary does not have */
+  NABLA_FAST_INVALID_TOKEN = 24,       /* a token that the vocabulary does not have */
+  NABLA_FAST_INVALID_HEADS = 25,       /* a size of an attention does not fit */
+  NABLA_FAST_INVALID_PREFIX = 26       /* a prefix is longer than its table, or not in the pool */
 };
 
 /* One line in English for a status; never null. The string belongs to the library. */
@@ -85,17 +87,19 @@ NABLA_FAST_API nabla_fast_status nabla_fast_token_stats(
     double tau, float* logsumexp, float* confidence, float* entropy, int64_t* argmax,
     nabla_fast_status* row_status, int32_t num_threads);
 
-/* Logits of hidden states: logits[r, v] = sum_k hidden[r, k] * head[v, k], in fp32. For few rows: the
- * head is read once whatever their number, up to the size of a cache.
+/* Logits of hidden states: logits[r, v] = sum_k hidden[r, k] * head[v, k], in fp32. For few rows:
+ * the head is read once whatever their number, up to the size of a cache.
  *
  *   hidden       [rows, width]; row r begins at element r * hidden_stride
  *   head         [vocab, width] of `head_dtype`; row v begins at element v * head_stride
  *   logits       [rows, vocab]; row r begins at element r * logits_stride
  *   num_threads  how many OpenMP threads to use at most; 0 or less: OpenMP's own choice */
-NABLA_FAST_API nabla_fast_status nabla_fast_lm_logits(
-    const float* hidden, int64_t rows, int64_t hidden_stride, const void* head,
-    nabla_fast_dtype head_dtype, int64_t vocab, int64_t width, int64_t head_stride, float* logits,
-    int64_t logits_stride, int32_t num_threads);
+NABLA_FAST_API nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64_t rows,
+                                                      int64_t hidden_stride, const void* head,
+                                                      nabla_fast_dtype head_dtype, int64_t vocab,
+                                                      int64_t width, int64_t head_stride,
+                                                      float* logits, int64_t logits_stride,
+                                                      int32_t num_threads);
 
 /* Adam steps on rows of logits z under a constant one-hot gradient G, until a row's hard token
  * moves.
@@ -137,8 +141,8 @@ NABLA_FAST_API int64_t nabla_fast_dto_descent_workspace(int64_t rows, int64_t vo
                                                         int32_t num_threads);
 
 /* Gradient of a linear cross-entropy with respect to its hidden states:
- * grad[r] = sum_v (softmax(hidden[r] . head)[v] - [v = targets[r]]) * head[v]; of the logits, 64 x 64
- * exist at a time.
+ * grad[r] = sum_v (softmax(hidden[r] . head)[v] - [v = targets[r]]) * head[v]; of the logits, 64 x
+ * 64 exist at a time.
  *
  *   hidden       [rows, width] fp32; row r begins at element r * hidden_stride
  *   head         [vocab, width] of `head_dtype`; row v begins at element v * head_stride
@@ -156,6 +160,50 @@ NABLA_FAST_API nabla_fast_status nabla_fast_nll_grad(
 
 /* Bytes of workspace for nabla_fast_nll_grad(). */
 NABLA_FAST_API int64_t nabla_fast_nll_grad_workspace(int64_t rows, int64_t vocab, int64_t width);
+
+/* Strides of [batch, heads, tokens, dim], dim being contiguous. */
+typedef struct {
+  int64_t batch, head, token;
+} nabla_fast_strides;
+
+/* Strides of [blocks, block_size, heads, dim], dim being contiguous. */
+typedef struct {
+  int64_t block, token, head;
+} nabla_fast_pool_strides;
+
+/* The widest head that attention takes. */
+#define NABLA_FAST_MOST_HEAD_DIM 512
+
+/* Queries, keys and values of suffixes behind frozen prefixes in a block pool, all fp32.
+ *
+ * Suffix token s of sequence b is at position prefix_lengths[b] + s and sees every position up to
+ * its own, or the last `window` of these. Query head h goes with key-value head h / (heads /
+ * kv_heads). */
+typedef struct {
+  int64_t batch, heads, kv_heads, suffix, dim; /* heads: a multiple of kv_heads */
+  int64_t blocks, block_size;                  /* of the pool */
+  int64_t table_width;                         /* blocks a table has room for */
+  int64_t window;                              /* 0: none */
+  double scale;                                /* of the scores */
+  const float* q;                              /* [batch, heads, suffix, dim] */
+  const float* k;                              /* [batch, kv_heads, suffix, dim] */
+  const float* v;                              /* likewise */
+  const float* key_pool;                       /* [blocks, block_size, kv_heads, dim] */
+  const float* value_pool;                     /* likewise */
+  const int64_t* block_tables;   /* [batch, table_width]; what lies behind a prefix is not read */
+  const int64_t* prefix_lengths; /* [batch] */
+  int64_t table_stride;
+  nabla_fast_strides q_strides, k_strides, v_strides;
+  nabla_fast_pool_strides key_pool_strides, value_pool_strides;
+} nabla_fast_attention;
+
+/* output [batch, heads, suffix, dim] = softmax(scale q [K_prefix k]^T) [V_prefix v], causal.
+ *
+ * num_threads: as above. Threads are woken for work of some 50 microseconds each. */
+NABLA_FAST_API nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs,
+                                                             float* output,
+                                                             nabla_fast_strides output_strides,
+                                                             int32_t num_threads);
 
 #ifdef __cplusplus
 }

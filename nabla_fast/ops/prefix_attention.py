@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nabla_fast import _native
 from nabla_fast.ops.checks import expect
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype
@@ -50,15 +51,16 @@ def prefix_attention(
         scale: of the scores.
         window: positions a token sees, itself included; None for all.
     Returns:
-        [B, Hq, S, D] in the dtype of q.
+        [B, Hq, S, D] in the dtype of q; in memory [B, S, Hq, D], as the projection behind it reads it.
     Raises:
         InputError: a shape or dtype does not fit.
     """
     keys, values = _gathered(key_pool, value_pool, block_tables, k, v)
     seen = _seen(prefix_lengths, keys.shape[2] - k.shape[2], k.shape[2], window)
-    return F.scaled_dot_product_attention(
+    output = F.scaled_dot_product_attention(
         q.to(keys.dtype), keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
-    ).to(q.dtype)
+    )
+    return output.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @op
@@ -169,7 +171,8 @@ def _(
 
 @prefix_attention.fake
 def _(q: Tensor, *_: Any, **__: Any) -> Tensor:
-    return q.new_empty(q.shape)
+    batch, heads, suffix, dim = q.shape
+    return q.new_empty(batch, suffix, heads, dim).transpose(1, 2)
 
 
 @prefix_attention_backward.fake
@@ -180,3 +183,42 @@ def _(cotangent: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) ->
 @prefix_attention.gradient("q", "k", "v")
 def _(arguments: dict[str, Any], outputs: Tensor, cotangents: list[Tensor]) -> SuffixGradient:
     return prefix_attention_backward(cotangents[0], **arguments)
+
+
+def _native_takes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    prefix_lengths: Tensor,
+    **_: Any,
+) -> bool:
+    tensors = (q, k, v, key_pool, value_pool)
+    return (
+        all(
+            tensor.dtype == torch.float32 and tensor.is_cpu and tensor.stride(-1) == 1 for tensor in tensors
+        )
+        and q.shape[-1] <= _native.MOST_HEAD_DIM
+        and block_tables.stride(-1) == 1
+        and prefix_lengths.is_contiguous()
+    )
+
+
+@prefix_attention.backend("cpu", when=_native_takes)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    prefix_lengths: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    return _native.prefix_attention(
+        q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window
+    )

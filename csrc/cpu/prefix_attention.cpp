@@ -1,0 +1,281 @@
+// nabla_fast_prefix_attention: softmax over tiles of keys, read where they lie.
+//
+// Query heads that share a key-value head, and the tokens of the suffix, make up its rows, row n
+// being token n / group and head n mod group of the group. Many rows go into lanes, W at a time.
+// Few rows, as in a decode step, would leave most lanes empty: there the lanes go along the head
+// instead.
+
+#include <cmath>
+#include <utility>
+
+#include "attention.h"
+
+namespace nabla_fast::cpu {
+namespace {
+
+// Multiplications that are worth waking a thread for.
+constexpr int64_t kWorkPerThread = int64_t{1} << 20;
+constexpr int64_t kFewKeys = 128;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+struct Call {
+  const nabla_fast_attention& in;
+  Heads<const float> q;
+  Heads<float> output;
+  int64_t group;  // query heads of a key-value head
+
+  int64_t rows() const { return group * in.suffix; }
+  const float* query(int64_t batch, int64_t kv_head, int64_t row) const {
+    return q.at(batch, kv_head * group + row % group, row / group);
+  }
+  float* result(int64_t batch, int64_t kv_head, int64_t row) const {
+    return output.at(batch, kv_head * group + row % group, row / group);
+  }
+};
+
+// -- rows in lanes
+// ------------------------------------------------------------------------------------
+
+// Rows first to first + W - 1 of a key-value head; those behind the last repeat it.
+template <int W>
+NABLA_FAST_INLINE void many(const Call& call, int64_t batch, int64_t kv_head, int64_t first) {
+  const nabla_fast_attention& in = call.in;
+  const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
+  const int64_t last = std::min(first + W, call.rows()) - 1;
+  const float scale = static_cast<float>(in.scale);
+  alignas(64) float q[kMostWidth * W], sums[kMostWidth * W], s[kTileKeys * W];
+  const float* others[kTileKeys];
+  Ints<W> position, lowest;
+  for (int lane = 0; lane < W; ++lane) {
+    const int64_t row = std::min(first + lane, last);
+    const float* query = call.query(batch, kv_head, row);
+    for (int64_t d = 0; d < in.dim; ++d) q[d * W + lane] = query[d];
+    position[lane] = static_cast<int32_t>(keys.prefix + row / call.group);
+    lowest[lane] = static_cast<int32_t>(first_seen(in, position[lane]));
+  }
+  std::fill(sums, sums + in.dim * W, 0.0f);
+  Floats<W> max = splat<W>(-kInfinity), total = {};
+  Ints<W> nan = {};
+
+  const int64_t end = position[W - 1] + 1;
+  for (int64_t begin = lowest[0]; begin < end; begin += kTileKeys) {
+    const int64_t count = std::min(kTileKeys, end - begin);
+    keys.find(begin, begin + count, others);
+    scores<W>(others, count, q, in.dim, scale, s);
+    if (begin < lowest[W - 1] || begin + count - 1 > position[0]) {
+      for (int64_t j = 0; j < count; ++j) {
+        const int32_t t = static_cast<int32_t>(begin + j);
+        const Ints<W> seen = (t <= position) & (t >= lowest);
+        store<W>(s + j * W, seen ? load<W>(s + j * W) : splat<W>(-kInfinity));
+      }
+    }
+    Floats<W> tile_max = max;
+    for (int64_t j = 0; j < count; ++j) {
+      const Floats<W> score = load<W>(s + j * W);
+      tile_max = score > tile_max ? score : tile_max;
+    }
+    // A row may have seen nothing yet.
+    const Floats<W> base = tile_max > -kInfinity ? tile_max : Floats<W>{};
+    const Floats<W> shrink = exp_of_negative<W>(max - base, nan);
+    Floats<W> tile_total = {};
+    for (int64_t j = 0; j < count; ++j) {
+      const Floats<W> e = exp_of_negative<W>(load<W>(s + j * W) - base, nan);
+      store<W>(s + j * W, e);
+      tile_total += e;
+    }
+    total = total * shrink + tile_total;
+    max = tile_max;
+    for (int64_t d = 0; d < in.dim; ++d) store<W>(sums + d * W, load<W>(sums + d * W) * shrink);
+    values.find(begin, begin + count, others);
+    accumulate<W>(others, count, s, in.dim, sums);
+  }
+  for (int lane = 0; first + lane <= last; ++lane) {
+    const float inverse = nan[lane] ? kNaN : 1 / total[lane];
+    float* result = call.result(batch, kv_head, first + lane);
+    for (int64_t d = 0; d < in.dim; ++d) result[d] = sums[d * W + lane] * inverse;
+  }
+}
+
+// -- a row by itself
+// ----------------------------------------------------------------------------------
+
+// Of two vectors that hold sums of segments of 2 * kHalf lanes, one vector with half as long
+// segments of both, in order.
+template <int W, int kHalf, int... kLane>
+NABLA_FAST_INLINE Floats<W> folded(Floats<W> a, Floats<W> b, std::integer_sequence<int, kLane...>) {
+  constexpr int kSegments = W / (2 * kHalf);
+  return __builtin_shufflevector(a, b,
+                                 ((kLane / kHalf < kSegments ? 0 : W) +
+                                  kLane / kHalf % kSegments * 2 * kHalf + kLane % kHalf)...) +
+         __builtin_shufflevector(
+             a, b,
+             ((kLane / kHalf < kSegments ? 0 : W) + kLane / kHalf % kSegments * 2 * kHalf + kHalf +
+              kLane % kHalf)...);
+}
+
+// Products of a query with kCount keys, each as the sum of W / kCount neighbouring lanes.
+template <int W, int kCount>
+NABLA_FAST_INLINE Floats<W> products(const float* query, const float* const* keys, int64_t dim) {
+  if constexpr (kCount == 1) {
+    Floats<W> sum = load<W>(query) * load<W>(keys[0]);
+    for (int64_t d = W; d < dim; d += W) sum += load<W>(query + d) * load<W>(keys[0] + d);
+    return sum;
+  } else {
+    return folded<W, W / kCount>(products<W, kCount / 2>(query, keys, dim),
+                                 products<W, kCount / 2>(query, keys + kCount / 2, dim),
+                                 std::make_integer_sequence<int, W>{});
+  }
+}
+
+// The rows of a key-value head one by one. kDim: the head's width if it is known, else 0; a
+// multiple of W in either case.
+template <int W, int kDim>
+NABLA_FAST_INLINE void few(const Call& call, int64_t batch, int64_t kv_head) {
+  const nabla_fast_attention& in = call.in;
+  const int64_t dim = kDim ? kDim : in.dim;
+  const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
+  const float scale = static_cast<float>(in.scale);
+  alignas(64) float query[kMostWidth], sums[kMostWidth], s[kFewKeys];
+  const float *key[kFewKeys], *value[kFewKeys];
+  for (int64_t row = 0; row < call.rows(); ++row) {
+    const float* source = call.query(batch, kv_head, row);
+    for (int64_t d = 0; d < dim; d += W) {
+      store<W>(query + d, load<W>(source + d));
+      store<W>(sums + d, Floats<W>{});
+    }
+    float max = -kInfinity, total = 0;
+    Ints<W> nan = {};
+    const int64_t position = keys.prefix + row / call.group;
+    for (int64_t begin = first_seen(in, position); begin <= position; begin += kFewKeys) {
+      const int64_t count = std::min(kFewKeys, position + 1 - begin);
+      const int64_t padded = (count + W - 1) / W * W;
+      keys.find(begin, begin + count, key);
+      values.find(begin, begin + count, value);
+      for (int64_t j = count; j < padded; ++j) key[j] = key[count - 1];
+
+      Floats<W> tile_max = splat<W>(max);
+      for (int64_t j = 0; j < padded; j += W) {
+        const Floats<W> score = products<W, W>(query, key + j, dim) * scale;
+        store<W>(s + j, score);
+        tile_max = score > tile_max ? score : tile_max;
+      }
+      for (int64_t j = count; j < padded; ++j) s[j] = -kInfinity;
+      const float top = lane_max<W>(tile_max), base = top > -kInfinity ? top : 0;
+      const Floats<W> shrink = exp_of_negative<W>(splat<W>(max - base), nan);
+      max = top;
+      Floats<W> tile_total = {};
+      for (int64_t j = 0; j < padded; j += W) {
+        const Floats<W> e = exp_of_negative<W>(load<W>(s + j) - base, nan);
+        store<W>(s + j, e);
+        tile_total += e;
+      }
+      total = total * shrink[0] + lane_sum<W>(tile_total);
+
+      // Keys in turn go to kSets sums, so that their additions need not wait for each other.
+      constexpr int kVectors = kDim ? kDim / W : 1, kSets = kVectors >= 4 ? 1 : 4 / kVectors;
+      for (int64_t d = 0; d < dim; d += kVectors * W) {
+        Floats<W> sum[kSets][kVectors] = {};
+        int64_t j = 0;
+        for (; j + kSets <= count; j += kSets) {
+#pragma GCC unroll 4
+          for (int set = 0; set < kSets; ++set) {
+#pragma GCC unroll 32
+            for (int n = 0; n < kVectors; ++n) {
+              sum[set][n] += s[j + set] * load<W>(value[j + set] + d + n * W);
+            }
+          }
+        }
+        for (; j < count; ++j) {
+#pragma GCC unroll 32
+          for (int n = 0; n < kVectors; ++n) sum[0][n] += s[j] * load<W>(value[j] + d + n * W);
+        }
+#pragma GCC unroll 32
+        for (int n = 0; n < kVectors; ++n) {
+          Floats<W> joined = sum[0][n];
+#pragma GCC unroll 4
+          for (int set = 1; set < kSets; ++set) joined += sum[set][n];
+          float* into = sums + d + n * W;
+          store<W>(into, load<W>(into) * shrink + joined);
+        }
+      }
+    }
+    const float inverse = any_lane<W>(nan) ? kNaN : 1 / total;
+    float* result = call.result(batch, kv_head, row);
+    for (int64_t d = 0; d < dim; d += W) store<W>(result + d, load<W>(sums + d) * inverse);
+  }
+}
+
+// Whether the rows of a head are too few to go into lanes: by the vector operations it takes for a
+// key.
+template <int W>
+constexpr bool are_few(int64_t rows, int64_t dim) {
+  return dim % W == 0 && rows * (2 * dim / W + 4) < (rows + W - 1) / W * 2 * dim;
+}
+
+// -- units of work
+// ------------------------------------------------------------------------------------
+
+// A call falls into units that touch nothing in common: a head's rows together where they are few,
+// W of them otherwise.
+template <int W>
+NABLA_FAST_INLINE int64_t units_of_head(const Call& call) {
+  return are_few<W>(call.rows(), call.in.dim) ? 1 : (call.rows() + W - 1) / W;
+}
+
+template <int W>
+NABLA_FAST_INLINE void work(const Call& call, int64_t unit) {
+  const int64_t of_head = units_of_head<W>(call), head = unit / of_head;
+  const int64_t batch = head / call.in.kv_heads, kv_head = head % call.in.kv_heads;
+  if (!are_few<W>(call.rows(), call.in.dim)) {
+    many<W>(call, batch, kv_head, unit % of_head * W);
+    return;
+  }
+  switch (call.in.dim) {
+    case 16:
+      return few<W, 16>(call, batch, kv_head);
+    case 32:
+      return few<W, 32>(call, batch, kv_head);
+    case 64:
+      return few<W, 64>(call, batch, kv_head);
+    case 128:
+      return few<W, 128>(call, batch, kv_head);
+    default:
+      return few<W, 0>(call, batch, kv_head);
+  }
+}
+
+void work_baseline(const Call& call, int64_t unit) { work<4>(call, unit); }
+NABLA_FAST_TARGET_AVX2 void work_avx2(const Call& call, int64_t unit) { work<8>(call, unit); }
+NABLA_FAST_TARGET_AVX512 void work_avx512(const Call& call, int64_t unit) { work<16>(call, unit); }
+
+int64_t units_baseline(const Call& call) { return units_of_head<4>(call); }
+int64_t units_avx2(const Call& call) { return units_of_head<8>(call); }
+int64_t units_avx512(const Call& call) { return units_of_head<16>(call); }
+
+}  // namespace
+}  // namespace nabla_fast::cpu
+
+nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs, float* output,
+                                              nabla_fast_strides output_strides,
+                                              int32_t num_threads) {
+  using namespace nabla_fast::cpu;
+  if (!inputs) return NABLA_FAST_INVALID_POINTER;
+  const nabla_fast_attention& in = *inputs;
+  const nabla_fast_status status = check_attention(in);
+  if (status != NABLA_FAST_OK || in.batch == 0 || in.heads == 0 || in.suffix == 0) return status;
+  if (!output) return NABLA_FAST_INVALID_POINTER;
+
+  const Call call{in, {in.q, in.q_strides}, {output, output_strides}, in.heads / in.kv_heads};
+  const auto run = select_isa(work_baseline, work_avx2, work_avx512);
+  const int64_t of_head = select_isa(units_baseline, units_avx2, units_avx512)(call);
+  const int64_t units = in.batch * in.kv_heads * of_head;
+  const int threads = attention_threads(2 * attention_work(in), kWorkPerThread, num_threads);
+  if (threads == 1) {
+    for (int64_t unit = 0; unit < units; ++unit) run(call, unit);
+    return NABLA_FAST_OK;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t unit = 0; unit < units; ++unit) run(call, unit);
+  return NABLA_FAST_OK;
+}
