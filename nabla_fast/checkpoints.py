@@ -89,6 +89,11 @@ def _load(loader: Any, kind: str, folder: str | Path, device: str, dtype: str) -
         raise ModelError(f"{folder}: the {kind} does not load: {_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
+    if kind == "language model" and (heads := sorted(k for k in info["unexpected_keys"] if "score" in k)):
+        # With tied embeddings nothing is missing: the table is the head.
+        raise ModelError(
+            f"{folder}: not a language model: the checkpoint has {heads[0]}, a classifier's head"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{folder}: not a {kind}: the checkpoint has no {', '.join(missing[:3])}")

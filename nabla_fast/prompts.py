@@ -109,7 +109,8 @@ class PromptReader:
         elif chat is None:
             prefix, suffix = tuple(self._rm.read(ids)), self._tail()
         else:
-            prefix, suffix = render_chat(self._reward_tokenizer, chat, "reward tokenizer"), self._tail()
+            prefix = self._reward_ids(render_chat(self._reward_tokenizer, chat, "reward tokenizer"))
+            suffix = self._tail()
         if not prefix:
             raise InputError("the reward model's prefix is empty")
         return ids, prefix, suffix
@@ -118,7 +119,11 @@ class PromptReader:
         tokenizer = self._reward_tokenizer
         if tokenizer is None or not getattr(tokenizer, "chat_template", None):
             return ()
-        return response_tail(tokenizer)
+        return self._reward_ids(response_tail(tokenizer))
+
+    def _reward_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The reward model's own ids of what its tokenizer gave, which may be the LM's."""
+        return tuple(self._rm.read(ids)) if self._reward_tokenizer is self._tokenizer else ids
 
     def _room(self, ids: Sequence[int], prefix: Sequence[int], suffix: Sequence[int]) -> int | None:
         """Tokens that fit between a prompt and the end of either model's context; None: no limit."""

@@ -213,3 +213,26 @@ def test_decode_across_vocabularies(seed):
         pytest.approx(pair, abs=1e-9) for pair in expected.rewards
     ]
     assert result.revisions
+
+
+def test_a_leading_space_counts():
+    """SentencePiece's "▁ab" is byte-level "Ġab", not "ab"."""
+    ours = word_tokenizer(["▁ab", "ab", "c"])
+    ours.backend_tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    other = word_tokenizer(["ab", "Ġab", "c"])
+    other.backend_tokenizer.decoder = decoders.ByteLevel()
+    alignment = VocabularyAlignment.from_tokenizers(ours, other, minimum_coverage=0.5)
+    own, theirs_ = ours.get_vocab(), other.get_vocab()
+    assert alignment.token_map[own["▁ab"]] == theirs_["Ġab"]
+    assert alignment.token_map[own["ab"]] == theirs_["ab"]
+
+
+def test_text_without_a_reward_tokenizer_is_mapped():
+    decoder = NablaDecoder(shared_lm("qwen2"), wide_reward_model(), OURS, alignment=ALIGNMENT)
+    ids = OURS.apply_chat_template(
+        [{"role": "user", "content": "ab"}], tokenize=True, add_generation_prompt=True
+    )["input_ids"]
+    tail = OURS("c", add_special_tokens=False).input_ids
+    context = [(ALIGNMENT.token_map[ids].tolist(), ALIGNMENT.token_map[tail].tolist())]
+    by_hand = decoder.generate([ids], max_new_tokens=6, reward_context=context)
+    assert decoder.generate(["ab"], max_new_tokens=6)[0].reward == by_hand[0].reward

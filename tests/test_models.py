@@ -14,7 +14,8 @@ from tiny_models import (
 )
 from transformers import DynamicCache
 
-from nabla_fast import VocabularyAlignment
+from nabla_fast import ModelError, VocabularyAlignment
+from nabla_fast.checkpoints import load_language_model
 from nabla_fast.models import LanguageModel, RewardModel
 
 LMS = ["qwen2", "qwen2_tied", "llama", "qwen3", "mistral", "gpt2", "gemma3"]
@@ -88,3 +89,9 @@ def test_plain_tables_are_views():
     lm = shared_lm("qwen2")
     assert LanguageModel(lm).table.data_ptr() == lm.get_input_embeddings().weight.data_ptr()
     assert LanguageModel(lm).head.data_ptr() == lm.lm_head.weight.data_ptr()
+
+
+def test_a_tied_reward_checkpoint_is_no_language_model(tmp_path):
+    reward_model("qwen2_tied", dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"not a language model: the checkpoint has score\.weight"):
+        load_language_model(tmp_path)

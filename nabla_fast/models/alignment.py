@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nabla_fast.errors import InputError
 
+_WORD = "x"
 _ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")
 
 
@@ -46,7 +47,9 @@ class VocabularyAlignment:
         fallback_id: int | None = None,
         minimum_coverage: float = 0.95,
     ) -> VocabularyAlignment:
-        """Match tokens by role (EOS, BOS, padding, unknown), then by spelling, then by decoded text.
+        """Match tokens by role (EOS, BOS, padding, unknown), then by decoded text, then by spelling.
+
+        The text of a token is what it adds behind a word: a leading space counts.
 
         Args:
             tokenizer: the LM's.
@@ -64,7 +67,7 @@ class VocabularyAlignment:
         size = max(vocabulary or 0, max(own.values()) + 1)
         mapped = torch.full((size,), -1, dtype=torch.int64)
         for token, index in own.items():
-            mapped[index] = theirs.get(token, by_text.get(_text(tokenizer, token), -1))
+            mapped[index] = by_text.get(_text(tokenizer, token), theirs.get(token, -1))
         by_role: set[int] = set()
         for role in _ROLES:
             left, right = getattr(tokenizer, role, None), getattr(reward_tokenizer, role, None)
@@ -109,7 +112,10 @@ class VocabularyAlignment:
 
 
 def _text(tokenizer: Any, token: str) -> str:
-    return tokenizer.convert_tokens_to_string([token])
+    """What a token adds to a text that ends in a word; alone, it might lose a leading space."""
+    before = tokenizer.convert_tokens_to_string([_WORD])
+    text = tokenizer.convert_tokens_to_string([_WORD, token])
+    return text.removeprefix(before) if text.startswith(before) else ""
 
 
 def _unambiguous_texts(tokenizer: Any, vocabulary: dict[str, int]) -> dict[str, int]:
