@@ -18,6 +18,7 @@ from nabla_fast.errors import (
 from nabla_fast.models import VocabularyAlignment
 from nabla_fast.ops import use_backend
 from nabla_fast.results import Result, Revision, Stats
+from nabla_fast.stream import ResultStream
 
 __all__ = [
     "BackendUnavailable",
@@ -28,6 +29,7 @@ __all__ = [
     "ModelError",
     "NablaDecoder",
     "Result",
+    "ResultStream",
     "Revision",
     "RowError",
     "SamplingConfig",

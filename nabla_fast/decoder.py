@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, Literal
 
 import torch
@@ -17,21 +15,19 @@ from nabla_fast.decode.pools import BLOCK
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.sequential import SequentialLoop
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError
+from nabla_fast.frozen import frozen
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
 from nabla_fast.models.language import eos_ids
 from nabla_fast.prompts import Prompt, PromptReader, RewardContext
 from nabla_fast.results import Result, Stats
-
-# Models in use: their flags are changed for the time of a call, which two calls at once would mix up.
-_busy: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_busy_lock = threading.Lock()
+from nabla_fast.stream import ResultStream
 
 
 class NablaDecoder:
     """Gradient-guided decoding (∇-Reasoner) of a transformers language model.
 
-    The models are used in evaluation mode and without weight gradients during a call, and are left
-    as they were.
+    The models are used in evaluation mode and without weight gradients while they decode, and are left
+    as they were. Threads that share models take turns.
 
     Args:
         lm: an ``AutoModelForCausalLM`` whose logits are a linear head on its last hidden state.
@@ -84,7 +80,8 @@ class NablaDecoder:
         self._alignment = alignment
         self._loop_name, self._batch_size, self._max_kv_tokens = loop, batch_size, max_kv_tokens
         self._key: tuple = ()
-        with self._frozen():
+        self._models = [model for model in (lm, reward_model) if model is not None]
+        with frozen(self._models):
             self._prepare()
 
     def generate(
@@ -109,17 +106,55 @@ class NablaDecoder:
             stop: a response ends with the token that completes one of these; it stays in the text.
             reward_context: for each prompt the reward model's own token ids before and after a response,
                 instead of what its chat template gives.
-            on_result: called with (index, result) as each prompt finishes.
+            on_result: called with (index, result) as each prompt finishes, as if between the results of
+                :meth:`stream`.
         Returns:
             One result a prompt, in order.
         Raises:
             InputError: a prompt or option is wrong; nothing has been decoded.
             DecodingInterrupted: Ctrl-C; its ``results`` holds what was finished.
-            DecodingFailed: an error in a decode; likewise.
+            DecodingFailed: an error in a decode or in ``on_result``; likewise.
         """
         if on_result is not None and not callable(on_result):
             raise InputError(f"on_result must be callable, got {type(on_result).__name__}")
-        with self._frozen():
+        stream = self.stream(
+            prompts,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            system_prompt=system_prompt,
+            stop=stop,
+            reward_context=reward_context,
+        )
+        with stream:
+            try:
+                for n, result in stream:
+                    if on_result:
+                        _call(on_result, n, result, stream.results)
+            except KeyboardInterrupt:
+                raise DecodingInterrupted(stream.results) from None
+        return stream.results
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int | Sequence[int] = 42,
+        max_new_tokens: int = 1024,
+        system_prompt: str | None = None,
+        stop: Sequence[str] = (),
+        reward_context: Sequence[RewardContext] | None = None,
+    ) -> ResultStream:
+        """Decode prompts, and hand each result over as soon as it is there.
+
+        Between two results the models are the caller's, with their own flags; closing the stream frees
+        what it holds. Arguments as of :meth:`generate`.
+
+        Returns:
+            An iterator of (index, result), in the order in which prompts finish.
+        Raises:
+            InputError: a prompt or option is wrong. Checked here, not when the first result is asked for.
+        """
+        with frozen(self._models):
             self._prepare()
             problems = self._reader.read(
                 prompts,
@@ -129,36 +164,26 @@ class NablaDecoder:
                 stop=stop,
                 reward_context=reward_context,
             )
-            results: list[Result | None] = [None] * len(problems)
-            try:
-                for n, result in self._decode(problems):
-                    results[n] = result
-                    if on_result:
-                        on_result(n, result)
-            except KeyboardInterrupt:
-                raise DecodingInterrupted(results) from None
-            except Exception as error:
-                unfinished = next((i for i, r in enumerate(results) if r is None), len(results) - 1)
-                raise DecodingFailed(unfinished, results, error) from error
-            return results
+        return ResultStream(self._models, problems, self._decode)
 
-    def _decode(self, problems: list[Problem]) -> Iterator[tuple[int, Result]]:
+    def _decode(self, problems: Mapping[int, Problem]) -> Iterator[tuple[int, Result]]:
         """(index, result) of each problem as it is done."""
-        stats = [Stats() for _ in problems]
-        for n, decoded in self._loop.decode(problems, stats):
-            reason = problems[n].finish_reason(decoded.tokens)
-            tokens = decoded.tokens[:-1] if reason == "eos" else decoded.tokens
-            text = None
-            if self._tokenizer is not None:
-                text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-            yield n, Result(text, tokens, decoded.reward, reason, decoded.revisions, stats[n])
+        self._prepare()
+        indices, asked = list(problems), list(problems.values())
+        stats = [Stats() for _ in asked]
+        with closing(self._loop.decode(asked, stats)) as decoding:
+            for n, decoded in decoding:
+                reason = asked[n].finish_reason(decoded.tokens)
+                tokens = decoded.tokens[:-1] if reason == "eos" else decoded.tokens
+                text = None
+                if self._tokenizer is not None:
+                    text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+                yield indices[n], Result(text, tokens, decoded.reward, reason, decoded.revisions, stats[n])
 
     def _prepare(self) -> None:
         """Read the models' tables, again if the weights behind them were moved or replaced."""
-        models = [m for m in (self._lm, self._reward_model) if m is not None]
-        weights = [
-            w for m in models for w in (m.get_input_embeddings().weight, _head_weight(m)) if w is not None
-        ]
+        tables = [w for m in self._models for w in (m.get_input_embeddings().weight, _head_weight(m))]
+        weights = [w for w in tables if w is not None]
         key = (eos_ids(self._lm), *((w.data_ptr(), w.dtype, w._version) for w in weights))
         if key == self._key:
             return
@@ -200,43 +225,14 @@ class NablaDecoder:
             )
         return VocabularyAlignment.identity()
 
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """Evaluation mode, no weight gradients; the models' own flags come back afterwards.
 
-        Gradients of the relaxed tokens are needed, which a caller's inference mode would not record.
-        """
-        models = [m for m in (self._lm, self._reward_model) if m is not None]
-        with _busy_lock:
-            if any(model in _busy for model in models):
-                raise InputError(
-                    "a model of this decoder is decoding already, in another thread or around on_result; "
-                    "wait for it, or give each thread models of its own"
-                )
-            _busy.update(models)
-        modes = [(module, module.training) for model in models for module in model.modules()]
-        flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
-        try:
-            for module, _ in modes:
-                module.training = False
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            with torch.inference_mode(False), _no_autocast():
-                yield
-        finally:
-            with _busy_lock:
-                _busy.difference_update(models)
-            for module, training in modes:
-                module.training = training
-            for parameter, required in flags:
-                parameter.requires_grad_(required)
-
-
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    """A caller's autocast would round what has to stay float32."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
+def _call(
+    on_result: Callable[[int, Result], None], n: int, result: Result, results: list[Result | None]
+) -> None:
+    try:
+        on_result(n, result)
+    except Exception as error:
+        raise DecodingFailed(n, results, error) from error
 
 
 def _at_least(least: int, value: object) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from golden_data import GOLDEN
 
-from nabla_fast.cli import main
+from nabla_fast.cli import generate, main
 from nabla_fast.demo.statistics import wilson
 
 MODELS = ["--model", str(GOLDEN / "lm"), "--reward-model", str(GOLDEN / "rm")]
@@ -188,6 +188,45 @@ def test_ctrl_c_leaves_what_was_finished(tmp_path: Path):
     assert len(document["results"]) == len(lines) >= 2
     assert f"{len(lines)} of 2000 prompts finished" in err.decode()
     assert "Traceback" not in err.decode()
+
+
+def test_texts_are_printed_as_they_come_and_in_order(tmp_path: Path):
+    prompts, written = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    prompts.write_text("\n".join(json.dumps(f"{n}+{n}=") for n in range(2000)))
+    options = ["--prompts", str(prompts), "--output", str(written), "--max-new-tokens", "8"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nabla_fast.cli", "generate", *MODELS, *options, "--loop", "batched"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    first = process.stdout.readline() + process.stdout.readline()  # comes long before the last
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    results = sorted(map(json.loads, written.read_text().splitlines()), key=lambda result: result["index"])
+    assert first + out == "".join(result["text"] + "\n" for result in results)
+    assert [line for line in err.splitlines() if line.startswith("--- ")] == [
+        f"--- prompt {result['index']}" for result in results
+    ]
+
+
+def test_a_full_disk_loses_no_result(run, tmp_path: Path, monkeypatch):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"2+2="\n' * 3)
+
+    def full(self, value):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(generate._Lines, "write", full)
+    options = ["--prompts", str(prompts), "--max-new-tokens", "4", "--json"]
+    status, out, err = run("generate", *MODELS, *options)
+    document = json.loads(out)
+    assert (status, len(document["results"]), document["prompts"]) == (1, 1, 3)
+    assert "No space left" in document["error"]
+    assert "No space left" in err
 
 
 @pytest.mark.smoke

@@ -65,48 +65,57 @@ def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments)
     prompts = _prompts(arguments)
     output = _Lines(arguments.output)
-    decoder = _decoder(arguments, config)
-    finished: dict[int, Result] = {}
-    stopped: BaseException | None = None
-    bar = Progress(console=Console(stderr=True), transient=True)
-    with closing(output), bar as progress:
+    stream = _decoder(arguments, config).stream(
+        prompts,
+        seed=arguments.seed,
+        max_new_tokens=arguments.max_new_tokens,
+        system_prompt=arguments.system,
+        stop=arguments.stop,
+    )
+    printed, stopped = 0, None
+    # On a terminal texts go above the bar; standard output that leads elsewhere is left alone.
+    bar = Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
+    with closing(output), stream, bar as progress:
         task = progress.add_task("decoding", total=len(prompts))
-
-        def on_result(n: int, result: Result) -> None:
-            finished[n] = result
-            output.write({"index": n, **result.to_dict()})
-            progress.advance(task)
-
         try:
-            decoder.generate(
-                prompts,
-                seed=arguments.seed,
-                max_new_tokens=arguments.max_new_tokens,
-                system_prompt=arguments.system,
-                stop=arguments.stop,
-                on_result=on_result,
-            )
-        except (DecodingInterrupted, DecodingFailed) as error:
+            for n, result in stream:
+                output.write({"index": n, **result.to_dict()})
+                if not arguments.json:
+                    printed = _print_texts(stream.results, printed, gaps=False)
+                progress.advance(task)
+        except KeyboardInterrupt:
+            stopped = DecodingInterrupted(stream.results)
+        except (DecodingFailed, OSError) as error:
             stopped = error
     # What is finished is printed even where the rest failed.
-    _print(arguments.json, finished, len(prompts), stopped)
+    if arguments.json:
+        _print_json(stream.results, stopped)
+    else:
+        _print_texts(stream.results, printed, gaps=True)
     if stopped is not None:
         raise stopped
     return 0
 
 
-def _print(as_json: bool, finished: dict[int, Result], count: int, stopped: BaseException | None) -> None:
-    if as_json:
-        from nabla_fast.env import report
+def _print_json(results: list[Result | None], stopped: BaseException | None) -> None:
+    from nabla_fast.env import report
 
-        results = [{"index": n, **finished[n].to_dict()} for n in sorted(finished)]
-        state = {"prompts": count, "error": None if stopped is None else str(stopped)}
-        print(json.dumps({"results": results, **state, "environment": report()}))
-        return
-    for n in sorted(finished):
-        if count > 1:
-            print(f"--- prompt {n}", file=sys.stderr)
-        print(finished[n].text)
+    finished = [{"index": n, **result.to_dict()} for n, result in enumerate(results) if result is not None]
+    state = {"prompts": len(results), "error": None if stopped is None else str(stopped)}
+    print(json.dumps({"results": finished, **state, "environment": report()}))
+
+
+def _print_texts(results: list[Result | None], start: int, *, gaps: bool) -> int:
+    """Print texts from prompt ``start`` on, in order, up to a gap or beyond; the prompt that is next."""
+    for n in range(start, len(results)):
+        if results[n] is None:
+            if not gaps:
+                return n
+            continue
+        if len(results) > 1:
+            print(f"--- prompt {n}", file=sys.stderr, flush=True)
+        print(results[n].text, flush=True)
+    return len(results)
 
 
 class _Lines:
