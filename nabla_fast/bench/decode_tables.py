@@ -161,7 +161,10 @@ def _stages(cases: Cases) -> TextTable:
         fast, sequential = (entry["stage_seconds"][loop] for loop in ("fast", "sequential"))
         pairs = [f"{_short(fast.get(s))} / {_short(sequential.get(s))}" for s in _STAGES]
         rows.append([str(n), *pairs])
-    note = "Batched / sequential, in seconds. The batched loop counts selection among the others."
+    note = (
+        "Batched / sequential, in seconds. The batched loop counts selection among the others, and the rows "
+        "of G with the descents, where the sequential loop counts them with the gradients."
+    )
     return TextTable("Decoding: seconds by stage", ["#", *_STAGES], rows, note)
 
 
