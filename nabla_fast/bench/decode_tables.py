@@ -162,8 +162,8 @@ def _stages(cases: Cases) -> TextTable:
         pairs = [f"{_short(fast.get(s))} / {_short(sequential.get(s))}" for s in _STAGES]
         rows.append([str(n), *pairs])
     note = (
-        "Batched / sequential, in seconds. The batched loop counts selection among the others, and the rows "
-        "of G with the descents, where the sequential loop counts them with the gradients."
+        "Batched / sequential, in seconds. The batched loop counts selection among the others, and rows of "
+        "G with the descents, where the sequential loop counts them with the gradients."
     )
     return TextTable("Decoding: seconds by stage", ["#", *_STAGES], rows, note)
 
