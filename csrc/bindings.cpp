@@ -129,6 +129,22 @@ nabla_fast_status prefix_attention(const nabla_fast_attention& inputs, std::uint
   return nabla_fast_prefix_attention(&inputs, pointer<float>(output), to, num_threads);
 }
 
+nabla_fast_status prefix_attention_backward(const nabla_fast_attention& inputs,
+                                            std::uintptr_t cotangent, py::tuple cotangent_strides,
+                                            std::uintptr_t dq, py::tuple dq_strides,
+                                            std::uintptr_t dk, py::tuple dk_strides,
+                                            std::uintptr_t dv, py::tuple dv_strides,
+                                            int32_t num_threads) {
+  const nabla_fast_strides of_cotangent = strides(cotangent_strides), of_dq = strides(dq_strides),
+                           of_dk = strides(dk_strides), of_dv = strides(dv_strides);
+  py::gil_scoped_release release;
+  const int64_t bytes = nabla_fast_prefix_attention_backward_workspace(&inputs, num_threads);
+  const auto memory = workspace(bytes);
+  return nabla_fast_prefix_attention_backward(
+      &inputs, pointer<const float>(cotangent), of_cotangent, pointer<float>(dq), of_dq,
+      pointer<float>(dk), of_dk, pointer<float>(dv), of_dv, memory.get(), bytes, num_threads);
+}
+
 void vec_exp(std::uintptr_t x, std::uintptr_t y, int64_t n) {
   nabla_fast::cpu::vec_exp_array(pointer<const float>(x), pointer<float>(y), n);
 }
@@ -195,6 +211,10 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       "prefix_attention", with_attention(&prefix_attention),
       "nabla_fast_prefix_attention of nabla_fast.h; tensors are addresses, sizes and strides. "
       "Returns a status.");
+  module.def(
+      "prefix_attention_backward", with_attention(&prefix_attention_backward),
+      "nabla_fast_prefix_attention_backward of nabla_fast.h with a workspace of its own; tensors "
+      "are addresses, sizes and strides. Returns a status.");
   module.def("vec_exp", &vec_exp, release_gil(), py::arg("x"), py::arg("y"), py::arg("n"),
              "y = exp(x) for n float32 at the addresses x and y, as kernels compute it.");
   module.def("lm_logits", &lm_logits, release_gil(), py::arg("hidden"), py::arg("rows"),

@@ -9,13 +9,13 @@ import functools
 import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # NABLA_FAST_ABI_VERSION that this file is written against.
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 # The widest head that attention takes: NABLA_FAST_MOST_HEAD_DIM.
 MOST_HEAD_DIM = 512
@@ -280,6 +280,68 @@ def prefix_attention(
     batch, heads, suffix, dim = q.shape
     output = torch.empty(batch, suffix, heads, dim).transpose(1, 2)
     code = native.prefix_attention(
+        *_attention(q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window),
+        output.data_ptr(),
+        output.stride(),
+        torch.get_num_threads(),
+    )
+    if code:
+        _check(code)
+    return output
+
+
+def prefix_attention_backward(
+    cotangent: Tensor,  # [B, Hq, S, D] float32 on the CPU, unit stride along D, any along the others
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    prefix_lengths: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [B, Hq, S, D], dk and dv [B, Hkv, S, D], in memory [B, S, heads, D].
+
+    Other arguments and errors as of the forward.
+    """
+    import torch
+
+    native = extension()
+    batch, _, suffix, dim = q.shape
+    heads = q.shape[1], k.shape[1], k.shape[1]
+    dq, dk, dv = (torch.empty(batch, suffix, count, dim).transpose(1, 2) for count in heads)
+    code = native.prefix_attention_backward(
+        *_attention(q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window),
+        cotangent.data_ptr(),
+        cotangent.stride(),
+        dq.data_ptr(),
+        dq.stride(),
+        dk.data_ptr(),
+        dk.stride(),
+        dv.data_ptr(),
+        dv.stride(),
+        torch.get_num_threads(),
+    )
+    if code:
+        _check(code)
+    return dq, dk, dv
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    prefix_lengths: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Any, ...]:
+    """The inputs as the extension's attentions take them."""
+    return (
         q.data_ptr(),
         q.shape,
         q.stride(),
@@ -298,10 +360,4 @@ def prefix_attention(
         prefix_lengths.data_ptr(),
         scale,
         window or 0,
-        output.data_ptr(),
-        output.stride(),
-        torch.get_num_threads(),
     )
-    if code:
-        _check(code)
-    return output

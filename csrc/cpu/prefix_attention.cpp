@@ -219,7 +219,7 @@ constexpr bool are_few(int64_t rows, int64_t dim) {
 // A call falls into units that touch nothing in common: a head's rows together where they are few,
 // W of them otherwise.
 template <int W>
-NABLA_FAST_INLINE int64_t units_of_head(const Call& call) {
+int64_t units_of_head(const Call& call) {
   return are_few<W>(call.rows(), call.in.dim) ? 1 : (call.rows() + W - 1) / W;
 }
 
@@ -245,13 +245,18 @@ NABLA_FAST_INLINE void work(const Call& call, int64_t unit) {
   }
 }
 
+// The functions for one instruction set.
+struct Kernel {
+  void (*work)(const Call& call, int64_t unit);
+  int64_t (*units_of_head)(const Call& call);
+};
+
 void work_baseline(const Call& call, int64_t unit) { work<4>(call, unit); }
 NABLA_FAST_TARGET_AVX2 void work_avx2(const Call& call, int64_t unit) { work<8>(call, unit); }
 NABLA_FAST_TARGET_AVX512 void work_avx512(const Call& call, int64_t unit) { work<16>(call, unit); }
 
-int64_t units_baseline(const Call& call) { return units_of_head<4>(call); }
-int64_t units_avx2(const Call& call) { return units_of_head<8>(call); }
-int64_t units_avx512(const Call& call) { return units_of_head<16>(call); }
+constexpr Kernel kBaseline{work_baseline, units_of_head<4>}, kAvx2{work_avx2, units_of_head<8>},
+    kAvx512{work_avx512, units_of_head<16>};
 
 }  // namespace
 }  // namespace nabla_fast::cpu
@@ -267,15 +272,14 @@ nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs
   if (!output) return NABLA_FAST_INVALID_POINTER;
 
   const Call call{in, {in.q, in.q_strides}, {output, output_strides}, in.heads / in.kv_heads};
-  const auto run = select_isa(work_baseline, work_avx2, work_avx512);
-  const int64_t of_head = select_isa(units_baseline, units_avx2, units_avx512)(call);
-  const int64_t units = in.batch * in.kv_heads * of_head;
+  const Kernel& kernel = *select_isa(&kBaseline, &kAvx2, &kAvx512);
+  const int64_t units = in.batch * in.kv_heads * kernel.units_of_head(call);
   const int threads = attention_threads(2 * attention_work(in), kWorkPerThread, num_threads);
   if (threads == 1) {
-    for (int64_t unit = 0; unit < units; ++unit) run(call, unit);
+    for (int64_t unit = 0; unit < units; ++unit) kernel.work(call, unit);
     return NABLA_FAST_OK;
   }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t unit = 0; unit < units; ++unit) run(call, unit);
+  for (int64_t unit = 0; unit < units; ++unit) kernel.work(call, unit);
   return NABLA_FAST_OK;
 }

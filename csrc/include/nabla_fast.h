@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 /* Raised by every change that a caller compiled against an older header would notice. */
-#define NABLA_FAST_ABI_VERSION 3
+#define NABLA_FAST_ABI_VERSION 4
 
 /* NABLA_FAST_ABI_VERSION of the library, to compare with the header's. */
 NABLA_FAST_API int32_t nabla_fast_abi_version(void);
@@ -204,6 +204,24 @@ NABLA_FAST_API nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_at
                                                              float* output,
                                                              nabla_fast_strides output_strides,
                                                              int32_t num_threads);
+
+/* Gradients of what the suffix gives to nabla_fast_prefix_attention; the prefix is constant.
+ *
+ *   cotangent    [batch, heads, suffix, dim] gradient of the output
+ *   dq           [batch, heads, suffix, dim]
+ *   dk, dv       [batch, kv_heads, suffix, dim]
+ *   workspace    bytes to work in, any alignment, as many as
+ *                nabla_fast_prefix_attention_backward_workspace() says for the same arguments
+ *   num_threads  as above */
+NABLA_FAST_API nabla_fast_status nabla_fast_prefix_attention_backward(
+    const nabla_fast_attention* inputs, const float* cotangent,
+    nabla_fast_strides cotangent_strides, float* dq, nabla_fast_strides dq_strides, float* dk,
+    nabla_fast_strides dk_strides, float* dv, nabla_fast_strides dv_strides, void* workspace,
+    int64_t workspace_bytes, int32_t num_threads);
+
+/* Bytes of workspace for nabla_fast_prefix_attention_backward(); 0 for inputs that it refuses. */
+NABLA_FAST_API int64_t nabla_fast_prefix_attention_backward_workspace(
+    const nabla_fast_attention* inputs, int32_t num_threads);
 
 #ifdef __cplusplus
 }

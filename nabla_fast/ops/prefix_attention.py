@@ -60,7 +60,7 @@ def prefix_attention(
     output = F.scaled_dot_product_attention(
         q.to(keys.dtype), keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
     )
-    return output.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return _by_token(output.to(q.dtype))
 
 
 @op
@@ -82,6 +82,8 @@ def prefix_attention_backward(
     Args:
         cotangent: ∂ℒ/∂output [B, Hq, S, D].
         q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window: as of the forward.
+    Returns:
+        ∂ℒ/∂q [B, Hq, S, D], ∂ℒ/∂k and ∂ℒ/∂v [B, Hkv, S, D], in memory by token as the output.
     """
     suffix, groups = k.shape[2], q.shape[1] // k.shape[1]
     keys, values = _gathered(key_pool, value_pool, block_tables, k, v)
@@ -96,7 +98,12 @@ def prefix_attention_backward(
     dq = (ds @ keys[:, :, None]).flatten(1, 2)
     dk = (ds[..., -suffix:].mT @ queries).sum(dim=2)
     dv = (p[..., -suffix:].mT @ upstream).sum(dim=2)
-    return SuffixGradient(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
+    return SuffixGradient(*map(_by_token, (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))))
+
+
+def _by_token(heads: Tensor) -> Tensor:
+    """[B, heads, S, D] that lies in memory as [B, S, heads, D], as projections write and read it."""
+    return heads.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _gathered(
@@ -171,13 +178,12 @@ def _(
 
 @prefix_attention.fake
 def _(q: Tensor, *_: Any, **__: Any) -> Tensor:
-    batch, heads, suffix, dim = q.shape
-    return q.new_empty(batch, suffix, heads, dim).transpose(1, 2)
+    return _by_token(q.new_empty(q.shape))
 
 
 @prefix_attention_backward.fake
 def _(cotangent: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> SuffixGradient:
-    return SuffixGradient(q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    return SuffixGradient(*(_by_token(tensor.new_empty(tensor.shape)) for tensor in (q, k, v)))
 
 
 @prefix_attention.gradient("q", "k", "v")
@@ -221,4 +227,31 @@ def _(
 ) -> Tensor:
     return _native.prefix_attention(
         q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window
+    )
+
+
+def _native_takes_backward(cotangent: Tensor, *inputs: Tensor, **options: Any) -> bool:
+    return (
+        cotangent.dtype == torch.float32 and cotangent.stride(-1) == 1 and _native_takes(*inputs, **options)
+    )
+
+
+@prefix_attention_backward.backend("cpu", when=_native_takes_backward)
+def _(
+    cotangent: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    prefix_lengths: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+) -> SuffixGradient:
+    return SuffixGradient(
+        *_native.prefix_attention_backward(
+            cotangent, q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window
+        )
     )

@@ -12,20 +12,22 @@ from torch import Tensor
 
 from nabla_fast import _native
 from nabla_fast.ops import prefix_attention, use_backend
+from nabla_fast.ops.prefix_attention import prefix_attention_backward
 from nabla_fast.ops.registry import Op
 
 from .cases import CASES, Case, Draw
+from .cases import attention_backward as backward_arguments_of
 from .cases import prefix_attention as arguments_of
 from .harness import check, map_tensors, run, takes
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.why_missing()))
 
-FORWARD = pytest.mark.parametrize("op", [prefix_attention], ids=lambda op: op.name)
+OPS = pytest.mark.parametrize("op", [prefix_attention, prefix_attention_backward], ids=lambda op: op.name)
 
 
 def made(op: Op, draw: Draw, **sizes: Any) -> dict[str, Any]:
     """Arguments of the op."""
-    return arguments_of(draw, **sizes)
+    return (arguments_of if op is prefix_attention else backward_arguments_of)(draw, **sizes)
 
 
 def attended(op: Op, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -42,7 +44,7 @@ def same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES["prefix_attention"], ids=lambda case: case.name)
-@FORWARD
+@OPS
 def test_every_instruction_set(isa: str, op: Op, case: Case, draw: Draw):
     case = next(c for c in CASES[op.name] if c.name == case.name)
     if not takes(op, "cpu", case.make(draw)):
@@ -75,13 +77,13 @@ def test_every_instruction_set(isa: str, op: Op, case: Case, draw: Draw):
     ],
     ids=str,
 )
-@FORWARD
+@OPS
 def test_widths_and_tiles(isa: str, op: Op, sizes: dict, draw: Draw):
     case = Case(str(sizes), partial(lambda draw: made(op, draw, **sizes)))
     check(op, case, draw, "cpu", partial(run, op, "cpu"))
 
 
-@FORWARD
+@OPS
 def test_sharp_and_huge_scores(isa: str, op: Op, draw: Draw):
     for factor in (1.0, 30.0, 1e4, 1e18):
 
@@ -93,7 +95,7 @@ def test_sharp_and_huge_scores(isa: str, op: Op, draw: Draw):
 
 
 @pytest.mark.parametrize("suffix", [1, 19])
-@FORWARD
+@OPS
 def test_any_strides(isa: str, op: Op, suffix: int, draw: Draw):
     arguments = made(op, draw, prefixes=(40, 9), suffix=suffix, width=32, block_size=4)
     expected = attended(op, arguments)
@@ -118,7 +120,7 @@ def test_any_strides(isa: str, op: Op, suffix: int, draw: Draw):
 
 
 @pytest.mark.parametrize("suffix", [1, 19])
-@FORWARD
+@OPS
 def test_what_no_token_sees_is_not_read(isa: str, op: Op, suffix: int, draw: Draw):
     arguments = made(op, draw, prefixes=(9, 2, 0), suffix=suffix, width=16, window=6)
     expected = attended(op, arguments)
@@ -133,7 +135,7 @@ def test_what_no_token_sees_is_not_read(isa: str, op: Op, suffix: int, draw: Dra
     assert same(expected, attended(op, arguments))
 
 
-@FORWARD
+@OPS
 def test_a_query_that_is_no_number_spoils_its_row_alone(isa: str, op: Op, draw: Draw):
     for suffix in (1, 19):
         for value in (torch.nan, torch.inf):
@@ -147,7 +149,7 @@ def test_a_query_that_is_no_number_spoils_its_row_alone(isa: str, op: Op, draw: 
 
 
 @pytest.mark.parametrize("suffix", [1, 40])
-@FORWARD
+@OPS
 def test_same_bits_in_any_batch_on_any_threads(threads, op: Op, suffix: int, draw: Draw):
     batch, prefix = (64, 700) if suffix == 1 else (3, 700)
     arguments = made(op, draw, prefixes=(prefix,) * batch, suffix=suffix, width=64, block_size=16)
@@ -164,7 +166,7 @@ def test_same_bits_in_any_batch_on_any_threads(threads, op: Op, suffix: int, dra
         assert same(tuple(result[b : b + 1] for result in expected), attended(op, part))
 
 
-@FORWARD
+@OPS
 def test_prefixes_outside_the_pool_are_refused(op: Op, draw: Draw):
     arguments = made(op, draw, prefixes=(9, 2), suffix=3)
     for change in (
@@ -177,7 +179,7 @@ def test_prefixes_outside_the_pool_are_refused(op: Op, draw: Draw):
             attended(op, arguments | change)
 
 
-@FORWARD
+@OPS
 def test_nothing_to_do(op: Op, draw: Draw):
     arguments = made(op, draw, prefixes=(5, 2), suffix=3)
     rows = ("q", "k", "v", "block_tables", "prefix_lengths", "cotangent")
@@ -187,7 +189,7 @@ def test_nothing_to_do(op: Op, draw: Draw):
     assert all(result.numel() == 0 for result in attended(op, arguments | short))
 
 
-@FORWARD
+@OPS
 def test_calls_from_several_threads(op: Op, draw: Draw):
     arguments = made(op, draw, prefixes=(90, 31), suffix=5, width=16)
     expected = attended(op, arguments)
