@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,8 @@ from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched import BatchedLoop
 from nabla_fast.decode.pools import BLOCK
 from nabla_fast.decode.problem import Problem
-from nabla_fast.decode.sequential import SequentialLoop
+from nabla_fast.decode.sequential import Decoded, SequentialLoop
+from nabla_fast.decode.struck import Struck
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError
 from nabla_fast.frozen import frozen
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
@@ -167,18 +168,32 @@ class NablaDecoder:
         return ResultStream(self._models, problems, self._decode)
 
     def _decode(self, problems: Mapping[int, Problem]) -> Iterator[tuple[int, Result]]:
-        """(index, result) of each problem as it is done."""
-        self._prepare()
+        """(index, result) of each problem as it is done.
+
+        Raises:
+            Struck: whatever went wrong, with the problems it concerns.
+        """
         indices, asked = list(problems), list(problems.values())
+        try:
+            self._prepare()
+        except Exception as error:
+            raise Struck(indices) from error
         stats = [Stats() for _ in asked]
-        with closing(self._loop.decode(asked, stats)) as decoding:
+        with closing(self._loop.decode(asked, stats)) as decoding, _renumbered(indices):
             for n, decoded in decoding:
-                reason = asked[n].finish_reason(decoded.tokens)
-                tokens = decoded.tokens[:-1] if reason == "eos" else decoded.tokens
-                text = None
-                if self._tokenizer is not None:
-                    text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-                yield indices[n], Result(text, tokens, decoded.reward, reason, decoded.revisions, stats[n])
+                try:
+                    result = self._result(asked[n], decoded, stats[n])
+                except Exception as error:
+                    raise Struck([n]) from error
+                yield indices[n], result
+
+    def _result(self, problem: Problem, decoded: Decoded, stats: Stats) -> Result:
+        reason = problem.finish_reason(decoded.tokens)
+        tokens = decoded.tokens[:-1] if reason == "eos" else decoded.tokens
+        text = None
+        if self._tokenizer is not None:
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return Result(text, tokens, decoded.reward, reason, decoded.revisions, stats)
 
     def _prepare(self) -> None:
         """Read the models' tables, again if the weights behind them were moved or replaced."""
@@ -226,13 +241,22 @@ class NablaDecoder:
         return VocabularyAlignment.identity()
 
 
+@contextmanager
+def _renumbered(indices: Sequence[int]) -> Iterator[None]:
+    """Errors name problems by these indices."""
+    try:
+        yield
+    except Struck as struck:
+        raise Struck([indices[n] for n in struck.problems]) from struck.__cause__
+
+
 def _call(
     on_result: Callable[[int, Result], None], n: int, result: Result, results: list[Result | None]
 ) -> None:
     try:
         on_result(n, result)
     except Exception as error:
-        raise DecodingFailed(n, results, error) from error
+        raise DecodingFailed([n], results, error) from error
 
 
 def _at_least(least: int, value: object) -> bool:

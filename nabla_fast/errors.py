@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,18 +65,45 @@ class DecodingFailed(RuntimeError):
     """An error during a decode; the error itself is ``__cause__``.
 
     Attributes:
-        prompt: index of the first prompt that was not finished.
+        prompts: indices of the prompts that it struck: the one whose decode failed or, where nobody can
+            tell which (memory that ran out, say), all that were decoded together just then.
         results: one entry a prompt, in order: its result, or None where it was not finished.
     """
 
-    def __init__(self, prompt: int, results: list[Result | None], cause: Exception):
-        self.prompt = prompt
+    def __init__(self, prompts: Sequence[int], results: list[Result | None], cause: Exception):
+        self.prompts = tuple(prompts)
         self.results = results
         self._cause = cause
         finished = sum(result is not None for result in results)
-        super().__init__(
-            f"prompt {prompt}: {one_line(cause)} ({finished} of {len(results)} prompts finished)"
-        )
+        where = f"prompt {self.prompt}" if self.prompt is not None else _decoded_together(self.prompts)
+        super().__init__(f"{where}: {_said(cause)} ({finished} of {len(results)} prompts finished)")
+
+    @property
+    def prompt(self) -> int | None:
+        """Index of the prompt whose decode failed; None where the error struck several."""
+        return self.prompts[0] if len(self.prompts) == 1 else None
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.prompt, self.results, self._cause)
+        return type(self), (self.prompts, self.results, self._cause)
+
+
+def _said(cause: Exception) -> str:
+    """An error's line; rows of a batch, which mean nothing to whoever gave prompts, are left out."""
+    if isinstance(cause, RowError):
+        return f"{cause.op} {' and '.join(dict.fromkeys(reason for _, reason in cause.rows))}"
+    return one_line(cause)
+
+
+def _decoded_together(prompts: Sequence[int]) -> str:
+    """As in "prompts 0 to 3, 7 and 9, decoded together"."""
+    runs: list[list[int]] = []
+    for prompt in sorted(prompts):
+        if runs and runs[-1][-1] == prompt - 1:
+            runs[-1].append(prompt)
+        else:
+            runs.append([prompt])
+    parts = []
+    for run in runs:
+        parts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run)
+    *some, last = parts
+    return f"prompts {', '.join(some) + ' and ' if some else ''}{last}, decoded together"

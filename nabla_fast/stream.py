@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from torch import nn
 
 from nabla_fast.decode.problem import Problem
+from nabla_fast.decode.struck import Struck
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted
 from nabla_fast.frozen import frozen
 from nabla_fast.results import Result
@@ -73,10 +74,14 @@ class ResultStream(Iterator[tuple[int, Result]]):
                 self._decoding = self._decode(self._left)
             index, result = next(self._decoding)
             self._weights = self._fingerprint()
-        except Exception as error:
-            unfinished = min(self._left)
+        except Struck as struck:
             self.close()
-            raise DecodingFailed(unfinished, self.results, error) from error
+            raise DecodingFailed(struck.problems, self.results, struck.__cause__) from struck.__cause__
+        except Exception as error:
+            # From the loop that decodes one problem after another: from the first that is left.
+            first = min(self._left)
+            self.close()
+            raise DecodingFailed([first], self.results, error) from error
         return index, result
 
     def _fingerprint(self) -> list[tuple[int, int]]:

@@ -58,12 +58,14 @@ def test_a_descent_of_what_requires_grad_is_refused():
     [
         RowError("op", [(1, "has a NaN logit")]),
         DecodingInterrupted([None, None]),
-        DecodingFailed(1, [None, None], ValueError("x")),
+        DecodingFailed([1], [None, None], ValueError("x")),
+        DecodingFailed([0, 1], [None, None], RowError("op", [(1, "has a NaN logit")])),
     ],
     ids=lambda error: type(error).__name__,
 )
 def test_errors_survive_a_pickle(error):
     copy = pickle.loads(pickle.dumps(error))
+    assert getattr(copy, "prompts", None) == getattr(error, "prompts", None)
     assert type(copy) is type(error)
     assert str(copy) == str(error)
 

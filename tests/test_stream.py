@@ -246,11 +246,12 @@ def test_what_is_under_way_goes_on_if_nothing_changed(hooks):
 
 def test_weights_that_became_unusable(decoder):
     stream = decoder.stream(PROMPTS, **OPTIONS)
-    next(stream)
+    finished, _ = next(stream)
     with torch.no_grad():
         decoder._lm.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(DecodingFailed, match=r"finite \(1 of 4"):
+    with pytest.raises(DecodingFailed, match=r"finite \(1 of 4") as caught:
         next(stream)
+    assert caught.value.prompts == tuple(n for n in range(4) if n != finished)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("trap"), KeyboardInterrupt()], ids=["error", "interrupt"])

@@ -13,6 +13,7 @@ from nabla_fast.config import DTOConfig
 from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.drafting import Drafting
 from nabla_fast.decode.requests import RollOut
+from nabla_fast.decode.struck import concerning
 from nabla_fast.models import LanguageModel
 from nabla_fast.models.paged import PagedReader
 from nabla_fast.ops import TokenStats, token_stats
@@ -82,7 +83,7 @@ def roll_out(
     it: a draft's token stays if it is the one the row's generator draws there.
 
     Raises:
-        RowError: the LM's logits are not finite.
+        RequestFailed: a request's logits are not finite; its cause is a RowError.
     """
     rows = [_row(request) for request in requests]
     try:
@@ -156,7 +157,8 @@ def _step(
         kept = 0
         while True:
             if bad:
-                report("rollout", status[start + kept : start + kept + 1])
+                with concerning(request):
+                    report("rollout", status[start + kept : start + kept + 1])
             token = next_token.draw(start + kept, row.generator)
             if len(row.tokens) < len(request.draft):
                 matches = token == request.draft[len(row.tokens)]
