@@ -42,7 +42,7 @@ setup(
             "nabla_fast._C",
             sources=files("*.cpp") + files("cpu/*.cpp"),
             depends=files("**/*.h"),
-            include_dirs=["csrc/include", pybind11.get_include()],
+            include_dirs=["csrc", "csrc/include", pybind11.get_include()],
             language="c++",
             extra_compile_args=COMPILE,
             extra_link_args=OPENMP,

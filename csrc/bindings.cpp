@@ -1,6 +1,8 @@
 // nabla_fast._C: the C interface for Python, without torch. Tensors come as addresses (data_ptr()),
 // whose memory the caller keeps alive; the GIL is released while a kernel runs.
 
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -14,10 +16,7 @@ namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+using nabla_fast::bindings::pointer;
 
 nabla_fast_status token_stats(std::uintptr_t logits, nabla_fast_dtype dtype, int64_t rows,
                               int64_t vocab, int64_t row_stride, double tau,
@@ -234,4 +233,5 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              py::arg("vocab"), py::arg("tokens"), py::arg("probabilities"), py::arg("wide"),
              py::arg("count"),
              "A draw as torch.multinomial makes it, from the generator's words at an address.");
+  nabla_fast::bindings::bind_decoder(module);
 }

@@ -18,6 +18,7 @@
 
 #include "isa.h"
 #include "lanes.h"
+#include "mix.h"
 #include "nabla_fast.h"
 #include "vec_exp.h"
 
@@ -30,12 +31,8 @@ constexpr int64_t kSegment = 8192;
 constexpr int64_t kGroup = 64;
 constexpr int64_t kBlock = 64;
 constexpr int64_t kRowBlock = 16;
-// Columns of the head that are added up in registers at once.
-constexpr int kColumns = 4;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
 int64_t segments_of(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
 
@@ -51,64 +48,6 @@ struct Part {
   Part(float* memory, int64_t rows)
       : max(memory), sum(memory + rows), target(memory + 2 * rows), mix(memory + 3 * rows) {}
 };
-
-// mix[r, ..] += weights[r, t] * head[t, ..] for `R` rows, `tokens` tokens and `C` vectors of
-// columns, of which the last has `rest` elements if that is not 0.
-template <int R, int C, typename T>
-NABLA_FAST_INLINE void add_columns(const float* weights, int tokens, const T* head,
-                                   int64_t head_stride, float* mix, int64_t mix_stride, int rest) {
-  Lanes total[R * C];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) total[r * C + c] = load(mix + r * mix_stride + c * kLanes);
-  }
-  for (int t = 0; t < tokens; ++t) {
-    const T* w = head + t * head_stride;
-    Lanes row[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
-      row[c] = rest && c == C - 1 ? load_part(w + c * kLanes, rest) : load(w + c * kLanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      float weight = weights[r * kBlock + t];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) total[r * C + c] += weight * row[c];
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(mix + r * mix_stride + c * kLanes, total[r * C + c]);
-  }
-}
-
-template <int C, typename T>
-NABLA_FAST_INLINE void add_rows(const float* weights, int64_t rows, int tokens, const T* head,
-                                int64_t head_stride, float* mix, int64_t mix_stride, int rest) {
-  int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows)
-    add_columns<kTileRows, C, T>(weights + row * kBlock, tokens, head, head_stride,
-                                 mix + row * mix_stride, mix_stride, rest);
-  for (; row < rows; ++row)
-    add_columns<1, C, T>(weights + row * kBlock, tokens, head, head_stride, mix + row * mix_stride,
-                         mix_stride, rest);
-}
-
-template <typename T>
-NABLA_FAST_INLINE void add_mix(const Product& p, const float* weights, int64_t token, int tokens,
-                               float* mix) {
-  const T* head = static_cast<const T*>(p.head) + token * p.head_stride;
-  int64_t stride = padded(p.width), column = 0;
-  for (; column + kColumns * kLanes <= p.width; column += kColumns * kLanes)
-    add_rows<kColumns, T>(weights, p.rows, tokens, head + column, p.head_stride, mix + column,
-                          stride, 0);
-  for (; column < p.width; column += kLanes) {
-    int rest = static_cast<int>(std::min<int64_t>(kLanes, p.width - column)) % kLanes;
-    add_rows<1, T>(weights, p.rows, tokens, head + column, p.head_stride, mix + column, stride,
-                   rest);
-  }
-}
 
 // Tokens [first, last) for the rows of `p`, at most kGroup.
 template <typename T>
@@ -156,7 +95,8 @@ NABLA_FAST_INLINE void segment(const Product& p, const int64_t* targets, int64_t
       for (int t = 0; t < tokens; ++t) sum += row[t];
       part.sum[r] += sum;
     }
-    add_mix<T>(p, z, block, tokens, part.mix);
+    const T* head = static_cast<const T*>(p.head) + block * p.head_stride;
+    add_mix<T>(z, kBlock, p.rows, tokens, head, p.head_stride, p.width, part.mix, width);
   }
 }
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import SiLUActivation
+
+from nabla_fast.models.native_decoder import NativeDecoder
+from nabla_fast.ops.registry import allowed
+
+if TYPE_CHECKING:
+    from nabla_fast.models.paged import Context
 
 # Layers whose forward is: x += o(attention(norm(x))); x += down(act(gate(norm(x))) · up(norm(x))).
 _LAYERS = {
@@ -28,58 +33,14 @@ _JOINED = 1 << 20
 Rotation = tuple[Tensor, Tensor]  # cos and signed sin, [B, S, 1, D] each
 
 
-class Attention(Protocol):
-    """Attention of one layer over frozen prefixes and the suffixes themselves."""
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-    ) -> Tensor:
-        """[B, Hq, S, D] of q [B, Hq, S, D] and k, v [B, Hkv, S, D]."""
-
-    def attend_backward(
-        self,
-        layer: int,
-        cotangent: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """∂/∂q, ∂/∂k and ∂/∂v."""
-
-
 def _rotated(qk: Tensor, rotation: Rotation) -> Tensor:
     """The rotation by halves; the sign of the half that changes it stands in the table."""
     cos, sin = rotation
     return torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
 
 
-def _rotated_back(cotangent: Tensor, rotation: Rotation) -> Tensor:
-    cos, sin = rotation
-    return (cotangent * cos).add_((cotangent * sin).roll(cotangent.shape[-1] // 2, -1))
-
-
-class _Differentiable(torch.autograd.Function):
-    """A backbone's pass as one node of autograd's graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, backbone: LeanBackbone, rotation: Rotation, attention: Attention
-    ) -> Tensor:
-        states, saved = backbone.forward(x, rotation, attention)
-        ctx.arguments = (backbone, rotation, attention, saved)
-        return states
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
-        backbone, rotation, attention, saved = ctx.arguments
-        return backbone.backward(cotangent, rotation, attention, saved), None, None, None
-
-
 @dataclass(frozen=True)
-class _Norm:
+class Norm:
     """Root-mean-square norm over the last dimension, rounded as transformers rounds it."""
 
     weight: Tensor
@@ -91,28 +52,16 @@ class _Norm:
         wide = x.float()
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The result for float32, and what its backward needs: x / rms and 1 / rms."""
-        inverse = x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        unit = x * inverse
-        return unit * self.weight, (unit, inverse)
-
-    def backward(self, cotangent: Tensor, saved: tuple[Tensor, Tensor]) -> Tensor:
-        """∂/∂x."""
-        unit, inverse = saved
-        g = cotangent * self.weight
-        return torch.addcmul(g, unit, (g * unit).mean(-1, keepdim=True), value=-1).mul_(inverse)
-
 
 @dataclass(frozen=True)
-class _Linear:
+class Linear:
     """One linear layer, or several of the same input side by side."""
 
     weights: list[Tensor]
     biases: list[Tensor | None]
 
     @classmethod
-    def of(cls, *modules: nn.Linear) -> _Linear:
+    def of(cls, *modules: nn.Linear) -> Linear:
         weights, biases = [m.weight for m in modules], [m.bias for m in modules]
         alike = all((bias is None) == (biases[0] is None) for bias in biases)
         if len(modules) > 1 and alike and sum(weight.numel() for weight in weights) <= _JOINED:
@@ -126,13 +75,6 @@ class _Linear:
         parts = [F.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
         return torch.cat(parts, dim=-1)
 
-    def backward(self, cotangent: Tensor) -> Tensor:
-        """∂/∂x."""
-        if len(self.weights) == 1:
-            return cotangent @ self.weights[0]
-        parts = cotangent.split([len(weight) for weight in self.weights], dim=-1)
-        return sum(part @ weight for part, weight in zip(parts, self.weights, strict=True))
-
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + self(x)."""
         if self.biases[0] is None:
@@ -141,15 +83,15 @@ class _Linear:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    before_attention: _Norm
-    qkv: _Linear
-    qk: _Norm | None
-    output: _Linear
-    before_mlp: _Norm
-    gate_up: _Linear
+class Layer:
+    before_attention: Norm
+    qkv: Linear
+    qk: Norm | None
+    output: Linear
+    before_mlp: Norm
+    gate_up: Linear
     act: Callable[[Tensor], Tensor]
-    down: _Linear
+    down: Linear
     heads: int
     kv_heads: int
     head_dim: int
@@ -167,9 +109,8 @@ class LeanBackbone:
         self._norm = _norm(backbone.norm)
         self._table = backbone.embed_tokens.weight
         self._rotary = self._rotary_table(1024)
-        # float64 models take their norms in float32, whose backward only autograd repeats to the bit.
-        silu = all(isinstance(layer.act, (nn.SiLU, SiLUActivation)) for layer in self._layers)
-        self._has_backward = silu and self._table.dtype == torch.float32
+        readable = NativeDecoder.can_read(self._layers, self._norm)
+        self._native = NativeDecoder(self._layers, self._norm) if readable else None
 
     @staticmethod
     def can_read(backbone: nn.Module) -> bool:
@@ -205,7 +146,7 @@ class LeanBackbone:
         self,
         positions: Tensor,
         end: int,
-        attention: Attention,
+        context: Context,
         *,
         ids: Tensor | None,
         embeddings: Tensor | None,
@@ -215,76 +156,27 @@ class LeanBackbone:
         Args:
             positions: [B, S] int64, all below
             end: a host number, so that nothing waits for the device.
-            attention: of a layer over the prefixes.
+            context: the prefixes, and attention over them.
             ids: [B, S] int64, or
             embeddings: [B, S, H].
         """
         x = F.embedding(ids, self._table) if embeddings is None else embeddings
         rotation = self._cos_sin(positions, end)
-        if torch.is_grad_enabled() and x.requires_grad and self._has_backward:
-            return _Differentiable.apply(x, self, rotation, attention)
+        if self._native is not None and allowed("cpu") and context.pool.keys.dtype == torch.float32:
+            return self._native(x, rotation, context)
         flat = x.reshape(-1, x.shape[-1])
         for index, layer in enumerate(self._layers):
             heads = layer.qkv(layer.before_attention(flat)).view(*x.shape[:2], -1, layer.head_dim)
             qk, v = heads.split([layer.heads + layer.kv_heads, layer.kv_heads], dim=2)
             qk = _rotated(qk if layer.qk is None else layer.qk(qk), rotation)
             q, k = qk.split([layer.heads, layer.kv_heads], dim=2)
-            attended = attention.attend(
+            attended = context.attend(
                 index, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), layer.scale, layer.window
             )
             flat = layer.output.added_to(flat, attended.transpose(1, 2).reshape(len(flat), -1))
             gate, up = layer.gate_up(layer.before_mlp(flat)).chunk(2, dim=-1)
             flat = layer.down.added_to(flat, layer.act(gate) * up)
         return self._norm(flat).view(x.shape)
-
-    def forward(self, x: Tensor, rotation: Rotation, attention: Attention) -> tuple[Tensor, list]:
-        """Hidden states as of a call, and what their backward needs of each layer."""
-        saved, flat = [], x.reshape(-1, x.shape[-1])
-        for index, layer in enumerate(self._layers):
-            normed, before_attention = layer.before_attention.forward(flat)
-            heads = layer.qkv(normed).view(*x.shape[:2], -1, layer.head_dim)
-            qk, v = heads.split([layer.heads + layer.kv_heads, layer.kv_heads], dim=2)
-            qk_norm = None
-            if layer.qk is not None:
-                qk, qk_norm = layer.qk.forward(qk)
-            q, k = _rotated(qk, rotation).split([layer.heads, layer.kv_heads], dim=2)
-            qkv = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            attended = attention.attend(index, *qkv, layer.scale, layer.window)
-            flat = layer.output.added_to(flat, attended.transpose(1, 2).reshape(len(flat), -1))
-            normed, before_mlp = layer.before_mlp.forward(flat)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            activated = layer.act(gate)
-            flat = layer.down.added_to(flat, activated * up)
-            saved.append((before_attention, qk_norm, qkv, before_mlp, gate, up, activated))
-        states, last = self._norm.forward(flat)
-        return states.view(x.shape), [*saved, last]
-
-    def backward(self, cotangent: Tensor, rotation: Rotation, attention: Attention, saved: list) -> Tensor:
-        """∂/∂x [B, S, H] of :meth:`forward`; the prefixes and the weights are constants.
-
-        autograd's own graph of a small pass costs several times its arithmetic.
-        """
-        shape = cotangent.shape
-        *layers, last = saved
-        dx = self._norm.backward(cotangent.reshape(-1, shape[-1]), last)
-        for index in range(len(self._layers) - 1, -1, -1):
-            layer = self._layers[index]
-            before_attention, qk_norm, qkv, before_mlp, gate, up, activated = layers[index]
-            d_product = layer.down.backward(dx)
-            d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
-            d_gate_up = torch.cat([d_gate, d_product * activated], dim=-1)
-            dx = dx + layer.before_mlp.backward(layer.gate_up.backward(d_gate_up), before_mlp)
-            d_attended = layer.output.backward(dx).view(*shape[:2], layer.heads, layer.head_dim)
-            d_qkv = attention.attend_backward(
-                index, d_attended.transpose(1, 2), *qkv, layer.scale, layer.window
-            )
-            dq, dk, dv = (part.transpose(1, 2) for part in d_qkv)
-            d_qk = _rotated_back(torch.cat([dq, dk], dim=2), rotation)
-            if layer.qk is not None:
-                d_qk = layer.qk.backward(d_qk, qk_norm)
-            d_heads = torch.cat([d_qk, dv], dim=2).view(len(dx), -1)
-            dx = dx + layer.before_attention.backward(layer.qkv.backward(d_heads), before_attention)
-        return dx.view(shape)
 
     def _cos_sin(self, positions: Tensor, end: int) -> Rotation:
         """[B, S, 1, D] each."""
@@ -303,31 +195,31 @@ class LeanBackbone:
         return torch.stack([cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)])
 
 
-def _norm(module: nn.Module) -> _Norm:
-    return _Norm(module.weight, module.variance_epsilon)
+def _norm(module: nn.Module) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
 
 
-def _layer(layer: nn.Module) -> _Layer:
+def _layer(layer: nn.Module) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     config = attention.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     qk = None
     if hasattr(attention, "q_norm"):
         weights = [attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1)]
-        qk = _Norm(torch.cat(weights), attention.q_norm.variance_epsilon)
+        qk = Norm(torch.cat(weights), attention.q_norm.variance_epsilon)
     if hasattr(attention, "sliding_window"):
         window = attention.sliding_window
     else:
         window = config.sliding_window if config.model_type == "mistral" else None
-    return _Layer(
+    return Layer(
         before_attention=_norm(layer.input_layernorm),
-        qkv=_Linear.of(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=Linear.of(attention.q_proj, attention.k_proj, attention.v_proj),
         qk=qk,
-        output=_Linear.of(attention.o_proj),
+        output=Linear.of(attention.o_proj),
         before_mlp=_norm(layer.post_attention_layernorm),
-        gate_up=_Linear.of(mlp.gate_proj, mlp.up_proj),
+        gate_up=Linear.of(mlp.gate_proj, mlp.up_proj),
         act=mlp.act_fn,
-        down=_Linear.of(mlp.down_proj),
+        down=Linear.of(mlp.down_proj),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=attention.head_dim,

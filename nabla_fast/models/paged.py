@@ -28,7 +28,7 @@ _HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "cache_positio
 
 
 @dataclass
-class _Context:
+class Context:
     """What the attention of every layer needs to know of a pass."""
 
     pool: BlockPool
@@ -86,7 +86,7 @@ def _attention(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    paged: _Context,
+    paged: Context,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer."""
@@ -189,7 +189,7 @@ class PagedReader:
             if min(lengths) < width:
                 places = [(b, s) for b, n in enumerate(lengths) for s in range(n)]
                 tokens = torch.tensor(places, device=device).view(-1, 2).T
-        context = _Context(pool, tables, before, slots, tokens)
+        context = Context(pool, tables, before, slots, tokens)
         positions = before[:, None] + torch.arange(width, device=device)
         if self._lean is not None:
             end = width + max(sequence.length for sequence in sequences)

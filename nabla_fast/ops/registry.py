@@ -86,6 +86,12 @@ def _forced_backends() -> tuple[str, ...]:
     return _forced or ()
 
 
+def allowed(name: str) -> bool:
+    """Whether a backend may be used: any may, unless others are forced."""
+    forced = _forced_backends()
+    return not forced or name in forced
+
+
 @dataclass(frozen=True)
 class _Backend:
     run: Callable[..., Any]
