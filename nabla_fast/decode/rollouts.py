@@ -128,7 +128,12 @@ def _step(
     drawn: _Drawn,
 ) -> list[_Row]:
     """Read and draw once in every row; the rows that go on."""
-    drafts = [row.draft(drafting.width(row.matched)) if row.request.draft else [] for row in rows]
+    # Rows of a large vocabulary's logits are few at a time.
+    most = _WAITING * 16 // (lm.vocabulary * len(rows)) - 1
+    drafts = [
+        row.draft(max(0, min(most, drafting.width(row.matched)))) if row.request.draft else []
+        for row in rows
+    ]
     parts = [row.unread + draft for row, draft in zip(rows, drafts, strict=True)]
     lengths = list(map(len, parts))
     if max(lengths) == 1:
@@ -147,8 +152,7 @@ def _step(
     start, place = 0, drawn.count
     drawn.add(hidden, logits)
     logits = logits.cpu()
-    status = row_status(logits)
-    bad = bool(status.any())
+    bad = not bool(logits.amax(dim=-1).isfinite().all())
     next_token = next_tokens(logits, config.rollout_sampling)
     going = []
     for row, draft, length in zip(rows, drafts, lengths, strict=True):
@@ -158,7 +162,7 @@ def _step(
         while True:
             if bad:
                 with concerning(request):
-                    report("rollout", status[start + kept : start + kept + 1])
+                    report("rollout", row_status(logits[start + kept : start + kept + 1]))
             token = next_token.draw(start + kept, row.generator)
             if len(row.tokens) < len(request.draft):
                 matches = token == request.draft[len(row.tokens)]
