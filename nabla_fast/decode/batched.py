@@ -66,7 +66,8 @@ class BatchedLoop:
     Args:
         lm, rm, config: as of the sequential loop.
         batch_size: problems that walk at once.
-        proposals: made at once along a trajectory; None follows the acceptance rate seen.
+        proposals: made at once along a trajectory; None follows the acceptance rate seen and how many
+            problems share the batch.
         max_kv_tokens: most tokens whose keys and values are held at once, a model; None for no limit.
     Raises:
         ModelError: a model's attention cannot read from a paged prefix.
@@ -108,7 +109,14 @@ class BatchedLoop:
             while True:
                 for index in islice(waiting, self._batch_size - len(running)):
                     held = pools.hold()
-                    walk = Walk(self._executor, held, problems[index], stats[index], self._proposals)
+                    walk = Walk(
+                        self._executor,
+                        held,
+                        problems[index],
+                        stats[index],
+                        self._proposals,
+                        company=lambda: len(running),
+                    )
                     running.append(_Running(index, walk.steps(), held, time.perf_counter()))
                     running[-1].step()
                 if not running:

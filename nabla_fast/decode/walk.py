@@ -8,7 +8,7 @@ position: so several proposals are rolled out and scored together, and the first
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import torch
 
@@ -35,13 +35,25 @@ MOST_AHEAD = 8
 
 
 class Walk:
-    """The state of one problem; its sequences are of the groups in ``held``, whose owner frees them."""
+    """The state of one problem; its sequences are of the groups in ``held``, whose owner frees them.
+
+    Args:
+        ahead: proposals to make at once; None follows the acceptance rate seen, and
+        company: how many walks there are just now: many fill a batch without guesses.
+    """
 
     def __init__(
-        self, executor: Executor, held: Held, problem: Problem, stats: Stats, ahead: int | None = None
+        self,
+        executor: Executor,
+        held: Held,
+        problem: Problem,
+        stats: Stats,
+        ahead: int | None = None,
+        company: Callable[[], int] = lambda: 1,
     ):
         self._run, self._config, self._held = executor, executor.config, held
-        self._problem, self._stats, self._ahead = problem, stats, ahead
+        self._problem, self._stats = problem, stats
+        self._ahead, self._company = ahead, company
         self._has_reward = executor.rm is not None
         self._rejection = self._config.rejection and self._has_reward
         self._response: list[int] = []  # committed tokens
@@ -89,7 +101,8 @@ class Walk:
         if self._ahead is not None:
             return min(self._ahead, left)
         rate = (self._accepted + 1) / (self._proposed + 3)
-        return max(1, min(left, MOST_AHEAD, 1 + int(math.log(0.5) / math.log1p(-rate))))
+        most = MOST_AHEAD // self._company()
+        return max(1, min(left, most, 1 + int(math.log(0.5) / math.log1p(-rate))))
 
     def _propose(self) -> Generator[list[Request], None, tuple[list[tuple[int, int]], int]]:
         """The next (offset, token) pairs along the current trajectory that would change a token.
