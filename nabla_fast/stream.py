@@ -86,7 +86,7 @@ class ResultStream(Iterator[tuple[int, Result]]):
 
     def _fingerprint(self) -> list[tuple[int, int]]:
         """What changes with any weight: where it lies, and how often it has been written to."""
-        return [(p.data_ptr(), p._version) for model in self._models for p in model.parameters()]
+        return [(_address(p), p._version) for model in self._models for p in model.parameters()]
 
     def close(self) -> None:
         """End the stream and free what it holds; ``results`` stay."""
@@ -99,3 +99,10 @@ class ResultStream(Iterator[tuple[int, Result]]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _address(weight: nn.Parameter) -> int:
+    try:
+        return weight.data_ptr()
+    except RuntimeError:  # quantized weights put together of several tensors have none
+        return id(weight)

@@ -244,6 +244,18 @@ def test_what_is_under_way_goes_on_if_nothing_changed(hooks):
     assert len(passes) == 2 * at_once
 
 
+def test_weights_without_an_address(decoder):
+    class Composed(nn.Parameter):
+        def data_ptr(self) -> int:
+            raise RuntimeError("no storage")
+
+    expected = decoder.generate(PROMPTS, **OPTIONS)
+    projection = decoder._lm.model.layers[0].self_attn.q_proj
+    projection.weight = Composed(projection.weight.detach())
+    found = dict(decoder.stream(PROMPTS, **OPTIONS))
+    assert outcomes([found[n] for n in range(4)]) == outcomes(expected)
+
+
 def test_weights_that_became_unusable(decoder):
     stream = decoder.stream(PROMPTS, **OPTIONS)
     finished, _ = next(stream)
