@@ -100,24 +100,27 @@ def test_a_rollout_that_is_not_finite(loop: str, bad: int):
     assert isinstance(caught.value.__cause__, RowError)
 
 
-def late_failure() -> tuple[int, int, tuple[int, ...], list[Result]]:
-    """A prompt that reads a token nobody else does, after another's rollout has ended; what all decode."""
-    for eos in range(3, 24):
+def late_failure() -> tuple[int, int, int, list[Result]]:
+    """An EOS with which a rollout reads a token of its own when one before it has ended.
+
+    Returns:
+        The prompt of that rollout, the token, the EOS, and what all prompts decode.
+    """
+    for eos in range(3, VOCABULARY):
         results = make(ROLLOUTS, eos_token_id=eos).generate(PROMPTS, max_new_tokens=12)
         for n, result in enumerate(results):
-            shorter = [m for m in range(n) if len(results[m].token_ids) < 2]
-            read = [set(PROMPTS[m] + r.token_ids) for m, r in enumerate(results) if m != n]
-            for place, token in enumerate(result.token_ids[1:-1], start=1):
-                if shorter and not any(token in tokens for tokens in read) and place >= 2:
-                    return n, token, (eos,), results
+            ended = any(len(other.token_ids) < 2 for other in results[:n])
+            others = {t for m, r in enumerate(results) if m != n for t in (*PROMPTS[m], *r.token_ids)}
+            own = [token for token in result.token_ids[2:-1] if token not in others]
+            if ended and own:
+                return n, own[0], eos, results
     raise AssertionError("no such case")
 
 
 def test_a_row_is_no_prompt():
     # Where rollouts have ended, the rows of those that go on are no longer the numbers of the prompts.
     bad, token, eos, results = late_failure()
-    assert bad > 0
-    d = make(ROLLOUTS, eos_token_id=eos[0])
+    d = make(ROLLOUTS, eos_token_id=eos)
     spoil(d._lm.model.embed_tokens, token)
     with failing(f"prompt {bad}: rollout has a NaN logit"):
         d.generate(PROMPTS, max_new_tokens=12)
@@ -198,19 +201,22 @@ def test_relaxed_tokens_that_are_not_finite(monkeypatch, bad: int):
 
 
 def test_a_token_reader_that_fails_names_its_prompt(monkeypatch):
-    d, arrived = make(), []
-    results = d.generate(PROMPTS, max_new_tokens=9, on_result=lambda n, _: arrived.append(n))
-    bad = next(n for place, n in enumerate(arrived) if n > min(arrived[place:]))
-    decode = d._tokenizer.decode
+    d = make(ROLLOUTS)
+    results = d.generate(PROMPTS, max_new_tokens=3)
+    decode, read = d._loop.decode, d._tokenizer.decode
 
     def refusing(tokens, **options):
-        if tokens == results[bad].token_ids:
+        if tokens == results[3].token_ids:
             raise ValueError("cannot decode")
-        return decode(tokens, **options)
+        return read(tokens, **options)
 
     monkeypatch.setattr(d._tokenizer, "decode", refusing)
-    with failing(f"prompt {bad}: cannot decode"):
-        d.generate(PROMPTS, max_new_tokens=9)
+    # The last is there first, so that the prompt that fails is not the first that is left.
+    monkeypatch.setattr(
+        d._loop, "decode", lambda problems, stats: (x for x in reversed(list(decode(problems, stats))))
+    )
+    with failing("prompt 3: cannot decode (1 of 5"):
+        d.generate(PROMPTS, max_new_tokens=3)
 
 
 # -- what cannot be told -------------------------------------------------------------------------------
