@@ -10,9 +10,7 @@ from torch import Tensor
 
 from nabla_fast.ops.onehot_grad import check_onehot_inputs, onehot_grad
 from nabla_fast.ops.registry import op
-from nabla_fast.ops.rows import accumulation_dtype
-
-_BLOCK = 8  # rows of G that exist at a time
+from nabla_fast.ops.rows import accumulation_dtype, blocks
 
 
 @op
@@ -33,11 +31,12 @@ def onehot_grad_norm(
     Raises:
         InputError: a shape, dtype or device does not fit.
     """
-    blocks = [
-        onehot_grad.body(rows[1:], tables, rows[0], head, nll_coeff=nll_coeff).norm(dim=-1)
-        for rows in zip(*(tensor.split(_BLOCK) for tensor in (hidden, *cotangents)), strict=True)
-    ]
-    return torch.cat(blocks)
+    norms = [hidden.new_zeros(0, dtype=accumulation_dtype(hidden, *cotangents))]
+    for rows in blocks(len(hidden), len(head)):
+        parts = [cotangent[rows] for cotangent in cotangents]
+        grad = onehot_grad.body(parts, tables, hidden[rows], head, nll_coeff=nll_coeff)
+        norms.append(grad.norm(dim=-1))
+    return torch.cat(norms)
 
 
 @onehot_grad_norm.check

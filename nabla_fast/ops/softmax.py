@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nabla_fast.ops.logits import lm_logits
+
 
 def softmax_gradient(p: Tensor, grad: Tensor, token: Tensor, tau: float) -> Tensor:
     """∂ℒ/∂z = (1/τ) p ⊙ (G − ⟨p, G⟩) for p = softmax(z/τ).
@@ -40,5 +42,5 @@ def onehot_gradient(
     Returns:
         [N, V].
     """
-    grad = sum(g.to(dtype) @ table.to(dtype).T for g, table in zip(cotangents, tables, strict=True))
+    grad = sum(lm_logits(g.to(dtype), table) for g, table in zip(cotangents, tables, strict=True))
     return grad if direct is None else grad + direct.to(dtype)
