@@ -126,10 +126,16 @@ def _without_tail(tokens: Tensor, values: Tensor, top_p: float) -> list[tuple[Te
     """Top-p among tokens [N, n] of scores [N, n]."""
     if top_p < 1:
         ascending, order = values.sort(dim=1, stable=True)
-        dropped = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - top_p
+        dropped = _softmax(ascending).cumsum(dim=1) <= 1 - top_p
         dropped[:, -1] = False
         values = values.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
-    return list(zip(tokens, values.softmax(dim=1), strict=True))
+    return list(zip(tokens, _softmax(values), strict=True))
+
+
+def _softmax(values: Tensor) -> Tensor:
+    """Of rows of few tokens, for which torch's own would wake all threads."""
+    shares = (values - values.amax(dim=1, keepdim=True)).exp_()
+    return shares.div_(shares.sum(dim=1, keepdim=True))
 
 
 def filtered_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
