@@ -14,6 +14,7 @@ import pytest
 from golden_data import GOLDEN
 
 from nabla_fast.cli import generate, main
+from nabla_fast.cli.interrupts import postponed
 from nabla_fast.demo.statistics import wilson
 
 MODELS = ["--model", str(GOLDEN / "lm"), "--reward-model", str(GOLDEN / "rm")]
@@ -213,11 +214,30 @@ def test_texts_are_printed_as_they_come_and_in_order(tmp_path: Path):
     ]
 
 
+def test_ctrl_c_waits_for_what_is_half_written():
+    before = signal.getsignal(signal.SIGINT)
+    done = []
+
+    def work(interrupts: int) -> None:
+        with postponed():
+            for _ in range(interrupts):
+                signal.raise_signal(signal.SIGINT)
+            done.append(interrupts)
+
+    work(0)
+    with pytest.raises(KeyboardInterrupt):
+        work(1)
+    with pytest.raises(KeyboardInterrupt):
+        work(2)  # impatience
+    assert done == [0, 1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_full_disk_loses_no_result(run, tmp_path: Path, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('"2+2="\n' * 3)
 
-    def full(self, value):
+    def full(self, n, result):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(generate._Lines, "write", full)

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from nabla_fast.cli.interrupts import postponed
 from nabla_fast.cli.options import add_config_options, add_device_options, check_device, config_from
 from nabla_fast.config import DTOConfig
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError
@@ -72,26 +73,30 @@ def run(arguments: argparse.Namespace) -> int:
         system_prompt=arguments.system,
         stop=arguments.stop,
     )
-    printed, stopped = 0, None
+    texts = _Texts(stream.results, shown=not arguments.json)
+    stopped: BaseException | None = None
     # On a terminal texts go above the bar; standard output that leads elsewhere is left alone.
     bar = Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
     with closing(output), stream, bar as progress:
         task = progress.add_task("decoding", total=len(prompts))
         try:
             for n, result in stream:
-                output.write({"index": n, **result.to_dict()})
-                if not arguments.json:
-                    printed = _print_texts(stream.results, printed, gaps=False)
+                with postponed():
+                    output.write(n, result)
+                    texts.print(gaps=False)
                 progress.advance(task)
         except KeyboardInterrupt:
             stopped = DecodingInterrupted(stream.results)
+            with postponed():  # it may have come between a result and its line
+                for n, result in enumerate(stream.results):
+                    output.write(n, result)
         except (DecodingFailed, OSError) as error:
             stopped = error
     # What is finished is printed even where the rest failed.
+    with postponed():
+        texts.print(gaps=True)
     if arguments.json:
         _print_json(stream.results, stopped)
-    else:
-        _print_texts(stream.results, printed, gaps=True)
     if stopped is not None:
         raise stopped
     return 0
@@ -105,33 +110,41 @@ def _print_json(results: list[Result | None], stopped: BaseException | None) -> 
     print(json.dumps({"results": finished, **state, "environment": report()}))
 
 
-def _print_texts(results: list[Result | None], start: int, *, gaps: bool) -> int:
-    """Print texts from prompt ``start`` on, in order, up to a gap or beyond; the prompt that is next."""
-    for n in range(start, len(results)):
-        if results[n] is None:
-            if not gaps:
-                return n
-            continue
-        if len(results) > 1:
-            print(f"--- prompt {n}", file=sys.stderr, flush=True)
-        print(results[n].text, flush=True)
-    return len(results)
+class _Texts:
+    """Prints texts in the order of the prompts, each once."""
+
+    def __init__(self, results: list[Result | None], *, shown: bool):
+        self._results, self._next = results, 0 if shown else len(results)
+
+    def print(self, *, gaps: bool) -> None:
+        """Print those that are there, up to the first prompt that has not finished or beyond."""
+        while self._next < len(self._results):
+            n, result = self._next, self._results[self._next]
+            if result is None and not gaps:
+                return
+            if result is not None:
+                if len(self._results) > 1:
+                    print(f"--- prompt {n}", file=sys.stderr, flush=True)
+                print(result.text, flush=True)
+            self._next += 1
 
 
 class _Lines:
     """A file of JSON lines, opened at the first: former results outlive a run that yields none."""
 
     def __init__(self, path: str | None):
-        self._path, self._file = path, None
+        self._path, self._file, self._written = path, None, set()
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise InputError(f"--output {path}: no such folder")
 
-    def write(self, value: dict[str, Any]) -> None:
-        if self._path is None:
+    def write(self, n: int, result: Result | None) -> None:
+        """Write a result, if it is there and has not been written."""
+        if self._path is None or result is None or n in self._written:
             return
         if self._file is None:
             self._file = Path(self._path).open("w", encoding="utf-8")  # noqa: SIM115 closed by close()
-        print(json.dumps(value), file=self._file, flush=True)
+        print(json.dumps({"index": n, **result.to_dict()}), file=self._file, flush=True)
+        self._written.add(n)
 
     def close(self) -> None:
         if self._file is not None:
