@@ -18,6 +18,7 @@
   #include <omp.h>
 #endif
 
+#include "flush.h"
 #include "gumbel.h"
 #include "isa.h"
 #include "nabla_fast.h"
@@ -78,6 +79,7 @@ struct Partial {
   double sum;    // S
   double tilt;   // T
   float max;     // of y
+  float second;  // largest second moment
   float token;   // y of the hard token; only of its own chunk
   bool tied;     // whether a token before the hard token equals it; likewise
   bool unclean;  // whether a y is NaN or +inf
@@ -88,7 +90,7 @@ struct Partial {
 
 template <int W>
 struct Found {
-  Floats<W> sum = {}, tilt = {}, max = splat<W>(-kInfinity);
+  Floats<W> sum = {}, tilt = {}, max = splat<W>(-kInfinity), second = {};
   Ints<W> unclean = {};
 };
 
@@ -143,6 +145,7 @@ NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, const Step& step, F
     store<W>(row.z + i, moved);
     const Floats<W> y = kNoise ? moved + load<W>(row.noise + i) : moved;
     found.max = y > found.max ? y : found.max;
+    found.second = second > found.second ? second : found.second;
     found.unclean |= ~(y <= kMaxFloat);
   }
 }
@@ -180,6 +183,7 @@ NABLA_FAST_INLINE void join_lanes(const Found<W>& found, Partial& partial) {
     partial.tilt += found.tilt[lane];
   }
   partial.max = lane_max<W>(found.max);
+  partial.second = lane_max<W>(found.second);
   partial.unclean = any_lane<W>(found.unclean);
 }
 
@@ -379,9 +383,12 @@ class Descent {
         outcome.token = 0;
         continue;
       }
-      each_chunk([&](const Row& chunk, int64_t n, int64_t begin, Partial& partial) {
-        passes_.advance(chunk, n, step, outcome.token - begin, partial);
-      });
+      {
+        const FlushToZero flush(may_flush(step));
+        each_chunk([&](const Row& chunk, int64_t n, int64_t begin, Partial& partial) {
+          passes_.advance(chunk, n, step, outcome.token - begin, partial);
+        });
+      }
       if (unclean_) {
         const int64_t moved = argmax_any(row_, call_.vocab);
         outcome.flipped = moved != outcome.token;
@@ -413,11 +420,13 @@ class Descent {
     team_.meet();
     sum_ = tilt_ = 0;
     max_ = -kInfinity;
+    second_ = 0;
     unclean_ = false;
     for (const Partial* partial = now(); partial < now() + chunks_; ++partial) {
       sum_ += partial->sum;
       tilt_ += partial->tilt;
       max_ = std::max(max_, partial->max);
+      second_ = std::max(second_, partial->second);
       unclean_ |= partial->unclean;
     }
     // A learning rate of infinity can mask every token.
@@ -431,6 +440,14 @@ class Descent {
     return {centre, static_cast<float>(1 / (sum_ * call_.tau)), static_cast<float>(tilt_ / sum_),
             static_cast<float>(lr / (1 - std::pow(kBeta1, count))),
             static_cast<float>(1 / std::sqrt(1 - std::pow(kBeta2, count)))};
+  }
+
+  // Far below the largest logit, second moments are below 2^-126. They may become 0 beside much
+  // larger ones, as long as no logits become equal to the largest by that.
+  bool may_flush(const Step& step) const {
+    const float of_token = step.weight * step.mean;
+    const float second = static_cast<float>(1 - kBeta2) * of_token * of_token;
+    return std::max(second_, second) >= 0x1p-100f && std::fabs(max_) >= 0x1p-100f;
   }
 
   int64_t first_of_largest() const {
@@ -470,7 +487,7 @@ class Descent {
   int64_t turn_ = 0;
   // Of the last pass.
   double sum_ = 0, tilt_ = 0;
-  float max_ = -kInfinity;
+  float max_ = -kInfinity, second_ = 0;
   bool unclean_ = false;
 };
 

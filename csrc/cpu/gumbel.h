@@ -8,25 +8,31 @@
 
 namespace nabla_fast::cpu {
 
-// Philox-4x32-10 (Salmon et al., SC'11): four words from a counter and a key.
-NABLA_FAST_INLINE void philox_4x32_10(uint32_t counter[4], uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * counter[0];
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter[2];
-    counter[0] = static_cast<uint32_t>(product1 >> 32) ^ counter[1] ^ key0;
-    counter[2] = static_cast<uint32_t>(product0 >> 32) ^ counter[3] ^ key1;
-    counter[1] = static_cast<uint32_t>(product1);
-    counter[3] = static_cast<uint32_t>(product0);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-}
-
 template <int W>
 struct WideTypes {
   typedef double Doubles __attribute__((vector_size(8 * W)));
   typedef int64_t Longs __attribute__((vector_size(8 * W)));
+  typedef uint64_t Words __attribute__((vector_size(8 * W)));
 };
+
+// Philox-4x32-10 (Salmon et al., SC'11): four words from a counter and a key, in every lane; 32-bit
+// words stand in 64 bits, where their products have room.
+template <int W>
+NABLA_FAST_INLINE void philox_4x32_10(typename WideTypes<W>::Words counter[4], uint32_t key0,
+                                      uint32_t key1) {
+  using Words = typename WideTypes<W>::Words;
+  const uint64_t low = 0xFFFFFFFFu;
+  for (int round = 0; round < 10; ++round) {
+    const Words product0 = counter[0] * uint64_t{0xD2511F53u};
+    const Words product1 = counter[2] * uint64_t{0xCD9E8D57u};
+    counter[0] = (product1 >> 32) ^ counter[1] ^ uint64_t { key0 };
+    counter[2] = (product0 >> 32) ^ counter[3] ^ uint64_t { key1 };
+    counter[1] = product1 & low;
+    counter[3] = product0 & low;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
 
 // log(x) of normal positive numbers, within 2 ulp.
 template <int W>
@@ -59,26 +65,25 @@ NABLA_FAST_INLINE typename WideTypes<W>::Doubles vec_log(typename WideTypes<W>::
 template <int W>
 NABLA_FAST_INLINE void gumbel_noise(int64_t seed, int64_t position, int64_t token, int64_t n,
                                     float* noise) {
+  using Words = typename WideTypes<W>::Words;
+  using Longs = typename WideTypes<W>::Longs;
   using Doubles = typename WideTypes<W>::Doubles;
-  for (int64_t begin = 0; begin < n; begin += 8) {
-    double uniform[8];
-    for (int64_t half = 0; half < 2; ++half) {
-      uint32_t words[4] = {static_cast<uint32_t>((token + begin) / 4 + half),
-                           static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32),
-                           0};
-      philox_4x32_10(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-      for (int i = 0; i < 4; ++i) {
-        uniform[4 * half + i] = (static_cast<int32_t>(words[i] >> 9) + 0.5) * 0x1p-23;
-      }
+  Words lane;
+  for (int i = 0; i < W; ++i) lane[i] = static_cast<uint64_t>(i);
+  // A lane has a block of 4 tokens.
+  for (int64_t begin = 0; begin < n; begin += 4 * W) {
+    Words words[4] = {lane + static_cast<uint64_t>((token + begin) / 4),
+                      Words{} + static_cast<uint32_t>(position),
+                      Words{} + static_cast<uint32_t>(position >> 32), Words{}};
+    philox_4x32_10<W>(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    alignas(64) float g[4][W];
+    for (int word = 0; word < 4; ++word) {
+      const Doubles number = __builtin_convertvector((Longs)(words[word] >> 9), Doubles);
+      const Doubles wide = -vec_log<W>(-vec_log<W>((number + 0.5) * 0x1p-23));
+      for (int i = 0; i < W; ++i) g[word][i] = static_cast<float>(wide[i]);
     }
-    for (int64_t part = 0; part < 8; part += W) {
-      Doubles u;
-      __builtin_memcpy(&u, uniform + part, sizeof u);
-      const Doubles g = -vec_log<W>(-vec_log<W>(u));
-      for (int64_t i = 0; i < W && begin + part + i < n; ++i) {
-        noise[begin + part + i] = static_cast<float>(g[i]);
-      }
-    }
+    const int64_t count = n - begin < 4 * W ? n - begin : 4 * W;
+    for (int64_t i = 0; i < count; ++i) noise[begin + i] = g[i % 4][i / 4];
   }
 }
 

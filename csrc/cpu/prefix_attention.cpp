@@ -15,7 +15,7 @@ namespace {
 
 // Multiplications that are worth waking a thread for.
 constexpr int64_t kWorkPerThread = int64_t{1} << 20;
-constexpr int64_t kFewKeys = 128;
+constexpr int64_t kFewRows = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -128,81 +128,113 @@ NABLA_FAST_INLINE Floats<W> products(const float* query, const float* const* key
   }
 }
 
-// The rows of a key-value head one by one. kDim: the head's width if it is known, else 0; a
-// multiple of W in either case.
+// A row that is worked on by itself.
+template <int W>
+struct Row {
+  alignas(64) float query[kMostWidth], sums[kMostWidth];
+  int64_t first, position;  // of the keys that it sees
+  float max, total;
+  Ints<W> nan;
+};
+
+// sums += weights [count] values [count] [dim], after a multiplication with `shrink`. kDim: the
+// width if it is known, else 0.
+template <int W, int kDim>
+NABLA_FAST_INLINE void add_values(const float* weights, const float* const* values, int64_t count,
+                                  int64_t dim, Floats<W> shrink, float* sums) {
+  // Values in turn go to kSets sums, so that their additions need not wait for each other.
+  constexpr int kVectors = kDim ? kDim / W : 1,
+                kSets = kVectors >= 8 ? 1 : std::min(8 / kVectors, 4);
+  for (int64_t d = 0; d < dim; d += kVectors * W) {
+    Floats<W> sum[kSets][kVectors] = {};
+    int64_t j = 0;
+    for (; j + kSets <= count; j += kSets) {
+#pragma GCC unroll 4
+      for (int set = 0; set < kSets; ++set) {
+#pragma GCC unroll 32
+        for (int n = 0; n < kVectors; ++n) {
+          sum[set][n] += weights[j + set] * load<W>(values[j + set] + d + n * W);
+        }
+      }
+    }
+    for (; j < count; ++j) {
+#pragma GCC unroll 32
+      for (int n = 0; n < kVectors; ++n) sum[0][n] += weights[j] * load<W>(values[j] + d + n * W);
+    }
+#pragma GCC unroll 32
+    for (int n = 0; n < kVectors; ++n) {
+      Floats<W> joined = sum[0][n];
+#pragma GCC unroll 4
+      for (int set = 1; set < kSets; ++set) joined += sum[set][n];
+      float* into = sums + d + n * W;
+      store<W>(into, load<W>(into) * shrink + joined);
+    }
+  }
+}
+
+// All rows of a key-value head, each by itself, over one tile of keys after the other. kDim: the
+// head's width if it is known, else 0; a multiple of W in either case.
 template <int W, int kDim>
 NABLA_FAST_INLINE void few(const Call& call, int64_t batch, int64_t kv_head) {
   const nabla_fast_attention& in = call.in;
-  const int64_t dim = kDim ? kDim : in.dim;
+  const int64_t dim = kDim ? kDim : in.dim, rows = call.rows();
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const float scale = static_cast<float>(in.scale);
-  alignas(64) float query[kMostWidth], sums[kMostWidth], s[kFewKeys];
-  const float *key[kFewKeys], *value[kFewKeys];
-  for (int64_t row = 0; row < call.rows(); ++row) {
-    const float* source = call.query(batch, kv_head, row);
+  Row<W> row[kFewRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* query = call.query(batch, kv_head, r);
     for (int64_t d = 0; d < dim; d += W) {
-      store<W>(query + d, load<W>(source + d));
-      store<W>(sums + d, Floats<W>{});
+      store<W>(row[r].query + d, load<W>(query + d));
+      store<W>(row[r].sums + d, Floats<W>{});
     }
-    float max = -kInfinity, total = 0;
-    Ints<W> nan = {};
-    const int64_t position = keys.prefix + row / call.group;
-    for (int64_t begin = first_seen(in, position); begin <= position; begin += kFewKeys) {
-      const int64_t count = std::min(kFewKeys, position + 1 - begin);
-      const int64_t padded = (count + W - 1) / W * W;
-      keys.find(begin, begin + count, key);
-      values.find(begin, begin + count, value);
-      for (int64_t j = count; j < padded; ++j) key[j] = key[count - 1];
+    row[r].position = keys.prefix + r / call.group;
+    row[r].first = first_seen(in, row[r].position);
+    row[r].max = -kInfinity;
+    row[r].total = 0;
+    row[r].nan = Ints<W>{};
+  }
 
-      Floats<W> tile_max = splat<W>(max);
+  alignas(64) float s[kTileKeys];
+  // The last key stands there again for lanes that are left over.
+  const float *key[kTileKeys + W], *value[kTileKeys];
+  const int64_t end = keys.prefix + (rows - 1) / call.group + 1;
+  for (int64_t begin = first_seen(in, keys.prefix); begin < end; begin += kTileKeys) {
+    const int64_t stop = std::min(begin + kTileKeys, end);
+    keys.find(begin, stop, key);
+    values.find(begin, stop, value);
+    for (int lane = 0; lane < W; ++lane) key[stop - begin + lane] = key[stop - begin - 1];
+    for (int64_t r = 0; r < rows; ++r) {
+      Row<W>& mine = row[r];
+      const int64_t offset = std::max(mine.first - begin, int64_t{0});
+      const int64_t count = std::min(mine.position + 1, stop) - begin - offset;
+      if (count <= 0) continue;
+      const int64_t padded = (count + W - 1) / W * W;
       for (int64_t j = 0; j < padded; j += W) {
-        const Floats<W> score = products<W, W>(query, key + j, dim) * scale;
-        store<W>(s + j, score);
-        tile_max = score > tile_max ? score : tile_max;
+        store<W>(s + j, products<W, W>(mine.query, key + offset + j, dim) * scale);
       }
       for (int64_t j = count; j < padded; ++j) s[j] = -kInfinity;
-      const float top = lane_max<W>(tile_max), base = top > -kInfinity ? top : 0;
-      const Floats<W> shrink = exp_of_negative<W>(splat<W>(max - base), nan);
-      max = top;
-      Floats<W> tile_total = {};
+      Floats<W> highest = splat<W>(mine.max);
       for (int64_t j = 0; j < padded; j += W) {
-        const Floats<W> e = exp_of_negative<W>(load<W>(s + j) - base, nan);
+        const Floats<W> score = load<W>(s + j);
+        highest = score > highest ? score : highest;
+      }
+      const float max = lane_max<W>(highest), base = max > -kInfinity ? max : 0;
+      const Floats<W> shrink = exp_of_negative<W>(splat<W>(mine.max - base), mine.nan);
+      Floats<W> total = {};
+      for (int64_t j = 0; j < padded; j += W) {
+        const Floats<W> e = exp_of_negative<W>(load<W>(s + j) - base, mine.nan);
         store<W>(s + j, e);
-        tile_total += e;
+        total += e;
       }
-      total = total * shrink[0] + lane_sum<W>(tile_total);
-
-      // Keys in turn go to kSets sums, so that their additions need not wait for each other.
-      constexpr int kVectors = kDim ? kDim / W : 1, kSets = kVectors >= 4 ? 1 : 4 / kVectors;
-      for (int64_t d = 0; d < dim; d += kVectors * W) {
-        Floats<W> sum[kSets][kVectors] = {};
-        int64_t j = 0;
-        for (; j + kSets <= count; j += kSets) {
-#pragma GCC unroll 4
-          for (int set = 0; set < kSets; ++set) {
-#pragma GCC unroll 32
-            for (int n = 0; n < kVectors; ++n) {
-              sum[set][n] += s[j + set] * load<W>(value[j + set] + d + n * W);
-            }
-          }
-        }
-        for (; j < count; ++j) {
-#pragma GCC unroll 32
-          for (int n = 0; n < kVectors; ++n) sum[0][n] += s[j] * load<W>(value[j] + d + n * W);
-        }
-#pragma GCC unroll 32
-        for (int n = 0; n < kVectors; ++n) {
-          Floats<W> joined = sum[0][n];
-#pragma GCC unroll 4
-          for (int set = 1; set < kSets; ++set) joined += sum[set][n];
-          float* into = sums + d + n * W;
-          store<W>(into, load<W>(into) * shrink + joined);
-        }
-      }
+      mine.max = max;
+      mine.total = mine.total * shrink[0] + lane_sum<W>(total);
+      add_values<W, kDim>(s, value + offset, count, dim, shrink, mine.sums);
     }
-    const float inverse = any_lane<W>(nan) ? kNaN : 1 / total;
-    float* result = call.result(batch, kv_head, row);
-    for (int64_t d = 0; d < dim; d += W) store<W>(result + d, load<W>(sums + d) * inverse);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float inverse = any_lane<W>(row[r].nan) ? kNaN : 1 / row[r].total;
+    float* result = call.result(batch, kv_head, r);
+    for (int64_t d = 0; d < dim; d += W) store<W>(result + d, load<W>(row[r].sums + d) * inverse);
   }
 }
 
@@ -210,7 +242,8 @@ NABLA_FAST_INLINE void few(const Call& call, int64_t batch, int64_t kv_head) {
 // key.
 template <int W>
 constexpr bool are_few(int64_t rows, int64_t dim) {
-  return dim % W == 0 && rows * (2 * dim / W + 4) < (rows + W - 1) / W * 2 * dim;
+  return dim % W == 0 && rows <= kFewRows &&
+         rows * (2 * dim / W + 4) < (rows + W - 1) / W * 2 * dim;
 }
 
 // -- units of work

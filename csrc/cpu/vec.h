@@ -63,17 +63,32 @@ NABLA_FAST_INLINE Floats<W> vec_exp_normal(Floats<W> x) {
 }
 
 template <int W>
+NABLA_FAST_INLINE void split(Floats<W> x, Floats<W / 2>& low, Floats<W / 2>& high) {
+  __builtin_memcpy(&low, &x, sizeof low);
+  __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+}
+
+// Halves are folded onto each other: lane by lane, every operation would wait for the one before.
+template <int W>
 NABLA_FAST_INLINE float lane_max(Floats<W> x) {
-  float max = x[0];
-  for (int lane = 1; lane < W; ++lane) max = x[lane] > max ? x[lane] : max;
-  return max;
+  if constexpr (W == 1) {
+    return x[0];
+  } else {
+    Floats<W / 2> low, high;
+    split<W>(x, low, high);
+    return lane_max<W / 2>(low > high ? low : high);
+  }
 }
 
 template <int W>
 NABLA_FAST_INLINE float lane_sum(Floats<W> x) {
-  float sum = x[0];
-  for (int lane = 1; lane < W; ++lane) sum += x[lane];
-  return sum;
+  if constexpr (W == 1) {
+    return x[0];
+  } else {
+    Floats<W / 2> low, high;
+    split<W>(x, low, high);
+    return lane_sum<W / 2>(low + high);
+  }
 }
 
 template <int W>

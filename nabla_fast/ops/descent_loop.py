@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nabla_fast.errors import InputError
 from nabla_fast.ops.adam import AdamState, adam_step_
-from nabla_fast.ops.checks import expect, expect_noise, expect_tau
+from nabla_fast.ops.checks import expect_noise, expect_tau
 
 
 class Descent(NamedTuple):
@@ -79,38 +80,35 @@ def check_descent(
     noise: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Arguments that both descents share."""
+    # Messages are made only where they are needed: a descent of few tokens takes less time than all.
     rows, columns = parameter.shape
-    wide = (torch.float32, torch.float64)
-    expect(
-        parameter.dtype in wide,
-        f"{name}: the parameter must be float32 or float64, got {parameter.dtype}: "
-        "a small step on a half-precision number rounds to nothing",
-    )
-    for field in ("exp_avg", "exp_avg_sq"):
-        tensor = getattr(state, field)
-        expect(
-            tensor.shape == parameter.shape and tensor.dtype == parameter.dtype,
-            f"{name}: state.{field} must be {parameter.dtype} [{rows}, {columns}], "
-            f"got {tensor.dtype} {list(tensor.shape)}",
+    if parameter.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"{name}: the parameter must be float32 or float64, got {parameter.dtype}: "
+            "a small step on a half-precision number rounds to nothing"
         )
+    for field, tensor in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+        if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
+            raise InputError(
+                f"{name}: state.{field} must be {parameter.dtype} [{rows}, {columns}], "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
     for field, tensor in (("state.step", state.step), ("until", until), ("group", group)):
-        expect(
-            tensor is None or (tensor.dtype == torch.int64 and list(tensor.shape) == [rows]),
-            f"{name}: {field} must be int64 [{rows}]",
+        if tensor is not None and (tensor.dtype != torch.int64 or tensor.shape != (rows,)):
+            raise InputError(f"{name}: {field} must be int64 [{rows}]")
+    if (
+        schedule.dtype != torch.float64
+        or schedule.ndim not in (1, 2)
+        or schedule.shape[:-1] not in ((), (rows,))
+    ):
+        raise InputError(
+            f"{name}: schedule must be float64 [K] or [{rows}, K], "
+            f"got {schedule.dtype} {list(schedule.shape)}"
         )
-    expect(
-        schedule.dtype == torch.float64
-        and schedule.ndim in (1, 2)
-        and schedule.shape[:-1] in ((), (rows,)),
-        f"{name}: schedule must be float64 [K] or [{rows}, K], got {schedule.dtype} {list(schedule.shape)}",
-    )
-    expect(
-        until is None or rows == 0 or int(until.max()) <= schedule.shape[-1],
-        f"{name}: until exceeds the {schedule.shape[-1]} steps of the schedule",
-    )
-    expect(
-        group is None or rows == 0 or int(group.min()) >= 0,
-        f"{name}: group numbers must not be negative",
-    )
+    if until is not None and rows > 0 and int(until.max()) > schedule.shape[-1]:
+        raise InputError(f"{name}: until exceeds the {schedule.shape[-1]} steps of the schedule")
+    if group is not None and rows > 0 and int(group.min()) < 0:
+        raise InputError(f"{name}: group numbers must not be negative")
     expect_tau(name, tau)
-    expect_noise(name, noise, rows)
+    if noise is not None:
+        expect_noise(name, noise, rows)

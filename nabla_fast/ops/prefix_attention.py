@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nabla_fast import _native
-from nabla_fast.ops.checks import expect
+from nabla_fast.errors import InputError
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype
 
@@ -146,34 +146,34 @@ def _(
     scale: float,
     window: int | None,
 ) -> None:
+    # Messages are made only where they are needed: an attention of one token takes less time than all.
     name = "prefix_attention"
-    expect(
-        q.ndim == k.ndim == 4,
-        f"{name}: q and k must be [B, heads, S, D], got {list(q.shape)}, {list(k.shape)}",
-    )
+    if not q.ndim == k.ndim == 4:
+        raise InputError(f"{name}: q and k must be [B, heads, S, D], got {list(q.shape)}, {list(k.shape)}")
     batch, heads, suffix, dim = q.shape
     kv_heads = k.shape[1]
-    expect(
-        kv_heads > 0 and heads % kv_heads == 0,
-        f"{name}: query heads must be a multiple of key-value heads, got {heads} and {kv_heads}",
-    )
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise InputError(
+            f"{name}: query heads must be a multiple of key-value heads, got {heads} and {kv_heads}"
+        )
     for field, tensor in (("k", k), ("v", v)):
-        expect(
-            list(tensor.shape) == [batch, kv_heads, suffix, dim],
-            f"{name}: {field} must be [{batch}, {kv_heads}, {suffix}, {dim}], got {list(tensor.shape)}",
-        )
+        if tensor.shape != (batch, kv_heads, suffix, dim):
+            raise InputError(
+                f"{name}: {field} must be [{batch}, {kv_heads}, {suffix}, {dim}], got {list(tensor.shape)}"
+            )
     for field, pool in (("key_pool", key_pool), ("value_pool", value_pool)):
-        expect(
-            pool.ndim == 4 and list(pool.shape[2:]) == [kv_heads, dim],
-            f"{name}: {field} must be [blocks, block_size, {kv_heads}, {dim}], got {list(pool.shape)}",
-        )
+        if pool.ndim != 4 or pool.shape[2:] != (kv_heads, dim):
+            raise InputError(
+                f"{name}: {field} must be [blocks, block_size, {kv_heads}, {dim}], got {list(pool.shape)}"
+            )
     for field, tensor, ndim in (("block_tables", block_tables, 2), ("prefix_lengths", prefix_lengths, 1)):
-        expect(
-            tensor.dtype == torch.int64 and tensor.ndim == ndim and tensor.shape[0] == batch,
-            f"{name}: {field} must be int64 with {ndim} dimensions and {batch} rows, "
-            f"got {tensor.dtype} {list(tensor.shape)}",
-        )
-    expect(window is None or window >= 1, f"{name}: window must be at least 1, got {window}")
+        if tensor.dtype != torch.int64 or tensor.ndim != ndim or tensor.shape[0] != batch:
+            raise InputError(
+                f"{name}: {field} must be int64 with {ndim} dimensions and {batch} rows, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if window is not None and window < 1:
+        raise InputError(f"{name}: window must be at least 1, got {window}")
 
 
 @prefix_attention.fake

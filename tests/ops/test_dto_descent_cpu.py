@@ -61,6 +61,18 @@ def test_odd_sizes_and_large_moves(isa: str, sizes: dict, draw: Draw):
     check(dto_descent, case, draw, "cpu", partial(run, dto_descent, "cpu"))
 
 
+@pytest.mark.parametrize("lead", [25.0, 35.0, 45.0, 50.0, 60.0])
+def test_moments_below_the_normal_numbers(isa: str, lead: float, draw: Draw):
+    def make(draw: Draw) -> dict[str, Any]:
+        arguments = arguments_of(draw, rows=3, vocabulary=300, iters=4)
+        arguments["z"][torch.arange(3), draw.integers(0, 300, 3)] = 10.0 + lead
+        return arguments
+
+    check(dto_descent, Case(f"lead {lead}", make), draw, "cpu", partial(run, dto_descent, "cpu"))
+    # The processor is left as it was: torch on this thread still has its small numbers.
+    assert float(torch.tensor(1e-38) * 0.01) > 0
+
+
 def test_flips_when_float64_does(draw: Draw):
     # Two tokens pushed apart by 2·lr a step; no gap is near a multiple of it.
     rows, lr, vocabulary = 400, 0.01, 1500
