@@ -84,6 +84,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
+    """The weights of one layer and what its forward needs to know of them."""
+
     before_attention: Norm
     qkv: Linear
     qk: Norm | None
