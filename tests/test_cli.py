@@ -200,7 +200,7 @@ def test_texts_are_printed_as_they_come_and_in_order(tmp_path: Path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
+        bufsize=0,  # communicate() does not see what readline() has buffered
     )
     first = process.stdout.readline() + process.stdout.readline()  # comes long before the last
     assert process.poll() is None
@@ -208,8 +208,8 @@ def test_texts_are_printed_as_they_come_and_in_order(tmp_path: Path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     results = sorted(map(json.loads, written.read_text().splitlines()), key=lambda result: result["index"])
-    assert first + out == "".join(result["text"] + "\n" for result in results)
-    assert [line for line in err.splitlines() if line.startswith("--- ")] == [
+    assert (first + out).decode() == "".join(result["text"] + "\n" for result in results)
+    assert [line for line in err.decode().splitlines() if line.startswith("--- ")] == [
         f"--- prompt {result['index']}" for result in results
     ]
 
