@@ -23,6 +23,8 @@ class Case:
         in_float64: ``ours`` on the same inputs in float64, on the plain-PyTorch backend.
         bytes: least memory traffic.
         flops: least arithmetic of matrix products, 0 if there are none.
+        eager: the same in plain PyTorch as one writes it to be fast, in place, if that differs from
+            ``naive``.
     """
 
     op: str
@@ -33,6 +35,7 @@ class Case:
     in_float64: Callable[[], list[Tensor]]
     bytes: int
     flops: int
+    eager: Callable[[], list[Tensor]] | None = None
 
 
 def _normal(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
@@ -132,6 +135,22 @@ def dto_descent(n: int, v: int, steps: int, device: torch.device) -> Case:
             optimizer.step()
         return [leaf.detach()]
 
+    def eager() -> list[Tensor]:
+        moved, first, second = z.clone(), torch.zeros_like(z), torch.zeros_like(z)
+        token = moved.argmax(dim=-1, keepdim=True)
+        centred, work = grad - grad.gather(1, token), torch.empty_like(z)
+        for step, rate in enumerate(schedule.tolist(), start=1):
+            p = torch.softmax(moved, dim=-1)
+            mean = torch.mul(p, centred, out=work).sum(dim=-1, keepdim=True)
+            g = torch.sub(centred, mean, out=work).mul_(p)
+            first.lerp_(g, 0.1)
+            second.mul_(0.999).addcmul_(g, g, value=0.001)
+            torch.sqrt(second, out=work).mul_((1 - 0.999**step) ** -0.5).add_(1e-8)
+            moved.addcdiv_(first, work, value=-rate / (1 - 0.9**step))
+            if not torch.equal(moved.argmax(dim=-1, keepdim=True), token):
+                break
+        return [moved]
+
     return Case(
         "dto_descent",
         f"N={n} V={v} K={steps}",
@@ -141,6 +160,78 @@ def dto_descent(n: int, v: int, steps: int, device: torch.device) -> Case:
         lambda: ours(z.double(), grad.double()),
         12 * n * v,
         0,
+        eager,
+    )
+
+
+def prefix_attention(
+    batch: int,
+    prefix: int,
+    suffix: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    *,
+    backward: bool,
+    device: torch.device,
+) -> Case:
+    block_size = 16
+    tables = -(-prefix // block_size)
+    pool = 2, batch * tables, block_size, kv_heads, dim
+    key_pool, value_pool = _normal(*pool, dtype=torch.float32, device=device)
+    block_tables = torch.randperm(batch * tables, device=device).view(batch, tables)
+    lengths = torch.full((batch,), prefix, device=device)
+    # As a model makes them: by token, all heads of a token side by side.
+    states = _normal(batch, suffix, heads + 2 * kv_heads, dim, dtype=torch.float32, device=device)
+    inputs = [part.transpose(1, 2) for part in states.split([heads, kv_heads, kv_heads], dim=2)]
+    cotangent = _normal(batch, suffix, heads, dim, dtype=torch.float32, device=device).transpose(1, 2)
+    options = {"scale": dim**-0.5, "window": None}
+
+    def differentiated(
+        attend: Callable[[list[Tensor], Tensor, Tensor], Tensor], dtype: torch.dtype
+    ) -> list[Tensor]:
+        leaves = [part.detach().to(dtype).requires_grad_(backward) for part in inputs]
+        output = attend(leaves, key_pool.to(dtype), value_pool.to(dtype))
+        gradients = torch.autograd.grad(output, leaves, cotangent.to(dtype)) if backward else ()
+        return [output.detach(), *gradients]
+
+    def ours(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return differentiated(
+            lambda qkv, keys, values: ops.prefix_attention(
+                *qkv, keys, values, block_tables, lengths, **options
+            ),
+            dtype,
+        )
+
+    def naive() -> list[Tensor]:
+        # Blocks are gathered into one tensor, which torch's attention then reads.
+        seen = torch.ones(suffix, prefix + suffix, dtype=torch.bool, device=device).tril(prefix)
+
+        def joined(pool: Tensor, own: Tensor) -> Tensor:
+            before = pool[block_tables].flatten(1, 2)[:, :prefix].transpose(1, 2)
+            return torch.cat([before, own], dim=2)
+
+        return differentiated(
+            lambda qkv, keys, values: F.scaled_dot_product_attention(
+                qkv[0], joined(keys, qkv[1]), joined(values, qkv[2]), seen, enable_gqa=True
+            ),
+            torch.float32,
+        )
+
+    product = 2 * batch * heads * suffix * dim  # multiplied by the keys that a query sees
+    seen, own = prefix + (suffix + 1) // 2, (suffix + 1) // 2
+    # Backward: scores, products with the values and dq over all keys, dk and dv over the suffix's own.
+    flops = product * ((2 * seen) + (3 * seen + 2 * own if backward else 0))
+    kv_bytes = 8 * batch * (prefix + suffix) * kv_heads * dim
+    return Case(
+        f"prefix_attention{' forward+backward' if backward else ''}",
+        f"B={batch} P={prefix} S={suffix} H={heads}/{kv_heads} D={dim}",
+        "float32",
+        ours,
+        naive,
+        lambda: ours(torch.float64),
+        (2 if backward else 1) * (kv_bytes + 8 * batch * suffix * heads * dim),
+        flops,
     )
 
 
@@ -160,5 +251,12 @@ def cases(device: torch.device) -> list[Callable[[], Case]]:
                     n, v, h, h_r, dtype, device, hard=hard, backward=backward
                 )
             )
-    makers += [lambda rows=rows: dto_descent(rows, v, 20, device) for rows in (1, n)]
+    makers += [lambda rows=rows: dto_descent(rows, v, 20, device) for rows in (1, max(n, 64))]
+    # A step of a decode, a draft that is read at once, and a gradient of a trajectory.
+    for batch, suffix, backward in ((1, 1, False), (16, 1, False), (4, 16, False), (1, 128, True)):
+        makers.append(
+            lambda batch=batch, suffix=suffix, backward=backward: prefix_attention(
+                batch, 600, suffix, 14, 2, 64, backward=backward, device=device
+            )
+        )
     return makers

@@ -1,4 +1,4 @@
-"""The kernel benchmark: ours beside the straightforward expression and ``torch.compile`` of it."""
+"""The kernel benchmark: ours beside plain PyTorch, straightforward and in place, and ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -77,6 +77,8 @@ def _error(outputs: list[Tensor], truth: list[Tensor]) -> float:
 
 def _times(case: Case, device: torch.device, compiled: bool, seconds: float) -> dict[str, Any]:
     functions = {"ours": case.ours, "naive": case.naive}
+    if case.eager:
+        functions["eager"] = case.eager
     if compiled:
         functions["compile"] = torch.compile(case.naive)
     times = interleaved(functions, device, seconds=seconds)
@@ -85,6 +87,7 @@ def _times(case: Case, device: torch.device, compiled: bool, seconds: float) -> 
         "median_ms": ours.median_ms,
         "p20_ms": ours.p20_ms,
         "p80_ms": ours.p80_ms,
+        "eager_ms": times["eager" if case.eager else "naive"].median_ms,
         "naive_ms": times["naive"].median_ms,
         "compile_ms": times["compile"].median_ms if compiled else None,
         "peak_bytes": peak_bytes(case.ours, device),
