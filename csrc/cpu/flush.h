@@ -9,24 +9,21 @@ namespace nabla_fast::cpu {
 // Holds for the thread that made it, until it is destroyed. Inputs are read as they are.
 class FlushToZero {
  public:
-  explicit FlushToZero(bool flush) : flush_(flush) {
 #if NABLA_FAST_X86
-    if (!flush_) return;
-    before_ = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(before_ | 0x8000);
-#endif
+  explicit FlushToZero(bool flush) : before_(__builtin_ia32_stmxcsr()) {
+    if (flush) __builtin_ia32_ldmxcsr(before_ | 0x8000);
   }
-  ~FlushToZero() {
-#if NABLA_FAST_X86
-    if (flush_) __builtin_ia32_ldmxcsr(before_);
+  ~FlushToZero() { __builtin_ia32_ldmxcsr(before_); }
+#else
+  explicit FlushToZero(bool) {}
 #endif
-  }
   FlushToZero(const FlushToZero&) = delete;
   FlushToZero& operator=(const FlushToZero&) = delete;
 
  private:
-  const bool flush_;
-  unsigned before_ = 0;
+#if NABLA_FAST_X86
+  const unsigned before_;
+#endif
 };
 
 }  // namespace nabla_fast::cpu

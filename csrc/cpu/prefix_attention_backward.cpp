@@ -175,7 +175,7 @@ NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_hea
       const Floats<W> p = exp_of_negative<W>(x, nan) * row.inverse;
       const Floats<W> ds = scale * p * (load<W>(dp + j * W) - row.delta);
       store<W>(s + j * W, seen ? p : Floats<W>{});
-      store<W>(dp + j * W, seen & (p != 0.0f) ? ds : Floats<W>{});
+      store<W>(dp + j * W, (seen & (p != 0.0f)) ? ds : Floats<W>{});
     }
     accumulate<W>(upstreams, count, s, in.dim, dv);
     accumulate<W>(queries, count, dp, in.dim, dk);

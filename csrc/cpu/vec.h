@@ -14,6 +14,7 @@ template <int W>
 struct VecTypes {
   typedef float Floats __attribute__((vector_size(4 * W)));
   typedef int32_t Ints __attribute__((vector_size(4 * W)));
+  typedef uint32_t Bits __attribute__((vector_size(4 * W)));
   // The same anywhere in an array of floats.
   typedef float Stored __attribute__((vector_size(4 * W), aligned(4), may_alias));
 };
@@ -59,7 +60,8 @@ NABLA_FAST_INLINE Floats<W> vec_exp_normal(Floats<W> x) {
   q = q * r + 4.99999940e-1f;
   const Floats<W> mantissa = 1.0f + (r + (r * r) * q);
   // The low bits of `shifted` hold n; what stands above them is shifted out.
-  return (Floats<W>)((Ints<W>)mantissa + ((Ints<W>)shifted << 23));
+  using Bits = typename VecTypes<W>::Bits;
+  return (Floats<W>)((Bits)mantissa + ((Bits)shifted << 23));
 }
 
 template <int W>
