@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "cpu/exponential_race.h"
+#include "cpu/token_filter.h"
 #include "cpu/vec_exp_array.h"
 #include "nabla_fast.h"
 
@@ -180,6 +181,17 @@ int64_t exponential_race(std::uintptr_t generator, int64_t vocab, std::uintptr_t
                                            count);
 }
 
+int64_t filter_tokens(std::uintptr_t logits, bool wide, int64_t vocab, double temperature,
+                      int64_t top_k, double top_p, std::uintptr_t tokens,
+                      std::uintptr_t probabilities, int64_t capacity) {
+  auto* ids = pointer<int64_t>(tokens);
+  if (wide)
+    return nabla_fast::cpu::filter_tokens(pointer<const double>(logits), vocab, temperature, top_k,
+                                          top_p, ids, pointer<double>(probabilities), capacity);
+  return nabla_fast::cpu::filter_tokens(pointer<const float>(logits), vocab, temperature, top_k,
+                                        top_p, ids, pointer<float>(probabilities), capacity);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
@@ -233,5 +245,9 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              py::arg("vocab"), py::arg("tokens"), py::arg("probabilities"), py::arg("wide"),
              py::arg("count"),
              "A draw as torch.multinomial makes it, from the generator's words at an address.");
+  module.def("filter_tokens", &filter_tokens, release_gil(), py::arg("logits"), py::arg("wide"),
+             py::arg("vocab"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+             py::arg("tokens"), py::arg("probabilities"), py::arg("capacity"),
+             "Tokens left by temperature, top-k and top-p; how many, or -1 for too many ties.");
   nabla_fast::bindings::bind_decoder(module);
 }

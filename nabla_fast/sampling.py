@@ -12,6 +12,8 @@ from nabla_fast.config import SamplingConfig
 
 # torch.Generator.get_state(): the seed, then the words that exponential_race.h describes.
 _WORDS_OFFSET = 8
+# From this top-k on, torch filters: a heap of so many is no longer cheap.
+_MOST_NATIVE = 512
 
 
 class Generator:
@@ -105,6 +107,34 @@ class TokenRows:
 
 def _filtered(logits: Tensor, sampling: SamplingConfig) -> list[tuple[Tensor, Tensor]]:
     """Tokens kept, ascending, and their probabilities, of each row."""
+    if 0 < sampling.top_k < min(logits.shape[1], _MOST_NATIVE) and _native.available():
+        return [_filtered_row(row, sampling) for row in logits]
+    return _filtered_rows(logits, sampling)
+
+
+def _filtered_row(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """One row by the C++ extension, but for one with many ties."""
+    logits = logits.contiguous()
+    capacity = sampling.top_k + 16
+    tokens = torch.empty(2 * capacity, dtype=torch.int64)
+    probabilities = torch.empty(capacity, dtype=logits.dtype)
+    count = _native.extension().filter_tokens(
+        logits.data_ptr(),
+        logits.dtype == torch.float64,
+        len(logits),
+        sampling.temperature if sampling.temperature > 0 else 1.0,
+        sampling.top_k,
+        sampling.top_p,
+        tokens.data_ptr(),
+        probabilities.data_ptr(),
+        capacity,
+    )
+    if count < 0:
+        return _filtered_rows(logits[None], sampling)[0]
+    return tokens[:count], probabilities[:count]
+
+
+def _filtered_rows(logits: Tensor, sampling: SamplingConfig) -> list[tuple[Tensor, Tensor]]:
     scores = logits / sampling.temperature if sampling.temperature > 0 else logits
     k = sampling.top_k
     if not 0 < k < scores.shape[1]:

@@ -96,3 +96,25 @@ def test_a_rows_draws_do_not_depend_on_other_rows(dtype):
             if row != 4:  # which of equal tokens top-p drops, transformers leaves to an unstable sort
                 torch.testing.assert_close(alone.probabilities(0), theirs(logits[row], sampling))
             assert together.draw(row, seeded(row)) == alone.draw(0, seeded(row))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocabulary", [2, 63, 64, 65, 1000, 4097])
+def test_the_extensions_filter_is_torchs(dtype, vocabulary):
+    if not sampling_module._native.available():
+        pytest.skip("no C++ extension")
+    for sampling in SETTINGS:
+        if not 0 < sampling.top_k < vocabulary:
+            continue
+        logits = 3 * torch.randn(6, vocabulary, dtype=dtype)
+        logits[1] = logits[1].round()  # ties, more than there is room for in a long row
+        logits[2, vocabulary // 2 :] = -torch.inf
+        logits[3] = 0
+        logits[4, :2] = torch.tensor([400.0, -400.0])
+        for row, (tokens, probabilities) in zip(
+            logits, sampling_module._filtered_rows(logits, sampling), strict=True
+        ):
+            found, shares = sampling_module._filtered_row(row, sampling)
+            assert torch.equal(found, tokens)
+            torch.testing.assert_close(shares, probabilities)
+            assert torch.equal(shares == 0, probabilities == 0)

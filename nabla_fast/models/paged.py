@@ -36,7 +36,9 @@ class Context:
     lengths: Tensor  # [B] int64, of the prefixes
     slots: Tensor | None  # [T] int64, where the suffixes' keys and values are put; None: nowhere
     tokens: Tensor | None  # [2, T] row and position of each of these in the batch; None: no padding
-    backend: Callable[..., Tensor] | None = None  # of the op, chosen in the first layer
+    # Of the ops, chosen in the layer that asks first.
+    backend: Callable[..., Tensor] | None = None
+    backward_backend: Callable[..., SuffixGradient] | None = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
@@ -74,7 +76,9 @@ class Context:
         """∂/∂q, ∂/∂k and ∂/∂v of :meth:`attend`."""
         pool = self.pool
         arguments = (cotangent, q, k, v, pool.keys[layer], pool.values[layer], self.tables, self.lengths)
-        return prefix_attention_backward(*arguments, scale=scale, window=window)
+        if self.backward_backend is None:
+            self.backward_backend = prefix_attention_backward.chosen(*arguments, scale=scale, window=window)
+        return self.backward_backend(*arguments, scale=scale, window=window)
 
 
 def _attention(
