@@ -5,6 +5,9 @@
 // the S and T of the next: M stays what it was as long as the largest y stays near it, and G[token]
 // does as long as the row descends, since it stops when its token changes.
 //
+// The exponentials wait in the workspace for the next step: reading one costs less than taking it
+// again.
+//
 // A row is cut into chunks of 1,024 tokens, by position alone. A chunk's sums are taken in fp32
 // lanes and joined in double from left to right, whoever computed them.
 
@@ -50,10 +53,15 @@ struct Row {
   const float* grad;
   float* exp_avg;
   float* exp_avg_sq;
+  float* e;            // exp((y - M) / tau) as the last sums took it; null before the first
   const float* noise;  // null where there is none
 
   Row from(int64_t begin) const {
-    return {z + begin, grad + begin, exp_avg + begin, exp_avg_sq + begin,
+    return {z + begin,
+            grad + begin,
+            exp_avg + begin,
+            exp_avg_sq + begin,
+            e ? e + begin : nullptr,
             noise ? noise + begin : nullptr};
   }
   float y(int64_t i) const { return noise ? z[i] + noise[i] : z[i]; }
@@ -115,9 +123,10 @@ NABLA_FAST_INLINE void measure_lanes(const Row& row, int64_t n, const Centre& ce
   const Floats<W> zero = {};
   for (int64_t i = 0; i < n; i += W) {
     const Floats<W> x = (load_y<W, kNoise>(row, i) - centre.top) * centre.inverse;
-    const Floats<W> e = vec_exp_normal<W>(x);
+    const Floats<W> e = x > kLowest ? vec_exp_normal<W>(x) : zero;
     const Floats<W> g = load<W>(row.grad + i) - centre.grad;
-    found.sum += x > kLowest ? e : zero;
+    store<W>(row.e + i, e);
+    found.sum += e;
     found.tilt += x > kLowest ? e * g : zero;  // G may be infinite where p is 0
   }
 }
@@ -131,11 +140,9 @@ NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, const Step& step, F
   const float beta2 = static_cast<float>(kBeta2), share2 = static_cast<float>(1 - kBeta2);
   for (int64_t i = 0; i < n; i += W) {
     const Floats<W> z = load<W>(row.z + i);
-    const Floats<W> x =
-        ((kNoise ? z + load<W>(row.noise + i) : z) - step.centre.top) * step.centre.inverse;
-    const Floats<W> p = vec_exp_normal<W>(x) * step.weight;
+    const Floats<W> e = load<W>(row.e + i);
     const Floats<W> centred = load<W>(row.grad + i) - step.centre.grad - step.mean;
-    const Floats<W> g = x > kLowest ? p * centred : zero;
+    const Floats<W> g = e > 0.0f ? e * step.weight * centred : zero;
     const Floats<W> m = load<W>(row.exp_avg + i);
     const Floats<W> first = m + share1 * (g - m);
     const Floats<W> second = beta2 * load<W>(row.exp_avg_sq + i) + share2 * g * g;
@@ -153,7 +160,8 @@ NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, const Step& step, F
 // The last tokens of a row, fewer than a vector, with masked ones behind them.
 template <int W>
 struct Rest {
-  alignas(64) float z[W], grad[W] = {}, exp_avg[W] = {}, exp_avg_sq[W] = {}, noise[W] = {};
+  alignas(64) float z[W], grad[W] = {}, exp_avg[W] = {},
+                          exp_avg_sq[W] = {}, e[W] = {}, noise[W] = {};
 
   NABLA_FAST_INLINE Rest(const Row& row, int64_t n) {
     for (int64_t i = 0; i < W; ++i) z[i] = -kInfinity;
@@ -162,15 +170,17 @@ struct Rest {
       grad[i] = row.grad[i];
       exp_avg[i] = row.exp_avg[i];
       exp_avg_sq[i] = row.exp_avg_sq[i];
+      if (row.e) e[i] = row.e[i];
       if (row.noise) noise[i] = row.noise[i];
     }
   }
-  NABLA_FAST_INLINE Row row() { return {z, grad, exp_avg, exp_avg_sq, noise}; }
+  NABLA_FAST_INLINE Row row() { return {z, grad, exp_avg, exp_avg_sq, e, noise}; }
   NABLA_FAST_INLINE void put_back(const Row& row, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) {
       row.z[i] = z[i];
       row.exp_avg[i] = exp_avg[i];
       row.exp_avg_sq[i] = exp_avg_sq[i];
+      row.e[i] = e[i];
     }
   }
 };
@@ -209,6 +219,7 @@ NABLA_FAST_INLINE void measure(const Row& row, int64_t n, const Centre& centre, 
   if (n > whole) {
     Rest<W> rest(row.from(whole), n - whole);
     measure_lanes<W, kNoise>(rest.row(), W, centre, found);
+    rest.put_back(row.from(whole), n - whole);
   }
   Partial joined;
   join_lanes<W>(found, joined);
@@ -307,14 +318,19 @@ struct Call {
     return std::max<int64_t>((until ? until[row] : iters) - step[row], 0);
   }
   Row row(int64_t index) const {
-    return {z + index * z_stride, grad + index * grad_stride, exp_avg + index * exp_avg_stride,
-            exp_avg_sq + index * exp_avg_sq_stride, nullptr};
+    return {z + index * z_stride,
+            grad + index * grad_stride,
+            exp_avg + index * exp_avg_stride,
+            exp_avg_sq + index * exp_avg_sq_stride,
+            nullptr,
+            nullptr};
   }
 };
 
 // Memory for one row that is being worked on.
 struct Desk {
   Partial* partials[2];  // [chunks] each
+  float* e;              // [vocab]
   float* noise;          // [vocab], or null
   float* copy;           // [3, vocab], or null: a row to try steps on
 };
@@ -491,9 +507,11 @@ class Descent {
   bool unclean_ = false;
 };
 
-// Noise of a row, if there is any, in `desk`; the threads have met when it is needed elsewhere.
-void draw_noise(const Call& call, const Passes& passes, int64_t index, const Desk& desk, Team team,
-                Row& row) {
+// A row with what stands on its desk: its noise, if there is any, is drawn there. The threads have
+// met when it is needed elsewhere.
+void set_desk(const Call& call, const Passes& passes, int64_t index, const Desk& desk, Team team,
+              Row& row) {
+  row.e = desk.e;
   if (!desk.noise) return;
   row.noise = desk.noise;
   const int64_t chunks = call.chunks();
@@ -508,7 +526,7 @@ void draw_noise(const Call& call, const Passes& passes, int64_t index, const Des
 void descend(const Call& call, const Passes& passes, int64_t index, int64_t most, const Desk& desk,
              Team team) {
   Row row = call.row(index);
-  draw_noise(call, passes, index, desk, team, row);
+  set_desk(call, passes, index, desk, team, row);
   const Outcome outcome = Descent(call, passes, row, desk, team).run(index, most);
   team.meet();  // the others still read call.step
   if (team.rank > 0) return;
@@ -521,7 +539,7 @@ void descend(const Call& call, const Passes& passes, int64_t index, int64_t most
 int64_t steps_to_flip(const Call& call, const Passes& passes, int64_t index, int64_t most,
                       const Desk& desk, Team team) {
   Row row = call.row(index);
-  draw_noise(call, passes, index, desk, team, row);
+  set_desk(call, passes, index, desk, team, row);
   const int64_t chunks = call.chunks(), begin = team.begin(chunks) * kChunk;
   const int64_t end = std::max(begin, std::min(team.end(chunks) * kChunk, call.vocab));
   float* copy = desk.copy;
@@ -586,8 +604,8 @@ struct Layout {
     desks =
         sharing > 1 ? 1 : static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(rows, 1)));
     const int64_t chunks = (vocab + kChunk - 1) / kChunk;
-    desk_bytes = aligned(2 * chunks * sizeof(Partial)) + (noise ? aligned(4 * vocab) : 0) +
-                 (groups ? aligned(12 * vocab) : 0);
+    desk_bytes = aligned(2 * chunks * sizeof(Partial)) + aligned(4 * vocab) +
+                 (noise ? aligned(4 * vocab) : 0) + (groups ? aligned(12 * vocab) : 0);
     bytes = 64 + desks * desk_bytes + (groups ? 3 * 8 * rows : 0);
   }
   static int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
@@ -599,6 +617,8 @@ struct Layout {
     desk.partials[0] = reinterpret_cast<Partial*>(at);
     desk.partials[1] = desk.partials[0] + chunks;
     at += aligned(2 * chunks * sizeof(Partial));
+    desk.e = reinterpret_cast<float*>(at);
+    at += aligned(4 * vocab);
     if (noise) {
       desk.noise = reinterpret_cast<float*>(at);
       at += aligned(4 * vocab);
