@@ -107,9 +107,11 @@ def token_stats(
     rows, vocab = logits.shape
     if vocab > 1 and logits.stride(1) != 1:
         raise ValueError(f"token_stats needs unit stride along V, not {logits.stride(1)}")
-    logsumexp, confidence, entropy = (torch.empty(rows, dtype=torch.float32) for _ in range(3))
-    argmax = torch.empty(rows, dtype=torch.int64)
-    status = torch.empty(rows, dtype=torch.int32)
+    logsumexp, confidence, entropy = (
+        torch.empty(rows, dtype=torch.float32, device="cpu") for _ in range(3)
+    )
+    argmax = torch.empty(rows, dtype=torch.int64, device="cpu")
+    status = torch.empty(rows, dtype=torch.int32, device="cpu")
     _check(
         native.token_stats(
             logits.data_ptr(),
@@ -140,7 +142,7 @@ def lm_logits(
     import torch
 
     native = extension()
-    logits = torch.empty(hidden.shape[0], head.shape[0])
+    logits = torch.empty(hidden.shape[0], head.shape[0], dtype=torch.float32, device="cpu")
     _check(
         native.lm_logits(
             hidden.data_ptr(),
@@ -184,9 +186,9 @@ def dto_descent_(
 
     native = extension()
     rows, vocab = z.shape
-    token = torch.empty(rows, dtype=torch.int64)
-    flipped = torch.empty(rows, dtype=torch.bool)
-    status = torch.empty(rows, dtype=torch.int32)
+    token = torch.empty(rows, dtype=torch.int64, device="cpu")
+    flipped = torch.empty(rows, dtype=torch.bool, device="cpu")
+    status = torch.empty(rows, dtype=torch.int32, device="cpu")
     seed, position = (0, 0) if noise is None else (noise[0].data_ptr(), noise[1].data_ptr())
     code = native.dto_descent(
         z.data_ptr(),
@@ -234,9 +236,9 @@ def nll_grad(
 
     native = extension()
     (rows, width), vocab = hidden.shape, head.shape[0]
-    grad = torch.empty(rows, width)
-    status = torch.empty(rows, dtype=torch.int32)
-    workspace = torch.empty(native.nll_grad_workspace(rows, vocab, width), dtype=torch.uint8)
+    grad = torch.empty(rows, width, dtype=torch.float32, device="cpu")
+    status = torch.empty(rows, dtype=torch.int32, device="cpu")
+    workspace = torch.empty(native.nll_grad_workspace(rows, vocab, width), dtype=torch.uint8, device="cpu")
     _check(
         native.nll_grad(
             hidden.data_ptr(),
@@ -278,7 +280,7 @@ def prefix_attention(
 
     native = extension()
     batch, heads, suffix, dim = q.shape
-    output = torch.empty(batch, suffix, heads, dim).transpose(1, 2)
+    output = torch.empty(batch, suffix, heads, dim, dtype=torch.float32, device="cpu").transpose(1, 2)
     code = native.prefix_attention(
         *_attention(q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window),
         output.data_ptr(),
@@ -311,7 +313,10 @@ def prefix_attention_backward(
     native = extension()
     batch, _, suffix, dim = q.shape
     heads = q.shape[1], k.shape[1], k.shape[1]
-    dq, dk, dv = (torch.empty(batch, suffix, count, dim).transpose(1, 2) for count in heads)
+    dq, dk, dv = (
+        torch.empty(batch, suffix, count, dim, dtype=torch.float32, device="cpu").transpose(1, 2)
+        for count in heads
+    )
     code = native.prefix_attention_backward(
         *_attention(q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window),
         cotangent.data_ptr(),

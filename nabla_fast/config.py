@@ -8,6 +8,8 @@ from typing import Literal
 
 from nabla_fast.errors import InputError
 
+_COLDEST = 1e-30
+
 
 def _require(condition: bool, field_name: str, expected: str, value: object) -> None:
     if not condition:
@@ -40,6 +42,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require(_finite(self.temperature), "temperature", "a finite number", self.temperature)
+        # Below, logits divided by it leave float32.
+        coldest = self.temperature <= 0 or self.temperature >= _COLDEST
+        _require(coldest, "temperature", f"at least {_COLDEST:g}, or 0 for greedy", self.temperature)
         _require(_whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number ≥ 0", self.top_k)
         _require(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
 

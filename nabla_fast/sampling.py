@@ -63,10 +63,10 @@ def _races() -> bool:
     if len(ours) < _WORDS_OFFSET + 16 + 8 * 624:
         return False
     for dtype in (torch.float32, torch.float64):
-        probabilities = torch.full((400,), 1 / 400, dtype=dtype)
+        probabilities = torch.full((400,), 1 / 400, dtype=dtype, device="cpu")
         for _ in range(4):
             expected = int(torch.multinomial(probabilities, num_samples=1, generator=theirs))
-            if _race(ours, torch.arange(400), probabilities, 400) != expected:
+            if _race(ours, torch.arange(400, device="cpu"), probabilities, 400) != expected:
                 return False
     return True
 
@@ -116,8 +116,8 @@ def _filtered_row(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Ten
     """One row by the C++ extension, but for one with many ties."""
     logits = logits.contiguous()
     capacity = sampling.top_k + 16
-    tokens = torch.empty(2 * capacity, dtype=torch.int64)
-    probabilities = torch.empty(capacity, dtype=logits.dtype)
+    tokens = torch.empty(2 * capacity, dtype=torch.int64, device="cpu")
+    probabilities = torch.empty(capacity, dtype=logits.dtype, device="cpu")
     count = _native.extension().filter_tokens(
         logits.data_ptr(),
         logits.dtype == torch.float64,
@@ -138,7 +138,7 @@ def _filtered_rows(logits: Tensor, sampling: SamplingConfig) -> list[tuple[Tenso
     scores = logits / sampling.temperature if sampling.temperature > 0 else logits
     k = sampling.top_k
     if not 0 < k < scores.shape[1]:
-        tokens = torch.arange(scores.shape[1]).expand_as(scores)
+        tokens = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
         return _without_tail(tokens, scores, sampling.top_p)
     top = scores.topk(k + 1)
     ties = top.values[:, k - 1] == top.values[:, k]

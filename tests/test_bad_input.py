@@ -85,7 +85,7 @@ BAD_SETTINGS = {
     "resample_sampling": [None, (0.7, 20, 0.8)],
 }
 BAD_SAMPLING = {
-    "temperature": [NAN, INF, "1", None],
+    "temperature": [NAN, INF, "1", None, 1e-40],
     "top_k": [-1, 1.5, None, True],
     "top_p": [0, -0.1, 1.1, NAN, None],
 }

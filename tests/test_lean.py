@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import tiny_models
 import torch
 from torch import nn
 
-from nabla_fast import _native
+from nabla_fast import NablaDecoder, _native
 from nabla_fast.models.lean import LeanBackbone
 from nabla_fast.models.paged import PagedReader
 from nabla_fast.ops import use_backend
@@ -164,3 +165,61 @@ def test_weights_changed_in_place_are_followed_once_renewed():
     paged.renew()
     ids = torch.randint(3, tiny_models.VOCABULARY, (1, 6))
     torch.testing.assert_close(read(paged, ids), whole(model, ids), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_callers_default_dtype_changes_nothing(default):
+    fields = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "num_attention_heads": 2}
+    lm = tiny_models.causal_lm("qwen2", dtype=torch.float32, **fields)
+    rm = tiny_models.reward_model("qwen2", dtype=torch.float32, **fields)
+    prompts = [[5, 9, 3], [7, 4, 4, 11]]
+    for loop in ("sequential", "batched"):
+        expected = NablaDecoder(lm, rm, None, loop=loop).generate(prompts, max_new_tokens=8)
+        torch.set_default_dtype(default)
+        try:
+            found = NablaDecoder(lm, rm, None, loop=loop).generate(prompts, max_new_tokens=8)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+
+
+@pytest.mark.parametrize("change", [hooked, wrapped, replaced], ids=lambda f: f.__name__)
+def test_modules_changed_behind_a_decoders_back_are_seen(change):
+    model = tiny_models.causal_lm("qwen2")
+    paged = reader(model)
+    assert paged._lean is not None
+    change(model)
+    paged.renew()
+    assert paged._lean is None
+
+
+def foreign_norm(model: nn.Module) -> None:
+    model.base_model.layers[0].input_layernorm = nn.LayerNorm(16)
+
+
+def foreign_mlp(model: nn.Module) -> None:
+    model.base_model.layers[0].mlp = nn.Linear(16, 16)
+
+
+@pytest.mark.parametrize("change", [foreign_norm, foreign_mlp], ids=lambda f: f.__name__)
+def test_known_layers_with_foreign_parts_run_through_their_modules(change):
+    model = tiny_models.causal_lm("llama", dtype=torch.float32)
+    change(model)
+    assert not LeanBackbone.can_read(model.base_model)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (1, 6))
+    torch.testing.assert_close(read(reader(model), ids), whole(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_reader_survives_pickling_and_copying():
+    model = tiny_models.causal_lm("qwen2", dtype=torch.float32)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (1, 6))
+    for again in (pickle.loads(pickle.dumps(reader(model))), copy.deepcopy(reader(model))):
+        again.renew()
+        torch.testing.assert_close(read(again, ids), whole(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_wide_heads_are_left_to_the_modules():
+    fields = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 528, "num_attention_heads": 2}
+    model = tiny_models.causal_lm("llama", dtype=torch.float32, **fields)
+    ids = torch.randint(3, tiny_models.VOCABULARY, (1, 6))
+    torch.testing.assert_close(read(reader(model), ids), whole(model, ids), rtol=1e-4, atol=1e-4)

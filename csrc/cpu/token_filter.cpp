@@ -57,6 +57,8 @@ template <typename T>
 int64_t filter_tokens(const T* logits, int64_t vocab, double temperature, int64_t top_k,
                       double top_p, int64_t* tokens, T* probabilities, int64_t capacity) {
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  for (int64_t n = 0; n < vocab; ++n)
+    if (logits[n] != logits[n]) return -1;  // no order to sort by
   auto block_scores = block_of(T{});
   T by = static_cast<T>(temperature), scores[kBlock];
   // The k largest scores so far, in a heap whose first is the least.

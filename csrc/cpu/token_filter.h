@@ -14,7 +14,7 @@ namespace nabla_fast::cpu {
 //   tokens         [2 * capacity], capacity at least top_k; the second half is worked in
 //   probabilities  [capacity]
 //
-// Returns how many are left, or -1 where there are more ties than room.
+// Returns how many are left, or -1 where there are more ties than room, or a NaN.
 template <typename T>
 int64_t filter_tokens(const T* logits, int64_t vocab, double temperature, int64_t top_k,
                       double top_p, int64_t* tokens, T* probabilities, int64_t capacity);

@@ -136,13 +136,7 @@ class LeanBackbone:
                 return False
             if "forward" in vars(module):
                 return False
-        projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        return all(
-            type(module) is nn.Linear
-            for layer in layers
-            for name, module in layer.named_modules()
-            if name.rpartition(".")[2] in projections
-        )
+        return _is_norm(backbone.norm) and all(map(_is_known, layers))
 
     def __call__(
         self,
@@ -195,6 +189,34 @@ class LeanBackbone:
         cos, sin = self._rotary_module(self._table[:1, None], positions)
         half = sin.shape[-1] // 2
         return torch.stack([cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)])
+
+
+def _own(layer: nn.Module, name: str) -> str:
+    """The qualified name of a part that is defined beside its layer."""
+    family = type(layer).__name__.removesuffix("DecoderLayer")
+    return f"{type(layer).__module__}.{family}{name}"
+
+
+def _is(module: nn.Module | None, name: str) -> bool:
+    return f"{type(module).__module__}.{type(module).__name__}" == name
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is the RMS norm of one of the known families."""
+    family = type(module).__module__.rpartition(".")[0]
+    return type(module).__name__.endswith("RMSNorm") and any(family in layer for layer in _LAYERS)
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether every part of a layer is the one it is made with."""
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    if not _is(attention, _own(layer, "Attention")) or not _is(mlp, _own(layer, "MLP")):
+        return False
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    linears = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
+    linears += [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    return all(map(_is_norm, norms)) and all(type(module) is nn.Linear for module in linears)
 
 
 def _norm(module: nn.Module) -> Norm:

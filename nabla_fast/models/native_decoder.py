@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from nabla_fast.models.lean import Layer, Linear, Norm, Rotation
     from nabla_fast.models.paged import Context
 
+# Said aloud: the caller may have set another default.
+_FLOATS = {"dtype": torch.float32, "device": "cpu"}
 _LANES = 16  # widths that the extension takes are multiples of it
 
 
@@ -48,6 +50,7 @@ class NativeDecoder:
             and norm.weight.dtype == torch.float32
             and norm.weight.device.type == "cpu"
             and all(width % _LANES == 0 for width in widths)
+            and first.head_dim <= _native.MOST_HEAD_DIM
             and all(type(layer.act) in (torch.nn.SiLU, SiLUActivation) for layer in layers)
             and all(NativeDecoder._shape(layer) == NativeDecoder._shape(first) for layer in layers)
         )
@@ -103,8 +106,8 @@ class NativeDecoder:
         """Hidden states, and what :meth:`backward` takes if ``keep``."""
         batch, suffix, width = x.shape
         x = x.detach().clone(memory_format=torch.contiguous_format)
-        memory = torch.empty(self._decoder.memory(batch * suffix, keep))
-        states = torch.empty(batch, suffix, width)
+        memory = torch.empty(self._decoder.memory(batch * suffix, keep), **_FLOATS)
+        states = torch.empty(batch, suffix, width, **_FLOATS)
         cos, sin = (part.contiguous() for part in rotation)
         slots, tokens = context.slots, None
         if slots is not None and context.tokens is not None:
@@ -142,7 +145,7 @@ class NativeDecoder:
         given, memory, *_ = kept
         batch, suffix, _ = cotangent.shape
         dx = cotangent.clone(memory_format=torch.contiguous_format)
-        d_attended = torch.empty(batch, suffix, self._q_width // self._dim, self._dim)
+        d_attended = torch.empty(batch, suffix, self._q_width // self._dim, self._dim, **_FLOATS)
         self._decoder.backward_norm(given, dx.data_ptr())
         for index in range(len(self._layers) - 1, -1, -1):
             layer = self._layers[index]

@@ -126,14 +126,18 @@ class PagedReader:
         self._backbone = model.base_model
         self._lean: LeanBackbone | None = None
         whole = self._probe(None)
-        if LeanBackbone.can_read(self._backbone):
-            self._lean = LeanBackbone(self._backbone)
+        self.renew()
+        if self._lean is not None:
             self._probe(whole)
 
     def renew(self) -> None:
-        """Read the weights again, which may have changed since the last call."""
-        if self._lean is not None:
-            self._lean = LeanBackbone(self._backbone)
+        """Read the weights again, which may have changed since the last call, as may the modules."""
+        known = LeanBackbone.can_read(self._backbone)
+        self._lean = LeanBackbone(self._backbone) if known else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the flat forward, which holds addresses; the next :meth:`renew` makes another."""
+        return {**self.__dict__, "_lean": None}
 
     def pool(self, blocks: int, block_size: int = 16, limit: int | None = None) -> BlockPool:
         """A pool for this model's keys and values; arguments as of :class:`BlockPool`."""
