@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from nabla_fast.decode.requests import RollOut
 from nabla_fast.decode.struck import concerning
 from nabla_fast.models import LanguageModel
 from nabla_fast.models.paged import PagedReader
-from nabla_fast.ops import TokenStats, token_stats
+from nabla_fast.ops import TokenStats, lm_logits, token_stats
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.paged_kv import PagedSequence
 from nabla_fast.sampling import Generator, next_tokens, seeded
@@ -50,6 +50,13 @@ class _Drawn:
         self.logits: list[Tensor] = []
         self.count = self._waiting = 0
         self._stats: list[TokenStats] = []
+        self._product: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def logits_of(self, states: Tensor, head: Tensor) -> Tensor:
+        """lm_logits by the backend that the first step's states got: all steps are alike."""
+        if self._product is None:
+            self._product = lm_logits.chosen(states, head)
+        return self._product(states, head)
 
     def add(self, states: Tensor, logits: Tensor) -> None:
         self.hidden.append(states)
@@ -148,7 +155,7 @@ def _step(
         ]
         n, position = torch.tensor(wanted, device=lm.device).T
         hidden = hidden[n, position]
-    logits = lm.logits(hidden)
+    logits = drawn.logits_of(hidden, lm.head)
     start, place = 0, drawn.count
     drawn.add(hidden, logits)
     logits = logits.cpu()
