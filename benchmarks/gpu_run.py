@@ -1,4 +1,4 @@
-"""Everything worth running once on a machine with a GPU: build, GPU tests, demo, kernel benchmark.
+"""Everything worth running once on a machine with a GPU: build, GPU tests, demo, benchmarks.
 
 The machine needs a Python with torch, transformers, pybind11 and setuptools; nothing is downloaded. Each
 part is a process of its own with a time limit, and a part that fails does not stop the next. Under
@@ -202,6 +202,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for backend in kernel_backends(run):
         kernels = [*COMMAND_LINE, "bench", "kernels", "--backend", backend, "--seconds", "1", "--json"]
         run.part(f"kernels {backend}", kernels, 100, f"kernels_{backend}.json")
+
+    decode = [*COMMAND_LINE, "bench", "decode", "--device", device, "--repeats", "1", "--json"]
+    decode += ["--cases", "together", "greedy", "generate"]
+    run.part("decode", decode, 120, "decode.json")
 
     for result in run.results:
         print(f"{result.name:<14} {outcome(result)}")
