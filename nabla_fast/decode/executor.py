@@ -107,23 +107,20 @@ class Executor:
         if not rows:
             return cotangents, hidden
         asked = [requests[n] for n in rows]
+        before = [[*request.problem.prompt_ids, *request.response] for request in asked]
         read = [mixes[n][:-1].detach().requires_grad_() for n in rows]
-        lengths = list(map(len, read))
         with torch.enable_grad():
-            before = [[*r.problem.prompt_ids, *r.response] for r in asked]
             states = self._behind(self.lm_reader, self.lm.table, [r.lm_base for r in asked], before, read)
         own = [part.detach() for part in states]
-        for n, part in zip(rows, own, strict=True):
-            hidden[n] = torch.cat([hidden[n], part])
-        for request, length in zip(asked, lengths, strict=True):
-            request.count("lm", self._read(len(request.problem.prompt_ids) + len(request.response), length))
+        directions = 1  # forward, and backward where the likelihood counts
         if self.config.nll_coeff > 0:
+            directions = 2
             upstream = self._likelihood_gradients(asked, own)
             for n, gradient in zip(rows, torch.autograd.grad(states, read, upstream), strict=True):
                 cotangents[n][:-1] = gradient
-            for request, length in zip(asked, lengths, strict=True):
-                before = len(request.problem.prompt_ids) + len(request.response)
-                request.count("lm", self._read(before, length))
+        for n, request, part, ids in zip(rows, asked, own, before, strict=True):
+            hidden[n] = torch.cat([hidden[n], part])
+            request.count("lm", directions * self._read(len(ids), len(part)))
         return cotangents, hidden
 
     def _read(self, before: int, suffix: int) -> int:

@@ -27,8 +27,6 @@ _LAYERS = {
 }
 # Rotary embeddings whose frequencies do not depend on the length of the text.
 _ROTARY = {"default", "linear", "llama3", "yarn"}
-# Below this many elements, one product with joined weights beats several, and a copy of them costs little.
-_JOINED = 1 << 20
 
 Rotation = tuple[Tensor, Tensor]  # cos and signed sin, [B, S, 1, D] each
 
@@ -62,18 +60,11 @@ class Linear:
 
     @classmethod
     def of(cls, *modules: nn.Linear) -> Linear:
-        weights, biases = [m.weight for m in modules], [m.bias for m in modules]
-        alike = all((bias is None) == (biases[0] is None) for bias in biases)
-        if len(modules) > 1 and alike and sum(weight.numel() for weight in weights) <= _JOINED:
-            joined = None if biases[0] is None else torch.cat(biases)
-            return cls([torch.cat(weights)], [joined])
-        return cls(weights, biases)
+        return cls([module.weight for module in modules], [module.bias for module in modules])
 
     def __call__(self, x: Tensor) -> Tensor:
-        if len(self.weights) == 1:
-            return F.linear(x, self.weights[0], self.biases[0])
         parts = [F.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
-        return torch.cat(parts, dim=-1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + self(x)."""

@@ -70,19 +70,13 @@ class NativeDecoder:
             self._weights.append(tensor.detach().contiguous())
             return self._weights[-1].data_ptr()
 
-        def linears(joined: Linear, *outs: int) -> list[tuple[int, int]]:
-            weights, biases = joined.weights, joined.biases
-            if len(weights) < len(outs):
-                weights = weights[0].split(list(outs))
-                biases = [None] * len(outs) if biases[0] is None else biases[0].split(list(outs))
-            return [(address(w), address(b)) for w, b in zip(weights, biases, strict=True)]
+        def linears(linear: Linear) -> list[tuple[int, int]]:
+            return [(address(w), address(b)) for w, b in zip(linear.weights, linear.biases, strict=True)]
 
-        q_width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        inner = self._inner(layer)
-        fields = dict(zip("qkv", linears(layer.qkv, q_width, kv_width, kv_width), strict=True))
-        fields["gate"], fields["up"] = linears(layer.gate_up, inner, inner)
-        (fields["output"],) = linears(layer.output, self._width)
-        (fields["down"],) = linears(layer.down, self._width)
+        fields = dict(zip("qkv", linears(layer.qkv), strict=True))
+        fields["gate"], fields["up"] = linears(layer.gate_up)
+        (fields["output"],) = linears(layer.output)
+        (fields["down"],) = linears(layer.down)
         return fields | {
             "attention_norm": address(layer.before_attention.weight),
             "attention_eps": layer.before_attention.eps,

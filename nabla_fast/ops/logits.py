@@ -71,7 +71,8 @@ def _(arguments: dict[str, Any], output: Tensor, cotangents: list[Tensor]) -> tu
     return logits_backward(dz, head).to(hidden.dtype), (dz.T @ hidden.to(dz.dtype)).to(head.dtype)
 
 
-def _native_takes(hidden: Tensor, head: Tensor) -> bool:
+def native_takes(hidden: Tensor, head: Tensor) -> bool:
+    """Whether the C++ products take hidden states [N, H] and a head [V, H] like these."""
     return (
         hidden.device.type == "cpu"
         and hidden.dtype != torch.float64
@@ -80,7 +81,7 @@ def _native_takes(hidden: Tensor, head: Tensor) -> bool:
     )
 
 
-@lm_logits.backend("cpu", when=_native_takes)
+@lm_logits.backend("cpu", when=native_takes)
 def _(hidden: Tensor, head: Tensor) -> Tensor:
     hidden = hidden.float()
     return _native.lm_logits(hidden if hidden.stride(1) == 1 else hidden.contiguous(), head)

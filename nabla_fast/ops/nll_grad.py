@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nabla_fast import _native
 from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_vocabulary
-from nabla_fast.ops.logits import lm_logits, logits_backward
+from nabla_fast.ops.logits import lm_logits, logits_backward, native_takes
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, blocks, report, row_status
 
@@ -59,16 +59,7 @@ def _(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape, dtype=accumulation_dtype(hidden))
 
 
-def _native_takes(hidden: Tensor, head: Tensor, tokens: Tensor) -> bool:
-    return (
-        hidden.device.type == "cpu"
-        and hidden.dtype != torch.float64
-        and head.dtype in (torch.float32, torch.bfloat16)
-        and head.stride(1) == 1
-    )
-
-
-@nll_grad.backend("cpu", when=_native_takes)
+@nll_grad.backend("cpu", when=lambda hidden, head, tokens: native_takes(hidden, head))
 def _(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
     hidden = hidden.float()
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
