@@ -13,12 +13,9 @@
 #include <cstdint>
 #include <limits>
 
-#ifdef _OPENMP
-  #include <omp.h>
-#endif
-
 #include "isa.h"
 #include "nabla_fast.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace nabla_fast::cpu {
@@ -117,18 +114,6 @@ inline int64_t attention_work(const nabla_fast_attention& a) {
     keys += a.window > 0 ? std::min(seen, a.window) : seen;
   }
   return keys * a.heads * a.suffix * a.dim;
-}
-
-inline int attention_threads(int64_t work, int64_t work_per_thread, int32_t asked) {
-#ifdef _OPENMP
-  // Asking for the number of threads costs as much as a small call.
-  if (work < 2 * work_per_thread) return 1;
-  const int64_t most = asked > 0 ? asked : omp_get_max_threads();
-#else
-  const int64_t most = 1;
-  static_cast<void>(asked);
-#endif
-  return static_cast<int>(std::clamp<int64_t>(work / work_per_thread, 1, most));
 }
 
 // others: [count] addresses of [dim]; rows: [dim] vectors; s: [count rounded up to 8] vectors, of

@@ -5,13 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef _OPENMP
-  #include <omp.h>
-#endif
-
 #include "isa.h"
 #include "lanes.h"
 #include "mix.h"
+#include "threads.h"
 #include "vec_exp.h"
 
 namespace nabla_fast::cpu {
@@ -31,14 +28,6 @@ constexpr int64_t kWeightBlock = 128;
 
 // -- element by element --------------------------------------------------------------------------
 
-NABLA_FAST_INLINE float sum_lanes(Lanes lanes) {
-  float parts[kLanes];
-  store(parts, lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int n = 0; n < half; ++n) parts[n] += parts[n + half];
-  return parts[0];
-}
-
 // unit = x / rms and y = unit * weight, row by row; row r takes weight row r mod weight_rows.
 NABLA_FAST_INLINE void norm_rows_inline(const float* x, int64_t x_stride, int64_t rows,
                                         int64_t width, const float* weight, int64_t weight_rows,
@@ -48,7 +37,7 @@ NABLA_FAST_INLINE void norm_rows_inline(const float* x, int64_t x_stride, int64_
     const float* row = x + r * x_stride;
     Lanes squares = {};
     for (int64_t k = 0; k < width; k += kLanes) squares += load(row + k) * load(row + k);
-    float scale = 1 / std::sqrt(sum_lanes(squares) / static_cast<float>(width) + eps);
+    float scale = 1 / std::sqrt(lane_sum<kLanes>(squares) / static_cast<float>(width) + eps);
     inverse[r] = scale;
     const float* w = weight + r % weight_rows * width;
     for (int64_t k = 0; k < width; k += kLanes) {
@@ -75,7 +64,7 @@ NABLA_FAST_INLINE void norm_backward_inline(const float* dy, int64_t dy_stride, 
                 *u = unit + r * width;
     Lanes products = {};
     for (int64_t k = 0; k < width; k += kLanes) products += load(d + k) * load(w + k) * load(u + k);
-    float mean = sum_lanes(products) / static_cast<float>(width);
+    float mean = lane_sum<kLanes>(products) / static_cast<float>(width);
     float* out = dx + r * dx_stride;
     for (int64_t k = 0; k < width; k += kLanes) {
       Lanes gradient = (load(d + k) * load(w + k) - load(u + k) * mean) * inverse[r];
@@ -141,22 +130,11 @@ NABLA_FAST_FOR_EACH_ISA(gated_backward,
 
 // -- products ------------------------------------------------------------------------------------
 
-int threads_for(int64_t products, int32_t asked) {
-#ifdef _OPENMP
-  if (products < 2 * kProductsPerThread) return 1;
-  int64_t most = asked > 0 ? asked : omp_get_max_threads();
-  return static_cast<int>(std::min(most, products / kProductsPerThread));
-#else
-  (void)products, (void)asked;
-  return 1;
-#endif
-}
-
 // y[T, out] = x[T, in] weight^T + bias.
 void linear(const float* x, int64_t x_stride, int64_t tokens, const Linear& layer, int64_t out,
             int64_t in, float* y, int64_t y_stride, int32_t num_threads) {
   nabla_fast_lm_logits(x, tokens, x_stride, layer.weight, NABLA_FAST_FLOAT32, out, in, in, y,
-                       y_stride, threads_for(tokens * out * in, num_threads));
+                       y_stride, threads_for(tokens * out * in, kProductsPerThread, num_threads));
   if (layer.bias) {
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t k = 0; k < out; ++k) y[t * y_stride + k] += layer.bias[k];
@@ -180,7 +158,7 @@ NABLA_FAST_FOR_EACH_ISA(linear_backward_part,
 void linear_backward(const float* dy, int64_t dy_stride, int64_t tokens, const Linear& layer,
                      int64_t out, int64_t in, float* dx, int32_t num_threads) {
   constexpr int64_t kStep = kMixColumns * kLanes;
-  int threads = threads_for(tokens * out * in, num_threads);
+  int threads = threads_for(tokens * out * in, kProductsPerThread, num_threads);
   if (threads == 1) {
     linear_backward_part(dy, dy_stride, tokens, layer.weight, out, in, dx, 0, in);
     return;

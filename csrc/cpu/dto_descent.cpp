@@ -25,6 +25,7 @@
 #include "gumbel.h"
 #include "isa.h"
 #include "nabla_fast.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace nabla_fast::cpu {
@@ -581,16 +582,6 @@ struct Groups {
   }
 };
 
-int threads_for(int64_t work, int32_t asked) {
-#ifdef _OPENMP
-  const int64_t most = asked > 0 ? asked : omp_get_max_threads();
-#else
-  const int64_t most = 1;
-  static_cast<void>(asked);
-#endif
-  return static_cast<int>(std::clamp<int64_t>(work / kWorkPerThread, 1, most));
-}
-
 struct Layout {
   int threads;  // at most
   int sharing;  // threads that share a row; 1: each thread has rows of its own
@@ -598,7 +589,7 @@ struct Layout {
   int64_t desk_bytes, bytes;
 
   Layout(int64_t rows, int64_t vocab, int64_t iters, bool noise, bool groups, int32_t asked) {
-    threads = threads_for(rows * vocab * std::max<int64_t>(iters, 1), asked);
+    threads = threads_for(rows * vocab * std::max<int64_t>(iters, 1), kWorkPerThread, asked);
     const int64_t most = std::clamp<int64_t>(vocab / kTokensPerThread, 1, threads);
     sharing = most > rows ? static_cast<int>(most) : 1;
     desks =

@@ -7,18 +7,15 @@
 #include <cstring>
 
 #include "isa.h"
+#include "vec.h"
 
 namespace nabla_fast::cpu {
 
 constexpr int kLanes = 16;
 
-typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+using Lanes = Floats<kLanes>;
 
-NABLA_FAST_INLINE Lanes load(const float* x) {
-  Lanes lanes;
-  std::memcpy(&lanes, x, sizeof lanes);
-  return lanes;
-}
+NABLA_FAST_INLINE Lanes load(const float* x) { return load<kLanes>(x); }
 
 NABLA_FAST_INLINE Lanes load(const uint16_t* x) {
   typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
@@ -39,39 +36,18 @@ NABLA_FAST_INLINE Lanes load_part(const T* x, int count) {
   return load(padded);
 }
 
-NABLA_FAST_INLINE void store(float* x, Lanes lanes) { std::memcpy(x, &lanes, sizeof lanes); }
-
-// Halves of two vectors added crosswise: four rounds of it take 16 vectors to the vector of their
-// lanes' sums.
-NABLA_FAST_INLINE Lanes fold8(Lanes a, Lanes b) {
-  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-         __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
-                                 31);
-}
-
-NABLA_FAST_INLINE Lanes fold4(Lanes a, Lanes b) {
-  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-}
-
-NABLA_FAST_INLINE Lanes fold2(Lanes a, Lanes b) {
-  return __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-         __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-}
-
-NABLA_FAST_INLINE Lanes fold1(Lanes a, Lanes b) {
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
+NABLA_FAST_INLINE void store(float* x, Lanes lanes) { store<kLanes>(x, lanes); }
 
 // The sums of 16 vectors' lanes, in order.
 NABLA_FAST_INLINE Lanes sums(const Lanes (&x)[16]) {
+  constexpr auto kIndices = std::make_integer_sequence<int, kLanes>{};
   Lanes a[8], b[4];
 #pragma GCC unroll 8
-  for (int n = 0; n < 8; ++n) a[n] = fold8(x[2 * n], x[2 * n + 1]);
+  for (int n = 0; n < 8; ++n) a[n] = folded<kLanes, 8>(x[2 * n], x[2 * n + 1], kIndices);
 #pragma GCC unroll 4
-  for (int n = 0; n < 4; ++n) b[n] = fold4(a[2 * n], a[2 * n + 1]);
-  return fold1(fold2(b[0], b[1]), fold2(b[2], b[3]));
+  for (int n = 0; n < 4; ++n) b[n] = folded<kLanes, 4>(a[2 * n], a[2 * n + 1], kIndices);
+  return folded<kLanes, 1>(folded<kLanes, 2>(b[0], b[1], kIndices),
+                           folded<kLanes, 2>(b[2], b[3], kIndices), kIndices);
 }
 
 // Tokens and rows whose inner products are held in registers at once.

@@ -4,13 +4,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#ifdef _OPENMP
-  #include <omp.h>
-#endif
-
 #include "isa.h"
 #include "lanes.h"
 #include "nabla_fast.h"
+#include "threads.h"
 
 namespace nabla_fast::cpu {
 namespace {
@@ -85,15 +82,10 @@ extern "C" nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64_t r
   Chunk* run = head_dtype == NABLA_FAST_FLOAT32 ? select_isa(f32_baseline, f32_avx2, f32_avx512)
                                                 : select_isa(bf16_baseline, bf16_avx2, bf16_avx512);
   int64_t chunks = (vocab + kChunk - 1) / kChunk;
-#ifdef _OPENMP
-  int64_t threads = num_threads > 0 ? num_threads : omp_get_max_threads();
   // Reading the head costs what some rows of arithmetic cost.
-  int64_t useful = vocab * width * (rows + 4) / kProductsPerThread;
-  threads = std::max<int64_t>(1, std::min({threads, chunks, useful}));
-  #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
-#else
-  (void)num_threads;
-#endif
+  const int64_t work = vocab * width * (rows + 4);
+  const int threads = threads_for(work, kProductsPerThread, num_threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t n = 0; n < chunks; ++n)
     run(product, n * kChunk, std::min(vocab, (n + 1) * kChunk), logits, logits_stride);
   return NABLA_FAST_OK;

@@ -12,14 +12,11 @@
 #include <cstdint>
 #include <limits>
 
-#ifdef _OPENMP
-  #include <omp.h>
-#endif
-
 #include "isa.h"
 #include "lanes.h"
 #include "mix.h"
 #include "nabla_fast.h"
+#include "threads.h"
 #include "vec_exp.h"
 
 namespace nabla_fast::cpu {
@@ -206,13 +203,8 @@ extern "C" nabla_fast_status nabla_fast_nll_grad(
     Product p{
         hidden + first * hidden_stride, count, hidden_stride, head, vocab, width, head_stride};
     int64_t floats = Part::floats(count, width);
-#ifdef _OPENMP
-    int64_t threads =
-        std::min<int64_t>(num_threads > 0 ? num_threads : omp_get_max_threads(), segments);
-  #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
-#else
-    (void)num_threads;
-#endif
+    const int threads = threads_for(segments, 1, num_threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t s = 0; s < segments; ++s)
       run(p, targets + first, s * kSegment, std::min(vocab, (s + 1) * kSegment),
           Part(memory + s * floats, count));

@@ -6,7 +6,6 @@
 // instead.
 
 #include <cmath>
-#include <utility>
 
 #include "attention.h"
 
@@ -99,20 +98,6 @@ NABLA_FAST_INLINE void many(const Call& call, int64_t batch, int64_t kv_head, in
 
 // -- a row by itself
 // ----------------------------------------------------------------------------------
-
-// Of two vectors that hold sums of segments of 2 * kHalf lanes, one vector with half as long
-// segments of both, in order.
-template <int W, int kHalf, int... kLane>
-NABLA_FAST_INLINE Floats<W> folded(Floats<W> a, Floats<W> b, std::integer_sequence<int, kLane...>) {
-  constexpr int kSegments = W / (2 * kHalf);
-  return __builtin_shufflevector(a, b,
-                                 ((kLane / kHalf < kSegments ? 0 : W) +
-                                  kLane / kHalf % kSegments * 2 * kHalf + kLane % kHalf)...) +
-         __builtin_shufflevector(
-             a, b,
-             ((kLane / kHalf < kSegments ? 0 : W) + kLane / kHalf % kSegments * 2 * kHalf + kHalf +
-              kLane % kHalf)...);
-}
 
 // Products of a query with kCount keys, each as the sum of W / kCount neighbouring lanes.
 template <int W, int kCount>
@@ -307,7 +292,7 @@ nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs
   const Call call{in, {in.q, in.q_strides}, {output, output_strides}, in.heads / in.kv_heads};
   const Kernel& kernel = *select_isa(&kBaseline, &kAvx2, &kAvx512);
   const int64_t units = in.batch * in.kv_heads * kernel.units_of_head(call);
-  const int threads = attention_threads(2 * attention_work(in), kWorkPerThread, num_threads);
+  const int threads = threads_for(2 * attention_work(in), kWorkPerThread, num_threads);
   if (threads == 1) {
     for (int64_t unit = 0; unit < units; ++unit) kernel.work(call, unit);
     return NABLA_FAST_OK;

@@ -237,7 +237,7 @@ struct Layout {
   int64_t most_keys, softmax_bytes, bytes;
 
   Layout(const nabla_fast_attention& in, int32_t num_threads) {
-    threads = attention_threads(4 * attention_work(in), kWorkPerThread, num_threads);
+    threads = threads_for(4 * attention_work(in), kWorkPerThread, num_threads);
     most_keys = 0;
     for (int64_t b = 0; b < in.batch; ++b) most_keys = std::max(most_keys, in.prefix_lengths[b]);
     // The product with a tile's keys writes whole groups of 8.

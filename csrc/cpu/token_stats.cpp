@@ -10,12 +10,9 @@
 #include <cstdint>
 #include <limits>
 
-#ifdef _OPENMP
-  #include <omp.h>
-#endif
-
 #include "isa.h"
 #include "nabla_fast.h"
+#include "threads.h"
 #include "vec_exp.h"
 
 namespace nabla_fast::cpu {
@@ -222,16 +219,6 @@ struct Outputs {
   }
 };
 
-int threads_for(int64_t tokens, int32_t asked) {
-#ifdef _OPENMP
-  const int64_t most = asked > 0 ? asked : omp_get_max_threads();
-#else
-  const int64_t most = 1;
-  static_cast<void>(asked);
-#endif
-  return static_cast<int>(std::clamp<int64_t>(tokens / kTokensPerThread, 1, most));
-}
-
 // logits: [rows, vocab]
 template <typename T>
 void token_stats(const T* logits, int64_t rows, int64_t vocab, int64_t row_stride, const Tau& tau,
@@ -243,7 +230,7 @@ void token_stats(const T* logits, int64_t rows, int64_t vocab, int64_t row_strid
                       tau);
   };
   const int64_t segments = (vocab + kSegment - 1) / kSegment;
-  const int threads = threads_for(rows * vocab, num_threads);
+  const int threads = threads_for(rows * vocab, kTokensPerThread, num_threads);
 
   if (rows >= 2 * threads || segments == 1 || threads == 1) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)

@@ -5,6 +5,7 @@
 #define NABLA_FAST_CPU_VEC_H_
 
 #include <cstdint>
+#include <utility>
 
 #include "isa.h"
 
@@ -98,6 +99,20 @@ NABLA_FAST_INLINE bool any_lane(Ints<W> mask) {
   int32_t any = 0;
   for (int lane = 0; lane < W; ++lane) any |= mask[lane];
   return any != 0;
+}
+
+// Of two vectors that hold sums of segments of 2 * kHalf lanes, one vector with half as long
+// segments of both, in order.
+template <int W, int kHalf, int... kLane>
+NABLA_FAST_INLINE Floats<W> folded(Floats<W> a, Floats<W> b, std::integer_sequence<int, kLane...>) {
+  constexpr int kSegments = W / (2 * kHalf);
+  return __builtin_shufflevector(a, b,
+                                 ((kLane / kHalf < kSegments ? 0 : W) +
+                                  kLane / kHalf % kSegments * 2 * kHalf + kLane % kHalf)...) +
+         __builtin_shufflevector(
+             a, b,
+             ((kLane / kHalf < kSegments ? 0 : W) + kLane / kHalf % kSegments * 2 * kHalf + kHalf +
+              kLane % kHalf)...);
 }
 
 }  // namespace nabla_fast::cpu
