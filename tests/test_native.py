@@ -274,7 +274,7 @@ def test_a_missing_extension_says_why(monkeypatch):
     class Stale:
         abi_version = staticmethod(lambda: 0)
 
-    load = _native._load.__wrapped__
+    load = _native.loading._load.__wrapped__
     for behaviour, reason in (
         (missing, "not built: no working C++ compiler was found"),
         (broken, "does not load: undefined symbol: omp_get_num_threads"),
@@ -285,7 +285,7 @@ def test_a_missing_extension_says_why(monkeypatch):
         assert module is None
         assert reason in why
         assert "\n" not in why
-    monkeypatch.setattr(_native, "_load", lambda: (None, "it is not here"))
+    monkeypatch.setattr(_native.loading, "_load", lambda: (None, "it is not here"))
     assert not _native.available()
     assert _native.why_missing() == "it is not here"
     with pytest.raises(RuntimeError, match="it is not here"):

@@ -13,13 +13,14 @@ nabla_fast_isa best_isa() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return NABLA_FAST_ISA_AVX512_BF16;
   if (avx2 && avx512) return NABLA_FAST_ISA_AVX512;
   if (avx2) return NABLA_FAST_ISA_AVX2;
 #endif
   return NABLA_FAST_ISA_BASELINE;
 }
 
-std::atomic<nabla_fast_isa> limit{NABLA_FAST_ISA_AVX512};
+std::atomic<nabla_fast_isa> limit{NABLA_FAST_ISA_AVX512_BF16};
 
 }  // namespace
 
@@ -30,7 +31,8 @@ nabla_fast_isa nabla_fast_cpu_isa(void) {
 }
 
 nabla_fast_status nabla_fast_limit_cpu_isa(nabla_fast_isa isa) {
-  if (isa < NABLA_FAST_ISA_BASELINE || isa > NABLA_FAST_ISA_AVX512) return NABLA_FAST_UNKNOWN_ISA;
+  if (isa < NABLA_FAST_ISA_BASELINE || isa > NABLA_FAST_ISA_AVX512_BF16)
+    return NABLA_FAST_UNKNOWN_ISA;
   limit.store(isa, std::memory_order_relaxed);
   return NABLA_FAST_OK;
 }

@@ -40,6 +40,20 @@ NABLA_FAST_INLINE void store(float* y, Floats<W> x) {
   *reinterpret_cast<typename VecTypes<W>::Stored*>(y) = x;
 }
 
+// `x` in every lane, and in a register: for elements that several operations share.
+template <int W>
+NABLA_FAST_INLINE Floats<W> spread(float x) {
+  Floats<W> lanes = splat<W>(x);
+#if NABLA_FAST_X86
+  // Left to itself, the compiler reads the element anew for every operation.
+  if constexpr (W == 16)
+    asm("" : "+v"(lanes));
+  else
+    asm("" : "+x"(lanes));
+#endif
+  return lanes;
+}
+
 template <int W>
 NABLA_FAST_INLINE Floats<W> vec_sqrt(Floats<W> x) {
   Floats<W> y;
@@ -113,6 +127,29 @@ NABLA_FAST_INLINE Floats<W> folded(Floats<W> a, Floats<W> b, std::integer_sequen
              a, b,
              ((kLane / kHalf < kSegments ? 0 : W) + kLane / kHalf % kSegments * 2 * kHalf + kHalf +
               kLane % kHalf)...);
+}
+
+// Of two rows of blocks of kHalf lanes, the two blocks beside the diagonal change places.
+template <int W, int kHalf, typename Vector, int... kLane>
+NABLA_FAST_INLINE void swap_blocks(Vector& a, Vector& b, std::integer_sequence<int, kLane...>) {
+  const Vector upper =
+      __builtin_shufflevector(a, b, (kLane & kHalf ? W + kLane - kHalf : kLane)...);
+  const Vector lower =
+      __builtin_shufflevector(a, b, (kLane & kHalf ? W + kLane : kLane + kHalf)...);
+  a = upper;
+  b = lower;
+}
+
+// Turns a square of W x W numbers over.
+template <int W, typename Vector, int kHalf = 1>
+NABLA_FAST_INLINE void transpose(Vector (&x)[W]) {
+  if constexpr (kHalf < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if (!(i & kHalf))
+        swap_blocks<W, kHalf>(x[i], x[i + kHalf], std::make_integer_sequence<int, W>{});
+    transpose<W, Vector, 2 * kHalf>(x);
+  }
 }
 
 }  // namespace nabla_fast::cpu

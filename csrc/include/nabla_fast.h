@@ -60,7 +60,12 @@ enum { NABLA_FAST_FLOAT32 = 0, NABLA_FAST_BFLOAT16 = 1 };
 
 /* The instruction sets that CPU kernels are compiled for. */
 typedef int32_t nabla_fast_isa;
-enum { NABLA_FAST_ISA_BASELINE = 0, NABLA_FAST_ISA_AVX2 = 1, NABLA_FAST_ISA_AVX512 = 2 };
+enum {
+  NABLA_FAST_ISA_BASELINE = 0,
+  NABLA_FAST_ISA_AVX2 = 1,
+  NABLA_FAST_ISA_AVX512 = 2,
+  NABLA_FAST_ISA_AVX512_BF16 = 3
+};
 
 /* The one that kernels use: the best this CPU has, unless limited. */
 NABLA_FAST_API nabla_fast_isa nabla_fast_cpu_isa(void);
