@@ -16,9 +16,6 @@ namespace nabla_fast::cpu {
 constexpr double kBeta1 = 0.9, kBeta2 = 0.999;
 constexpr float kEpsilon = 1e-8f;
 
-// exp of anything lower counts as 0.
-constexpr float kLowest = -87.0f;
-
 struct AdamRate {
   float rate;   // learning rate / (1 - beta1^step)
   float scale;  // 1 / sqrt(1 - beta2^step)

@@ -38,6 +38,8 @@ constexpr int64_t kChunk = 1024;
 constexpr int64_t kWorkPerThread = int64_t{1} << 17;
 constexpr int64_t kTokensPerThread = int64_t{1} << 15;
 
+// exp of anything lower counts as 0.
+constexpr float kLowest = -87.0f;
 // How far the largest y / tau may move before the sums are taken anew from it.
 constexpr double kDrift = 8;
 

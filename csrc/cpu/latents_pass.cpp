@@ -9,9 +9,9 @@
 #include <cstring>
 #include <limits>
 
-#include "descent.h"
 #include "gumbel.h"
 #include "isa.h"
+#include "straight_mix.h"
 #include "tiles.h"
 #include "vec.h"
 
@@ -20,9 +20,12 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// What stands for exp(0): the smallest exponentials times elements of a head would otherwise be
-// below 2^-126, where arithmetic is many times slower.
-constexpr float kUnit = 0x1p24f;
+// Exponentials stand multiplied by 2^kPower, so that the smallest ones that a float32 softmax has,
+// and what they are multiplied by, are no numbers below 2^-126: these have fewer digits, and
+// arithmetic with them is many times slower.
+constexpr int kPower = 24;
+// exp of anything lower counts as 0.
+constexpr float kLowest = -103.9f;
 
 // What exists of a tile at a time: [tokens, lanes] but for the noise, [rows, tokens].
 struct Tile {
@@ -100,7 +103,7 @@ void note_nan(int rows, int lanes, int64_t token, int tokens, const Tile& tile, 
 NABLA_FAST_INLINE void rise(const PassRow& row, float top, int64_t token, float inverse_tau,
                             Found& found, float* plain, float* tilted, int64_t width) {
   const float drop = (found.max - top) * inverse_tau;
-  const float scale = drop > kLowest ? std::exp(drop) : 0.0f;
+  const double scale = drop > kLowest ? std::exp(static_cast<double>(drop)) : 0.0;
   const float centre = row.centred ? row.centre : row.grad[token];
   const float shift = row.centred ? 0.0f : found.centre - centre;
   found.max = top;
@@ -117,8 +120,8 @@ NABLA_FAST_INLINE void rise(const PassRow& row, float top, int64_t token, float 
   found.sum *= scale;
   if (!plain) return;
   for (int64_t k = 0; k < width; ++k) {
-    tilted[k] = scale * (tilted[k] + shift * plain[k]);
-    plain[k] *= scale;
+    tilted[k] = static_cast<float>(scale * (tilted[k] + shift * plain[k]));
+    plain[k] = static_cast<float>(scale * plain[k]);
   }
 }
 
@@ -135,7 +138,7 @@ NABLA_FAST_INLINE void weigh(int rows, int lanes, int tokens, float inverse_tau,
     for (int t = 0; t < tokens; ++t) {
       const Floats<W> x = (load<W>(tile.y + t * lanes + r) - max) * inverse_tau;
       const Floats<W> g = load<W>(tile.grad + t * lanes + r) - centre;
-      const Floats<W> e = x > kLowest ? vec_exp_normal<W>(x) * kUnit : zero;
+      const Floats<W> e = x > kLowest ? vec_exp_normal<W, kPower>(x) : zero;
       const Floats<W> tilted = x > kLowest ? e * g : zero;  // G may be infinite where p is 0
       store<W>(tile.weights + t * stride + r, e);
       store<W>(tile.weights + t * stride + rows + r, tilted);
@@ -181,7 +184,7 @@ NABLA_FAST_INLINE void segment(const Pass& pass, int64_t first, int64_t last, Fo
       found[r].sum += tile.sum[r];
       found[r].tilt += tile.tilt[r];
     }
-    mix(tile.weights, stride, 2 * rows, pass.head.from(token), tokens, mixes);
+    straight_mix<W>(tile.weights, stride, 2 * rows, pass.head.from(token), tokens, mixes);
   }
 }
 

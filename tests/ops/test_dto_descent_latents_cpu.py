@@ -69,7 +69,7 @@ def test_every_instruction_set(isa: str, case: Case, draw: Draw):
         {"rows": 32, "vocabulary": 2049, "hidden": 8, "taken": 10, "until": True},
         {"rows": 33, "vocabulary": 1100, "hidden": 65, "noise": True, "group": True, "iters": 30},
         {"rows": 130, "vocabulary": 700, "hidden": 31, "by_row": True, "iters": 6},
-        {"rows": 2, "vocabulary": 4097, "hidden": 50, "tau": 0.02, "lr": 0.3},
+        {"rows": 2, "vocabulary": 4097, "hidden": 50, "tau": 0.02, "lr": 0.3, "iters": 8},
         {"rows": 1, "vocabulary": 300_001, "hidden": 5, "iters": 3, "noise": True},
     ],
     ids=str,
