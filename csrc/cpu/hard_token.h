@@ -1,0 +1,45 @@
+// Hard tokens of rows of logits in memory.
+#ifndef NABLA_FAST_CPU_HARD_TOKEN_H_
+#define NABLA_FAST_CPU_HARD_TOKEN_H_
+
+#include <cstdint>
+#include <limits>
+
+#include "nabla_fast.h"
+#include "relaxed.h"
+#include "tiles.h"
+
+namespace nabla_fast::cpu {
+
+// The largest y = z + g of a row, or of a part of it.
+struct Top {
+  float max = -std::numeric_limits<float>::infinity();
+  int64_t token = -1;  // the first with that y
+  nabla_fast_status status = NABLA_FAST_OK;
+
+  // Brought up to date with what follows this part.
+  void join(const Top& next) {
+    if (next.status == NABLA_FAST_ROW_NAN || status == NABLA_FAST_OK) status = next.status;
+    if (next.max > max) {
+      max = next.max;
+      token = next.token;
+    }
+  }
+  // The status of a whole row.
+  nabla_fast_status of_row() const {
+    return status == NABLA_FAST_OK && token < 0 ? NABLA_FAST_ROW_ALL_MASKED : status;
+  }
+};
+
+// Of tokens [begin, end) of a row of `logits`; begin: a multiple of 4.
+Top top_of(const Table& logits, int64_t row, const NoiseKeys& keys, int64_t begin, int64_t end);
+
+// Of each of the rows, [rows], with threads over rows and parts of them. `parts`: room for
+// top_parts(rows, vocab) of them.
+void tops_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
+                  int32_t num_threads, Top* parts, Top* tops);
+int64_t top_parts(int64_t rows, int64_t vocab);
+
+}  // namespace nabla_fast::cpu
+
+#endif  // NABLA_FAST_CPU_HARD_TOKEN_H_
