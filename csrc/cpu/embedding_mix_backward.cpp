@@ -81,6 +81,25 @@ struct Output {
   }
 };
 
+// dz by tiles, from G anew.
+void take_again(const Group& group, const Cotangents& cotangents, const Rows& of, const Output& out,
+                int threads) {
+  const nabla_fast_mix& call = group.call;
+  const int rows = group.rows, lanes = lanes_of(rows);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t segment = 0; segment < mix_segments(call.vocab); ++segment) {
+    alignas(64) float y[kTileFloats], grad[kTileFloats];
+    each_tile(segment, call.vocab, [&](int64_t token, int tokens) {
+      cotangents.gradient(token, tokens, grad);
+      for (int t = 0; t < tokens; ++t)
+        for (int r = 0; r < lanes; ++r) grad[t * lanes + r] -= of.centre[r];
+      group.load(token, tokens, y);
+      softmax_jacobian(y, grad, rows, tokens, of.max, of.mean, of.weight, call.tau);
+      out.store(grad, rows, token, tokens);
+    });
+  }
+}
+
 void logits_group(const Group& group, const Cotangents& cotangents, const Output& out, int threads,
                   char* memory, nabla_fast_status* row_status, int32_t num_threads) {
   const nabla_fast_mix& call = group.call;
@@ -88,8 +107,9 @@ void logits_group(const Group& group, const Cotangents& cotangents, const Output
   const int rows = group.rows;
   auto* sums = reinterpret_cast<Sums*>(memory);
   Top tops[kGroupRows];
-  tops_of_rows(table_of(call.logits).from(group.first), rows, call.vocab,
-               keys_from(call, group.first), num_threads, reinterpret_cast<Top*>(memory), tops);
+  const Table logits = table_of(call.logits).from(group.first);
+  const NoiseKeys keys = keys_from(call, group.first);
+  tops_of_rows(logits, rows, call.vocab, keys, num_threads, reinterpret_cast<Top*>(memory), tops);
   Rows of = {};
   pick_centres(cotangents, rows, tops, of);
   const bool waits = out.dtype == NABLA_FAST_FLOAT32;
@@ -113,21 +133,13 @@ void logits_group(const Group& group, const Cotangents& cotangents, const Output
     of.mean[r] = static_cast<float>(tilted / sum);
     of.weight[r] = static_cast<float>(1 / (sum * call.tau));
   }
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t segment = 0; segment < segments; ++segment) {
-    alignas(64) float y[kTileFloats], grad[kTileFloats];
-    each_tile(segment, call.vocab, [&](int64_t token, int tokens) {
-      if (waits) {
-        const Table stored{out.grad, out.dtype, call.vocab, out.stride};
-        load_tile(stored, rows, token, tokens, grad);
-      } else {
-        cotangents.gradient(token, tokens, grad);
-        for (int n = 0; n < tokens * lanes_of(rows); ++n) grad[n] -= of.centre[n % lanes_of(rows)];
-      }
-      group.load(token, tokens, y);
-      softmax_jacobian(y, grad, rows, tokens, of.max, of.mean, of.weight, call.tau);
-      out.store(grad, rows, token, tokens);
-    });
+  if (waits) {
+    JacobianRow of_rows[kGroupRows];
+    for (int r = 0; r < rows; ++r) of_rows[r] = {of.max[r], of.mean[r], of.weight[r]};
+    jacobian_of_rows(logits, rows, call.vocab, keys, of_rows, call.tau,
+                     static_cast<float*>(out.grad), out.stride, num_threads);
+  } else {
+    take_again(group, cotangents, of, out, threads);
   }
   for (int r = 0; r < rows; ++r) {
     row_status[group.first + r] = tops[r].of_row();

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "check.h"
-#include "hard_token.h"
+#include "logit_rows.h"
 #include "nabla_fast.h"
 #include "relaxed.h"
 #include "tiles.h"

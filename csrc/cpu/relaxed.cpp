@@ -21,9 +21,15 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // -- rows in memory
 // ----------------------------------------------------------------------------------
 
+// Rows lie far apart: what a later tile takes of each is fetched by hand.
+constexpr int64_t kTokensAhead = 256;
+
 template <int W>
 NABLA_FAST_INLINE void load_block(const Table& from, int64_t row, int64_t column, int columns,
                                   Floats<W>& x) {
+  __builtin_prefetch(static_cast<const char*>(from.data) +
+                         (row * from.stride + column + kTokensAhead) * from.bytes(),
+                     0, 2);
   float part[16];
   if (columns < W)
     widen<W>(from, row, column, columns, part);
@@ -62,6 +68,7 @@ template <int W>
 NABLA_FAST_INLINE void store_rows(const float* tile, int rows, int64_t token, int tokens, void* to,
                                   nabla_fast_dtype dtype, int64_t stride) {
   const int lanes = lanes_of(rows);
+  const int64_t bytes = dtype == NABLA_FAST_FLOAT32 ? 4 : 2;
   for (int t = 0; t < tokens; t += W) {
     const int some = std::min(W, tokens - t);
     for (int r = 0; r < rows; r += W) {
@@ -70,6 +77,7 @@ NABLA_FAST_INLINE void store_rows(const float* tile, int rows, int64_t token, in
       transpose<W>(x);
       for (int n = 0; n < W && r + n < rows; ++n) {
         const int64_t at = (r + n) * stride + token + t;
+        __builtin_prefetch(static_cast<const char*>(to) + (at + kTokensAhead) * bytes, 1, 2);
         if (dtype == NABLA_FAST_FLOAT32) {
           float* out = static_cast<float*>(to) + at;
           if (some == W)

@@ -1,6 +1,6 @@
-// Hard tokens of rows of logits in memory.
-#ifndef NABLA_FAST_CPU_HARD_TOKEN_H_
-#define NABLA_FAST_CPU_HARD_TOKEN_H_
+// Rows of logits in memory, each by itself: their hard tokens, and the softmax's Jacobian.
+#ifndef NABLA_FAST_CPU_LOGIT_ROWS_H_
+#define NABLA_FAST_CPU_LOGIT_ROWS_H_
 
 #include <cstdint>
 #include <limits>
@@ -31,15 +31,24 @@ struct Top {
   }
 };
 
-// Of tokens [begin, end) of a row of `logits`; begin: a multiple of 4.
-Top top_of(const Table& logits, int64_t row, const NoiseKeys& keys, int64_t begin, int64_t end);
-
-// Of each of the rows, [rows], with threads over rows and parts of them. `parts`: room for
+// The tops of rows, [rows], with threads over rows and parts of them. `parts`: room for
 // top_parts(rows, vocab) of them.
 void tops_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
                   int32_t num_threads, Top* parts, Top* tops);
 int64_t top_parts(int64_t rows, int64_t vocab);
 
+// What a row of the Jacobian needs of the whole row.
+struct JacobianRow {
+  float max;     // of y
+  float mean;    // <p, G - c>
+  float weight;  // 1 / (tau sum e), e = exp((y - max) / tau)
+};
+
+// grad = e (grad - mean) weight, [rows, vocab] with grad = G - c; 0 where e is.
+void jacobian_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
+                      const JacobianRow* of, double tau, float* grad, int64_t grad_stride,
+                      int32_t num_threads);
+
 }  // namespace nabla_fast::cpu
 
-#endif  // NABLA_FAST_CPU_HARD_TOKEN_H_
+#endif  // NABLA_FAST_CPU_LOGIT_ROWS_H_
