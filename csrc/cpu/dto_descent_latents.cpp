@@ -236,7 +236,8 @@ class Descent {
     // Reading the head costs what some rows of arithmetic cost.
     const int64_t work = (Size(call_.vocab) * std::max<int64_t>(width, 1) * (count + 4)).or_most();
     const int threads = threads_for(work, kProductsPerThread, call_.num_threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    // Not in equal shares: where a core is slower than another, or shared, they would wait for it.
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t s = 0; s < segments; ++s)
       pass_segment(pass, s * tokens, std::min(call_.vocab, (s + 1) * tokens), w_.found + s * count,
                    sums ? w_.mix + s * mix : nullptr);

@@ -16,8 +16,8 @@
 
 namespace nabla_fast::cpu {
 
-// Rows that share a pass: of the two sums over head rows that each has, a tile's mix takes 64. Their
-// arithmetic takes several times as long as reading the head.
+// Rows that share a pass. Each has two sums over head rows, and their arithmetic takes several times
+// as long as reading the head.
 constexpr int kPassRows = kGroupRows / 2;
 
 constexpr int64_t kMostSegments = 32;

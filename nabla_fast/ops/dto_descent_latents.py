@@ -9,10 +9,16 @@ from torch import Tensor
 
 from nabla_fast import _native
 from nabla_fast.ops.adam import AdamState
-from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
+from nabla_fast.ops.checks import (
+    expect_matrix,
+    expect_one_device,
+    expect_vocabulary,
+    native_matrix,
+    native_tau,
+)
 from nabla_fast.ops.descent_loop import Descent, check_descent, descend
 from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
-from nabla_fast.ops.logits import lm_logits, logits_backward, native_takes
+from nabla_fast.ops.logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.softmax import softmax_gradient
@@ -104,12 +110,11 @@ def _native_takes(
 ) -> bool:
     vectors = (state.step, until, group, *(noise or ()))
     return (
-        native_takes(h, head)
-        and h.dtype == grad.dtype == torch.float32
-        and all(tensor.stride(1) == 1 for tensor in (h, grad, state.exp_avg, state.exp_avg_sq))
+        h.dtype == grad.dtype == torch.float32
+        and all(native_matrix(tensor) for tensor in (h, head, grad, state.exp_avg, state.exp_avg_sq))
         and all(tensor is None or tensor.is_contiguous() for tensor in vectors)
         and schedule.stride(-1) == 1
-        and 2**-64 <= tau <= 2**64
+        and native_tau(tau)
     )
 
 
