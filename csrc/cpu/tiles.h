@@ -42,16 +42,21 @@ struct Table {
 
 inline Table table_of(const nabla_fast_table& t) { return {t.data, t.dtype, t.width, t.stride}; }
 
-// Rows turned over, as products() reads them: [width, lanes] of float, or, where they and the table
-// are bf16 and the CPU has a dot product for it, [(width + 1) / 2, lanes] of pairs of bf16.
+// Rows turned over, as products() reads them: [width, lanes] of float; where they and the table are
+// bf16 and the CPU has a dot product for it, [(width + 1) / 2, lanes] of pairs of bf16; and where
+// the table is bf16 and the CPU has a matrix unit, as tile_amx.h says.
 struct PackedRows {
   const void* data;
   int rows;
   int64_t width;
   bool pairs;
+  int terms;  // that a number is the sum of; 0 where there is no matrix unit
 
   int lanes() const { return lanes_of(rows); }
-  static int64_t bytes(int rows, int64_t width) { return 4 * lanes_of(rows) * width + 64; }
+  // Room for any of them.
+  static int64_t bytes(int rows, int64_t width) {
+    return 6 * lanes_of(rows) * ((width + 31) / 32 * 32) + 64;
+  }
 };
 
 // Packs the first `rows` rows of `from`, at most kGroupRows, for products with a table of

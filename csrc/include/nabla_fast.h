@@ -84,7 +84,8 @@ enum {
   NABLA_FAST_ISA_BASELINE = 0,
   NABLA_FAST_ISA_AVX2 = 1,
   NABLA_FAST_ISA_AVX512 = 2,
-  NABLA_FAST_ISA_AVX512_BF16 = 3
+  NABLA_FAST_ISA_AVX512_BF16 = 3, /* and the dot product of pairs of bf16 */
+  NABLA_FAST_ISA_AMX = 4          /* AVX-512 and the matrix unit for bf16 */
 };
 
 /* The one that kernels use: the best this CPU has, unless limited. */
