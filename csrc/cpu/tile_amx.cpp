@@ -20,9 +20,32 @@
 namespace nabla_fast::cpu {
 namespace {
 
-// Columns and tokens of a tile.
-constexpr int kColumns = 32;
-constexpr int kTokens = 16;
+// Of a tile: numbers that are multiplied and added up, and those beside each other.
+constexpr int kDepth = 32;
+constexpr int kSide = 16;
+// Terms of a float32.
+constexpr int kTerms = 3;
+
+// The bf16 that x begins with; what it leaves over has the same sign, and eight bits less.
+uint16_t begin_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  // A NaN may have its bits at the end.
+  return std::isnan(x) ? 0x7FC0 : static_cast<uint16_t>(bits >> 16);
+}
+
+// A product with an infinity in it, which terms have made NaN of: infinity times a term that is 0.
+float product_of(const PackedRows& rows, int row, const uint16_t* w) {
+  const auto* x = static_cast<const uint16_t*>(rows.data);
+  float sum = 0;
+  for (int64_t k = 0; k < rows.width; ++k) {
+    float value = 0;
+    for (int term = 0; term < rows.terms; ++term)
+      value += widened(x[2 * ((k / 2 * rows.terms + term) * rows.lanes() + row) + k % 2]);
+    sum += value * widened(w[k]);
+  }
+  return sum;
+}
 
 #if NABLA_FAST_AMX
 
@@ -30,99 +53,101 @@ constexpr int kTokens = 16;
     __attribute__((target(      \
         "amx-tile,amx-bf16,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2")))
 
-// What the unit's registers hold: sums of up to 64 rows in four, tokens in one, rows in the others.
+// All tiles 16 x 64 bytes.
 struct alignas(64) Shapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-
-  explicit Shapes(int tokens) {
-    for (int tile = 0; tile < 5; ++tile) rows[tile] = static_cast<uint8_t>(tokens);
-  }
 };
 
-// Sums of `tokens` tokens, of which `w` is the first, with all lanes; kLanes: how many sixteens.
-template <int kSixteens>
-NABLA_FAST_TARGET_AMX inline void add_up(const PackedRows& rows, const uint16_t* w, int64_t stride,
-                                         int tokens, bool add, float* z, Ahead& ahead) {
-  const int lanes = rows.lanes(), terms = rows.terms;
-  const int64_t width = rows.width, z_bytes = 4 * lanes, x_bytes = z_bytes * terms;
-  const auto* x = static_cast<const char*>(rows.data);
-  if (add) {
-    _tile_loadd(0, z, z_bytes);
-    if (kSixteens > 1) _tile_loadd(1, z + 16, z_bytes);
-    if (kSixteens > 2) _tile_loadd(2, z + 32, z_bytes);
-    if (kSixteens > 3) _tile_loadd(3, z + 48, z_bytes);
-  } else {
-    _tile_zero(0);
-    if (kSixteens > 1) _tile_zero(1);
-    if (kSixteens > 2) _tile_zero(2);
-    if (kSixteens > 3) _tile_zero(3);
-  }
-  alignas(64) uint16_t last[kTokens][kColumns];
-  for (int64_t k = 0; k < width; k += kColumns, x += 16 * x_bytes) {
-    if (k + kColumns <= width) {
-      ahead.walk<2 * kTokens * kColumns>();
-      _tile_loadd(4, w + k, 2 * stride);
-    } else {
-      // What lies behind a row's last column is not the row's.
-      std::memset(last, 0, sizeof last);
-      for (int t = 0; t < tokens; ++t)
-        std::memcpy(last[t], w + t * stride + k, static_cast<size_t>(2 * (width - k)));
-      _tile_loadd(4, last, sizeof last[0]);
-    }
-    for (int term = 0; term < terms; ++term) {
-      const char* part = x + term * z_bytes;
-      _tile_loadd(5, part, x_bytes);
-      _tile_dpbf16ps(0, 4, 5);
-      if (kSixteens > 1) {
-        _tile_loadd(6, part + 64, x_bytes);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      if (kSixteens > 2) {
-        _tile_loadd(7, part + 128, x_bytes);
-        _tile_dpbf16ps(2, 4, 7);
-      }
-      if (kSixteens > 3) {
-        _tile_loadd(5, part + 192, x_bytes);
-        _tile_dpbf16ps(3, 4, 5);
-      }
-    }
-  }
-  _tile_stored(0, z, z_bytes);
-  if (kSixteens > 1) _tile_stored(1, z + 16, z_bytes);
-  if (kSixteens > 2) _tile_stored(2, z + 32, z_bytes);
-  if (kSixteens > 3) _tile_stored(3, z + 48, z_bytes);
+// A matrix of tiles in memory: `down` bytes from one row of a tile to the next, `right` to the tile
+// of the next sixteen beside it, `term` to the next term.
+struct Tiles {
+  const char* at;
+  int64_t down, right, term;
+};
+
+// Sums of 32 x 32: registers 0 to 3, of which a narrower one uses 0 and 2, a lower one 0 and 1.
+struct Square {
+  float* at;
+  int64_t down;  // bytes
+  bool low, narrow;
+};
+
+NABLA_FAST_TARGET_AMX inline void load_square(const Square& c) {
+  float* below = c.at + kSide * (c.down / 4);
+  _tile_loadd(0, c.at, c.down);
+  if (!c.narrow) _tile_loadd(1, c.at + kSide, c.down);
+  if (!c.low) _tile_loadd(2, below, c.down);
+  if (!c.low && !c.narrow) _tile_loadd(3, below + kSide, c.down);
 }
 
-NABLA_FAST_TARGET_AMX void run(const PackedRows& rows, const Table& table, int tokens, bool add,
-                               float* z) {
+NABLA_FAST_TARGET_AMX inline void store_square(const Square& c) {
+  float* below = c.at + kSide * (c.down / 4);
+  _tile_stored(0, c.at, c.down);
+  if (!c.narrow) _tile_stored(1, c.at + kSide, c.down);
+  if (!c.low) _tile_stored(2, below, c.down);
+  if (!c.low && !c.narrow) _tile_stored(3, below + kSide, c.down);
+}
+
+// 32 x 32 times 32 x 32; `terms` of the right side.
+NABLA_FAST_TARGET_AMX inline void multiply(const Tiles& a, const Tiles& b, int terms,
+                                           const Square& c) {
+  _tile_loadd(4, a.at, a.down);
+  if (!c.low) _tile_loadd(5, a.at + a.right, a.down);
+  const char* of_b = b.at;
+  for (int term = 0; term < terms; ++term, of_b += b.term) {
+    _tile_loadd(6, of_b, b.down);
+    _tile_dpbf16ps(0, 4, 6);
+    if (!c.narrow) {
+      _tile_loadd(7, of_b + b.right, b.down);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (!c.low) {
+      _tile_dpbf16ps(2, 5, 6);
+      if (!c.narrow) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+
+// z += products of at most 32 tokens; z has room for whole tiles.
+NABLA_FAST_TARGET_AMX inline void add_tokens(const PackedRows& rows, const Table& table, int tokens,
+                                             float* z, Ahead& ahead) {
   const auto* w = static_cast<const uint16_t*>(table.data);
-  const int lanes = rows.lanes();
-  Ahead ahead{reinterpret_cast<const char*>(w + tokens * table.stride)};
-  int shaped = 0;
-  for (int t = 0; t < tokens; t += kTokens) {
-    const int some = std::min(kTokens, tokens - t);
-    if (some != shaped) {
-      const Shapes shapes(some);
-      _tile_loadconfig(&shapes);
-      shaped = some;
+  const int lanes = rows.lanes(), squares = (lanes + 2 * kSide - 1) / (2 * kSide);
+  const int lines = 2 * kSide * kDepth * 2 / 64 / squares;
+  // What the unit reads of rows that are not there, and behind a row's last column.
+  alignas(64) uint16_t copy[2 * kSide][kDepth];
+  for (int lane = 0; lane < lanes; lane += 2 * kSide) {
+    const Square c{z + lane, 4 * lanes, tokens <= kSide, lanes - lane == kSide};
+    load_square(c);
+    for (int64_t k = 0; k < rows.width; k += kDepth) {
+      const int64_t columns = std::min<int64_t>(kDepth, rows.width - k), of_term = 4 * lanes;
+      Tiles a{reinterpret_cast<const char*>(w + k), 2 * table.stride, 2 * kSide * table.stride, 0};
+      if (columns < kDepth || tokens % kSide) {
+        std::memset(copy, 0, sizeof copy);
+        for (int t = 0; t < tokens; ++t)
+          std::memcpy(copy[t], w + t * table.stride + k, static_cast<size_t>(2 * columns));
+        a = {reinterpret_cast<const char*>(copy), sizeof copy[0], kSide * sizeof copy[0], 0};
+      }
+      const Tiles b{static_cast<const char*>(rows.data) + k / 2 * rows.terms * of_term + 4 * lane,
+                    rows.terms * of_term, 4 * kSide, of_term};
+      for (int line = 0; line < lines; ++line) ahead.line();
+      multiply(a, b, rows.terms, c);
     }
-    const uint16_t* from = w + t * table.stride;
-    float* to = z + t * lanes;
-    switch (lanes / 16) {
-      case 1:
-        add_up<1>(rows, from, table.stride, some, add, to, ahead);
-        break;
-      case 2:
-        add_up<2>(rows, from, table.stride, some, add, to, ahead);
-        break;
-      case 3:
-        add_up<3>(rows, from, table.stride, some, add, to, ahead);
-        break;
-      default:
-        add_up<4>(rows, from, table.stride, some, add, to, ahead);
-    }
+    store_square(c);
+  }
+}
+
+// z += products; z has room for whole tiles of tokens.
+NABLA_FAST_TARGET_AMX void add_products(const PackedRows& rows, const Table& table, int tokens,
+                                        float* z) {
+  const Shapes shapes;
+  _tile_loadconfig(&shapes);
+  Ahead ahead{static_cast<const char*>(table.from(tokens).data)};
+  for (int t = 0; t < tokens; t += 2 * kSide) {
+    const int some = std::min(2 * kSide, tokens - t);
+    add_tokens(rows, table.from(t), some, z + t * rows.lanes(), ahead);
   }
   _tile_release();
 }
@@ -136,37 +161,10 @@ bool ask_for_amx() {
 
 #else
 
-void run(const PackedRows&, const Table&, int, bool, float*) {}
+void add_products(const PackedRows&, const Table&, int, float*) {}
 bool ask_for_amx() { return false; }
 
 #endif
-
-float widened(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// The bf16 that x begins with; what it leaves over has the same sign, and eight bits less.
-uint16_t begin_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return static_cast<uint16_t>(bits >> 16);
-}
-
-// A product with an infinity, or of one, that terms have made NaN of: infinity times a term that is 0.
-float product_of(const PackedRows& rows, int row, const uint16_t* w) {
-  const auto* x = static_cast<const uint16_t*>(rows.data);
-  float sum = 0;
-  for (int64_t k = 0; k < rows.width; ++k) {
-    float value = 0;
-    for (int term = 0; term < rows.terms; ++term)
-      value += widened(x[2 * ((k / 2 * rows.terms + term) * rows.lanes() + row) + k % 2]);
-    sum += value * widened(w[k]);
-  }
-  return sum;
-}
 
 }  // namespace
 
@@ -175,50 +173,40 @@ bool has_amx() {
   return has;
 }
 
-void pack_amx(const Table& from, int rows, int lanes, int terms, void* packed) {
-  auto* to = static_cast<uint16_t*>(packed);
-  const int64_t padded_width = (from.width + kColumns - 1) / kColumns * kColumns;
-  std::memset(packed, 0, static_cast<size_t>(2 * padded_width * terms * lanes));
+PackedRows pack_amx(const Table& from, int rows, void* memory) {
+  const PackedRows packed{memory, rows, from.width, false,
+                          from.dtype == NABLA_FAST_BFLOAT16 ? 1 : kTerms};
+  auto* to = static_cast<uint16_t*>(memory);
+  const int lanes = packed.lanes();
+  const int64_t padded_width = (from.width + kDepth - 1) / kDepth * kDepth;
+  std::memset(memory, 0, static_cast<size_t>(2 * padded_width * packed.terms * lanes));
   for (int r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < from.width; ++k) {
-      uint16_t* at = to + 2 * (k / 2 * terms * lanes + r) + k % 2;
-      const int64_t index = r * from.stride + k;
-      if (from.dtype == NABLA_FAST_BFLOAT16) {
-        *at = static_cast<const uint16_t*>(from.data)[index];
-        continue;
-      }
-      float rest = static_cast<const float*>(from.data)[index];
-      for (int term = 0; term < terms; ++term, at += 2 * lanes) {
+      uint16_t* at = to + 2 * (k / 2 * packed.terms * lanes + r) + k % 2;
+      float rest = from.value(r, k);
+      for (int term = 0; term < packed.terms; ++term, at += 2 * lanes) {
         *at = begin_of(rest);
-        if (!std::isfinite(rest)) {
-          // A NaN may have its bits at the end.
-          if (std::isnan(rest)) *at = 0x7FC0;
-          break;
-        }
+        if (!std::isfinite(rest)) break;
         rest -= widened(*at);
       }
     }
   }
+  return packed;
 }
 
 void products_amx(const PackedRows& rows, const Table& table, int tokens, bool add, float* z) {
-  if (rows.terms == 1) return run(rows, table, tokens, add, z);
   const int lanes = rows.lanes();
-  alignas(64) float before[kTileTokens * kGroupRows];
-  if (add) std::copy(z, z + tokens * lanes, before);
-  run(rows, table, tokens, add, z);
+  alignas(64) float sums[kTileTokens * kGroupRows];
+  std::fill(sums, sums + (tokens + 2 * kSide - 1) / (2 * kSide) * 2 * kSide * lanes, 0.0f);
+  add_products(rows, table, tokens, sums);
   bool finite = true;
-  for (int n = 0; n < tokens * lanes; ++n) finite &= z[n] - z[n] == 0;
-  if (finite) return;
-  for (int t = 0; t < tokens; ++t) {
+  for (int n = 0; n < tokens * lanes; ++n) finite &= sums[n] - sums[n] == 0;
+  for (int t = 0; t < tokens && !finite; ++t) {
     const uint16_t* w = static_cast<const uint16_t*>(table.data) + t * table.stride;
-    for (int r = 0; r < rows.rows; ++r) {
-      float& value = z[t * lanes + r];
-      if (std::isfinite(value)) continue;
-      value = product_of(rows, r, w);
-      if (add) value += before[t * lanes + r];
-    }
+    for (int r = 0; r < rows.rows; ++r)
+      if (!std::isfinite(sums[t * lanes + r])) sums[t * lanes + r] = product_of(rows, r, w);
   }
+  for (int n = 0; n < tokens * lanes; ++n) z[n] = add ? z[n] + sums[n] : sums[n];
 }
 
 }  // namespace nabla_fast::cpu

@@ -373,11 +373,8 @@ void pack_pairs(const Table& from, int rows, int lanes, uint16_t* packed) {
 }  // namespace
 
 PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, void* memory) {
-  if (table_dtype == NABLA_FAST_BFLOAT16 && nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AMX) {
-    const int terms = from.dtype == NABLA_FAST_BFLOAT16 ? 1 : 3;
-    pack_amx(from, rows, lanes_of(rows), terms, memory);
-    return {memory, rows, from.width, false, terms};
-  }
+  if (table_dtype == NABLA_FAST_BFLOAT16 && nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AMX)
+    return pack_amx(from, rows, memory);
   const bool both = from.dtype == NABLA_FAST_BFLOAT16 && table_dtype == NABLA_FAST_BFLOAT16;
   const bool pairs = both && nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AVX512_BF16;
   const int lanes = lanes_of(rows);
