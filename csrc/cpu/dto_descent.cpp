@@ -21,6 +21,7 @@
   #include <omp.h>
 #endif
 
+#include "descent.h"
 #include "flush.h"
 #include "gumbel.h"
 #include "isa.h"
@@ -40,8 +41,6 @@ constexpr int64_t kBlock = 256;
 constexpr int64_t kWorkPerThread = int64_t{1} << 17;
 constexpr int64_t kTokensPerThread = int64_t{1} << 15;
 
-constexpr double kBeta1 = 0.9, kBeta2 = 0.999;
-constexpr float kEpsilon = 1e-8f;
 // exp of anything lower counts as 0.
 constexpr double kLowest = -87;
 // How far the largest y / tau may move before the sums are taken anew from it.
@@ -92,12 +91,11 @@ struct Step {
   Centre centre;
   float weight;  // sqrt(1 - beta2) / (S tau)
   float mean;    // T / S, times the weight
-  float rate;    // learning rate / (1 - beta1^step)
-  float scale;   // 1 / sqrt(1 - beta2^step)
+  AdamRate adam;
 
   // Whether the step may divide by way of estimates: nothing overflows on the way, and what they
   // do not take, subnormal numbers, is lost beside epsilon.
-  bool ordinary() const { return rate >= 0x1p-30f && rate <= 0x1p4f; }
+  bool ordinary() const { return adam.rate >= 0x1p-30f && adam.rate <= 0x1p4f; }
 };
 
 // What a pass finds in a chunk.
@@ -226,8 +224,9 @@ template <int W, bool kNoise>
 NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, Step step, Found<W>& found) {
   for (int64_t i = 0; i < n; i += W) {
     const Floats<W> root = vec_sqrt<W>(load<W>(row.exp_avg_sq + i));
-    const Floats<W> moved = load<W>(row.z + i) -
-                            step.rate * (load<W>(row.exp_avg + i) / (root * step.scale + kEpsilon));
+    const Floats<W> moved =
+        load<W>(row.z + i) -
+        step.adam.rate * (load<W>(row.exp_avg + i) / (root * step.adam.scale + kEpsilon));
     store<W>(row.z + i, moved);
     const Floats<W> y = kNoise ? moved + load<W>(row.noise + i) : moved;
     found.max = y > found.max ? y : found.max;
@@ -243,8 +242,9 @@ NABLA_FAST_INLINE void move_lanes_fast(const Row& row, int64_t n, Step step, int
                                        Found<W>& found) {
   // With a = scale / rate, a move is first / (a sqrt(second) + epsilon / rate). The square root of
   // a^2 second / 4 is half of the first term; 2^-126 keeps it from 0, where 1 / sqrt is infinite.
-  const float quarter = 0.25f * (step.scale / step.rate) * (step.scale / step.rate);
-  const float epsilon = kEpsilon / step.rate;
+  const float quarter =
+      0.25f * (step.adam.scale / step.adam.rate) * (step.adam.scale / step.adam.rate);
+  const float epsilon = kEpsilon / step.adam.rate;
   for (int64_t i = 0; i < n; i += W) {
     __builtin_prefetch(row.z + i + ahead, 1);
     __builtin_prefetch(row.exp_avg + i + ahead, 1);
@@ -426,12 +426,9 @@ struct Call {
   const float* grad;
   float* exp_avg;
   float* exp_avg_sq;
-  int64_t* step;
   int64_t rows, vocab;
   int64_t z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride;
-  const double* schedule;
-  int64_t iters, schedule_stride;
-  const int64_t* until;
+  Steps steps;
   const int64_t* group;
   double tau;
   const int64_t* noise_seed;
@@ -440,9 +437,6 @@ struct Call {
   uint8_t* flipped;
 
   int64_t chunks() const { return (vocab + kChunk - 1) / kChunk; }
-  int64_t left(int64_t row) const {
-    return std::max<int64_t>((until ? until[row] : iters) - step[row], 0);
-  }
   Row row(int64_t index) const {
     return {z + index * z_stride,
             grad + index * grad_stride,
@@ -577,13 +571,9 @@ class Descent {
   }
 
   Step next_step(int64_t index, int64_t taken, const Centre& centre) const {
-    const int64_t before = call_.step[index] + taken;
-    const double count = static_cast<double>(before + 1);
-    const double lr = call_.schedule[index * call_.schedule_stride + before];
     const double weight = std::sqrt(1 - kBeta2) / (sum_ * call_.tau);
     return {centre, static_cast<float>(weight), static_cast<float>(tilt_ / sum_ * weight),
-            static_cast<float>(lr / (1 - std::pow(kBeta1, count))),
-            static_cast<float>(1 / std::sqrt(1 - std::pow(kBeta2, count)))};
+            call_.steps.rate(index, taken)};
   }
 
   // Far below the largest logit, second moments are below 2^-126. They may become 0 beside much
@@ -655,9 +645,9 @@ void descend(const Call& call, const Passes& passes, int64_t index, int64_t most
   Row row = call.row(index);
   set_desk(call, passes, index, desk, team, row);
   const Outcome outcome = Descent(call, passes, row, desk, team).run(index, most);
-  team.meet();  // the others still read call.step
+  team.meet();  // the others still read the steps taken
   if (team.rank > 0) return;
-  call.step[index] += outcome.taken;
+  call.steps.taken[index] += outcome.taken;
   call.token[index] = outcome.token;
   call.flipped[index] = outcome.flipped;
 }
@@ -681,32 +671,6 @@ int64_t steps_to_flip(const Call& call, const Passes& passes, int64_t index, int
 
 // -- the rows
 // -----------------------------------------------------------------------------------------
-
-// Which rows stop together: sorted by group, each row's leader is the first of its group.
-struct Groups {
-  int64_t* order;     // [rows]
-  int64_t* leader;    // [rows]
-  int64_t* earliest;  // [rows], of a leader: after how many steps its group's first token moves
-
-  void sort(const Call& call) {
-    for (int64_t row = 0; row < call.rows; ++row) order[row] = row;
-    std::sort(order, order + call.rows, [&](int64_t a, int64_t b) {
-      return call.group[a] != call.group[b] ? call.group[a] < call.group[b] : a < b;
-    });
-    for (int64_t n = 0; n < call.rows; ++n) {
-      const int64_t row = order[n];
-      const bool first = n == 0 || call.group[order[n - 1]] != call.group[row];
-      leader[row] = first ? row : leader[order[n - 1]];
-      earliest[row] = std::numeric_limits<int64_t>::max();
-    }
-    // From here on, whether a row has a group to wait for.
-    for (int64_t n = 0; n < call.rows; ++n) {
-      const bool before = n > 0 && leader[order[n - 1]] == leader[order[n]];
-      const bool after = n + 1 < call.rows && leader[order[n + 1]] == leader[order[n]];
-      if (!before && !after) leader[order[n]] = -1;
-    }
-  }
-};
 
 struct Layout {
   int threads;  // at most
@@ -810,14 +774,14 @@ nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Lay
     groups.order = reinterpret_cast<int64_t*>(workspace + layout.desks * layout.desk_bytes);
     groups.leader = groups.order + call.rows;
     groups.earliest = groups.leader + call.rows;
-    groups.sort(call);
+    groups.sort(call.group, call.rows);
     each_row(call, layout, workspace, [&](int64_t row, const Desk& desk, Team team) {
       const int64_t leader = groups.leader[row];
       if (leader < 0) return;
       int64_t* earliest = &groups.earliest[leader];
       const int64_t so_far = __atomic_load_n(earliest, __ATOMIC_RELAXED);
       team.meet();  // all threads of a row must have read the same number
-      const int64_t most = std::min(call.left(row), so_far);
+      const int64_t most = std::min(call.steps.left(row), so_far);
       const int64_t steps = steps_to_flip(call, mine, row, most, desk, team);
       if (team.rank > 0) return;
 #pragma omp critical(nabla_fast_dto_descent_earliest)
@@ -825,7 +789,7 @@ nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Lay
     });
   }
   each_row(call, layout, workspace, [&](int64_t row, const Desk& desk, Team team) {
-    int64_t most = call.left(row);
+    int64_t most = call.steps.left(row);
     if (call.group && groups.leader[row] >= 0) {
       most = std::min(most, groups.earliest[groups.leader[row]]);
     }
@@ -858,33 +822,15 @@ nabla_fast_status nabla_fast_dto_descent(
       !workspace || (iters > 0 && !schedule) || !noise_seed != !noise_position) {
     return NABLA_FAST_INVALID_POINTER;
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    if (step[row] < 0 || (until && until[row] > iters)) return NABLA_FAST_INVALID_STEPS;
-  }
+  const Steps steps{step, schedule, iters, schedule_stride, until};
+  if (!steps.valid(rows)) return NABLA_FAST_INVALID_STEPS;
   const Layout layout(rows, vocab, iters, noise_seed, group, num_threads);
   if (workspace_bytes < layout.bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
   const auto address = reinterpret_cast<uintptr_t>(workspace);
   char* const aligned = static_cast<char*>(workspace) + (64 - address % 64) % 64;
-  const Call call{z,
-                  grad,
-                  exp_avg,
-                  exp_avg_sq,
-                  step,
-                  rows,
-                  vocab,
-                  z_stride,
-                  grad_stride,
-                  exp_avg_stride,
-                  exp_avg_sq_stride,
-                  schedule,
-                  iters,
-                  schedule_stride,
-                  until,
-                  group,
-                  tau,
-                  noise_seed,
-                  noise_position,
-                  token,
-                  flipped};
+  const Call call{z,     grad,     exp_avg,     exp_avg_sq,     rows,
+                  vocab, z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride,
+                  steps, group,    tau,         noise_seed,     noise_position,
+                  token, flipped};
   return run(call, row_status, layout, aligned);
 }

@@ -76,8 +76,9 @@ NABLA_FAST_INLINE Floats<W> vec_sqrt(Floats<W> x) {
   return y;
 }
 
-// exp(x) for x in [-87, 88], within 2 ulp; anything elsewhere. The steps of vec_exp_normal.
-template <int W>
+// exp(x) 2^kPower where that is in [exp(-87), exp(88)], within 2 ulp; anything elsewhere. The steps of
+// vec_exp_normal.
+template <int W, int kPower = 0>
 NABLA_FAST_INLINE Floats<W> vec_exp_normal(Floats<W> x) {
   const float round = 12582912.0f;
   const Floats<W> shifted = x * 1.44269504f + round;
@@ -90,7 +91,7 @@ NABLA_FAST_INLINE Floats<W> vec_exp_normal(Floats<W> x) {
   const Floats<W> mantissa = 1.0f + (r + (r * r) * q);
   // The low bits of `shifted` hold n; what stands above them is shifted out.
   using Bits = typename VecTypes<W>::Bits;
-  return (Floats<W>)((Bits)mantissa + ((Bits)shifted << 23));
+  return (Floats<W>)((Bits)mantissa + (((Bits)shifted + uint32_t{kPower}) << 23));
 }
 
 // Lanes that a condition holds for.
