@@ -184,7 +184,9 @@ NABLA_FAST_INLINE void segment(const Pass& pass, int64_t first, int64_t last, Fo
       found[r].sum += tile.sum[r];
       found[r].tilt += tile.tilt[r];
     }
-    straight_mix<W>(tile.weights, stride, 2 * rows, pass.head.from(token), tokens, mixes);
+    // The tile behind the next one, which products() has fetched, and has more time for it.
+    straight_mix<W, 4>(tile.weights, stride, 2 * rows, pass.head.from(token), tokens, mixes,
+                       Ahead{static_cast<const char*>(pass.head.from(token + 2 * tokens).data)});
   }
 }
 
