@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ def run(
         on_row(row)
         if compiled:
             torch.compiler.reset()  # it keeps what it compiled, and the inputs with it
+        gc.collect()  # versions refer to each other
         give_memory_back()
     return rows
 

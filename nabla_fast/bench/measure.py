@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -96,7 +95,6 @@ def peak_bytes(
 
 def give_memory_back() -> None:
     """Return to the system what was freed: reused, it would not show in a peak."""
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # glibc's own

@@ -20,7 +20,11 @@ def small_cases(dtype: torch.dtype) -> list[Case]:
     return [
         k.token_stats(3, 257, dtype, CPU),
         k.token_stats_of_hidden(3, 257, 9, dtype, CPU),
-        *(k.embedding_mix(3, 257, widths, dtype, CPU, **form) for form in FORMS for widths in ([9], [9, 6])),
+        *(
+            k.embedding_mix(3, 257, widths, dtype, CPU, **form)
+            for form in FORMS
+            for widths in ([9], [9, 6])
+        ),
         *(k.linear_embedding_mix(3, 257, 9, dtype, CPU, **form) for form in FORMS),
         *(k.onehot_grad(n, 257, 9, [9, 6], dtype, CPU) for n in (1, 3)),
         k.onehot_grad_norm(3, 257, 9, [9, 6], dtype, CPU),
