@@ -56,15 +56,13 @@ def _logits_versions(start: Tensor, grad: Tensor, steps: int) -> Versions:
         return [parameter.value]
 
     def naive() -> Outputs:
-        z = parameter.value
-        optimizer = torch.optim.Adam([z], lr=_LR)
-        for rate in rates:
-            optimizer.param_groups[0]["lr"] = rate
+        z, first, second = parameter.tensors
+        for step, rate in enumerate(rates, start=1):
             p = torch.softmax(z, dim=-1)
             centred = grad - grad.gather(1, z.argmax(dim=-1, keepdim=True))
-            z.grad = p * (centred - (p * centred).sum(dim=-1, keepdim=True))
-            optimizer.step()
-        return [z]
+            dz = p * (centred - (p * centred).sum(dim=-1, keepdim=True))
+            z, first, second = _adam_step(z, first, second, dz, step, rate)
+        return [parameter.set(z, first, second)]
 
     blocks = list(row_blocks(*start.shape, start.device))
     p, centred, work = torch.empty(3, blocks[0].stop, start.shape[1], device=start.device)
@@ -72,7 +70,7 @@ def _logits_versions(start: Tensor, grad: Tensor, steps: int) -> Versions:
     def eager() -> Outputs:
         for rows in blocks:
             count = rows.stop - rows.start
-            block = parameter.value[rows], *(moment[rows] for moment in parameter.state[:2])
+            block = [tensor[rows] for tensor in parameter.tensors]
             _descend_(*block, grad[rows], rates, p[:count], centred[:count], work[:count])
         return [parameter.value]
 
@@ -156,23 +154,21 @@ def _latents_versions(start: Tensor, head: Tensor, grad: Tensor, steps: int) -> 
         return [parameter.value]
 
     def naive() -> Outputs:
-        h, wide = parameter.value, head.float()
-        optimizer = torch.optim.Adam([h], lr=_LR)
-        for rate in rates:
-            optimizer.param_groups[0]["lr"] = rate
+        (h, first, second), wide = parameter.tensors, head.float()
+        for step, rate in enumerate(rates, start=1):
             z = h @ wide.T
             p = torch.softmax(z, dim=-1)
             centred = grad - grad.gather(1, z.argmax(dim=-1, keepdim=True))
-            h.grad = (p * (centred - (p * centred).sum(dim=-1, keepdim=True))) @ wide
-            optimizer.step()
-        return [h]
+            dh = (p * (centred - (p * centred).sum(dim=-1, keepdim=True))) @ wide
+            h, first, second = _adam_step(h, first, second, dh, step, rate)
+        return [parameter.set(h, first, second)]
 
     products = Products(len(start), head)
     z, p, centred, work = torch.empty(4, *grad.shape, device=start.device)
     dh = torch.empty_like(start)
 
     def eager() -> Outputs:
-        h, moments = parameter.value, (parameter.state.exp_avg, parameter.state.exp_avg_sq)
+        h, *moments = parameter.tensors
         token = products(h, head, z).max(dim=-1, keepdim=True).indices
         torch.sub(grad, grad.gather(1, token), out=centred)
         for step, rate in enumerate(rates, start=1):
@@ -202,11 +198,31 @@ class _Parameter:
         self.value = start.clone()
         self.state = ops.AdamState.zeros(start)
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The parameter and Adam's moments."""
+        return self.value, self.state.exp_avg, self.state.exp_avg_sq
+
+    def set(self, *tensors: Tensor) -> Tensor:
+        """Change them as the ops do, in place; returns the parameter."""
+        for tensor, new in zip(self.tensors, tensors, strict=True):
+            tensor.copy_(new)
+        return self.value
+
     def reset(self) -> None:
-        self.value.grad = None
         self.value.copy_(self._start)
         for tensor in self.state:
             tensor.zero_()
+
+
+def _adam_step(
+    x: Tensor, first: Tensor, second: Tensor, grad: Tensor, step: int, rate: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adam as it is written down."""
+    first = 0.9 * first + 0.1 * grad
+    second = 0.999 * second + 0.001 * grad**2
+    mean, variance = first / (1 - 0.9**step), second / (1 - 0.999**step)
+    return x - rate * mean / (variance.sqrt() + 1e-8), first, second
 
 
 def _schedule(steps: int, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -68,9 +68,7 @@ def softmax_gradient_(p: Tensor, grad: Tensor, work: Tensor) -> Tensor:
     return grad.sub_(mean).mul_(p)
 
 
-def adam_step_(
-    parameter: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: int, lr: float
-) -> None:
+def adam_step_(parameter: Tensor, grad: Tensor, moments: Sequence[Tensor], step: int, lr: float) -> None:
     """Step ``step`` (from 1) of Adam by the kernel behind ``torch.optim.Adam(fused=True)``."""
     count = torch.tensor(float(step), device=parameter.device)
     torch._fused_adam_(
