@@ -52,7 +52,12 @@ def run_kernels(arguments: argparse.Namespace) -> int:
     def on_row(row: dict) -> None:
         rows.append(row)
         said = row["check"] + (f" ({row['error']})" if "error" in row else "")
-        progress.print(f"{row['op']} {row['shape']} {row['dtype']}: {said}", highlight=False, markup=False)
+        progress.print(
+            f"{row['op']} {row['shape']} {row['dtype']}: {said}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
     interrupted, machine = False, None
     options = {"compiled": arguments.compile, "seconds": arguments.seconds, "on_row": on_row}
