@@ -1,7 +1,7 @@
 """The kernel benchmark under pytest-benchmark: ``pytest benchmarks/ --benchmark-only``.
 
 The cases of ``nabla-fast bench kernels``, each a group of three: ours, eager and naive PyTorch. A case
-whose check fails has no times. ``extra_info`` has the limit, its kind and ours' share of it. Choose cases
+whose check fails has no times. ``extra_info`` has the limit, its kind and the share reached. Choose cases
 with ``-k``: ``-k "dto_descent and ours"``. ``NABLA_FAST_BACKEND`` chooses the backend (``cpu,torch``).
 """
 
