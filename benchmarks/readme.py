@@ -55,6 +55,68 @@ def decode_tables(results: dict[str, Any]) -> str:
     return "\n\n".join([*(table.markdown() for table in tables(results)), " ".join(filter(None, summary))])
 
 
+def kernels_table(results: dict[str, Any]) -> str:
+    """A Markdown table of the kernel benchmark's JSON, with the machine it came from and its limits.
+
+    Raises:
+        SystemExit: the run was interrupted, or a check did not pass.
+    """
+    whole = not results["interrupted"] and all(row["check"] == "passed" for row in results["rows"])
+    if not whole:
+        raise SystemExit("the kernel benchmark's results are of a run that was interrupted or that failed")
+    rows = [
+        "| op | shape | dtype | ms | eager | naive | compile | of the limit | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows += [f"| {' | '.join(_kernel_cells(row))} |" for row in results["rows"]]
+    machine, environment = results["machine"], results["environment"]
+    names = {"read": "GB/s", "copy": "GB/s", "multiply_add": "GFLOP/s", "bfloat16_matmul": "GFLOP/s"}
+    limits = ", ".join(
+        f"{name.replace('_', ' ')} {machine[f'{name}_per_s'] / 1e9:,.4g} {unit}"
+        for name, unit in names.items()
+        if machine[f"{name}_per_s"]
+    )
+    gpus = ", ".join(gpu["name"] for gpu in environment["gpus"])
+    where = f"{gpus}, torch {environment['versions']['torch']}" if gpus else _machine(environment)
+    return "\n".join(
+        [
+            *rows,
+            "",
+            "Medians of one interleaved run with cold caches, each result checked against float64 first. "
+            "Eager, naive, compile: how many times ours they take. Naive is the straightforward "
+            "expression, eager PyTorch in place in memory that is there, compile torch.compile of naive. "
+            "Memory: the peak beyond inputs and results, and its share of naive's.",
+            "",
+            f"{where}; limits measured in the same run: {limits}.",
+        ]
+    )
+
+
+def _kernel_cells(row: dict[str, Any]) -> list[str]:
+    ours = row["median_ms"]
+    others = [row[f"{name}_ms"] for name in ("eager", "naive", "compile")]
+    times = ["–" if other is None else f"{_short(other / ours)}×" for other in others]
+    share = f"{row['limit_ms'] / ours:.0%} ({row['limit']})"
+    peak, naive = row["peak_bytes"], row["naive_peak_bytes"]
+    memory = "–" if peak is None else f"{peak / 1e6:.1f} MB"
+    if naive:
+        memory += f" ({peak / naive:.0%})"
+    op = row["op"] if row["backend"] != "torch" else f"{row['op']} (plain PyTorch)"
+    return [
+        op,
+        row["shape"],
+        row["dtype"],
+        f"{ours:.3g}" if ours < 1 else f"{ours:.2f}",
+        *times,
+        share,
+        memory,
+    ]
+
+
+def _short(times: float) -> str:
+    return f"{times:.1f}" if times < 9.95 else f"{times:.0f}"
+
+
 def _machine(environment: dict[str, Any]) -> str:
     threads = environment["threads"]
     return (
@@ -91,6 +153,19 @@ _DECODE = Section(
     RESULTS / "cpu" / "decode.json",
     decode_tables,
     missing="There are no figures of this release yet.",
+)
+# To stand in a document, these need their markers there and a place in its list.
+KERNELS = Section(
+    "kernels",
+    RESULTS / "cpu" / "kernels.json",
+    kernels_table,
+    missing="There are no figures of this release yet.",
+)
+GPU_KERNELS = Section(
+    "gpu-kernels",
+    RESULTS / "gpu" / "kernels.json",
+    kernels_table,
+    missing="The GPU kernels are unmeasured.",
 )
 DOCUMENTS = {
     ROOT / "README.md": [Section("demo", RESULTS / "cpu" / "demo.json", demo_table), _DECODE],

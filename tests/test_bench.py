@@ -1,56 +1,373 @@
-"""The kernel benchmark: no time without a passed check."""
+"""The kernel benchmark: no time without a passed check, limits that are the machine's, no case lost."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
+import pytest
 import torch
 
-from nabla_fast.bench import kernels
-from nabla_fast.bench.kernel_cases import dto_descent, embedding_mix, token_stats
-from nabla_fast.bench.measure import Timing, interleaved
+from nabla_fast import _native
+from nabla_fast.bench import kernel_cases, kernels, machine, measure
+from nabla_fast.bench.kernel_cases import (
+    Case,
+    dto_descent,
+    dto_descent_latents,
+    embedding_mix,
+    lm_logits,
+    token_stats,
+)
+from nabla_fast.bench.machine import Machine
+from nabla_fast.bench.measure import Timing, interleaved, peak_bytes
+from nabla_fast.cli import main
+from nabla_fast.errors import BackendUnavailable, InputError
 
 CPU = torch.device("cpu")
+LIMITS = Machine("loops", 1, read=1e10, triad=8e9, multiply_add=1e11, float32_matmul=5e10)
+
+needs_native = pytest.mark.skipif(not _native.available(), reason=str(_native.why_missing()))
 
 
-def small_cases(_: torch.device):
-    yield lambda: token_stats(3, 257, torch.float32, CPU)
-    yield lambda: embedding_mix(3, 257, 8, 6, torch.bfloat16, CPU, hard=True, backward=True)
-    yield lambda: embedding_mix(3, 257, 8, 6, torch.float32, CPU, hard=False, backward=False)
-    yield lambda: dto_descent(2, 257, 5, CPU)
+@pytest.fixture(autouse=True)
+def _small_caches(monkeypatch):
+    """To empty real ones takes longer than what is tested here."""
+    monkeypatch.setattr(measure, "_FLUSH_BYTES", 1 << 16)
 
 
-def run_small(monkeypatch) -> list[dict]:
-    monkeypatch.setattr(kernels, "cases", small_cases)
-    monkeypatch.setattr(kernels, "copy_bandwidth", lambda device: 1e10)
-    monkeypatch.setattr(kernels, "matmul_rate", lambda dtype, device: 1e11)
-    return kernels.run("torch", CPU, compiled=False, seconds=0.01, on_row=lambda row: None)
+def small_cases(_: torch.device = CPU) -> list[Case]:
+    return [
+        token_stats(3, 257, torch.float32, CPU),
+        embedding_mix(3, 257, [8, 6], torch.bfloat16, CPU, hard=True, backward=True),
+        embedding_mix(3, 257, [8], torch.float32, CPU, hard=False, backward=False),
+        dto_descent(2, 257, 5, CPU),
+        dto_descent_latents(2, 257, 9, 6, torch.float32, CPU),
+    ]
 
 
-def test_rows_have_times_and_limits(monkeypatch):
-    rows = run_small(monkeypatch)
-    assert [row["check"] for row in rows] == ["passed"] * 4
+def run_small(cases: list[Case], backend: str = "torch", **options) -> list[dict]:
+    options = {"compiled": False, "seconds": 0.01, "on_row": lambda row: None} | options
+    return kernels.run(cases, backend, CPU, LIMITS, **options)
+
+
+def with_ours(case: Case, ours) -> Case:
+    """``case`` whose version of ours is ``ours(versions)``."""
+
+    def prepare():
+        versions = case.prepare()
+        return replace(versions, ours=lambda: ours(versions))
+
+    return replace(case, prepare=prepare)
+
+
+def test_rows_have_times_and_limits():
+    rows = run_small(small_cases())
+    assert [row["check"] for row in rows] == ["passed"] * 5
     for row in rows:
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["naive_ms"] > 0
+        assert row["eager_ms"] > 0
+        assert row["compile_ms"] is None
         assert row["limit_ms"] > 0
         assert row["limit"] in ("memory", "matmul")
+        assert row["backend"] == "torch"
+        assert json.dumps(row)
     assert rows[0]["limit_ms"] == 1e3 * 3 * 257 * 4 / 1e10
+    assert rows[4]["checked"] == "K=4"
 
 
-def test_a_wrong_result_gets_no_time(monkeypatch):
-    right = token_stats(3, 257, torch.float32, CPU)
-    object.__setattr__(right, "ours", lambda: [value * 1.001 for value in right.naive()])
-    monkeypatch.setattr("test_bench.small_cases", lambda _: [lambda: right])
-    (row,) = run_small(monkeypatch)
+def test_the_larger_of_two_limits_holds():
+    memory = Case("op", "N=1", "float32", 10**7, 10**7, lambda: None)
+    assert kernels.limit(memory, LIMITS) == {"limit_ms": 1.0, "limit": "memory"}
+    matmul = replace(memory, flops=10**9)
+    assert kernels.limit(matmul, LIMITS) == {"limit_ms": 10.0, "limit": "matmul"}
+
+
+def test_a_product_may_be_made_of_faster_ones():
+    limits = replace(LIMITS, dot_product=1.5e11, bfloat16_matmul=4e11)
+    assert limits.rate(0) == 1e11
+    assert limits.rate(1) == 4e11
+    assert limits.rate(2) == 2e11
+    assert replace(limits, bfloat16_matmul=1.8e11).rate(2) == 1e11
+    assert LIMITS.rate(1) == 1e11
+
+
+def test_a_wrong_result_gets_no_time():
+    wrong = with_ours(small_cases()[0], lambda v: [value * 1.001 for value in v.naive()])
+    (row,) = run_small([wrong])
     assert row["check"] == "failed"
+    assert row["max_error"] == pytest.approx(1e-3, rel=0.1)
     assert "median_ms" not in row
+    assert "limit_ms" not in row
+
+
+def test_a_nan_is_an_error():
+    wrong = with_ours(small_cases()[0], lambda v: [value * torch.nan for value in v.naive()])
+    (row,) = run_small([wrong])
+    assert row["check"] == "failed"
+    assert row["max_error"] == float("inf") or row["max_error"] > 1e30
+
+
+def raising(versions):
+    raise RuntimeError("this one\nfails")
+
+
+def test_a_case_that_raises_is_a_row_and_loses_no_other():
+    cases = small_cases()[:3]
+    cases[1] = with_ours(cases[1], raising)
+    seen = []
+    rows = run_small(cases, on_row=seen.append)
+    assert [row["check"] for row in rows] == ["passed", "error", "passed"]
+    assert rows == seen
+    assert rows[1]["error"] == "RuntimeError: this one"
+    assert rows[1]["max_error"] is None
+    assert "median_ms" not in rows[1]
+
+
+def test_inputs_that_do_not_fit_are_a_row():
+    def prepare():
+        raise MemoryError
+
+    (row,) = run_small([replace(small_cases()[0], prepare=prepare)])
+    assert (row["check"], row["error"]) == ("error", "MemoryError")
+
+
+def test_a_missing_backend_is_no_row():
+    with pytest.raises(BackendUnavailable, match="unknown backend"):
+        run_small(small_cases(), backend="abacus")
+
+
+@needs_native
+def test_a_row_says_which_backend_it_used():
+    stats, double = small_cases()[0], lm_logits(3, 257, 9, torch.float32, CPU)
+
+    def prepare():
+        versions = double.prepare()
+        return replace(versions, ours=versions.in_float64)  # which no kernel takes
+
+    rows = run_small([stats, replace(double, prepare=prepare)], backend="cpu")
+    assert [row["backend"] for row in rows] == ["cpu", "torch"]
+
+
+def test_a_compiler_that_fails_costs_its_own_time_alone(monkeypatch):
+    def compile_(function):
+        return lambda: raising(None)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    (row,) = run_small(small_cases()[:1], compiled=True)
+    assert (row["check"], row["compile_ms"]) == ("passed", None)
+    assert row["compile_error"] == "RuntimeError: this one"
+
+
+def test_cases_are_chosen_by_name():
+    assert [case.op for case in kernels.chosen(small_cases(), ["latents", "stats"])] == [
+        "token_stats",
+        "dto_descent_latents",
+    ]
+    assert len(kernels.chosen(small_cases(), None)) == 5
+    with pytest.raises(InputError, match=r"there are: .*dto_descent; "):
+        kernels.chosen(small_cases(), ["abacus"])
+
+
+def test_there_is_a_case_for_every_op_and_none_takes_memory_beforehand():
+    peak = measure.PeakMemory(CPU)
+    cases = kernel_cases.cases(CPU)
+    assert (peak.bytes() or 0) < 50e6
+    ops = {case.op.split()[0] for case in cases}
+    assert ops == {
+        "token_stats",
+        "embedding_mix",
+        "linear_embedding_mix",
+        "onehot_grad",
+        "onehot_grad_norm",
+        "dto_descent",
+        "dto_descent_latents",
+        "lm_logits",
+        "nll_grad",
+        "prefix_attention",
+    }
+    assert len({(case.op, case.shape, case.dtype) for case in cases}) == len(cases)
+
+
+# -- measuring ---------------------------------------------------------------------------------------
 
 
 def test_every_function_runs_equally_often():
     counts = {"a": 0, "b": 0}
+    resets = []
 
     def count(name: str):
         counts[name] += 1
 
-    times = interleaved({name: lambda name=name: count(name) for name in counts}, CPU, seconds=0.01)
+    functions = {name: lambda name=name: count(name) for name in counts}
+    times = interleaved(functions, CPU, seconds=0.01, reset=lambda: resets.append(dict(counts)))
     assert counts["a"] == counts["b"] >= 5
     assert all(isinstance(timing, Timing) for timing in times.values())
+    assert len(resets) == counts["a"] + counts["b"]  # one before each
+
+
+def test_peaks_leave_out_results_and_see_what_is_gone():
+    size = 40 << 20
+
+    def double() -> list[torch.Tensor]:
+        temporary = torch.ones(size // 4)
+        return [temporary * 2]
+
+    if (peak := peak_bytes(double, CPU)) is None:
+        pytest.skip("this platform does not tell")
+    assert abs(peak - size) < size // 4
+    # Freed memory that is used again counts too.
+    assert abs(peak_bytes(double, CPU) - size) < size // 4
+    existing = double()
+    assert peak_bytes(lambda: existing, CPU, in_place=True) < size // 4
+    assert abs(peak_bytes(lambda: [torch.ones(size // 4)], CPU)) < size // 4
+
+
+def test_results_that_share_memory_count_once():
+    size = 40 << 20
+
+    def halves() -> list[torch.Tensor]:
+        temporary = torch.ones(size // 4)
+        both = temporary * 2
+        return [*both.view(2, -1), both]
+
+    if (peak := peak_bytes(halves, CPU)) is None:
+        pytest.skip("this platform does not tell")
+    assert abs(peak - size) < size // 4
+
+
+@needs_native
+def test_the_machine_is_measured_by_loops(monkeypatch):
+    monkeypatch.setattr(machine, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "_SECONDS", 0.01)
+    found = machine.measure_machine(CPU)
+    document = found.to_json()
+    assert (document["source"], document["why"]) == ("loops", None)
+    assert document["threads"] == torch.get_num_threads()
+    for key in ("read", "triad", "multiply_add", "float32_matmul", "bfloat16_matmul"):
+        assert document[f"{key}_per_s"] > 0
+    assert (document["dot_product_per_s"] is None) == (_native.cpu_isa() != "avx512_bf16")
+    assert found.bandwidth >= found.read
+
+
+def test_without_the_extension_torch_is_measured_and_it_says_so(monkeypatch):
+    monkeypatch.setattr(machine, "_SECONDS", 0.01)
+    monkeypatch.setattr(_native, "available", lambda: False)
+    monkeypatch.setattr(_native, "why_missing", lambda: "no compiler")
+    document = machine.measure_machine(CPU).to_json()
+    assert (document["source"], document["why"]) == ("torch", "no compiler")
+    assert document["copy_per_s"] > 0
+    assert document["read_per_s"] is None
+
+
+# -- the command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs ``bench kernels`` on small cases: exit status, standard output, standard error."""
+    monkeypatch.setattr(kernel_cases, "cases", small_cases)
+    monkeypatch.setattr(machine, "measure_machine", lambda device: LIMITS)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        options = ["--backend", "torch", "--no-compile", "--seconds", "0.01", *arguments]
+        status = main(["bench", "kernels", *options])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_json_holds_rows_machine_and_environment(command):
+    status, out, err = command("--json", "--op", "token_stats", "dto")
+    document = json.loads(out)
+    assert status == 0
+    assert [row["op"] for row in document["rows"]] == ["token_stats", "dto_descent", "dto_descent_latents"]
+    assert document["machine"] == LIMITS.to_json()
+    assert document["interrupted"] is False
+    assert document["environment"]["threads"] == torch.get_num_threads()
+    assert "dto_descent N=2 V=257 K=5 float32: passed" in err
+
+
+def test_the_table_shows_every_column(command):
+    status, out, _ = command()
+    assert status == 0
+    for title in ("ours", "eager", "naive", "compile", "limit", "error"):
+        assert title in out
+    assert "multiply add 100" in out
+
+
+def test_a_failing_case_is_shown_and_counts(command, monkeypatch):
+    cases = small_cases()
+    cases[0] = with_ours(cases[0], raising)
+    cases[2] = with_ours(cases[2], lambda v: [value * 2 for value in v.naive()])
+    monkeypatch.setattr(kernel_cases, "cases", lambda device: cases)
+    status, out, err = command("--json")
+    assert status == 1
+    checks = [row["check"] for row in json.loads(out)["rows"]]
+    assert checks == ["error", "passed", "failed", "passed", "passed"]
+    assert "token_stats N=3 V=257 float32: error (RuntimeError: this one)" in err
+    assert command()[0] == 1
+
+
+def test_ctrl_c_keeps_finished_rows(command, monkeypatch):
+    def interrupted(versions):
+        raise KeyboardInterrupt
+
+    cases = small_cases()
+    cases[1] = with_ours(cases[1], interrupted)
+    monkeypatch.setattr(kernel_cases, "cases", lambda device: cases)
+    status, out, err = command("--json")
+    document = json.loads(out)
+    assert (status, len(document["rows"]), document["interrupted"]) == (130, 1, True)
+    assert "the rows are those that were finished" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--op", "abacus"], "--op 'abacus' is in no name"),
+        (["--seconds", "0"], "--seconds must be positive"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--backend", "cuda"], "backend 'cuda' is not available"),
+    ],
+)
+def test_refuses_in_one_line(command, options: list[str], line: str):
+    status, out, err = command(*options)
+    assert (status, out) == (2, "")
+    assert line in err
+
+
+# -- the table of the documents ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def document(command) -> dict:
+    """What ``bench kernels --json`` prints, of two cases."""
+    return json.loads(command("--json", "--op", "token_stats", "dto_descent_latents")[1])
+
+
+def kernels_table(document: dict) -> str:
+    readme = pytest.importorskip("benchmarks.readme", reason="not run from a checkout")
+    return readme.kernels_table(document)
+
+
+def test_the_documents_table_compares_with_ours(document):
+    row = document["rows"][0]
+    row |= {"median_ms": 2.0, "eager_ms": 5.0, "naive_ms": 30.0, "compile_ms": None, "limit_ms": 1.5}
+    row |= {"backend": "cpu", "peak_bytes": 1_000_000, "naive_peak_bytes": 50_000_000}
+    table = kernels_table(document).splitlines()
+    expected = "| token_stats | N=3 V=257 | float32 | 2.00 | 2.5× | 15× | – | 75% (memory) | 1.0 MB (2%) |"
+    assert table[2] == expected
+    assert "dto_descent_latents (plain PyTorch)" in table[3]
+    assert "10 GB/s" in table[-1]
+    assert "100 GFLOP/s" in table[-1]
+
+
+@pytest.mark.parametrize("change", ["interrupted", "failed"])
+def test_no_table_of_results_that_are_not_whole(document, change: str):
+    if change == "interrupted":
+        document["interrupted"] = True
+    else:
+        document["rows"][1]["check"] = "failed"
+    with pytest.raises(SystemExit, match="the kernel benchmark's results"):
+        kernels_table(document)

@@ -2,99 +2,180 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nabla_fast import ops
-from nabla_fast.bench.kernel_cases import Case, cases
-from nabla_fast.bench.measure import copy_bandwidth, interleaved, matmul_rate, peak_bytes
+from nabla_fast.bench.kernel_cases import Case, Versions
+from nabla_fast.bench.machine import Machine
+from nabla_fast.bench.measure import give_memory_back, interleaved, peak_bytes
+from nabla_fast.errors import InputError
 
 _FLOOR = 1e-6  # of the largest value of a row: below it, errors are not compared
 
 
+def chosen(cases: Sequence[Case], names: Sequence[str] | None) -> list[Case]:
+    """The cases with one of the names in theirs; all if there are no names.
+
+    Raises:
+        InputError: a name is in none of theirs.
+    """
+    known = sorted({case.op for case in cases})
+    for name in names or ():
+        if not any(name in op for op in known):
+            raise InputError(f"--op {name!r} is in no name; there are: {'; '.join(known)}")
+    return [case for case in cases if not names or any(name in case.op for name in names)]
+
+
 def run(
-    backend: str, device: torch.device, *, compiled: bool, seconds: float, on_row: Callable[[dict], None]
+    cases: Sequence[Case],
+    backend: str,
+    device: torch.device,
+    machine: Machine,
+    *,
+    compiled: bool,
+    seconds: float,
+    on_row: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """Measure every case.
+    """Measure cases, one after the other: inputs of one are gone before those of the next are made.
 
     Args:
         backend: tried first; an op that it does not have runs as plain PyTorch, and its row says so.
+        machine: gives the limits.
         compiled: also time ``torch.compile`` of the straightforward expression.
         seconds: a case.
         on_row: called with each row as it is done.
     Returns:
-        The rows. One whose check fails has no times.
+        The rows. ``check`` is "passed", "failed" or "error"; unless it passed, there are no times, and
+        after an exception ``error`` has its line.
+    Raises:
+        BackendUnavailable: the backend is not there.
     """
-    bandwidth = copy_bandwidth(device)
-    rates = {d: matmul_rate(getattr(torch, d), device) for d in ("float32", "bfloat16")}
     rows = []
-    for make in cases(device):
-        case = make()
-        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": case.dtype}
-        row |= {"backend": _backend(case, backend)}
+    for case in cases:
         with ops.use_backend(backend, "torch"):
-            row |= _check(case)
-            if row["check"] == "passed":
-                row |= _times(case, device, compiled, seconds)
-                row |= _limit(case, bandwidth, rates[case.dtype])
+            row = _row(case, backend, device, machine, compiled, seconds)
         rows.append(row)
         on_row(row)
+        if compiled:
+            torch.compiler.reset()  # it keeps what it compiled, and the inputs with it
+        gc.collect()  # versions refer to each other
+        give_memory_back()
     return rows
 
 
-def _backend(case: Case, wanted: str) -> str:
-    """The backend that ``use_backend(wanted, "torch")`` takes for a case."""
-    if wanted == "torch":
-        return "torch"
+def _row(
+    case: Case, backend: str, device: torch.device, machine: Machine, compiled: bool, seconds: float
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "backend": None}
+    row |= {"bytes": case.bytes, "flops": case.flops}
+    try:
+        torch.manual_seed(0)
+        versions = case.prepare()
+        row["backend"] = backend_of(versions, backend)
+        row |= check(versions)
+        if row["check"] == "passed":
+            row |= limit(case, machine)
+            row |= _times(versions, device, compiled, seconds)
+    except Exception as error:  # of one case: the others go on
+        identity = ("op", "shape", "dtype", "backend", "bytes", "flops")
+        return {key: row[key] for key in identity} | {
+            "max_error": None,
+            "check": "error",
+            "error": _line(error),
+        }
+    return row
+
+
+def backend_of(versions: Versions, wanted: str) -> str:
+    """The backend that ``use_backend(wanted, "torch")`` takes: "torch" if any part of ours needs it."""
     try:
         with ops.use_backend(wanted):
-            case.ours()
+            versions.reset()
+            versions.ours()
     except ops.BackendUnavailable:
         return "torch"
     return wanted
 
 
-def _check(case: Case) -> dict[str, Any]:
-    """Error against float64, by row and relative to the row's largest value; held against naive's."""
+def check(versions: Versions) -> dict[str, Any]:
+    """Errors against float64, by row and relative to the row's largest value; ours held against naive's.
+
+    Returns:
+        ``max_error``, ``naive_error`` and ``eager_error``, the largest of all results; ``checked`` where
+        something smaller was checked in the case's place; ``check``, "passed" where each result's error
+        is at most twice naive's and a floor.
+    """
+    checked = versions.checked or versions
     with ops.use_backend("torch"):
-        truth = case.in_float64()
-    ours, naive = _error(case.ours(), truth), _error(case.naive(), truth)
-    return {"max_error": ours, "check": "passed" if ours <= 2 * naive + _FLOOR else "failed"}
+        truth = checked.in_float64()
+    errors = {}
+    for name in ("ours", "naive", "eager"):
+        checked.reset()
+        errors[name] = _errors(getattr(checked, name)(), truth)
+    bounds = [2 * error + _FLOOR for error in errors["naive"]]
+    passed = all(error <= bound for error, bound in zip(errors["ours"], bounds, strict=True))
+    return {
+        "max_error": max(errors["ours"]),
+        "naive_error": max(errors["naive"]),
+        "eager_error": max(errors["eager"]),
+        **({"checked": versions.checked_as} if versions.checked else {}),
+        "check": "passed" if passed else "failed",
+    }
 
 
-def _error(outputs: list[Tensor], truth: list[Tensor]) -> float:
-    worst = 0.0
+def _errors(outputs: list[Tensor], truth: list[Tensor]) -> list[float]:
+    """The largest error of each result, NaN being infinite."""
+    errors = []
     for output, exact in zip(outputs, truth, strict=True):
         exact = exact.reshape(exact.shape[0], -1)
         scale = exact.abs().amax(dim=1).clamp(min=1e-30)
         difference = (output.double().reshape(exact.shape) - exact).abs().amax(dim=1) / scale
-        worst = max(worst, float(difference.nan_to_num(nan=torch.inf).max()))
-    return worst
+        errors.append(float(difference.nan_to_num(nan=torch.inf).max()))
+    return errors
 
 
-def _times(case: Case, device: torch.device, compiled: bool, seconds: float) -> dict[str, Any]:
-    functions = {"ours": case.ours, "naive": case.naive}
-    if case.eager:
-        functions["eager"] = case.eager
+def _times(versions: Versions, device: torch.device, compiled: bool, seconds: float) -> dict[str, Any]:
+    functions = {"ours": versions.ours, "naive": versions.naive, "eager": versions.eager}
+    failure = None
     if compiled:
-        functions["compile"] = torch.compile(case.naive)
-    times = interleaved(functions, device, seconds=seconds)
-    ours = times["ours"]
+        function = torch.compile(versions.naive)
+        try:
+            versions.reset()
+            function()
+            functions["compile"] = function
+        except Exception as error:  # torch.compile's own: ours is measured all the same
+            failure = _line(error)
+    times = interleaved(functions, device, seconds=seconds, reset=versions.reset)
+    ours, compile_time = times["ours"], times.get("compile")
+    peaks = {}
+    for name in ("ours", "naive"):
+        versions.reset()
+        peaks[name] = peak_bytes(functions[name], device, in_place=versions.in_place)
     return {
         "median_ms": ours.median_ms,
         "p20_ms": ours.p20_ms,
         "p80_ms": ours.p80_ms,
-        "eager_ms": times["eager" if case.eager else "naive"].median_ms,
+        "eager_ms": times["eager"].median_ms,
         "naive_ms": times["naive"].median_ms,
-        "compile_ms": times["compile"].median_ms if compiled else None,
-        "peak_bytes": peak_bytes(case.ours, device),
-        "naive_peak_bytes": peak_bytes(case.naive, device),
+        "compile_ms": compile_time.median_ms if compile_time else None,
+        **({"compile_error": failure} if failure else {}),
+        "peak_bytes": peaks["ours"],
+        "naive_peak_bytes": peaks["naive"],
     }
 
 
-def _limit(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
-    memory, matmul = 1e3 * case.bytes / bandwidth, 1e3 * case.flops / rate
+def limit(case: Case, machine: Machine) -> dict[str, Any]:
+    """``limit_ms``, which no computation of the case undercuts, and which ``limit`` that is."""
+    memory = 1e3 * case.bytes / machine.bandwidth
+    matmul = 1e3 * case.flops / machine.rate(case.bf16_terms)
     return {"limit_ms": max(memory, matmul), "limit": "memory" if memory >= matmul else "matmul"}
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,17 +1,21 @@
-"""Interleaved timings, and the ceilings of the machine they are held against."""
+"""Interleaved timings and peaks of memory."""
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nabla_fast.timing import PeakMemory
 
-_FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU of today
+_FLUSH_BYTES = 256 << 20  # several times the last-level cache of a GPU or a CPU of today
+_SLOW_S = 0.5  # a function that takes so long is warm after one run
 
 
 @dataclass(frozen=True)
@@ -31,65 +35,85 @@ class Timing:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]],
+    functions: Mapping[str, Callable[[], object]],
     device: torch.device,
     *,
     seconds: float = 2.0,
-    warmup: int = 2,
+    reset: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Time functions in turn, so that what the machine does meanwhile hits all of them alike.
 
-    On CUDA each run is timed with events and starts with a cold L2.
+    Each run starts with cold caches, its inputs in memory; on CUDA it is timed with events.
 
     Args:
         functions: by name; each runs at least three times.
         seconds: spent on all of them together, warm-up not counted.
+        reset: called before each run, not timed.
     """
-    for _ in range(warmup):
-        for function in functions.values():
+    time_one = _time_cuda if device.type == "cuda" else _time_cpu
+    for function in functions.values():
+        reset()
+        if time_one(function) < 1e3 * _SLOW_S:
+            reset()
             function()
     runs: dict[str, list[float]] = {name: [] for name in functions}
-    time_one = _time_cuda if device.type == "cuda" else _time_cpu
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    flush = cache_flush(device)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(next(iter(runs.values()))) < 3:
         for name, function in functions.items():
-            runs[name].append(time_one(function, flush))
+            reset()
+            flush()
+            runs[name].append(time_one(function))
     return {name: Timing.of(milliseconds) for name, milliseconds in runs.items()}
 
 
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory that one run takes above what was in use before."""
+def cache_flush(device: torch.device) -> Callable[[], object]:
+    """A function that leaves nothing in the caches of ``device`` that is of use."""
+    buffer = torch.zeros(_FLUSH_BYTES // 4, device=device)
+    return buffer.zero_ if device.type == "cuda" else buffer.sum
+
+
+def peak_bytes(
+    function: Callable[[], list[Tensor]], device: torch.device, *, in_place: bool = False
+) -> int | None:
+    """Most memory that one run takes beyond what was in use before, its results excluded.
+
+    The results' bytes are taken off the peak, whether or not all of them were there when it was reached.
+    On a CPU resident pages are counted, so that less than some hundred kilobytes means nothing.
+
+    Args:
+        in_place: the results lie in memory that was there before: there is nothing to take off.
+    Returns:
+        Bytes, or None where the platform does not tell.
+    """
+    give_memory_back()
     peak = PeakMemory(device)
-    function()
-    return peak.bytes()
+    results = function()
+    total = peak.bytes()
+    return None if total is None else max(0, total - (0 if in_place else _bytes_of(results)))
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy, read and written bytes counted."""
-    size = (1 << 30) if device.type == "cuda" else (1 << 28)
-    source = torch.empty(size // 4, device=device).normal_()
-    target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=0.5)["copy"]
-    return 2 * size / (timing.median_ms / 1e3)
+def give_memory_back() -> None:
+    """Return to the system what was freed: reused, it would not show in a peak."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # glibc's own
+        ctypes.CDLL(None).malloc_trim(0)
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second of a large matrix product in ``dtype``."""
-    size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.empty(size, size, device=device).normal_().to(dtype) for _ in range(2))
-    timing = interleaved({"matmul": lambda: left @ right}, device, seconds=0.5)["matmul"]
-    return 2 * size**3 / (timing.median_ms / 1e3)
+def _bytes_of(results: list[Tensor]) -> int:
+    """Of the memory behind ``results``, what several share counted once."""
+    storages = {result.untyped_storage().data_ptr(): result.untyped_storage() for result in results}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
-def _time_cpu(function: Callable[[], object], _: None) -> float:
+def _time_cpu(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return 1e3 * (time.perf_counter() - start)
 
 
-def _time_cuda(function: Callable[[], object], flush: torch.Tensor) -> float:
-    flush.zero_()
+def _time_cuda(function: Callable[[], object]) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     function()

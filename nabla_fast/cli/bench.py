@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from nabla_fast.cli import bench_decode
 from nabla_fast.cli.options import check_device, set_threads
+from nabla_fast.errors import InputError
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -20,6 +22,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     kernels.add_argument(
         "--device", help="a torch device (cpu for the cpu backend, else cuda if there is one)"
     )
+    kernels.add_argument("--op", nargs="+", metavar="NAME", help="only ops with one of these in their name")
     kernels.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's choice)")
     kernels.add_argument("--seconds", type=float, default=3.0, help="measured a row (3)")
     kernels.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -31,52 +34,81 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run_kernels(arguments: argparse.Namespace) -> int:
     import torch
 
-    from nabla_fast.bench.kernels import run
+    from nabla_fast.bench.kernel_cases import cases
+    from nabla_fast.bench.kernels import chosen, run
+    from nabla_fast.bench.machine import measure_machine
     from nabla_fast.env import report
+    from nabla_fast.ops import use_backend
 
+    if not arguments.seconds > 0:
+        raise InputError(f"--seconds must be positive, got {arguments.seconds:g}")
     set_threads(arguments.threads)
     found = "cuda" if arguments.backend != "cpu" and torch.cuda.is_available() else "cpu"
     device = torch.device(check_device(arguments.device or found))
+    wanted = chosen(cases(device), arguments.op)
     progress = Console(stderr=True)
     rows: list[dict] = []
 
     def on_row(row: dict) -> None:
         rows.append(row)
-        progress.print(f"{row['op']} {row['shape']} {row['dtype']}: {row['check']}", highlight=False)
+        said = row["check"] + (f" ({row['error']})" if "error" in row else "")
+        progress.print(
+            f"{row['op']} {row['shape']} {row['dtype']}: {said}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
-    interrupted = False
+    interrupted, machine = False, None
+    options = {"compiled": arguments.compile, "seconds": arguments.seconds, "on_row": on_row}
     try:
-        run(arguments.backend, device, compiled=arguments.compile, seconds=arguments.seconds, on_row=on_row)
+        with use_backend(arguments.backend, "torch"):  # refused before anything is measured
+            machine = measure_machine(device)
+        if machine.why:
+            progress.print(f"limits are torch's own rates: {machine.why}", highlight=False, markup=False)
+        run(wanted, arguments.backend, device, machine, **options)
     except KeyboardInterrupt:
         interrupted = True
+    limits = machine.to_json() if machine else None
     if arguments.json:
-        print(json.dumps({"rows": rows, "interrupted": interrupted, "environment": report()}))
+        document = {"rows": rows, "machine": limits, "interrupted": interrupted, "environment": report()}
+        print(json.dumps(document))
     else:
-        Console().print(_table(rows))
+        _show(rows, limits)
     if interrupted:
         raise KeyboardInterrupt("interrupted: the rows are those that were finished")
     return int(any(row["check"] != "passed" for row in rows))
 
 
-def _table(rows: list[dict]) -> Table:
-    table = Table(title="milliseconds, medians")
+def _show(rows: list[dict], machine: dict | None) -> None:
+    table = Table(title="milliseconds, medians", box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("op", "shape", "dtype", "backend"):
-        table.add_column(name)
-    for name in ("ours", "naive", "compile", "limit", "of limit", "error"):
+        table.add_column(name, overflow="fold")
+    for name in ("ours", "eager", "naive", "compile", "limit", "of limit", "peak MB", "naive MB", "error"):
         table.add_column(name, justify="right")
     for row in rows:
-        identity = [row[key] for key in ("op", "shape", "dtype", "backend")]
+        identity = [row["op"], row["shape"], row["dtype"], row["backend"] or ""]
+        error = "" if row["max_error"] is None else f"{row['max_error']:.1e}"
         if row["check"] != "passed":
-            table.add_row(*identity, "check failed", "", "", "", "", f"{row['max_error']:.1e}")
+            said = "check failed" if row["check"] == "failed" else row["check"]
+            table.add_row(*identity, said, *[""] * 7, error)
             continue
-        compiled = "" if row["compile_ms"] is None else f"{row['compile_ms']:.3f}"
-        table.add_row(
-            *identity,
-            f"{row['median_ms']:.3f}",
-            f"{row['naive_ms']:.3f}",
-            compiled,
-            f"{row['limit_ms']:.3f}",
-            f"{row['limit_ms'] / row['median_ms']:.0%}",
-            f"{row['max_error']:.1e}",
-        )
-    return table
+        times = [
+            _number(row[key]) for key in ("median_ms", "eager_ms", "naive_ms", "compile_ms", "limit_ms")
+        ]
+        peaks = [_number(row[key], 1e-6) for key in ("peak_bytes", "naive_peak_bytes")]
+        table.add_row(*identity, *times, f"{row['limit_ms'] / row['median_ms']:.0%}", *peaks, error)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 200)  # a file has no edge to wrap at
+    console.print(table)
+    if machine:
+        rates = {
+            key.removesuffix("_per_s"): rate for key, rate in machine.items() if key.endswith("_per_s")
+        }
+        said = ", ".join(f"{key.replace('_', ' ')} {rate / 1e9:.4g}" for key, rate in rates.items() if rate)
+        console.print(f"limits, GB/s and GFLOP/s: {said}", style="dim", highlight=False)
+
+
+def _number(value: float | None, scale: float = 1.0) -> str:
+    return "" if value is None else f"{scale * value:.4g}"

@@ -1,0 +1,70 @@
+"""What the kernel benchmark runs: inputs, versions of each op, the least work there is."""
+
+from __future__ import annotations
+
+import torch
+
+from nabla_fast.bench.kernel_cases.attention import prefix_attention
+from nabla_fast.bench.kernel_cases.case import Case, Versions
+from nabla_fast.bench.kernel_cases.descents import dto_descent, dto_descent_latents
+from nabla_fast.bench.kernel_cases.gradients import nll_grad, onehot_grad, onehot_grad_norm
+from nabla_fast.bench.kernel_cases.mixes import embedding_mix, linear_embedding_mix
+from nabla_fast.bench.kernel_cases.products import lm_logits
+from nabla_fast.bench.kernel_cases.statistics import token_stats, token_stats_of_hidden
+
+__all__ = ["Case", "Versions", "cases"]
+
+_V, _K = 151_936, 20  # Qwen's vocabulary; the default number of steps
+_BOTH = torch.float32, torch.bfloat16
+_MIXES = {"hard": False, "backward": False}, {"hard": True, "backward": True}
+
+
+def cases(device: torch.device) -> list[Case]:
+    """The cases for a device: the sizes of a 0.5B model on a CPU, of a 7B model on a GPU."""
+    return _gpu_cases(device) if device.type == "cuda" else _cpu_cases(device)
+
+
+def _cpu_cases(device: torch.device) -> list[Case]:
+    h, h_r = 896, 512
+    f32, bf16 = _BOTH
+    return [
+        *(token_stats(64, _V, dtype, device) for dtype in _BOTH),
+        *(token_stats_of_hidden(16, _V, h, dtype, device) for dtype in _BOTH),
+        *(embedding_mix(64, _V, [h], dtype, device, **form) for dtype in _BOTH for form in _MIXES),
+        *(embedding_mix(16, _V, [h, h_r], dtype, device, **form) for dtype in _BOTH for form in _MIXES),
+        linear_embedding_mix(64, _V, h, f32, device, hard=False, backward=False),
+        linear_embedding_mix(64, _V, h, f32, device, hard=True, backward=False),
+        linear_embedding_mix(64, _V, h, f32, device, hard=True, backward=True),
+        *(onehot_grad(n, _V, h, [h, h_r], f32, device) for n in (1, 16)),
+        onehot_grad(16, _V, h, [h, h_r], bf16, device),
+        *(onehot_grad_norm(64, _V, h, [h, h_r], dtype, device) for dtype in _BOTH),
+        *(dto_descent(n, _V, _K, device) for n in (1, 64)),
+        *(dto_descent_latents(n, _V, h, _K, f32, device) for n in (1, 16)),
+        *(lm_logits(n, _V, h, f32, device) for n in (1, 16)),
+        lm_logits(1, _V, h, bf16, device),
+        nll_grad(16, _V, h, f32, device),
+        *_attention(device),
+    ]
+
+
+def _gpu_cases(device: torch.device) -> list[Case]:
+    n, h, h_r, bf16 = 512, 3584, 2560, torch.bfloat16
+    return [
+        token_stats(n, _V, bf16, device),
+        token_stats_of_hidden(n, _V, h, bf16, device),
+        *(embedding_mix(n, _V, [h, h_r], bf16, device, **form) for form in _MIXES),
+        *(linear_embedding_mix(n, _V, h, bf16, device, **form) for form in _MIXES),
+        onehot_grad(16, _V, h, [h, h_r], bf16, device),
+        onehot_grad_norm(n, _V, h, [h, h_r], bf16, device),
+        *(dto_descent(rows, _V, _K, device) for rows in (1, n)),
+        *(dto_descent_latents(rows, _V, h, _K, bf16, device) for rows in (1, 16)),
+        *_attention(device),
+    ]
+
+
+def _attention(device: torch.device) -> list[Case]:
+    # A step of a decode, a draft that is read at once, and a gradient of a trajectory.
+    return [
+        prefix_attention(batch, 600, suffix, 14, 2, 64, backward=backward, device=device)
+        for batch, suffix, backward in ((1, 1, False), (16, 1, False), (4, 16, False), (1, 128, True))
+    ]

@@ -1,0 +1,119 @@
+"""Cases of ``prefix_attention``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nabla_fast import ops
+from nabla_fast.bench.kernel_cases.case import Case, Outputs, Versions, normal
+
+_BLOCK_SIZE = 16  # tokens of a block of the pool
+
+
+def prefix_attention(
+    batch: int,
+    prefix: int,
+    suffix: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    *,
+    backward: bool,
+    device: torch.device,
+) -> Case:
+    """Suffixes [B, H, S, D] behind paged prefixes of one length; with ``backward`` gradients as well."""
+
+    def prepare() -> Versions:
+        return _versions(batch, prefix, suffix, heads, kv_heads, dim, backward, device)
+
+    product = 2 * batch * heads * suffix * dim  # multiplied by the keys that a query sees
+    seen, own = prefix + (suffix + 1) // 2, (suffix + 1) // 2
+    # Backward: scores, products with the values and dq over all keys, dk and dv over the suffix's own.
+    flops = product * ((2 * seen) + (3 * seen + 2 * own if backward else 0))
+    kv_bytes = 8 * batch * (prefix + suffix) * kv_heads * dim
+    return Case(
+        f"prefix_attention {'forward+backward' if backward else 'forward'}",
+        f"B={batch} P={prefix} S={suffix} H={heads}/{kv_heads} D={dim}",
+        "float32",
+        (2 if backward else 1) * (kv_bytes + 8 * batch * suffix * heads * dim),
+        flops,
+        prepare,
+    )
+
+
+def _versions(
+    batch: int,
+    prefix: int,
+    suffix: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    backward: bool,
+    device: torch.device,
+) -> Versions:
+    tables = -(-prefix // _BLOCK_SIZE)
+    pool = 2, batch * tables, _BLOCK_SIZE, kv_heads, dim
+    key_pool, value_pool = normal(*pool, dtype=torch.float32, device=device)
+    block_tables = torch.randperm(batch * tables, device=device).view(batch, tables)
+    lengths = torch.full((batch,), prefix, device=device)
+    # As a model makes them: by token, all heads of a token side by side.
+    states = normal(batch, suffix, heads + 2 * kv_heads, dim, dtype=torch.float32, device=device)
+    inputs = [part.transpose(1, 2) for part in states.split([heads, kv_heads, kv_heads], dim=2)]
+    cotangent = normal(batch, suffix, heads, dim, dtype=torch.float32, device=device).transpose(1, 2)
+    seen = torch.ones(suffix, prefix + suffix, dtype=torch.bool, device=device).tril(prefix)
+
+    def differentiated(
+        attend: Callable[[list[Tensor], Tensor, Tensor], Tensor], dtype: torch.dtype
+    ) -> Outputs:
+        leaves = [part.detach().to(dtype).requires_grad_(backward) for part in inputs]
+        output = attend(leaves, key_pool.to(dtype), value_pool.to(dtype))
+        gradients = torch.autograd.grad(output, leaves, cotangent.to(dtype)) if backward else ()
+        return [output.detach(), *gradients]
+
+    def ours(dtype: torch.dtype = torch.float32) -> Outputs:
+        return differentiated(
+            lambda qkv, keys, values: ops.prefix_attention(
+                *qkv, keys, values, block_tables, lengths, scale=dim**-0.5, window=None
+            ),
+            dtype,
+        )
+
+    def naive() -> Outputs:
+        # Blocks are gathered into one tensor, which torch's attention then reads.
+        def joined(pool: Tensor, own: Tensor) -> Tensor:
+            before = pool[block_tables].flatten(1, 2)[:, :prefix].transpose(1, 2)
+            return torch.cat([before, own], dim=2)
+
+        return differentiated(
+            lambda qkv, keys, values: F.scaled_dot_product_attention(
+                qkv[0], joined(keys, qkv[1]), joined(values, qkv[2]), seen, enable_gqa=True
+            ),
+            torch.float32,
+        )
+
+    # Room for the suffix behind each prefix, so that one gather brings every prefix to its place.
+    width = -(-(prefix + suffix) // _BLOCK_SIZE)
+    padded_tables = F.pad(block_tables, (0, width - tables)).flatten()
+    room = [torch.empty(batch * width, *pool[2:], device=device) for _ in range(2)]
+    mask = None if suffix == 1 else seen
+
+    def eager() -> Outputs:
+        joined = []
+        for part, paged, own in zip(room, (key_pool, value_pool), inputs[1:], strict=True):
+            torch.index_select(paged, 0, padded_tables, out=part)
+            whole = part.view(batch, width * _BLOCK_SIZE, kv_heads, dim)[:, : prefix + suffix]
+            whole[:, prefix:].copy_(own.transpose(1, 2))
+            joined.append(whole.transpose(1, 2).detach().requires_grad_(backward))
+        q = inputs[0].detach().requires_grad_(backward)
+        output = F.scaled_dot_product_attention(q, *joined, attn_mask=mask, enable_gqa=True)
+        if not backward:
+            return [output]
+        # Leaves that hold prefix and suffix: no concatenation has to be taken apart again.
+        dq, dk, dv = torch.autograd.grad(output, [q, *joined], cotangent)
+        return [output.detach(), dq, dk[:, :, prefix:], dv[:, :, prefix:]]
+
+    return Versions(ours, naive, eager, lambda: ours(torch.float64))

@@ -1,0 +1,125 @@
+"""The ceilings of this machine, measured: what times are held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from nabla_fast import _native
+from nabla_fast.bench.measure import interleaved
+
+_READ_BYTES = 1 << 30  # far beyond any last-level cache
+_SECONDS = 0.5  # a measure
+_ROUNDS = 20_000  # of arithmetic in registers: some milliseconds
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes a second through memory and floating-point operations a second; None: not measured.
+
+    Attributes:
+        source: "loops" of the C++ extension on the CPU; "torch" on a GPU, or where there is no extension.
+        why: one line that says why it is torch on a CPU.
+        threads: that the CPU's figures are of.
+        read: large reads and nothing else.
+        triad: a = b + s·c, two reads and a write past the caches.
+        copy: torch's copy, read and written bytes counted.
+        multiply_add: float32 multiply-adds in registers.
+        dot_product: bf16 dot products (VDPBF16PS) in registers, if the instruction set in force has them.
+        float32_matmul, bfloat16_matmul: torch's product of large square matrices.
+    """
+
+    source: str
+    threads: int
+    why: str | None = None
+    read: float | None = None
+    triad: float | None = None
+    copy: float | None = None
+    multiply_add: float | None = None
+    dot_product: float | None = None
+    float32_matmul: float | None = None
+    bfloat16_matmul: float | None = None
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that nothing exceeds."""
+        return max(filter(None, (self.read, self.triad, self.copy)))
+
+    def rate(self, bf16_terms: int) -> float:
+        """Operations a second that no product exceeds; see ``Case.bf16_terms``.
+
+        In bf16 the faster of our loop and torch's product, which uses tiles (AMX) where a CPU has them.
+        """
+        rates = [self.multiply_add, self.float32_matmul]
+        if bf16_terms:
+            rates += [(rate or 0) / bf16_terms for rate in (self.dot_product, self.bfloat16_matmul)]
+        return max(filter(None, rates))
+
+    def to_json(self) -> dict[str, Any]:
+        """The attributes, rates as ``..._per_s``."""
+        words = ("source", "why", "threads")
+        return {key if key in words else f"{key}_per_s": value for key, value in asdict(self).items()}
+
+
+def measure_machine(device: torch.device) -> Machine:
+    """Measure ``device`` with as many threads as torch uses."""
+    matmuls = {f"{name}_matmul": matmul_rate(getattr(torch, name), device) for name in _DTYPES}
+    threads = torch.get_num_threads()
+    if device.type == "cpu" and _native.available():
+        return Machine("loops", threads, **_loops(threads), **matmuls)
+    why = _native.why_missing() if device.type == "cpu" else None
+    return Machine("torch", threads, why, copy=copy_bandwidth(device), **matmuls)
+
+
+_DTYPES = "float32", "bfloat16"
+
+
+def _loops(threads: int) -> dict[str, float | None]:
+    native = _native.extension()
+    n = _READ_BYTES // 4
+    # Pages that were never written all lie in one place.
+    memory = torch.ones(n)
+    third = n // 3 // 16 * 16
+    a, b, c = (memory[start : start + third].data_ptr() for start in range(0, 3 * third, third))
+    read = _fastest(lambda: native.machine_read(memory.data_ptr(), n, threads))
+    triad = _fastest(lambda: native.machine_triad(a, b, c, 0.5, third, threads))
+    operations = native.machine_multiply_adds(_ROUNDS, threads)
+    multiply_add = _fastest(lambda: native.machine_multiply_adds(_ROUNDS, threads))
+    dots = native.machine_dot_products(_ROUNDS, threads)
+    dot_product = _fastest(lambda: native.machine_dot_products(_ROUNDS, threads)) if dots else None
+    return {
+        "read": 4 * n / read,
+        "triad": 12 * third / triad,
+        "multiply_add": operations / multiply_add,
+        "dot_product": dots / dot_product if dot_product else None,
+    }
+
+
+def _fastest(function: Callable[[], object]) -> float:
+    """Seconds of the fastest of repeated runs: other programs only ever slow a machine down."""
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while (start := time.perf_counter()) < end:
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy, read and written bytes counted."""
+    size = (1 << 30) if device.type == "cuda" else (1 << 28)
+    source = torch.empty(size // 4, device=device).normal_()
+    target = torch.empty_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=_SECONDS)["copy"]
+    return 2 * size / (timing.median_ms / 1e3)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations a second of a large matrix product in ``dtype``."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.empty(size, size, device=device).normal_().to(dtype) for _ in range(2))
+    timing = interleaved({"matmul": lambda: left @ right}, device, seconds=_SECONDS)["matmul"]
+    return 2 * size**3 / (timing.median_ms / 1e3)
