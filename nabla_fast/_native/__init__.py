@@ -14,7 +14,6 @@ from nabla_fast._native.loading import (
     check,
     cpu_isa,
     extension,
-    include_dir,
     why_missing,
 )
 from nabla_fast._native.products import lm_logits, nll_grad
@@ -29,7 +28,6 @@ __all__ = [
     "cpu_isa",
     "dto_descent_",
     "extension",
-    "include_dir",
     "lm_logits",
     "nll_grad",
     "prefix_attention",
