@@ -16,6 +16,7 @@ from nabla_fast._native.loading import (
     extension,
     why_missing,
 )
+from nabla_fast._native.mixes import Mix
 from nabla_fast._native.products import lm_logits, nll_grad
 from nabla_fast._native.statistics import token_stats
 
@@ -23,6 +24,7 @@ __all__ = [
     "ABI_VERSION",
     "ISA_NAMES",
     "MOST_HEAD_DIM",
+    "Mix",
     "available",
     "check",
     "cpu_isa",
