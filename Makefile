@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+C_TESTS := $(shell find tests -name '*.cpp' -o -name '*.c' -o -name '*.h')
 
 # One thread for numpy's BLAS beside torch's own. Threads that spin while they wait make every parallel
 # loop milliseconds slower on cores that are shared with other programs.
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow lint bench format gpu clean
+.PHONY: demo test test-slow lint bench format gpu sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/nabla-fast demo
@@ -27,15 +28,21 @@ test-slow: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/nabla-fast bench kernels
 
+# The kernels behind the C interface under AddressSanitizer, UndefinedBehaviorSanitizer and
+# ThreadSanitizer: random calls, hostile ones too. Only a C++ compiler is needed.
+sanitize:
+	$(MAKE) -f tests/fuzz/sanitize.mk -j$(shell nproc) build
+	$(MAKE) -f tests/fuzz/sanitize.mk
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(C_TESTS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CSRC) $(C_TESTS)
 
 # For a machine with a GPU, its own torch and no network: nothing is downloaded, no .venv is used.
 gpu:

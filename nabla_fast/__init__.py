@@ -4,6 +4,7 @@
 token logits through the language model and a reward model. This package computes the same tokens.
 """
 
+from nabla_fast._native.library import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
 from nabla_fast._version import __version__
 from nabla_fast.config import DTOConfig, SamplingConfig
 from nabla_fast.decoder import NablaDecoder
@@ -36,5 +37,9 @@ __all__ = [
     "Stats",
     "VocabularyAlignment",
     "__version__",
+    "get_cmake_dir",
+    "get_include",
+    "get_library",
+    "get_pkgconfig_dir",
     "use_backend",
 ]

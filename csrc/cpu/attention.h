@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "check.h"
 #include "isa.h"
 #include "nabla_fast.h"
 #include "threads.h"
@@ -22,6 +23,8 @@ namespace nabla_fast::cpu {
 
 constexpr int64_t kTileKeys = 64;
 constexpr int64_t kMostWidth = NABLA_FAST_MOST_HEAD_DIM;
+// Positions are counted in 32-bit lanes.
+constexpr int64_t kMostPositions = std::numeric_limits<int32_t>::max();
 constexpr float kLowestExponent = -87.0f;  // exp of anything lower counts as 0
 
 // A [batch, heads, tokens, dim] tensor, dim contiguous.
@@ -84,6 +87,20 @@ inline int64_t first_seen(const nabla_fast_attention& a, int64_t position) {
   return a.window > 0 ? std::max<int64_t>(position - a.window + 1, 0) : 0;
 }
 
+// Whether a [batch, heads, suffix, dim] tensor with `heads` heads has a size.
+inline bool fits(const nabla_fast_attention& a, int64_t heads, const nabla_fast_strides& strides) {
+  return fits(
+      {{a.batch, strides.batch}, {heads, strides.head}, {a.suffix, strides.token}, {a.dim, 1}}, 4);
+}
+
+inline bool fits(const nabla_fast_attention& a, const nabla_fast_pool_strides& strides) {
+  return fits({{a.blocks, strides.block},
+               {a.block_size, strides.token},
+               {a.kv_heads, strides.head},
+               {a.dim, 1}},
+              4);
+}
+
 inline nabla_fast_status check_attention(const nabla_fast_attention& a) {
   if (a.batch < 0 || a.heads < 0 || a.kv_heads < 1 || a.suffix < 0 || a.dim < 1 ||
       a.dim > kMostWidth || a.heads % a.kv_heads != 0 || a.blocks < 0 || a.block_size < 1 ||
@@ -91,10 +108,17 @@ inline nabla_fast_status check_attention(const nabla_fast_attention& a) {
     return NABLA_FAST_INVALID_HEADS;
   }
   if (a.batch == 0 || a.heads == 0 || a.suffix == 0) return NABLA_FAST_OK;
+  if (!fits(a, a.heads, a.q_strides) || !fits(a, a.kv_heads, a.k_strides) ||
+      !fits(a, a.kv_heads, a.v_strides) || !fits(a, a.key_pool_strides) ||
+      !fits(a, a.value_pool_strides) || !fits({{a.batch, a.table_stride}, {a.table_width, 1}}, 8) ||
+      !(Size(a.batch) * a.heads * a.suffix * a.dim * 4).fits() || a.suffix > kMostPositions)
+    return NABLA_FAST_TOO_LARGE;
   if (!a.q || !a.k || !a.v || !a.prefix_lengths) return NABLA_FAST_INVALID_POINTER;
+  const int64_t most_prefix = (Size(a.table_width) * a.block_size).or_most();
   for (int64_t b = 0; b < a.batch; ++b) {
     const int64_t length = a.prefix_lengths[b];
-    if (length < 0 || length > a.table_width * a.block_size) return NABLA_FAST_INVALID_PREFIX;
+    if (length < 0 || length > most_prefix) return NABLA_FAST_INVALID_PREFIX;
+    if (length > kMostPositions - a.suffix) return NABLA_FAST_TOO_LARGE;
     if (length > 0 && (!a.key_pool || !a.value_pool || !a.block_tables)) {
       return NABLA_FAST_INVALID_POINTER;
     }
@@ -113,7 +137,7 @@ inline int64_t attention_work(const nabla_fast_attention& a) {
     const int64_t seen = a.prefix_lengths[b] + (a.suffix + 1) / 2;
     keys += a.window > 0 ? std::min(seen, a.window) : seen;
   }
-  return keys * a.heads * a.suffix * a.dim;
+  return (Size(keys) * a.heads * a.suffix * a.dim).or_most();
 }
 
 // others: [count] addresses of [dim]; rows: [dim] vectors; s: [count rounded up to 8] vectors, of

@@ -21,6 +21,7 @@
   #include <omp.h>
 #endif
 
+#include "check.h"
 #include "descent.h"
 #include "flush.h"
 #include "gumbel.h"
@@ -676,20 +677,21 @@ struct Layout {
   int threads;  // at most
   int sharing;  // threads that share a row; 1: each thread has rows of its own
   int desks;
-  int64_t desk_bytes, bytes;
+  int64_t desk_bytes, bytes;  // bytes: 0 if they are too many
 
   Layout(int64_t rows, int64_t vocab, int64_t iters, bool noise, bool groups, int32_t asked) {
-    threads = threads_for(rows * vocab * std::max<int64_t>(iters, 1), kWorkPerThread, asked);
+    threads = threads_for((Size(rows) * vocab * std::max<int64_t>(iters, 1)).or_most(),
+                          kWorkPerThread, asked);
     const int64_t most = std::clamp<int64_t>(vocab / kTokensPerThread, 1, threads);
     sharing = most > rows ? static_cast<int>(most) : 1;
     desks =
         sharing > 1 ? 1 : static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(rows, 1)));
     const int64_t chunks = (vocab + kChunk - 1) / kChunk;
-    desk_bytes = aligned(2 * chunks * sizeof(Partial)) + aligned(4 * vocab) +
-                 (noise ? aligned(4 * vocab) : 0) + (groups ? aligned(12 * vocab) : 0);
-    bytes = 64 + desks * desk_bytes + (groups ? 3 * 8 * rows : 0);
+    desk_bytes = padded(2 * chunks * sizeof(Partial)) + padded(4 * vocab) +
+                 (noise ? padded(4 * vocab) : 0) + (groups ? padded(12 * vocab) : 0);
+    bytes = (kAlignment + Size(desks) * desk_bytes + Size(groups ? 3 * 8 : 0) * rows).or_zero();
   }
-  static int64_t aligned(int64_t size) { return (size + 63) / 64 * 64; }
+  static int64_t padded(int64_t size) { return (size + 63) / 64 * 64; }
 
   Desk desk(char* workspace, int index, int64_t vocab, bool noise, bool groups) const {
     char* at = workspace + index * desk_bytes;
@@ -697,17 +699,22 @@ struct Layout {
     Desk desk{};
     desk.partials[0] = reinterpret_cast<Partial*>(at);
     desk.partials[1] = desk.partials[0] + chunks;
-    at += aligned(2 * chunks * sizeof(Partial));
+    at += padded(2 * chunks * sizeof(Partial));
     desk.e = reinterpret_cast<float*>(at);
-    at += aligned(4 * vocab);
+    at += padded(4 * vocab);
     if (noise) {
       desk.noise = reinterpret_cast<float*>(at);
-      at += aligned(4 * vocab);
+      at += padded(4 * vocab);
     }
     if (groups) desk.copy = reinterpret_cast<float*>(at);
     return desk;
   }
 };
+
+// Whether the arrays of a call have a size, so that a layout of its workspace can be made.
+bool sizes_fit(int64_t rows, int64_t vocab, int64_t iters) {
+  return fits({{rows, 1}}, 24) && fits({{vocab, 1}}, 64) && fits({{iters, 1}}, 8);
+}
 
 nabla_fast_status status_of(const Call& call, const Passes& passes, int64_t index) {
   const Row row = call.row(index);
@@ -803,8 +810,9 @@ nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Lay
 
 int64_t nabla_fast_dto_descent_workspace(int64_t rows, int64_t vocab, int64_t iters, int32_t noise,
                                          int32_t groups, int32_t num_threads) {
-  if (rows < 0 || vocab < 1 || iters < 0) return 0;
-  return nabla_fast::cpu::Layout(rows, vocab, iters, noise, groups, num_threads).bytes;
+  using namespace nabla_fast::cpu;
+  if (rows < 0 || vocab < 1 || iters < 0 || !sizes_fit(rows, vocab, iters)) return 0;
+  return Layout(rows, vocab, iters, noise, groups, num_threads).bytes;
 }
 
 nabla_fast_status nabla_fast_dto_descent(
@@ -816,21 +824,24 @@ nabla_fast_status nabla_fast_dto_descent(
     void* workspace, int64_t workspace_bytes, int32_t num_threads) {
   using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 1 || iters < 0) return NABLA_FAST_INVALID_SHAPE;
-  if (!(tau >= 0x1p-64 && tau <= 0x1p64)) return NABLA_FAST_INVALID_TAU;
+  if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
   if (rows == 0) return NABLA_FAST_OK;
+  if (!sizes_fit(rows, vocab, iters) || !fits({{rows, schedule_stride}, {iters, 1}}, 8))
+    return NABLA_FAST_TOO_LARGE;
+  for (const int64_t stride : {z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride})
+    if (!fits({{rows, stride}, {vocab, 1}}, 4)) return NABLA_FAST_TOO_LARGE;
+  const Layout layout(rows, vocab, iters, noise_seed, group, num_threads);
+  if (layout.bytes == 0) return NABLA_FAST_TOO_LARGE;
   if (!z || !grad || !exp_avg || !exp_avg_sq || !step || !token || !flipped || !row_status ||
       !workspace || (iters > 0 && !schedule) || !noise_seed != !noise_position) {
     return NABLA_FAST_INVALID_POINTER;
   }
   const Steps steps{step, schedule, iters, schedule_stride, until};
   if (!steps.valid(rows)) return NABLA_FAST_INVALID_STEPS;
-  const Layout layout(rows, vocab, iters, noise_seed, group, num_threads);
   if (workspace_bytes < layout.bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  const auto address = reinterpret_cast<uintptr_t>(workspace);
-  char* const aligned = static_cast<char*>(workspace) + (64 - address % 64) % 64;
   const Call call{z,     grad,     exp_avg,     exp_avg_sq,     rows,
                   vocab, z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride,
                   steps, group,    tau,         noise_seed,     noise_position,
                   token, flipped};
-  return run(call, row_status, layout, aligned);
+  return run(call, row_status, layout, aligned(workspace));
 }

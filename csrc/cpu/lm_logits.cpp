@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "check.h"
 #include "isa.h"
 #include "lanes.h"
 #include "nabla_fast.h"
@@ -74,16 +75,19 @@ extern "C" nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64_t r
                                                   int64_t logits_stride, int32_t num_threads) {
   using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 0 || width < 0) return NABLA_FAST_INVALID_SHAPE;
-  if (head_dtype != NABLA_FAST_FLOAT32 && head_dtype != NABLA_FAST_BFLOAT16)
-    return NABLA_FAST_UNKNOWN_DTYPE;
+  if (!is_dtype(head_dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
   if (rows == 0 || vocab == 0) return NABLA_FAST_OK;
+  if (!fits({{rows, hidden_stride}, {width, 1}}, 4) ||
+      !fits({{rows, logits_stride}, {vocab, 1}}, 4) ||
+      !fits({{vocab, head_stride}, {width, 1}}, bytes_of(head_dtype)))
+    return NABLA_FAST_TOO_LARGE;
   if (!logits || (width > 0 && (!hidden || !head))) return NABLA_FAST_INVALID_POINTER;
   Product product{hidden, rows, hidden_stride, head, vocab, width, head_stride};
   Chunk* run = head_dtype == NABLA_FAST_FLOAT32 ? select_isa(f32_baseline, f32_avx2, f32_avx512)
                                                 : select_isa(bf16_baseline, bf16_avx2, bf16_avx512);
   int64_t chunks = (vocab + kChunk - 1) / kChunk;
   // Reading the head costs what some rows of arithmetic cost.
-  const int64_t work = vocab * width * (rows + 4);
+  const int64_t work = (Size(vocab) * width * (Size(rows) + 4)).or_most();
   const int threads = threads_for(work, kProductsPerThread, num_threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t n = 0; n < chunks; ++n)

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "check.h"
 #include "isa.h"
 #include "lanes.h"
 #include "mix.h"
@@ -172,9 +173,9 @@ nabla_fast_status join(const Product& p, nabla_fast_dtype dtype, int64_t target,
 
 extern "C" int64_t nabla_fast_nll_grad_workspace(int64_t rows, int64_t vocab, int64_t width) {
   using namespace nabla_fast::cpu;
-  if (rows < 0 || vocab < 0 || width < 0) return 0;
-  return segments_of(vocab) * Part::floats(std::min(rows, kGroup), width) *
-         static_cast<int64_t>(sizeof(float));
+  if (rows < 0 || vocab < 1 || width < 0 || !fits({{vocab, 1}, {width, 1}}, 4)) return 0;
+  const Size floats = Size(segments_of(vocab)) * Part::floats(std::min(rows, kGroup), width);
+  return (kAlignment + floats * 4).or_zero();
 }
 
 extern "C" nabla_fast_status nabla_fast_nll_grad(
@@ -184,19 +185,23 @@ extern "C" nabla_fast_status nabla_fast_nll_grad(
     void* workspace, int64_t workspace_bytes, int32_t num_threads) {
   using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 1 || width < 0) return NABLA_FAST_INVALID_SHAPE;
-  if (head_dtype != NABLA_FAST_FLOAT32 && head_dtype != NABLA_FAST_BFLOAT16)
-    return NABLA_FAST_UNKNOWN_DTYPE;
+  if (!is_dtype(head_dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
   if (rows == 0) return NABLA_FAST_OK;
+  const int64_t bytes = nabla_fast_nll_grad_workspace(rows, vocab, width);
+  if (!fits({{rows, hidden_stride}, {width, 1}}, 4) ||
+      !fits({{rows, grad_stride}, {width, 1}}, 4) ||
+      !fits({{vocab, head_stride}, {width, 1}}, bytes_of(head_dtype)) || !fits({{rows, 1}}, 8) ||
+      bytes == 0)
+    return NABLA_FAST_TOO_LARGE;
   if (!targets || !row_status || !workspace || (width > 0 && (!hidden || !head || !grad)))
     return NABLA_FAST_INVALID_POINTER;
-  if (workspace_bytes < nabla_fast_nll_grad_workspace(rows, vocab, width))
-    return NABLA_FAST_WORKSPACE_TOO_SMALL;
+  if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
   for (int64_t r = 0; r < rows; ++r)
     if (targets[r] < 0 || targets[r] >= vocab) return NABLA_FAST_INVALID_TOKEN;
   Segment* run = head_dtype == NABLA_FAST_FLOAT32
                      ? select_isa(f32_baseline, f32_avx2, f32_avx512)
                      : select_isa(bf16_baseline, bf16_avx2, bf16_avx512);
-  auto* memory = static_cast<float*>(workspace);
+  auto* memory = reinterpret_cast<float*>(aligned(workspace));
   int64_t segments = segments_of(vocab);
   for (int64_t first = 0; first < rows; first += kGroup) {
     int64_t count = std::min(kGroup, rows - first);

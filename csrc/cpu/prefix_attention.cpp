@@ -287,12 +287,14 @@ nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs
   const nabla_fast_attention& in = *inputs;
   const nabla_fast_status status = check_attention(in);
   if (status != NABLA_FAST_OK || in.batch == 0 || in.heads == 0 || in.suffix == 0) return status;
+  if (!fits(in, in.heads, output_strides)) return NABLA_FAST_TOO_LARGE;
   if (!output) return NABLA_FAST_INVALID_POINTER;
 
   const Call call{in, {in.q, in.q_strides}, {output, output_strides}, in.heads / in.kv_heads};
   const Kernel& kernel = *select_isa(&kBaseline, &kAvx2, &kAvx512);
   const int64_t units = in.batch * in.kv_heads * kernel.units_of_head(call);
-  const int threads = threads_for(2 * attention_work(in), kWorkPerThread, num_threads);
+  const int threads =
+      threads_for((Size(2) * attention_work(in)).or_most(), kWorkPerThread, num_threads);
   if (threads == 1) {
     for (int64_t unit = 0; unit < units; ++unit) kernel.work(call, unit);
     return NABLA_FAST_OK;

@@ -155,7 +155,8 @@ NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_hea
   std::fill(dv, dv + in.dim * W, 0.0f);
   Ints<W> nan = {};
 
-  const int64_t stop = in.window > 0 ? std::min(last + in.window, in.suffix) : in.suffix;
+  const bool cut = in.window > 0 && in.window < in.suffix;
+  const int64_t stop = cut ? std::min(last + in.window, in.suffix) : in.suffix;
   for (int64_t begin = first * call.group; begin < stop * call.group; begin += kTileKeys) {
     const int64_t count = std::min(kTileKeys, stop * call.group - begin);
     for (int64_t j = 0; j < count; ++j) {
@@ -234,18 +235,19 @@ void sweep_all(const Call& call, Sweep* sweep, int64_t count, int64_t lanes, int
 
 struct Layout {
   int threads;
-  int64_t most_keys, softmax_bytes, bytes;
+  int64_t most_keys, softmax_bytes, bytes;  // bytes: 0 if they are too many
 
   Layout(const nabla_fast_attention& in, int32_t num_threads) {
-    threads = threads_for(4 * attention_work(in), kWorkPerThread, num_threads);
+    threads = threads_for((Size(4) * attention_work(in)).or_most(), kWorkPerThread, num_threads);
     most_keys = 0;
     for (int64_t b = 0; b < in.batch; ++b) most_keys = std::max(most_keys, in.prefix_lengths[b]);
     // The product with a tile's keys writes whole groups of 8.
     most_keys = (most_keys + in.suffix + 7) / 8 * 8;
     const auto size = static_cast<int64_t>(sizeof(Softmax));
-    softmax_bytes = (in.batch * in.heads * in.suffix * size + 63) / 64 * 64;
+    softmax_bytes = (Size(in.batch) * in.heads * in.suffix * size).rounded_up(64).or_most();
     const auto element = static_cast<int64_t>(sizeof(float));
-    bytes = 64 + softmax_bytes + threads * 2 * most_keys * kMostLanes * element;
+    const Size stashes = Size(threads) * 2 * most_keys * kMostLanes * element;
+    bytes = (kAlignment + Size(softmax_bytes) + stashes).or_zero();
   }
 };
 
@@ -269,12 +271,14 @@ nabla_fast_status nabla_fast_prefix_attention_backward(
   const nabla_fast_attention& in = *inputs;
   const nabla_fast_status status = check_attention(in);
   if (status != NABLA_FAST_OK || in.batch == 0 || in.heads == 0 || in.suffix == 0) return status;
-  if (!cotangent || !dq || !dk || !dv || !workspace) return NABLA_FAST_INVALID_POINTER;
   const Layout layout(in, num_threads);
+  if (!fits(in, in.heads, cotangent_strides) || !fits(in, in.heads, dq_strides) ||
+      !fits(in, in.kv_heads, dk_strides) || !fits(in, in.kv_heads, dv_strides) || layout.bytes == 0)
+    return NABLA_FAST_TOO_LARGE;
+  if (!cotangent || !dq || !dk || !dv || !workspace) return NABLA_FAST_INVALID_POINTER;
   if (workspace_bytes < layout.bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
 
-  const auto address = reinterpret_cast<uintptr_t>(workspace);
-  char* const aligned = static_cast<char*>(workspace) + (64 - address % 64) % 64;
+  char* const memory = aligned(workspace);
   const Call call{in,
                   {in.q, in.q_strides},
                   {in.k, in.k_strides},
@@ -285,8 +289,8 @@ nabla_fast_status nabla_fast_prefix_attention_backward(
                   {dv, dv_strides},
                   in.heads / in.kv_heads,
                   layout.most_keys,
-                  reinterpret_cast<Softmax*>(aligned),
-                  reinterpret_cast<float*>(aligned + layout.softmax_bytes)};
+                  reinterpret_cast<Softmax*>(memory),
+                  reinterpret_cast<float*>(memory + layout.softmax_bytes)};
   const Sweeps& sweeps = *select_isa(&kSweeps_baseline, &kSweeps_avx2, &kSweeps_avx512);
   sweep_all(call, sweeps.queries, call.rows(), sweeps.lanes, layout.threads);
   sweep_all(call, sweeps.keys, in.suffix, sweeps.lanes, layout.threads);

@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "ahead.h"
+#include "check.h"
 #include "isa.h"
 #include "nabla_fast.h"
 #include "threads.h"
@@ -339,7 +340,7 @@ void token_stats(const T* logits, int64_t rows, int64_t vocab, int64_t row_strid
                       tau);
   };
   const int64_t segments = (vocab + kSegment - 1) / kSegment;
-  const int threads = threads_for(rows * vocab, kTokensPerThread, num_threads);
+  const int threads = threads_for((Size(rows) * vocab).or_most(), kTokensPerThread, num_threads);
 
   if (rows >= 2 * threads || segments == 1 || threads == 1) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
@@ -375,9 +376,11 @@ nabla_fast_status nabla_fast_token_stats(const void* logits, nabla_fast_dtype dt
                                          int32_t num_threads) {
   using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 1) return NABLA_FAST_INVALID_SHAPE;
-  if (!(tau >= 0x1p-64 && tau <= 0x1p64)) return NABLA_FAST_INVALID_TAU;
-  if (dtype != NABLA_FAST_FLOAT32 && dtype != NABLA_FAST_BFLOAT16) return NABLA_FAST_UNKNOWN_DTYPE;
+  if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
+  if (!is_dtype(dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
   if (rows == 0) return NABLA_FAST_OK;
+  if (!fits({{rows, row_stride}, {vocab, 1}}, bytes_of(dtype)) || !fits({{rows, 1}}, 8))
+    return NABLA_FAST_TOO_LARGE;
   if (!logits || !logsumexp || !confidence || !entropy || !argmax || !row_status) {
     return NABLA_FAST_INVALID_POINTER;
   }

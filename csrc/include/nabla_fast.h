@@ -137,7 +137,7 @@ NABLA_FAST_API nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64
  *                            stride; rows do not overlap. -inf logits are masked tokens and stay
  *   grad                     [rows, vocab] G; any stride
  *   step                     [rows] steps taken, brought up to date
- *   schedule                 learning rates of steps 0 to iters - 1; those of row r start at element
+ *   schedule                 learning rates of steps 0 to iters - 1; row r's begin at element
  *                            r * schedule_stride, 0 for one schedule
  *   until                    [rows] at which step each row stops, at most iters; null for iters
  *   group                    [rows] the group of each row; null: every row stops by itself

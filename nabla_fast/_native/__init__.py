@@ -14,7 +14,6 @@ from nabla_fast._native.loading import (
     check,
     cpu_isa,
     extension,
-    include_dir,
     why_missing,
 )
 from nabla_fast._native.mixes import Mix
@@ -32,7 +31,6 @@ __all__ = [
     "dto_descent_",
     "dto_descent_latents_",
     "extension",
-    "include_dir",
     "lm_logits",
     "nll_grad",
     "prefix_attention",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from pathlib import Path
 from types import ModuleType
 
 # NABLA_FAST_ABI_VERSION that this file is written against.
@@ -60,13 +59,6 @@ def extension() -> ModuleType:
 def cpu_isa() -> str:
     """The instruction set that kernels use, one of ``ISA_NAMES``."""
     return ISA_NAMES[extension().cpu_isa()]
-
-
-def include_dir() -> str:
-    """The directory of ``nabla_fast.h``, installed or in a source tree."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "include"
-    return str(installed if installed.is_dir() else package.parent / "csrc" / "include")
 
 
 def check(status: int) -> None:

@@ -1,4 +1,4 @@
-"""``nabla-fast env``: versions, hardware, and which backends are there."""
+"""``nabla-fast env``: versions, hardware, which backends are there, and where the C interface lies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from nabla_fast.env import report
 
-    environment = report()
+    environment = report() | {"native": _native()}
     if arguments.json:
         print(json.dumps(environment))
         return 0
@@ -31,3 +31,20 @@ def run(arguments: argparse.Namespace) -> int:
         table.add_row(f"backend {name}", state)
     Console().print(table)
     return 0
+
+
+def _native() -> dict[str, str | None]:
+    """What other programs build with; ``library`` is null, and ``why`` a line, where it was not built."""
+    import nabla_fast
+
+    try:
+        library, why = nabla_fast.get_library(), None
+    except RuntimeError as error:
+        library, why = None, str(error)
+    return {
+        "library": library,
+        "why": why,
+        "include": nabla_fast.get_include(),
+        "cmake": nabla_fast.get_cmake_dir(),
+        "pkgconfig": nabla_fast.get_pkgconfig_dir(),
+    }

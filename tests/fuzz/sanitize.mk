@@ -1,0 +1,67 @@
+# make -f tests/fuzz/sanitize.mk: the kernels behind the C interface under sanitizers.
+#
+# address   AddressSanitizer and UndefinedBehaviorSanitizer: the C example, and the fuzz driver on
+#           kernels with OpenMP
+# thread    ThreadSanitizer: the fuzz driver on several threads of its own, on kernels whose OpenMP
+#           threads come from openmp_threads.cpp
+#
+# SECONDS: how long a driver runs at most; SEED: where it begins.
+
+SECONDS ?= 45
+CASES ?= 1000000
+SEED ?= 1
+BUILD := build/sanitize
+
+# Files of csrc/cpu that only the Python extension calls.
+PYTHON_ONLY := decoder exponential_race token_filter vec_exp_array
+KERNELS := $(filter-out $(PYTHON_ONLY:%=csrc/cpu/%.cpp),$(wildcard csrc/cpu/*.cpp))
+DRIVER := $(filter-out tests/fuzz/openmp_threads.cpp,$(wildcard tests/fuzz/*.cpp))
+EXAMPLE := tests/c_example/linked.c tests/c_example/descend.c
+
+# As setup.py has them, but for less optimization and no -fwrapv.
+FLAGS := -O1 -g1 -fopenmp -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -Icsrc -Icsrc/include
+FLAGS += -fno-math-errno -fno-trapping-math -ffp-contract=fast
+CXXFLAGS := -std=c++17 $(FLAGS)
+CFLAGS := -std=c99 -pedantic -Werror $(FLAGS)
+ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=all
+THREAD := -fsanitize=thread
+# Optimized, loops over vectors take gcc fifteen times as long under AddressSanitizer.
+$(BUILD)/address/csrc/%: ADDRESS += -O0
+
+.PHONY: all build address thread
+all: address thread
+build: $(BUILD)/address/fuzz $(BUILD)/address/example $(BUILD)/thread/fuzz
+
+objects = $(patsubst %,$(BUILD)/$(1)/%.o,$(2))
+
+address: $(BUILD)/address/fuzz $(BUILD)/address/example
+	$(BUILD)/address/example
+	$(BUILD)/address/fuzz --seed $(SEED) --seconds $(SECONDS) --cases $(CASES)
+
+# With its own threads the driver needs more: each kernel starts some too.
+thread: $(BUILD)/thread/fuzz
+	TSAN_OPTIONS=halt_on_error=1 $< --seed $(SEED) --seconds $(SECONDS) --cases $(CASES) --threads 3
+
+$(BUILD)/address/fuzz: $(call objects,address,$(KERNELS) $(DRIVER))
+	$(CXX) $(ADDRESS) -fopenmp $^ -o $@
+
+$(BUILD)/address/example: $(call objects,address,$(KERNELS) $(EXAMPLE))
+	$(CXX) $(ADDRESS) -fopenmp $^ -o $@
+
+# Without libgomp.
+$(BUILD)/thread/fuzz: $(call objects,thread,$(KERNELS) $(DRIVER) tests/fuzz/openmp_threads.cpp)
+	$(CXX) $(THREAD) -pthread $^ -o $@
+
+$(BUILD)/address/%.cpp.o: %.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) $(ADDRESS) -MMD -MP -c $< -o $@
+
+$(BUILD)/address/%.c.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $(ADDRESS) -MMD -MP -c $< -o $@
+
+$(BUILD)/thread/%.cpp.o: %.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) $(THREAD) -MMD -MP -c $< -o $@
+
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
