@@ -70,7 +70,7 @@ def expect_noise(op: str, noise: tuple[Tensor, Tensor] | None, rows: int) -> Non
 
 
 def native_matrix(tensor: Tensor) -> bool:
-    """Whether C++ kernels read this matrix as it is: float32 or bfloat16, on the CPU, rows of unit stride."""
+    """Whether C++ kernels read a matrix as it is: float32 or bfloat16 on the CPU, rows of unit stride."""
     return (
         tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.bfloat16)
