@@ -34,6 +34,8 @@ const char* nabla_fast_status_string(nabla_fast_status status) {
       return "a size of the attention is negative, too large, or does not fit the others";
     case NABLA_FAST_INVALID_PREFIX:
       return "a prefix is longer than its block table, or a block of it is not in the pool";
+    case NABLA_FAST_TOO_LARGE:
+      return "a size or a stride is larger than any address space";
     default:
       return "unknown status";
   }

@@ -1,13 +1,28 @@
 /* C interface of nabla_fast: plain pointers, 64-bit sizes and strides, status codes.
  *
- * Kernels read the caller's memory and write into the caller's memory. They allocate nothing, print
- * nothing and throw nothing, keep no state between calls and may be called from several threads at
- * once. Sizes and strides count elements, not bytes. bf16 elements are the upper 16 bits of a
- * float32, held in a uint16_t.
+ * What holds for every function:
  *
- * A result of a row depends on that row and the kernel's arguments alone: it has the same bits
- * whatever other rows are in the call and however many threads work on it. It may differ in its
- * last bits between levels of nabla_fast_cpu_isa().
+ *   memory      Functions read the caller's memory and write into the caller's memory. They
+ *               allocate nothing, print nothing, throw nothing and keep no state between calls.
+ *   threads     Any number of threads may call at once, as long as none writes what another uses.
+ *               num_threads is how many OpenMP threads a call uses at most, 1,024 in any case; 0 or
+ *               less: OpenMP's own choice. A thread needs 512 KiB of stack.
+ *   refusals    Arguments that make no sense are answered by a status, and nothing but row statuses
+ *               has been written: null pointers, negative sizes, sizes and strides that no address
+ *               space has room for, an unknown dtype, a workspace that is too small. Where several
+ *               things are wrong, the status is one of theirs. The caller sees to the rest: that
+ *               the memory is there, that elements are aligned to their own size, and that what is
+ *               written overlaps nothing else.
+ *   no rows     A call that has no rows is fine, and its pointers may be null.
+ *   workspaces  Bytes of the caller's, of any alignment and content, as many as the function's size
+ *               query says for the same arguments; free for other use between calls. A size query
+ *               returns 0 for what its function refuses.
+ *   elements    Sizes and strides count elements, not bytes; a stride may be 0 or negative. bf16
+ *               elements are the upper 16 bits of a float32, held in a uint16_t.
+ *   results     A result of a row depends on that row and the other arguments alone: it has the
+ *               same bits whatever other rows are in the call and however many threads work on it.
+ *               It may differ in its last bits between levels of nabla_fast_cpu_isa().
+ *   values      -inf logits are masked tokens. NaN and +inf are answered by the row's status.
  */
 #ifndef NABLA_FAST_H_
 #define NABLA_FAST_H_
@@ -49,7 +64,8 @@ enum {
   NABLA_FAST_WORKSPACE_TOO_SMALL = 23, /* smaller than the kernel's size query says */
   NABLA_FAST_INVALID_TOKEN = 24,       /* a token that the vocabulary does not have */
   NABLA_FAST_INVALID_HEADS = 25,       /* a size of an attention does not fit */
-  NABLA_FAST_INVALID_PREFIX = 26       /* a prefix is longer than its table, or not in the pool */
+  NABLA_FAST_INVALID_PREFIX = 26,      /* a prefix is longer than its table, or not in the pool */
+  NABLA_FAST_TOO_LARGE = 27            /* a size or stride that no address space has room for */
 };
 
 /* One line in English for a status; never null. The string belongs to the library. */
@@ -57,6 +73,10 @@ NABLA_FAST_API const char* nabla_fast_status_string(nabla_fast_status status);
 
 typedef int32_t nabla_fast_dtype;
 enum { NABLA_FAST_FLOAT32 = 0, NABLA_FAST_BFLOAT16 = 1 };
+
+/* Reserved: what functions that run on a device will take beside the same arguments, a cudaStream_t
+ * or its like. Functions without one run on the CPU and have returned when they return. */
+typedef void* nabla_fast_stream;
 
 /* The instruction sets that CPU kernels are compiled for. */
 typedef int32_t nabla_fast_isa;
@@ -84,7 +104,6 @@ NABLA_FAST_API nabla_fast_status nabla_fast_limit_cpu_isa(nabla_fast_isa isa);
  *   argmax       [rows]  index of the largest logit, the first of equal ones
  *   row_status   [rows]  NABLA_FAST_OK or NABLA_FAST_ROW_*; where it is not OK the other results of
  *                        the row are NaN, and argmax is -1
- *   num_threads  how many OpenMP threads to use at most; 0 or less: OpenMP's own choice
  *
  * Logits are read once. Sums are taken in fp32 over 1,024 tokens at a time and joined in double. */
 NABLA_FAST_API nabla_fast_status nabla_fast_token_stats(
@@ -97,8 +116,7 @@ NABLA_FAST_API nabla_fast_status nabla_fast_token_stats(
  *
  *   hidden       [rows, width]; row r begins at element r * hidden_stride
  *   head         [vocab, width] of `head_dtype`; row v begins at element v * head_stride
- *   logits       [rows, vocab]; row r begins at element r * logits_stride
- *   num_threads  how many OpenMP threads to use at most; 0 or less: OpenMP's own choice */
+ *   logits       [rows, vocab]; row r begins at element r * logits_stride */
 NABLA_FAST_API nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64_t rows,
                                                       int64_t hidden_stride, const void* head,
                                                       nabla_fast_dtype head_dtype, int64_t vocab,
@@ -115,21 +133,24 @@ NABLA_FAST_API nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64
  * move takes. Adam has beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, and corrects its bias.
  *
  *   z, exp_avg, exp_avg_sq   [rows, vocab], changed in place; row r begins at element r * its
- * stride; rows do not overlap. -inf logits are masked tokens and stay grad [rows, vocab] G; any
- * stride step                     [rows] steps taken, brought up to date schedule learning rates of
- * steps 0 to iters - 1; those of row r begin at element r * schedule_stride, 0 for one schedule
+ *                            stride; rows do not overlap. -inf logits are masked tokens and stay
+ *   grad                     [rows, vocab] G; any stride
+ *   step                     [rows] steps taken, brought up to date
+ *   schedule                 learning rates of steps 0 to iters - 1; those of row r start at element
+ *                            r * schedule_stride, 0 for one schedule
  *   until                    [rows] at which step each row stops, at most iters; null for iters
  *   group                    [rows] the group of each row; null: every row stops by itself
  *   tau                      temperature
  *   noise_seed, noise_position  [rows] keys of the noise as nabla_fast.ops.gumbel_noise defines it:
  *                            token v has word v mod 4 of Philox-4x32-10 at counter (v div 4,
- * position low word, position high word, 0) under the key (seed low word, seed high word), u =
- * (word div 2^9 + 1/2) / 2^23, g = -log(-log u) rounded to fp32; both null: no noise token [rows]
- * the hard token now, the first of equal ones flipped                  [rows] 1 where the last step
- * taken moved it, else 0 row_status               [rows] NABLA_FAST_OK or NABLA_FAST_ROW_*, of z.
- * Unless all are OK, nothing else is written and NABLA_FAST_BAD_ROWS is returned workspace bytes to
- * work in, any alignment, as many as nabla_fast_dto_descent_workspace() says for the same arguments
- *   num_threads              as above
+ *                            position low word, position high word, 0) under the key (seed low
+ *                            word, seed high word), u = (word div 2^9 + 1/2) / 2^23,
+ *                            g = -log(-log u) rounded to fp32; both null: no noise
+ *   token                    [rows] the hard token now, the first of equal ones
+ *   flipped                  [rows] 1 where the last step taken moved it, else 0
+ *   row_status               [rows] NABLA_FAST_OK or NABLA_FAST_ROW_*, of z. Unless all are OK,
+ *                            nothing else is written and NABLA_FAST_BAD_ROWS is returned
+ *   workspace                as many bytes as nabla_fast_dto_descent_workspace() says
  *
  * A row becomes NaN where G or the learning rate makes it so. */
 NABLA_FAST_API nabla_fast_status nabla_fast_dto_descent(
@@ -154,9 +175,7 @@ NABLA_FAST_API int64_t nabla_fast_dto_descent_workspace(int64_t rows, int64_t vo
  *   targets      [rows] tokens
  *   grad         [rows, width]; row r begins at element r * grad_stride
  *   row_status   [rows]  NABLA_FAST_OK or NABLA_FAST_ROW_*; where it is not OK the row is NaN
- *   workspace    workspace_bytes to work in, 4-byte aligned, at least as many as
- *                nabla_fast_nll_grad_workspace() says
- *   num_threads  how many OpenMP threads to use at most; 0 or less: OpenMP's own choice */
+ *   workspace    as many bytes as nabla_fast_nll_grad_workspace() says */
 NABLA_FAST_API nabla_fast_status nabla_fast_nll_grad(
     const float* hidden, int64_t rows, int64_t hidden_stride, const void* head,
     nabla_fast_dtype head_dtype, int64_t vocab, int64_t width, int64_t head_stride,
@@ -204,7 +223,7 @@ typedef struct {
 
 /* output [batch, heads, suffix, dim] = softmax(scale q [K_prefix k]^T) [V_prefix v], causal.
  *
- * num_threads: as above. Threads are woken for work of some 50 microseconds each. */
+ * Threads are woken for work of some 50 microseconds each. */
 NABLA_FAST_API nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs,
                                                              float* output,
                                                              nabla_fast_strides output_strides,
@@ -215,16 +234,14 @@ NABLA_FAST_API nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_at
  *   cotangent    [batch, heads, suffix, dim] gradient of the output
  *   dq           [batch, heads, suffix, dim]
  *   dk, dv       [batch, kv_heads, suffix, dim]
- *   workspace    bytes to work in, any alignment, as many as
- *                nabla_fast_prefix_attention_backward_workspace() says for the same arguments
- *   num_threads  as above */
+ *   workspace    as many bytes as nabla_fast_prefix_attention_backward_workspace() says */
 NABLA_FAST_API nabla_fast_status nabla_fast_prefix_attention_backward(
     const nabla_fast_attention* inputs, const float* cotangent,
     nabla_fast_strides cotangent_strides, float* dq, nabla_fast_strides dq_strides, float* dk,
     nabla_fast_strides dk_strides, float* dv, nabla_fast_strides dv_strides, void* workspace,
     int64_t workspace_bytes, int32_t num_threads);
 
-/* Bytes of workspace for nabla_fast_prefix_attention_backward(); 0 for inputs that it refuses. */
+/* Bytes of workspace for nabla_fast_prefix_attention_backward(). */
 NABLA_FAST_API int64_t nabla_fast_prefix_attention_backward_workspace(
     const nabla_fast_attention* inputs, int32_t num_threads);
 
