@@ -18,7 +18,7 @@
 namespace nabla_fast::cpu {
 namespace {
 
-// Stands for a masked token between the passes. Of the others, none is -0: +0 is added to them.
+// Between the passes, -0 stands for a masked token. Of the others none is: +0 is added to them.
 constexpr float kMasked = -0.0f;
 
 struct Rows {
@@ -38,7 +38,7 @@ NABLA_FAST_INLINE void store_tile(const OnehotTile& tile, const float* base, flo
       for (int n = 0; n < W; ++n) {
         const int at = std::min(t + n, tokens - 1) * lanes + r;
         const Floats<W> term = onehot_term<W>(tile.z + at, tile.a + at, base_of_row, nll_coeff);
-        u[n] = is_masked<W>(tile.z + at) ? splat<W>(kMasked) : term + 0.0f;
+        u[n] = is_masked<W>(tile.z + at) ? -Floats<W>{} : term + 0.0f;
       }
       transpose<W>(u);
       const int some_rows = std::min(W, rows - r), some_tokens = std::min(W, tokens - t);
