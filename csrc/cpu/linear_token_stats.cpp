@@ -15,12 +15,26 @@
 namespace nabla_fast::cpu {
 namespace {
 
+struct Tau {
+  explicit Tau(double tau)
+      : value(tau),
+        inverse_high(static_cast<float>(1 / tau)),
+        inverse_low(static_cast<float>(1 / tau - inverse_high)),
+        lowest(static_cast<float>(kLowestExponent * tau)) {}
+  double value;
+  // 1 / tau in two parts: the rounding of one float would be the same for all tokens, and not
+  // average out over them.
+  float inverse_high, inverse_low;
+  // Tokens whose logit lies this far below the maximum are left out.
+  float lowest;
+};
+
 // Sums of a group of rows over the tokens of a segment so far.
 struct LaneSums {
   float max[kGroupRows];
   int32_t nan[kGroupRows];
   int64_t argmax[kGroupRows];
-  double at_max[kGroupRows], sum_exp[kGroupRows], sum_x_exp[kGroupRows];
+  double at_max[kGroupRows], sum_exp[kGroupRows], sum_d_exp[kGroupRows];
 
   void clear(int lanes) {
     for (int lane = 0; lane < lanes; ++lane) {
@@ -37,7 +51,7 @@ struct LaneSums {
     sums.argmax = argmax[lane];
     sums.at_max = at_max[lane];
     sums.sum_exp = sum_exp[lane];
-    sums.sum_x_exp = sum_x_exp[lane];
+    sums.sum_d_exp = sum_d_exp[lane];
     return sums;
   }
   void set(int lane, const Sums& sums) {
@@ -45,7 +59,7 @@ struct LaneSums {
     argmax[lane] = sums.argmax;
     at_max[lane] = sums.at_max;
     sum_exp[lane] = sums.sum_exp;
-    sum_x_exp[lane] = sums.sum_x_exp;
+    sum_d_exp[lane] = sums.sum_d_exp;
   }
 };
 
@@ -57,7 +71,7 @@ void rise(const float* z, int lanes, int lane, int64_t token, float before, cons
   // What is relative to -inf or +inf is nothing.
   if (before > -kInfinity && max < kInfinity) {
     sums.max[lane] = before;
-    risen = lowered(sums.lane(lane), (static_cast<double>(before) - max) / tau.value);
+    risen = lowered(sums.lane(lane), max, tau.value);
   }
   risen.max = max;
   risen.argmax = token;
@@ -78,26 +92,26 @@ NABLA_FAST_INLINE void add_sums(const float* z, int lanes, int tokens, int64_t t
     }
     const Floats<W> base = exponent_base<W>(sums.max + lane), lowest = splat<W>(tau.lowest);
     Ints<W> at_max = {};
-    Floats<W> sum_exp[kChains] = {}, sum_x_exp[kChains] = {};
+    Floats<W> sum_exp[kChains] = {}, sum_d_exp[kChains] = {};
     for (int t = 0; t < tokens; t += kChains) {
 #pragma GCC unroll 4
       for (int c = 0; c < kChains; ++c) {
         const Floats<W> below = load<W>(z + (t + c) * lanes + lane) - base;
         const Ints<W> far = below < lowest, at = below == 0.0f;
-        const Floats<W> bounded = far ? lowest : below;
-        const Floats<W> x = bounded * tau.inverse_low + bounded * tau.inverse_high;
+        const Floats<W> d = far ? lowest : below;
+        const Floats<W> x = d * tau.inverse_low + d * tau.inverse_high;
         const Floats<W> e = far | at ? Floats<W>{} : vec_exp_normal<W>(x);
         at_max -= at;  // a mask's lanes are 0 or -1
         sum_exp[c] += e;
-        sum_x_exp[c] += x * e;
+        sum_d_exp[c] += d * e;
       }
     }
     const Floats<W> e = (sum_exp[0] + sum_exp[1]) + (sum_exp[2] + sum_exp[3]);
-    const Floats<W> x_e = (sum_x_exp[0] + sum_x_exp[1]) + (sum_x_exp[2] + sum_x_exp[3]);
+    const Floats<W> d_e = (sum_d_exp[0] + sum_d_exp[1]) + (sum_d_exp[2] + sum_d_exp[3]);
     for (int n = 0; n < W; ++n) {
       sums.at_max[lane + n] += at_max[n];
       sums.sum_exp[lane + n] += static_cast<double>(e[n]);
-      sums.sum_x_exp[lane + n] += static_cast<double>(x_e[n]);
+      sums.sum_d_exp[lane + n] += static_cast<double>(d_e[n]);
     }
   }
 }
@@ -156,7 +170,7 @@ void linear_token_stats(const Factors& factors, int64_t rows, int64_t vocab, con
       for (int64_t s = 0; s < segments; ++s)
         joint =
             joined(joint, sums[s * groups + row / kGroupRows].lane(row % kGroupRows), tau.value);
-      outputs.write(first + row, joint, tau);
+      outputs.write(first + row, joint, tau.value);
     }
   }
 }

@@ -40,6 +40,8 @@ struct Table {
   }
 };
 
+inline Table table_of(const nabla_fast_table& t) { return {t.data, t.dtype, t.width, t.stride}; }
+
 // Rows turned over, as products() reads them: [width, lanes] of float, or, where they and the table
 // are bf16 and the CPU has a dot product for it, [(width + 1) / 2, lanes] of pairs of bf16.
 struct PackedRows {

@@ -40,18 +40,22 @@ NABLA_FAST_INLINE void store(float* y, Floats<W> x) {
   *reinterpret_cast<typename VecTypes<W>::Stored*>(y) = x;
 }
 
-// `x` in every lane, and in a register: for elements that several operations share.
+// `x` in every lane, and in a register: for elements that several operations share. Left to itself,
+// the compiler reads the element anew for every operation, or adds it to 0.
 template <int W>
-NABLA_FAST_INLINE Floats<W> spread(float x) {
-  Floats<W> lanes = splat<W>(x);
+NABLA_FAST_INLINE Floats<W> spread(const float& x) {
 #if NABLA_FAST_X86
-  // Left to itself, the compiler reads the element anew for every operation.
-  if constexpr (W == 16)
-    asm("" : "+v"(lanes));
-  else
-    asm("" : "+x"(lanes));
+  Floats<W> lanes;
+  if constexpr (W == 16) {
+    asm("vbroadcastss %1, %0" : "=v"(lanes) : "m"(x));
+    return lanes;
+  }
+  if constexpr (W == 8) {
+    asm("vbroadcastss %1, %0" : "=x"(lanes) : "m"(x));
+    return lanes;
+  }
 #endif
-  return lanes;
+  return splat<W>(x);
 }
 
 template <int W>

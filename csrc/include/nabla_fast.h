@@ -192,6 +192,63 @@ typedef struct {
   int64_t width, stride;
 } nabla_fast_table;
 
+/* Relaxed one-hot rows y over a vocabulary, and what they mix: with z the logits, g Gumbel noise or 0
+ * and t a table,
+ *
+ *   mixes[t][r] = sum_v y[r, v] tables[t][v],
+ *   y[r] = softmax((z[r] + g[r]) / tau), or the one-hot of the first largest z[r] + g[r].
+ *
+ * Logits are given, or are products of hidden states with a head. */
+typedef struct {
+  int64_t rows, vocab;
+  nabla_fast_table logits;       /* [rows, vocab]; data is null where hidden and head are given */
+  nabla_fast_table hidden, head; /* [rows, width] and [vocab, width] */
+  double tau;
+  const int64_t* noise_seed;     /* [rows], as of nabla_fast_dto_descent(); null: no noise */
+  const int64_t* noise_position; /* [rows] */
+  int64_t table_count;
+  const nabla_fast_table* tables; /* [table_count] of [vocab, width] */
+} nabla_fast_mix;
+
+/* Mixes of each table; tables and head are read once for 64 rows, of the logits of a head 64 x 64
+ * exist at a time.
+ *
+ *   hard         0 for the softmax, else the one-hot
+ *   mixes        [table_count] of [rows, width of the table], rows side by side
+ *   row_status   [rows]  NABLA_FAST_OK or NABLA_FAST_ROW_*, of the logits; where it is not OK the
+ *                        row's mixes are NaN
+ *   workspace    as many bytes as nabla_fast_embedding_mix_workspace() says */
+NABLA_FAST_API nabla_fast_status nabla_fast_embedding_mix(const nabla_fast_mix* inputs,
+                                                          int32_t hard, float* const* mixes,
+                                                          nabla_fast_status* row_status,
+                                                          void* workspace, int64_t workspace_bytes,
+                                                          int32_t num_threads);
+
+/* Bytes of workspace for nabla_fast_embedding_mix(). */
+NABLA_FAST_API int64_t nabla_fast_embedding_mix_workspace(const nabla_fast_mix* inputs,
+                                                          int32_t hard, int32_t num_threads);
+
+/* Gradient of what the mixes lead to, with the softmax's Jacobian: with p = softmax((z + g) / tau),
+ * G[r, v] = sum_t <tables[t][v], cotangents[t][r]> + direct[r, v],
+ *
+ *   dz[r, v] = (1 / tau) p[r, v] (G[r, v] - <p[r], G[r]>),  0 where p is.
+ *
+ *   cotangents   [table_count] of [rows, width of the table]
+ *   direct       [rows, vocab]; null, or data null: none
+ *   grad         [rows, vocab] dz in the dtype of the logits; where hidden states are given, dz head,
+ *                [rows, width of the head] float32. Row r begins at element r * grad_stride. For
+ *                float32 logits G waits there: nothing else of [rows, vocab] exists
+ *   row_status   as above
+ *   workspace    as many bytes as nabla_fast_embedding_mix_backward_workspace() says */
+NABLA_FAST_API nabla_fast_status nabla_fast_embedding_mix_backward(
+    const nabla_fast_mix* inputs, const nabla_fast_table* cotangents,
+    const nabla_fast_table* direct, void* grad, int64_t grad_stride, nabla_fast_status* row_status,
+    void* workspace, int64_t workspace_bytes, int32_t num_threads);
+
+/* Bytes of workspace for nabla_fast_embedding_mix_backward(). */
+NABLA_FAST_API int64_t nabla_fast_embedding_mix_backward_workspace(
+    const nabla_fast_mix* inputs, const nabla_fast_table* cotangents, int32_t num_threads);
+
 /* Statistics, as nabla_fast_token_stats() gives them, of softmax(hidden . head / tau); of the
  * logits, 64 x 64 exist at a time.
  *

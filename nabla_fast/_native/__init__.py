@@ -17,6 +17,7 @@ from nabla_fast._native.loading import (
     include_dir,
     why_missing,
 )
+from nabla_fast._native.mixes import Mix
 from nabla_fast._native.onehot import linear_token_stats, onehot_grad, onehot_grad_norm
 from nabla_fast._native.products import lm_logits, nll_grad
 from nabla_fast._native.statistics import token_stats
@@ -25,6 +26,7 @@ __all__ = [
     "ABI_VERSION",
     "ISA_NAMES",
     "MOST_HEAD_DIM",
+    "Mix",
     "available",
     "check",
     "cpu_isa",

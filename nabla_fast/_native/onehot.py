@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from nabla_fast._native.loading import check, extension
+from nabla_fast._native.mixes import matrix
 
 # Matrices are float32 or bfloat16 on the CPU, with unit stride along their second dimension.
-
-
-def _matrix(tensor: Tensor) -> tuple[int, int, int, int]:
-    native = extension()
-    dtype = native.FLOAT32 if tensor.dtype == torch.float32 else native.BFLOAT16
-    return tensor.data_ptr(), dtype, tensor.shape[1], tensor.stride(0)
 
 
 def _inputs(
@@ -25,10 +20,10 @@ def _inputs(
     return extension().Onehot(
         hidden.shape[0],
         head.shape[0],
-        [_matrix(cotangent) for cotangent in cotangents],
-        [_matrix(table) for table in tables],
-        _matrix(hidden),
-        _matrix(head),
+        [matrix(cotangent) for cotangent in cotangents],
+        [matrix(table) for table in tables],
+        matrix(hidden),
+        matrix(head),
         nll_coeff,
     )
 
@@ -115,7 +110,7 @@ def linear_token_stats(
     )
     argmax = torch.empty(rows, dtype=torch.int64, device="cpu")
     status = torch.empty(rows, dtype=torch.int32, device="cpu")
-    sizes = (_matrix(hidden), rows, _matrix(head), vocab)
+    sizes = (matrix(hidden), rows, matrix(head), vocab)
     workspace = _bytes(native.linear_token_stats_workspace(*sizes))
     check(
         native.linear_token_stats(

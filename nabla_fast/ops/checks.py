@@ -67,3 +67,27 @@ def expect_noise(op: str, noise: tuple[Tensor, Tensor] | None, rows: int) -> Non
             tensor.dtype == torch.int64 and list(tensor.shape) == [rows],
             f"{op}: noise.{name} must be int64 [{rows}], got {tensor.dtype} {list(tensor.shape)}",
         )
+
+
+def native_matrix(tensor: Tensor) -> bool:
+    """Whether C++ kernels read this matrix as it is: float32 or bfloat16, on the CPU, rows of unit stride."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.bfloat16)
+        and (tensor.stride(1) == 1 or tensor.shape[1] <= 1)
+    )
+
+
+def as_native(tensor: Tensor) -> Tensor:
+    """``tensor`` as C++ kernels read it: itself, or a float32 copy."""
+    return tensor if native_matrix(tensor) else tensor.float().contiguous()
+
+
+def native_noise(noise: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """``noise`` with contiguous seed and position."""
+    return None if noise is None else (noise[0].contiguous(), noise[1].contiguous())
+
+
+def native_tau(tau: float) -> bool:
+    """Whether C++ kernels take this temperature: 1/τ and τ are normal float32."""
+    return 2**-64 <= tau <= 2**64

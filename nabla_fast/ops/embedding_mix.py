@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_fast import _native
 from nabla_fast.ops.checks import (
+    as_native,
     expect,
     expect_matrix,
     expect_noise,
@@ -16,6 +18,9 @@ from nabla_fast.ops.checks import (
     expect_tables,
     expect_tau,
     expect_vocabulary,
+    native_matrix,
+    native_noise,
+    native_tau,
 )
 from nabla_fast.ops.gumbel import GumbelNoise, perturbed
 from nabla_fast.ops.registry import op
@@ -125,3 +130,56 @@ def _(cotangents: Sequence[Tensor], logits: Tensor, tables: Sequence[Tensor], **
 def _(arguments: dict[str, Any], outputs: list[Tensor], cotangents: list[Tensor]) -> Tensor:
     del arguments["hard"]
     return embedding_mix_backward(cotangents, **arguments)
+
+
+def native_takes_mix(
+    rows: Tensor, head: Tensor | None, tables: Sequence[Tensor], tau: float, *others: Tensor | None
+) -> bool:
+    """Whether the C++ mixes take logits, or hidden states and a head, and tables like these.
+
+    Args:
+        others: cotangents and direct gradient; in float64 they are nothing for float32 kernels.
+    """
+    return (
+        all(native_matrix(tensor) for tensor in (rows, *tables, *([] if head is None else [head])))
+        and native_tau(tau)
+        and all(other is None or other.dtype != torch.float64 for other in others)
+    )
+
+
+@embedding_mix.backend(
+    "cpu", when=lambda logits, tables, *, tau, **_: native_takes_mix(logits, None, tables, tau)
+)
+def _(
+    logits: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    hard: bool,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> list[Tensor]:
+    mixes, status = _native.Mix(logits, None, tables, tau, native_noise(noise)).forward(hard)
+    report("embedding_mix", status)
+    return mixes
+
+
+@embedding_mix_backward.backend(
+    "cpu",
+    when=lambda cotangents, logits, tables, *, tau, direct, **_: native_takes_mix(
+        logits, None, tables, tau, *cotangents, direct
+    ),
+)
+def _(
+    cotangents: Sequence[Tensor],
+    logits: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> Tensor:
+    mix = _native.Mix(logits, None, tables, tau, native_noise(noise))
+    return mix.backward([as_native(c) for c in cotangents], None if direct is None else as_native(direct))[
+        0
+    ]

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from nabla_fast import _native
 from nabla_fast.ops.checks import (
+    as_native,
     expect,
     expect_matrix,
     expect_noise,
@@ -15,8 +17,9 @@ from nabla_fast.ops.checks import (
     expect_tables,
     expect_tau,
     expect_vocabulary,
+    native_noise,
 )
-from nabla_fast.ops.embedding_mix import embedding_mix, embedding_mix_backward
+from nabla_fast.ops.embedding_mix import embedding_mix, embedding_mix_backward, native_takes_mix
 from nabla_fast.ops.gumbel import GumbelNoise
 from nabla_fast.ops.logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
@@ -111,3 +114,44 @@ def _(
 def _(arguments: dict[str, Any], outputs: list[Tensor], cotangents: list[Tensor]) -> Tensor:
     del arguments["hard"]
     return linear_embedding_mix_backward(cotangents, **arguments)
+
+
+@linear_embedding_mix.backend(
+    "cpu", when=lambda hidden, head, tables, *, tau, **_: native_takes_mix(hidden, head, tables, tau)
+)
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    hard: bool,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> list[Tensor]:
+    mixes, status = _native.Mix(hidden, head, tables, tau, native_noise(noise)).forward(hard)
+    report("linear_embedding_mix", status)
+    return mixes
+
+
+@linear_embedding_mix_backward.backend(
+    "cpu",
+    when=lambda cotangents, hidden, head, tables, *, tau, direct, **_: native_takes_mix(
+        hidden, head, tables, tau, *cotangents, direct
+    ),
+)
+def _(
+    cotangents: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> Tensor:
+    mix = _native.Mix(hidden, head, tables, tau, native_noise(noise))
+    grad, _ = mix.backward(
+        [as_native(c) for c in cotangents], None if direct is None else as_native(direct)
+    )
+    return grad.to(hidden.dtype)

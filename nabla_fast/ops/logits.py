@@ -85,9 +85,3 @@ def native_takes(hidden: Tensor, head: Tensor) -> bool:
 def _(hidden: Tensor, head: Tensor) -> Tensor:
     hidden = hidden.float()
     return _native.lm_logits(hidden if hidden.stride(1) == 1 else hidden.contiguous(), head)
-
-
-def native_rows(rows: Tensor) -> Tensor:
-    """[N, H] as the C++ tiles take it: in float32 or bfloat16, with unit stride along H."""
-    rows = rows if rows.dtype == torch.bfloat16 else rows.float()
-    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from nabla_fast import _native
 from nabla_fast.ops.checks import (
+    as_native,
     expect,
     expect_matrix,
     expect_one_device,
     expect_tables,
     expect_vocabulary,
 )
-from nabla_fast.ops.logits import lm_logits, native_rows, native_takes
+from nabla_fast.ops.logits import lm_logits, native_takes
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.softmax import onehot_gradient
@@ -110,7 +111,7 @@ def _(
     *,
     nll_coeff: float,
 ) -> Tensor:
-    small = [native_rows(cotangent) for cotangent in cotangents]
-    grad, status = _native.onehot_grad(small, tables, native_rows(hidden), head, nll_coeff)
+    small = [as_native(cotangent) for cotangent in cotangents]
+    grad, status = _native.onehot_grad(small, tables, as_native(hidden), head, nll_coeff)
     report("onehot_grad", status)
     return grad

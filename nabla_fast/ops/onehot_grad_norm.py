@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
-from nabla_fast.ops.logits import native_rows
+from nabla_fast.ops.checks import as_native
 from nabla_fast.ops.onehot_grad import check_onehot_inputs, native_takes_onehot, onehot_rows
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, blocks, report
@@ -68,7 +68,7 @@ def _(
     *,
     nll_coeff: float,
 ) -> Tensor:
-    small = [native_rows(cotangent) for cotangent in cotangents]
-    norm, status = _native.onehot_grad_norm(small, tables, native_rows(hidden), head, nll_coeff)
+    small = [as_native(cotangent) for cotangent in cotangents]
+    norm, status = _native.onehot_grad_norm(small, tables, as_native(hidden), head, nll_coeff)
     report("onehot_grad_norm", status)
     return norm

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from nabla_fast import _native
 from nabla_fast.ops.checks import (
+    as_native,
     expect,
     expect_matrix,
     expect_one_device,
     expect_tau,
     expect_vocabulary,
+    native_tau,
 )
-from nabla_fast.ops.logits import lm_logits, native_rows, native_takes
+from nabla_fast.ops.logits import lm_logits, native_takes
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 
@@ -75,7 +77,7 @@ def _(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
 
 
 def _native_takes(rows: Tensor, head: Tensor | None, *, tau: float) -> bool:
-    if not 2**-64 <= tau <= 2**64:
+    if not native_tau(tau):
         return False
     if head is not None:
         return native_takes(rows, head)
@@ -89,6 +91,6 @@ def _(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
     if head is None:
         *values, status = _native.token_stats(rows, tau)
     else:
-        *values, status = _native.linear_token_stats(native_rows(rows), head, tau)
+        *values, status = _native.linear_token_stats(as_native(rows), head, tau)
     report("token_stats", status)
     return TokenStats(*values)
