@@ -250,6 +250,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              py::arg("tokens"), py::arg("probabilities"), py::arg("capacity"),
              "Tokens left by temperature, top-k and top-p; how many, or -1 for too many ties.");
   nabla_fast::bindings::bind_decoder(module);
+  nabla_fast::bindings::bind_latents(module);
   nabla_fast::bindings::bind_mix(module);
   nabla_fast::bindings::bind_onehot(module);
 }

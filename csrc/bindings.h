@@ -14,6 +14,7 @@ T* pointer(std::uintptr_t address) {
 }
 
 void bind_decoder(pybind11::module_& module);
+void bind_latents(pybind11::module_& module);
 void bind_mix(pybind11::module_& module);
 void bind_onehot(pybind11::module_& module);
 

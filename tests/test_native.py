@@ -93,7 +93,7 @@ def check_accuracy(logits: torch.Tensor, tau: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "vocab"),
-    [(1, 1), (3, 2), (130, 7), (64, 127), (5, 1024), (130, 1025), (7, 16385), (3, 151_936)],
+    [(1, 1), (3, 2), (130, 7), (64, 127), (5, 1024), (130, 1025), (64, 2047), (7, 16385), (3, 151_936)],
 )
 def test_accuracy(isa, rows, vocab, dtype):
     for scale in (0.0, 1e-3, 1.0, 10.0, 100.0):

@@ -21,6 +21,7 @@
   #include <omp.h>
 #endif
 
+#include "descent.h"
 #include "flush.h"
 #include "gumbel.h"
 #include "isa.h"
@@ -32,15 +33,16 @@ namespace nabla_fast::cpu {
 namespace {
 
 constexpr int64_t kChunk = 1024;
+// What a step does to tokens is done in turns, to this many of them, and the next ones are fetched
+// meanwhile: together they leave room in the first-level cache.
+constexpr int64_t kBlock = 256;
 // Less than this many tokens times steps is not worth waking a thread for, nor less than this many
 // tokens of a row, whose threads meet after every step.
 constexpr int64_t kWorkPerThread = int64_t{1} << 17;
 constexpr int64_t kTokensPerThread = int64_t{1} << 15;
 
-constexpr double kBeta1 = 0.9, kBeta2 = 0.999;
-constexpr float kEpsilon = 1e-8f;
 // exp of anything lower counts as 0.
-constexpr float kLowest = -87.0f;
+constexpr double kLowest = -87;
 // How far the largest y / tau may move before the sums are taken anew from it.
 constexpr double kDrift = 8;
 
@@ -70,17 +72,30 @@ struct Row {
 
 // What sums are relative to.
 struct Centre {
-  float top;      // M
-  float grad;     // G[token]
-  float inverse;  // 1 / tau
+  float top;           // M
+  float grad;          // G[token]
+  float lowest;        // exp((y - M) / tau) counts as 0 where y - M is not above it
+  float inverse_high;  // log2(e) / tau in two parts
+  float inverse_low;
+
+  Centre(float top, float grad, double tau)
+      : top(top),
+        grad(grad),
+        lowest(static_cast<float>(kLowest * tau)),
+        inverse_high(static_cast<float>(kLog2E / tau)),
+        inverse_low(static_cast<float>(kLog2E / tau - inverse_high)) {}
+  static constexpr double kLog2E = 1.4426950408889634;
 };
 
 struct Step {
   Centre centre;
-  float weight;  // 1 / (S tau)
-  float mean;    // T / S
-  float rate;    // learning rate / (1 - beta1^step)
-  float scale;   // 1 / sqrt(1 - beta2^step)
+  float weight;  // sqrt(1 - beta2) / (S tau)
+  float mean;    // T / S, times the weight
+  AdamRate adam;
+
+  // Whether the step may divide by way of estimates: nothing overflows on the way, and what they
+  // do not take, subnormal numbers, is lost beside epsilon.
+  bool ordinary() const { return adam.rate >= 0x1p-30f && adam.rate <= 0x1p4f; }
 };
 
 // What a pass finds in a chunk.
@@ -100,7 +115,6 @@ struct Partial {
 template <int W>
 struct Found {
   Floats<W> sum = {}, tilt = {}, max = splat<W>(-kInfinity), second = {};
-  Ints<W> unclean = {};
 };
 
 template <int W, bool kNoise>
@@ -114,48 +128,153 @@ NABLA_FAST_INLINE void survey_lanes(const Row& row, int64_t n, Found<W>& found) 
   for (int64_t i = 0; i < n; i += W) {
     const Floats<W> y = load_y<W, kNoise>(row, i);
     found.max = y > found.max ? y : found.max;
-    found.unclean |= ~(y <= kMaxFloat);
+    // Until the sums are taken, this one tells a NaN or an infinity.
+    found.sum += select<W>(above<W>(y, kMaxFloat), splat<W>(kNaN), Floats<W>{});
   }
 }
 
+#if NABLA_FAST_AVX512_BUILTINS
+// exp2(k / 32), as bits.
+alignas(64) constexpr uint32_t kExp2Of32nds[32] = {
+    0x3F800000u, 0x3F82CD87u, 0x3F85AAC3u, 0x3F88980Fu, 0x3F8B95C2u, 0x3F8EA43Au, 0x3F91C3D3u,
+    0x3F94F4F0u, 0x3F9837F0u, 0x3F9B8D3Au, 0x3F9EF532u, 0x3FA27043u, 0x3FA5FED7u, 0x3FA9A15Bu,
+    0x3FAD583Fu, 0x3FB123F6u, 0x3FB504F3u, 0x3FB8FBAFu, 0x3FBD08A4u, 0x3FC12C4Du, 0x3FC5672Au,
+    0x3FC9B9BEu, 0x3FCE248Cu, 0x3FD2A81Eu, 0x3FD744FDu, 0x3FDBFBB8u, 0x3FE0CCDFu, 0x3FE5B907u,
+    0x3FEAC0C7u, 0x3FEFE4BAu, 0x3FF5257Du, 0x3FFA83B3u};
+#endif
+
+// exp(d / tau) where the mask holds, 0 where it does not.
+template <int W>
+struct Exponential {
+  float inverse_high, inverse_low;
+
+  NABLA_FAST_INLINE explicit Exponential(const Centre& centre)
+      : inverse_high(centre.inverse_high), inverse_low(centre.inverse_low) {}
+  NABLA_FAST_INLINE Floats<W> operator()(Mask<W> mask, Floats<W> d) const {
+    return vec_exp2<W>(mask, d, inverse_high, inverse_low);
+  }
+};
+
+#if NABLA_FAST_AVX512_BUILTINS
+// With a table in two registers the chain of operations is half as long, so that more vectors are
+// under way at once; relatively within 2^-23 + 2^-25 |d / tau|, which weighs nothing at the
+// largest.
+template <>
+struct Exponential<16> {
+  float inverse;
+  Floats<16> lower, upper;
+
+  NABLA_FAST_INLINE explicit Exponential(const Centre& centre) : inverse(centre.inverse_high) {
+    std::memcpy(&lower, kExp2Of32nds, sizeof lower);
+    std::memcpy(&upper, kExp2Of32nds + 16, sizeof upper);
+  }
+  NABLA_FAST_INLINE Floats<16> operator()(Mask<16> mask, Floats<16> d) const {
+    // Adding 1.5 * 2^18 rounds to 32nds; how many, modulo 32, the low bits of the sum tell.
+    const float round = 393216.0f;
+    const Floats<16> shifted = d * inverse + round;
+    const Floats<16> n = shifted - round;
+    const Floats<16> f = d * inverse - n;
+    const Floats<16> power =
+        __builtin_ia32_vpermt2varps512_mask((Ints<16>)shifted, lower, upper, -1);
+    // Minimax for (exp2(f) - 1) / f on |f| <= 1/64: 2^-24.2 relative to exp2(f).
+    const Floats<16> q = f * 0.240225941f + 0.693157315f;
+    return __builtin_ia32_scalefps512_mask(power * f * q + power, n, Floats<16>{}, mask, 4);
+  }
+};
+#endif
+
 template <int W, bool kNoise>
-NABLA_FAST_INLINE void measure_lanes(const Row& row, int64_t n, const Centre& centre,
+NABLA_FAST_INLINE void measure_lanes(const Row& row, int64_t n, Centre centre, int64_t ahead,
                                      Found<W>& found) {
-  const Floats<W> zero = {};
+  const Exponential<W> exponential(centre);
   for (int64_t i = 0; i < n; i += W) {
-    const Floats<W> x = (load_y<W, kNoise>(row, i) - centre.top) * centre.inverse;
-    const Floats<W> e = x > kLowest ? vec_exp_normal<W>(x) : zero;
+    __builtin_prefetch(row.e + i + ahead, 1);
+    __builtin_prefetch(row.grad + i + ahead);
+    const Floats<W> d = load_y<W, kNoise>(row, i) - centre.top;
+    const Mask<W> counts = above<W>(d, centre.lowest);
+    const Floats<W> e = exponential(counts, d);
     const Floats<W> g = load<W>(row.grad + i) - centre.grad;
     store<W>(row.e + i, e);
     found.sum += e;
-    found.tilt += x > kLowest ? e * g : zero;  // G may be infinite where p is 0
+    // G may be infinite where p is 0.
+    found.tilt = select<W>(counts, found.tilt + e * g, found.tilt);
   }
 }
 
-// The step, with the largest y it leads to. By itself a shorter chain of operations than together
-// with the sums, so that more of the loop's turns overlap.
-template <int W, bool kNoise>
-NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, const Step& step, Found<W>& found) {
-  const Floats<W> zero = {};
-  const float share1 = static_cast<float>(1 - kBeta1);
-  const float beta2 = static_cast<float>(kBeta2), share2 = static_cast<float>(1 - kBeta2);
+// The moments of a step.
+template <int W>
+NABLA_FAST_INLINE void average_lanes(const Row& row, int64_t n, Step step, Found<W>& found) {
+  const float share1 = static_cast<float>(1 - kBeta1), beta2 = static_cast<float>(kBeta2);
+  const float per_root = static_cast<float>((1 - kBeta1) / std::sqrt(1 - kBeta2));
   for (int64_t i = 0; i < n; i += W) {
-    const Floats<W> z = load<W>(row.z + i);
     const Floats<W> e = load<W>(row.e + i);
-    const Floats<W> centred = load<W>(row.grad + i) - step.centre.grad - step.mean;
-    const Floats<W> g = e > 0.0f ? e * step.weight * centred : zero;
+    const Floats<W> centred = (load<W>(row.grad + i) - step.centre.grad) * step.weight - step.mean;
+    // The gradient times the square root of 1 - beta2.
+    const Floats<W> root = select<W>(above<W>(e, 0.0f), e * centred, Floats<W>{});
     const Floats<W> m = load<W>(row.exp_avg + i);
-    const Floats<W> first = m + share1 * (g - m);
-    const Floats<W> second = beta2 * load<W>(row.exp_avg_sq + i) + share2 * g * g;
-    const Floats<W> moved = z - step.rate * (first / (vec_sqrt<W>(second) * step.scale + kEpsilon));
-    store<W>(row.exp_avg + i, first);
+    const Floats<W> second = root * root + beta2 * load<W>(row.exp_avg_sq + i);
+    store<W>(row.exp_avg + i, root * per_root + (m - share1 * m));
     store<W>(row.exp_avg_sq + i, second);
+    found.second = second > found.second ? second : found.second;
+  }
+}
+
+// What logits become with these moments, and the largest y it leads to.
+template <int W, bool kNoise>
+NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, Step step, Found<W>& found) {
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats<W> root = vec_sqrt<W>(load<W>(row.exp_avg_sq + i));
+    const Floats<W> moved =
+        load<W>(row.z + i) -
+        step.adam.rate * (load<W>(row.exp_avg + i) / (root * step.adam.scale + kEpsilon));
     store<W>(row.z + i, moved);
     const Floats<W> y = kNoise ? moved + load<W>(row.noise + i) : moved;
     found.max = y > found.max ? y : found.max;
-    found.second = second > found.second ? second : found.second;
-    found.unclean |= ~(y <= kMaxFloat);
   }
+}
+
+// The same, within about 2^-26 of a move, by estimates and one step of Newton's method each: the
+// divider needs as long for a division and a square root as the other units for all the rest. For
+// second moments of at most kEstimated.
+constexpr float kEstimated = 0x1p40f;
+template <int W, bool kNoise>
+NABLA_FAST_INLINE void move_lanes_fast(const Row& row, int64_t n, Step step, int64_t ahead,
+                                       Found<W>& found) {
+  // With a = scale / rate, a move is first / (a sqrt(second) + epsilon / rate). The square root of
+  // a^2 second / 4 is half of the first term; 2^-126 keeps it from 0, where 1 / sqrt is infinite.
+  const float quarter =
+      0.25f * (step.adam.scale / step.adam.rate) * (step.adam.scale / step.adam.rate);
+  const float epsilon = kEpsilon / step.adam.rate;
+  for (int64_t i = 0; i < n; i += W) {
+    __builtin_prefetch(row.z + i + ahead, 1);
+    __builtin_prefetch(row.exp_avg + i + ahead, 1);
+    __builtin_prefetch(row.exp_avg_sq + i + ahead, 1);
+    const Floats<W> x = load<W>(row.exp_avg_sq + i) * quarter + 0x1p-126f;
+    const Floats<W> inverse = vec_rsqrt14(x);
+    const Floats<W> half = x * inverse;
+    const Floats<W> error = 1.0f - half * inverse;
+    const Floats<W> divisor = half * error + (half * 2.0f + epsilon);
+    const Floats<W> estimate = vec_rcp14(divisor);
+    const Floats<W> refined = 2.0f - divisor * estimate;
+    const Floats<W> moved = load<W>(row.z + i) - load<W>(row.exp_avg + i) * estimate * refined;
+    store<W>(row.z + i, moved);
+    const Floats<W> y = kNoise ? moved + load<W>(row.noise + i) : moved;
+    found.max = y > found.max ? y : found.max;
+  }
+}
+
+// One step, but for the sums of the next.
+template <int W, bool kNoise>
+NABLA_FAST_INLINE void step_lanes(const Row& row, int64_t n, const Step& step, int64_t ahead,
+                                  Found<W>& found) {
+  average_lanes<W>(row, n, step, found);
+  if constexpr (kHasEstimates<W>) {
+    if (step.ordinary() && !any_lane<W>(above<W>(found.second, kEstimated))) {
+      move_lanes_fast<W, kNoise>(row, n, step, ahead, found);
+      return;
+    }
+  }
+  move_lanes<W, kNoise>(row, n, step, found);
 }
 
 // The last tokens of a row, fewer than a vector, with masked ones behind them.
@@ -195,7 +314,7 @@ NABLA_FAST_INLINE void join_lanes(const Found<W>& found, Partial& partial) {
   }
   partial.max = lane_max<W>(found.max);
   partial.second = lane_max<W>(found.second);
-  partial.unclean = any_lane<W>(found.unclean);
+  partial.unclean = std::isnan(partial.sum);
 }
 
 // Largest y of a chunk of n tokens, and whether all are clean.
@@ -211,35 +330,41 @@ NABLA_FAST_INLINE void survey(const Row& row, int64_t n, Partial& partial) {
   join_lanes<W>(found, partial);
 }
 
-// S and T of a chunk; the rest of `partial` stays.
+// S and T of a chunk, and whether it is clean; the rest of `partial` stays.
 template <int W, bool kNoise>
 NABLA_FAST_INLINE void measure(const Row& row, int64_t n, const Centre& centre, Partial& partial) {
   const int64_t whole = n / W * W;
   Found<W> found;
-  measure_lanes<W, kNoise>(row, whole, centre, found);
+  measure_lanes<W, kNoise>(row, whole, centre, 0, found);
   if (n > whole) {
     Rest<W> rest(row.from(whole), n - whole);
-    measure_lanes<W, kNoise>(rest.row(), W, centre, found);
+    measure_lanes<W, kNoise>(rest.row(), W, centre, 0, found);
     rest.put_back(row.from(whole), n - whole);
   }
   Partial joined;
   join_lanes<W>(found, joined);
   partial.sum = joined.sum;
   partial.tilt = joined.tilt;
+  partial.unclean = joined.unclean;
 }
 
 // One step of a chunk. token: the hard token's index in it; outside of [0, n) if it is elsewhere.
 template <int W, bool kNoise>
 NABLA_FAST_INLINE void advance(const Row& row, int64_t n, const Step& step, int64_t token,
-                               Partial& partial) {
+                               int64_t ahead, Partial& partial) {
   const int64_t whole = n / W * W;
   Found<W> found;
-  move_lanes<W, kNoise>(row, whole, step, found);
-  measure_lanes<W, kNoise>(row, whole, step.centre, found);
+  for (int64_t begin = 0; begin < whole; begin += kBlock) {
+    const Row block = row.from(begin);
+    const int64_t size = std::min(kBlock, whole - begin);
+    const int64_t next = begin + kBlock < whole ? kBlock : ahead - begin;
+    step_lanes<W, kNoise>(block, size, step, next, found);
+    measure_lanes<W, kNoise>(block, size, step.centre, next, found);
+  }
   if (n > whole) {
     Rest<W> rest(row.from(whole), n - whole);
-    move_lanes<W, kNoise>(rest.row(), W, step, found);
-    measure_lanes<W, kNoise>(rest.row(), W, step.centre, found);
+    step_lanes<W, kNoise>(rest.row(), W, step, 0, found);
+    measure_lanes<W, kNoise>(rest.row(), W, step.centre, 0, found);
     rest.put_back(row.from(whole), n - whole);
   }
   join_lanes<W>(found, partial);
@@ -256,7 +381,7 @@ using NoiseOf = void(int64_t seed, int64_t position, int64_t token, int64_t n, f
 struct Passes {
   void (*survey)(const Row&, int64_t, Partial&);
   void (*measure)(const Row&, int64_t, const Centre&, Partial&);
-  void (*advance)(const Row&, int64_t, const Step&, int64_t, Partial&);
+  void (*advance)(const Row&, int64_t, const Step&, int64_t, int64_t, Partial&);
   NoiseOf* noise;
 };
 
@@ -271,8 +396,8 @@ struct Passes {
   }                                                                                               \
   template <bool kNoise>                                                                          \
   TARGET void advance_##NAME(const Row& row, int64_t n, const Step& step, int64_t token,          \
-                             Partial& partial) {                                                  \
-    advance<W, kNoise>(row, n, step, token, partial);                                             \
+                             int64_t ahead, Partial& partial) {                                   \
+    advance<W, kNoise>(row, n, step, token, ahead, partial);                                      \
   }                                                                                               \
   TARGET void noise_##NAME(int64_t seed, int64_t position, int64_t token, int64_t n,              \
                            float* noise) {                                                        \
@@ -301,12 +426,9 @@ struct Call {
   const float* grad;
   float* exp_avg;
   float* exp_avg_sq;
-  int64_t* step;
   int64_t rows, vocab;
   int64_t z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride;
-  const double* schedule;
-  int64_t iters, schedule_stride;
-  const int64_t* until;
+  Steps steps;
   const int64_t* group;
   double tau;
   const int64_t* noise_seed;
@@ -315,9 +437,6 @@ struct Call {
   uint8_t* flipped;
 
   int64_t chunks() const { return (vocab + kChunk - 1) / kChunk; }
-  int64_t left(int64_t row) const {
-    return std::max<int64_t>((until ? until[row] : iters) - step[row], 0);
-  }
   Row row(int64_t index) const {
     return {z + index * z_stride,
             grad + index * grad_stride,
@@ -381,7 +500,7 @@ class Descent {
       passes_.survey(chunk, n, partial);
     });
     Outcome outcome{0, first_of_largest(), false};
-    Centre centre{max_, row_.grad[outcome.token], static_cast<float>(1 / call_.tau)};
+    Centre centre(max_, row_.grad[outcome.token], call_.tau);
     bool stale = true;  // whether the sums are not those of this centre
     while (outcome.taken < most && !outcome.flipped) {
       if (stale) {
@@ -394,7 +513,7 @@ class Descent {
       }
       const Step step = next_step(index, outcome.taken, centre);
       ++outcome.taken;
-      if (unclean_ || !std::isfinite(step.mean)) {
+      if (unclean_ || !std::isfinite(static_cast<float>(tilt_ / sum_))) {
         spoil();
         outcome.flipped = outcome.token != 0;
         outcome.token = 0;
@@ -403,7 +522,8 @@ class Descent {
       {
         const FlushToZero flush(may_flush(step));
         each_chunk([&](const Row& chunk, int64_t n, int64_t begin, Partial& partial) {
-          passes_.advance(chunk, n, step, outcome.token - begin, partial);
+          passes_.advance(chunk, n, step, outcome.token - begin, turn_ & 1 ? kChunk : -kChunk,
+                          partial);
         });
       }
       if (unclean_) {
@@ -451,20 +571,16 @@ class Descent {
   }
 
   Step next_step(int64_t index, int64_t taken, const Centre& centre) const {
-    const int64_t before = call_.step[index] + taken;
-    const double count = static_cast<double>(before + 1);
-    const double lr = call_.schedule[index * call_.schedule_stride + before];
-    return {centre, static_cast<float>(1 / (sum_ * call_.tau)), static_cast<float>(tilt_ / sum_),
-            static_cast<float>(lr / (1 - std::pow(kBeta1, count))),
-            static_cast<float>(1 / std::sqrt(1 - std::pow(kBeta2, count)))};
+    const double weight = std::sqrt(1 - kBeta2) / (sum_ * call_.tau);
+    return {centre, static_cast<float>(weight), static_cast<float>(tilt_ / sum_ * weight),
+            call_.steps.rate(index, taken)};
   }
 
   // Far below the largest logit, second moments are below 2^-126. They may become 0 beside much
   // larger ones, as long as no logits become equal to the largest by that.
   bool may_flush(const Step& step) const {
-    const float of_token = step.weight * step.mean;
-    const float second = static_cast<float>(1 - kBeta2) * of_token * of_token;
-    return std::max(second_, second) >= 0x1p-100f && std::fabs(max_) >= 0x1p-100f;
+    const float of_token = step.mean * step.mean;
+    return std::max(second_, of_token) >= 0x1p-100f && std::fabs(max_) >= 0x1p-100f;
   }
 
   int64_t first_of_largest() const {
@@ -529,9 +645,9 @@ void descend(const Call& call, const Passes& passes, int64_t index, int64_t most
   Row row = call.row(index);
   set_desk(call, passes, index, desk, team, row);
   const Outcome outcome = Descent(call, passes, row, desk, team).run(index, most);
-  team.meet();  // the others still read call.step
+  team.meet();  // the others still read the steps taken
   if (team.rank > 0) return;
-  call.step[index] += outcome.taken;
+  call.steps.taken[index] += outcome.taken;
   call.token[index] = outcome.token;
   call.flipped[index] = outcome.flipped;
 }
@@ -555,32 +671,6 @@ int64_t steps_to_flip(const Call& call, const Passes& passes, int64_t index, int
 
 // -- the rows
 // -----------------------------------------------------------------------------------------
-
-// Which rows stop together: sorted by group, each row's leader is the first of its group.
-struct Groups {
-  int64_t* order;     // [rows]
-  int64_t* leader;    // [rows]
-  int64_t* earliest;  // [rows], of a leader: after how many steps its group's first token moves
-
-  void sort(const Call& call) {
-    for (int64_t row = 0; row < call.rows; ++row) order[row] = row;
-    std::sort(order, order + call.rows, [&](int64_t a, int64_t b) {
-      return call.group[a] != call.group[b] ? call.group[a] < call.group[b] : a < b;
-    });
-    for (int64_t n = 0; n < call.rows; ++n) {
-      const int64_t row = order[n];
-      const bool first = n == 0 || call.group[order[n - 1]] != call.group[row];
-      leader[row] = first ? row : leader[order[n - 1]];
-      earliest[row] = std::numeric_limits<int64_t>::max();
-    }
-    // From here on, whether a row has a group to wait for.
-    for (int64_t n = 0; n < call.rows; ++n) {
-      const bool before = n > 0 && leader[order[n - 1]] == leader[order[n]];
-      const bool after = n + 1 < call.rows && leader[order[n + 1]] == leader[order[n]];
-      if (!before && !after) leader[order[n]] = -1;
-    }
-  }
-};
 
 struct Layout {
   int threads;  // at most
@@ -684,14 +774,14 @@ nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Lay
     groups.order = reinterpret_cast<int64_t*>(workspace + layout.desks * layout.desk_bytes);
     groups.leader = groups.order + call.rows;
     groups.earliest = groups.leader + call.rows;
-    groups.sort(call);
+    groups.sort(call.group, call.rows);
     each_row(call, layout, workspace, [&](int64_t row, const Desk& desk, Team team) {
       const int64_t leader = groups.leader[row];
       if (leader < 0) return;
       int64_t* earliest = &groups.earliest[leader];
       const int64_t so_far = __atomic_load_n(earliest, __ATOMIC_RELAXED);
       team.meet();  // all threads of a row must have read the same number
-      const int64_t most = std::min(call.left(row), so_far);
+      const int64_t most = std::min(call.steps.left(row), so_far);
       const int64_t steps = steps_to_flip(call, mine, row, most, desk, team);
       if (team.rank > 0) return;
 #pragma omp critical(nabla_fast_dto_descent_earliest)
@@ -699,7 +789,7 @@ nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Lay
     });
   }
   each_row(call, layout, workspace, [&](int64_t row, const Desk& desk, Team team) {
-    int64_t most = call.left(row);
+    int64_t most = call.steps.left(row);
     if (call.group && groups.leader[row] >= 0) {
       most = std::min(most, groups.earliest[groups.leader[row]]);
     }
@@ -732,33 +822,15 @@ nabla_fast_status nabla_fast_dto_descent(
       !workspace || (iters > 0 && !schedule) || !noise_seed != !noise_position) {
     return NABLA_FAST_INVALID_POINTER;
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    if (step[row] < 0 || (until && until[row] > iters)) return NABLA_FAST_INVALID_STEPS;
-  }
+  const Steps steps{step, schedule, iters, schedule_stride, until};
+  if (!steps.valid(rows)) return NABLA_FAST_INVALID_STEPS;
   const Layout layout(rows, vocab, iters, noise_seed, group, num_threads);
   if (workspace_bytes < layout.bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
   const auto address = reinterpret_cast<uintptr_t>(workspace);
   char* const aligned = static_cast<char*>(workspace) + (64 - address % 64) % 64;
-  const Call call{z,
-                  grad,
-                  exp_avg,
-                  exp_avg_sq,
-                  step,
-                  rows,
-                  vocab,
-                  z_stride,
-                  grad_stride,
-                  exp_avg_stride,
-                  exp_avg_sq_stride,
-                  schedule,
-                  iters,
-                  schedule_stride,
-                  until,
-                  group,
-                  tau,
-                  noise_seed,
-                  noise_position,
-                  token,
-                  flipped};
+  const Call call{z,     grad,     exp_avg,     exp_avg_sq,     rows,
+                  vocab, z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride,
+                  steps, group,    tau,         noise_seed,     noise_position,
+                  token, flipped};
   return run(call, row_status, layout, aligned);
 }

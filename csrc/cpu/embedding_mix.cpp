@@ -40,15 +40,6 @@ int parts_of(const nabla_fast_mix& call, int32_t hard, int32_t num_threads) {
       threads_for(work.or_most(), kWorkPerThread, num_threads), mix_segments(call.vocab)));
 }
 
-float value_of(const nabla_fast_table& table, int64_t token, int64_t column) {
-  const int64_t at = token * table.stride + column;
-  if (table.dtype == NABLA_FAST_FLOAT32) return static_cast<const float*>(table.data)[at];
-  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(table.data)[at]) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 // A row's mixes where `status` is not OK, or those of its hard token.
 void write_row(const nabla_fast_mix& call, int64_t row, nabla_fast_status status, int64_t token,
                float* const* mixes) {
@@ -56,7 +47,7 @@ void write_row(const nabla_fast_mix& call, int64_t row, nabla_fast_status status
     const int64_t width = call.tables[t].width;
     float* out = mixes[t] + row * width;
     for (int64_t k = 0; k < width; ++k)
-      out[k] = status == NABLA_FAST_OK ? value_of(call.tables[t], token, k) : kNaN;
+      out[k] = status == NABLA_FAST_OK ? table_of(call.tables[t]).value(token, k) : kNaN;
   }
 }
 

@@ -86,7 +86,7 @@ void take_again(const Group& group, const Cotangents& cotangents, const Rows& of
                 int threads) {
   const nabla_fast_mix& call = group.call;
   const int rows = group.rows, lanes = lanes_of(rows);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t segment = 0; segment < mix_segments(call.vocab); ++segment) {
     alignas(64) float y[kTileFloats], grad[kTileFloats];
     each_tile(segment, call.vocab, [&](int64_t token, int tokens) {
@@ -113,7 +113,7 @@ void logits_group(const Group& group, const Cotangents& cotangents, const Output
   Rows of = {};
   pick_centres(cotangents, rows, tops, of);
   const bool waits = out.dtype == NABLA_FAST_FLOAT32;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t segment = 0; segment < segments; ++segment) {
     alignas(64) float y[kTileFloats], grad[kTileFloats];
     sums[segment].clear();

@@ -36,6 +36,7 @@ namespace nabla_fast::cpu {
 template <typename Function>
 Function* select_isa(Function* baseline, Function* avx2, Function* avx512) {
   switch (nabla_fast_cpu_isa()) {
+    case NABLA_FAST_ISA_AMX:
     case NABLA_FAST_ISA_AVX512_BF16:
     case NABLA_FAST_ISA_AVX512:
       return avx512;

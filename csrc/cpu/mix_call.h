@@ -84,7 +84,7 @@ struct Group {
   }
   // Of a group's rows as products() takes them.
   static Size packed_bytes(int64_t width) {
-    return (Size(4 * kGroupRows) * width + kAlignment).rounded_up(kAlignment);
+    return ((Size(width) + 31) * (6 * kGroupRows) + kAlignment).rounded_up(kAlignment);
   }
 
   // The y of tokens [token, token + tokens).

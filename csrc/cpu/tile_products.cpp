@@ -14,6 +14,7 @@
 
 #include "ahead.h"
 #include "isa.h"
+#include "tile_amx.h"
 #include "tiles.h"
 #include "vec.h"
 #include "widen.h"
@@ -372,6 +373,8 @@ void pack_pairs(const Table& from, int rows, int lanes, uint16_t* packed) {
 }  // namespace
 
 PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, void* memory) {
+  if (table_dtype == NABLA_FAST_BFLOAT16 && nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AMX)
+    return pack_amx(from, rows, memory);
   const bool both = from.dtype == NABLA_FAST_BFLOAT16 && table_dtype == NABLA_FAST_BFLOAT16;
   const bool pairs = both && nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AVX512_BF16;
   const int lanes = lanes_of(rows);
@@ -380,10 +383,11 @@ PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, 
   else
     static_cast<Pack*>(select_isa(pack_baseline, pack_avx2, pack_avx512))(
         from, rows, lanes, static_cast<float*>(memory));
-  return {memory, rows, from.width, pairs};
+  return {memory, rows, from.width, pairs, 0};
 }
 
 void products(const PackedRows& rows, const Table& table, int tokens, bool add, float* z) {
+  if (rows.terms) return products_amx(rows, table, tokens, add, z);
 #if NABLA_FAST_X86
   if (rows.pairs) return tile_pairs(rows, table, tokens, add, z);
 #endif

@@ -13,6 +13,7 @@
 #define NABLA_FAST_CPU_TILES_H_
 
 #include <cstdint>
+#include <cstring>
 
 #include "nabla_fast.h"
 
@@ -28,6 +29,13 @@ constexpr int lanes_of(int rows) { return (rows + 15) / 16 * 16; }
 // Columns that a row of a mix has room for.
 constexpr int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
 
+inline float widened(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // A table [.., width] of float32 or bf16, from one of its rows on.
 struct Table {
   const void* data;
@@ -38,20 +46,30 @@ struct Table {
   Table from(int64_t token) const {
     return {static_cast<const char*>(data) + token * stride * bytes(), dtype, width, stride};
   }
+  float value(int64_t token, int64_t column) const {
+    const int64_t at = token * stride + column;
+    return dtype == NABLA_FAST_FLOAT32 ? static_cast<const float*>(data)[at]
+                                       : widened(static_cast<const uint16_t*>(data)[at]);
+  }
 };
 
 inline Table table_of(const nabla_fast_table& t) { return {t.data, t.dtype, t.width, t.stride}; }
 
-// Rows turned over, as products() reads them: [width, lanes] of float, or, where they and the table
-// are bf16 and the CPU has a dot product for it, [(width + 1) / 2, lanes] of pairs of bf16.
+// Rows turned over, as products() reads them: [width, lanes] of float; where they and the table are
+// bf16 and the CPU has a dot product for it, [(width + 1) / 2, lanes] of pairs of bf16; and where
+// the table is bf16 and it has a matrix unit, as tile_amx.h says.
 struct PackedRows {
   const void* data;
   int rows;
   int64_t width;
   bool pairs;
+  int terms;  // that a number is the sum of; 0 where there is no matrix unit
 
   int lanes() const { return lanes_of(rows); }
-  static int64_t bytes(int rows, int64_t width) { return 4 * lanes_of(rows) * width + 64; }
+  // Room for any of them.
+  static int64_t bytes(int rows, int64_t width) {
+    return 6 * lanes_of(rows) * ((width + 31) / 32 * 32) + 64;
+  }
 };
 
 // Packs the first `rows` rows of `from`, at most kGroupRows, for products with a table of

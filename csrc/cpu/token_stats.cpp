@@ -1,19 +1,22 @@
 // nabla_fast_token_stats: one pass over the logits of each row.
 //
 // A row is cut into chunks of 1,024 tokens, and runs of 16 chunks make a segment: by position
-// alone, never by thread. A chunk is copied into a buffer, which widens bf16 and finds the maximum,
-// and summed from there. Chunks join into segments and segments into rows from left to right,
-// whoever computed them.
+// alone, never by thread. A chunk is read twice, the second time from the first-level cache: for
+// its maximum, and for sums relative to the largest logit of the segment so far. That one rarely
+// moves, so that the sums of chunks are mostly just added. Segments join into rows from left to
+// right, whoever computed them.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
+#include "ahead.h"
 #include "isa.h"
 #include "nabla_fast.h"
 #include "threads.h"
-#include "vec_exp.h"
+#include "vec.h"
 
 namespace nabla_fast::cpu {
 namespace {
@@ -24,49 +27,52 @@ constexpr int64_t kSegment = 16 * kChunk;
 constexpr int64_t kSharedSegments = 64;
 // Less work than this is not worth waking a thread for.
 constexpr int64_t kTokensPerThread = 2 * kSegment;
-// Tokens of a chunk that are summed in fp32, in 16 lanes whatever the instruction set; a chunk is
-// padded with masked tokens to a multiple of it.
-constexpr int kBlock = 128;
-constexpr int kLanes = 16;
+// Vectors whose operations do not wait for each other.
+constexpr int kAbreast = 4;
+// Numbers that are added up in fp32 before the sum goes on in double.
+constexpr int kAddends = 16;
+// How far behind the block at work memory is fetched.
+constexpr int64_t kBytesAhead = 8192;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kMaxFloat = std::numeric_limits<float>::max();
 
 struct Tau {
   explicit Tau(double tau)
       : value(tau),
-        inverse_high(static_cast<float>(1 / tau)),
-        inverse_low(static_cast<float>(1 / tau - inverse_high)),
+        inverse_high(static_cast<float>(kLog2E / tau)),
+        inverse_low(static_cast<float>(kLog2E / tau - inverse_high)),
         lowest(static_cast<float>(-87 * tau)) {}
+  static constexpr double kLog2E = 1.4426950408889634;
   double value;
-  // 1 / tau in two parts: the rounding of one float would be the same for all tokens, and not
-  // average out over them.
+  // log2(e) / tau in two parts: the rounding of one float would be the same for all tokens, and
+  // not average out over them.
   float inverse_high;
   float inverse_low;
   // Tokens whose logit lies this far below the maximum are left out: exp(-87) < 2^-125.
   float lowest;
 };
 
-// Of the tokens of a chunk, a segment or a row, with x_v = (logits_v - max) / tau. Tokens at the
-// maximum are counted apart: added to 1, a sum below 2^-24 would be lost, and with it the entropy
-// of a peaked row.
+// Of the tokens of a segment or a row, with d_v = logits_v - max. Tokens at the maximum are counted
+// apart: added to 1, a sum below 2^-24 would be lost, and with it the entropy of a peaked row.
 struct Sums {
   float max = -kInfinity;
   nabla_fast_status status = NABLA_FAST_OK;
   int64_t argmax = -1;
   double at_max = 0;     // how many tokens are at the maximum
-  double sum_exp = 0;    // sum of exp(x_v) over the others
-  double sum_x_exp = 0;  // sum of x_v exp(x_v)
+  double sum_exp = 0;    // sum of exp(d_v / tau) over the others
+  double sum_d_exp = 0;  // sum of d_v exp(d_v / tau)
 };
 
-// `sums` as seen from a maximum that is higher by -shift * tau, shift <= 0.
-Sums lowered(const Sums& sums, double shift) {
-  const double scale = std::exp(shift);
+// `sums` as seen from a higher maximum.
+Sums lowered(const Sums& sums, float max, double tau) {
+  const double gap = static_cast<double>(sums.max) - max;
+  const double scale = std::exp(gap / tau);
   const double total = sums.at_max + sums.sum_exp;
   Sums result = sums;
+  result.max = max;
   result.at_max = 0;
   result.sum_exp = scale * total;
-  result.sum_x_exp = scale * (sums.sum_x_exp + shift * total);
+  result.sum_d_exp = scale * (sums.sum_d_exp + gap * total);
   return result;
 }
 
@@ -80,82 +86,132 @@ Sums joined(const Sums& left, const Sums& right, double tau) {
   }
   if (right.max == -kInfinity) return left;
   if (left.max == -kInfinity) return right;
-  const double shift = (static_cast<double>(left.max) - right.max) / tau;
-  Sums result = shift < 0 ? right : left;
-  const Sums other = shift < 0 ? lowered(left, shift) : shift > 0 ? lowered(right, -shift) : right;
+  Sums result = left.max < right.max ? right : left;
+  const Sums other = left.max < right.max   ? lowered(left, right.max, tau)
+                     : right.max < left.max ? lowered(right, left.max, tau)
+                                            : right;
   result.at_max += other.at_max;
   result.sum_exp += other.sum_exp;
-  result.sum_x_exp += other.sum_x_exp;
+  result.sum_d_exp += other.sum_d_exp;
   return result;
 }
 
 NABLA_FAST_INLINE float to_float(float x) { return x; }
 NABLA_FAST_INLINE float to_float(uint16_t bf16) {
-  return bits_float(static_cast<int32_t>(static_cast<uint32_t>(bf16) << 16));
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+constexpr float masked_logit(const float*) { return -kInfinity; }
+constexpr uint16_t masked_logit(const uint16_t*) { return 0xFF80; }
+
+// kAbreast vectors of logits.
+template <int W>
+NABLA_FAST_INLINE void load_abreast(const float* logits, Floats<W> (&z)[kAbreast]) {
+#pragma GCC unroll 4
+  for (int u = 0; u < kAbreast; ++u) z[u] = load<W>(logits + u * W);
 }
 
-nabla_fast_status status_of(const float* z, int n) {
-  const bool nan = std::any_of(z, z + n, [](float value) { return std::isnan(value); });
-  return nan ? NABLA_FAST_ROW_NAN : NABLA_FAST_ROW_INFINITE;
+// Of two bf16 in a word, each is a float as soon as the other is gone; in which lane a token comes
+// to stand is of no matter.
+template <int W>
+NABLA_FAST_INLINE void load_abreast(const uint16_t* logits, Floats<W> (&z)[kAbreast]) {
+  typedef uint32_t Words __attribute__((vector_size(4 * W)));
+  typedef uint32_t Stored __attribute__((vector_size(4 * W), aligned(2), may_alias));
+#pragma GCC unroll 2
+  for (int u = 0; u < kAbreast; u += 2) {
+    const Words pairs = *reinterpret_cast<const Stored*>(logits + u * W);
+    z[u] = (Floats<W>)(pairs << 16);
+    z[u + 1] = (Floats<W>)(pairs & 0xFFFF0000u);
+  }
 }
 
-// logits: [n] of one chunk, 1 <= n <= kChunk; z: kChunk floats to work in, aligned to a vector.
-template <typename T>
-NABLA_FAST_INLINE Sums chunk_sums(const T* logits, int n, const Tau& tau, float* z) {
-  Sums sums;
-  float max = -kInfinity;
-  int bad = 0;
-#pragma omp simd aligned(z : 64) reduction(max : max) reduction(| : bad)
-  for (int i = 0; i < n; ++i) {
-    const float value = to_float(logits[i]);
-    z[i] = value;
-    max = value > max ? value : max;
-    bad |= !(value <= kMaxFloat);
-  }
-  if (bad) {
-    sums.status = status_of(z, n);
-    return sums;
-  }
-  // OpenMP lets a maximum start from the lowest finite number, as clang does.
-  if (!(max > -kMaxFloat)) max = *std::max_element(z, z + n);
-  if (max == -kInfinity) return sums;
+// The largest logits so far by lanes, NaN left out.
+template <int W>
+struct LaneMax {
+  Floats<W> max[kAbreast];
 
-  std::fill(z + n, z + (n + kBlock - 1) / kBlock * kBlock, -kInfinity);
-  sums.max = max;
-  double at_max[kLanes] = {}, sum_exp[kLanes] = {}, sum_x_exp[kLanes] = {};
-  for (int begin = 0; begin < n; begin += kBlock) {
-    const float* block = z + begin;
-#pragma omp simd aligned(block : 64)
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      float block_at_max = 0, block_sum_exp = 0, block_sum_x_exp = 0;
-      for (int64_t i = 0; i < kBlock; i += kLanes) {
-        const float below = block[i + lane] - max;
-        const bool counts = (below > tau.lowest) & (below < 0);
-        const float bounded = below > tau.lowest ? below : tau.lowest;
-        const float x = bounded * tau.inverse_low + bounded * tau.inverse_high;
-        const float e = counts ? vec_exp_normal(x) : 0.0f;
-        block_at_max += below < 0 ? 0.0f : 1.0f;
-        block_sum_exp += e;
-        block_sum_x_exp += x * e;
+  NABLA_FAST_INLINE LaneMax() {
+#pragma GCC unroll 4
+    for (int u = 0; u < kAbreast; ++u) max[u] = splat<W>(-kInfinity);
+  }
+  // kAbreast vectors of logits.
+  template <typename T>
+  NABLA_FAST_INLINE void add(const T* logits) {
+    Floats<W> z[kAbreast];
+    load_abreast<W>(logits, z);
+#pragma GCC unroll 4
+    for (int u = 0; u < kAbreast; ++u) max[u] = z[u] > max[u] ? z[u] : max[u];
+  }
+  NABLA_FAST_INLINE float value() const {
+    const Floats<W> left = max[0] > max[1] ? max[0] : max[1];
+    const Floats<W> right = max[2] > max[3] ? max[2] : max[3];
+    return lane_max<W>(left > right ? left : right);
+  }
+};
+
+// Sums of segments so far, by lanes.
+template <int W>
+struct LaneSums {
+  typedef double Doubles __attribute__((vector_size(8 * W)));
+  Doubles sum_exp = {}, sum_d_exp = {};
+};
+
+// Adds n logits to the sums relative to `max`, which none of them exceeds; n a multiple of
+// kAbreast * W, at most kAddends of them. kTop: some may be equal to it, and how many are is the
+// result. Where one is NaN, so is a sum. Meanwhile as many logits from `next` on go to next_max.
+template <int W, bool kTop, typename T>
+NABLA_FAST_INLINE double add_block(const T* logits, const T* next, int n, float max, const Tau& tau,
+                                   LaneSums<W>& sums, LaneMax<W>& next_max) {
+  constexpr int kBytes = kAbreast * W * static_cast<int>(sizeof(T));
+  Floats<W> sum_exp[kAbreast] = {}, sum_d_exp[kAbreast] = {}, z[kAbreast];
+  Floats<W> at_max = {};
+  Ahead fetch{reinterpret_cast<const char*>(logits) + kBytesAhead};
+  for (int i = 0; i < n; i += kAbreast * W) {
+    load_abreast<W>(logits + i, z);
+    fetch.walk<kBytes>();
+    next_max.add(next + i);
+#pragma GCC unroll 4
+    for (int u = 0; u < kAbreast; ++u) {
+      const Floats<W> d = z[u] - max;
+      const Mask<W> counts = above<W>(d, tau.lowest);
+      const Floats<W> e = vec_exp2<W>(counts, d, tau.inverse_high, tau.inverse_low);
+      sum_d_exp[u] = select<W>(counts, sum_d_exp[u] + d * e, sum_d_exp[u]);
+      if (kTop) {
+        const Mask<W> top = at_least<W>(d, 0.0f);
+        at_max = select<W>(top, at_max + 1.0f, at_max);
+        sum_exp[u] = select<W>(top, sum_exp[u], sum_exp[u] + e);
+      } else {
+        sum_exp[u] += e;
       }
-      at_max[lane] += block_at_max;
-      sum_exp[lane] += block_sum_exp;
-      sum_x_exp[lane] += block_sum_x_exp;
     }
   }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    sums.at_max += at_max[lane];
-    sums.sum_exp += sum_exp[lane];
-    sums.sum_x_exp += sum_x_exp[lane];
-  }
-  return sums;
+  using Doubles = typename LaneSums<W>::Doubles;
+  sums.sum_exp +=
+      __builtin_convertvector((sum_exp[0] + sum_exp[1]) + (sum_exp[2] + sum_exp[3]), Doubles);
+  sums.sum_d_exp += __builtin_convertvector(
+      (sum_d_exp[0] + sum_d_exp[1]) + (sum_d_exp[2] + sum_d_exp[3]), Doubles);
+  return kTop ? lane_sum<W>(at_max) : 0;
 }
 
-NABLA_FAST_INLINE int first_equal(const float* z, int n, float value) {
+template <typename T>
+nabla_fast_status status_of(const T* logits, int64_t n) {
+  bool infinite = false;
+  for (int64_t i = 0; i < n; ++i) {
+    const float z = to_float(logits[i]);
+    if (std::isnan(z)) return NABLA_FAST_ROW_NAN;
+    infinite |= z == kInfinity;
+  }
+  return infinite ? NABLA_FAST_ROW_INFINITE : NABLA_FAST_OK;
+}
+
+template <typename T>
+NABLA_FAST_INLINE int first_equal(const T* logits, int n, float value) {
   int first = n;
-#pragma omp simd aligned(z : 64) reduction(min : first)
+#pragma omp simd reduction(min : first)
   for (int i = 0; i < n; ++i) {
-    const int here = z[i] == value ? i : n;
+    const int here = to_float(logits[i]) == value ? i : n;
     first = here < first ? here : first;
   }
   return first;
@@ -163,34 +219,87 @@ NABLA_FAST_INLINE int first_equal(const float* z, int n, float value) {
 
 // logits: [n] of one segment, 1 <= n <= kSegment; `offset` is the index of its first token in the
 // row.
-template <typename T>
+template <int W, typename T>
 NABLA_FAST_INLINE Sums segment_sums(const T* logits, int64_t n, int64_t offset, const Tau& tau) {
-  alignas(64) float z[kChunk];
+  constexpr int kStride = kAbreast * W, kBlock = kAddends * kStride;
+  alignas(64) T padded[kChunk];
   Sums sums;
+  LaneSums<W> lanes;
+  LaneMax<W> next_max;
+  int64_t top = 0;  // where the chunk with the maximum begins
   for (int64_t begin = 0; begin < n; begin += kChunk) {
-    const int size = static_cast<int>(std::min<int64_t>(kChunk, n - begin));
-    Sums chunk = chunk_sums(logits + begin, size, tau, z);
-    if (chunk.max > sums.max) chunk.argmax = offset + begin + first_equal(z, size, chunk.max);
-    sums = joined(sums, chunk, tau.value);
+    const T* chunk = logits + begin;
+    int size = kChunk;
+    if (n - begin < kChunk) {
+      const int whole = static_cast<int>(n - begin);
+      size = (whole + kStride - 1) / kStride * kStride;
+      std::fill(std::copy(chunk, chunk + whole, padded), padded + size, masked_logit(chunk));
+      chunk = padded;
+    }
+    if (begin == 0 || chunk == padded) {
+      next_max = LaneMax<W>();
+      for (int i = 0; i < size; i += kStride) next_max.add(chunk + i);
+    }
+    const float max = next_max.value();
+    next_max = LaneMax<W>();
+    if (max > sums.max) {
+      if (sums.max != -kInfinity) {
+        const double gap = static_cast<double>(sums.max) - max;
+        const double scale = std::exp(gap / tau.value);
+        lanes.sum_exp[0] += sums.at_max;
+        lanes.sum_d_exp = scale * (lanes.sum_d_exp + gap * lanes.sum_exp);
+        lanes.sum_exp *= scale;
+      }
+      sums.max = max;
+      sums.at_max = 0;
+      top = begin;
+    }
+    // The maximum of the chunk behind this one is found on the way.
+    const T* next = n - begin >= 2 * kChunk ? chunk + kChunk : chunk;
+    if (sums.max == -kInfinity) {
+      // Masked tokens alone, or NaN.
+      if (status_of(chunk, size) != NABLA_FAST_OK) sums.status = NABLA_FAST_ROW_NAN;
+      for (int i = 0; i < size; i += kStride) next_max.add(next + i);
+      continue;
+    }
+    for (int i = 0; i < size; i += kBlock) {
+      const int block = std::min(kBlock, size - i);
+      if (max == sums.max) {
+        sums.at_max += add_block<W, true>(chunk + i, next + i, block, max, tau, lanes, next_max);
+      } else {
+        add_block<W, false>(chunk + i, next + i, block, sums.max, tau, lanes, next_max);
+      }
+    }
   }
+  for (int lane = 0; lane < W; ++lane) {
+    sums.sum_exp += lanes.sum_exp[lane];
+    sums.sum_d_exp += lanes.sum_d_exp[lane];
+  }
+  if (sums.status != NABLA_FAST_OK || sums.max == kInfinity || std::isnan(sums.sum_d_exp)) {
+    sums.status = status_of(logits, n);
+    return sums;
+  }
+  if (sums.max == -kInfinity) return sums;
+  const int size = static_cast<int>(std::min<int64_t>(kChunk, n - top));
+  sums.argmax = offset + top + first_equal(logits + top, size, sums.max);
   return sums;
 }
 
 template <typename T>
 Sums segment_baseline(const T* logits, int64_t n, int64_t offset, const Tau& tau) {
-  return segment_sums(logits, n, offset, tau);
+  return segment_sums<4>(logits, n, offset, tau);
 }
 
 template <typename T>
 NABLA_FAST_TARGET_AVX2 Sums segment_avx2(const T* logits, int64_t n, int64_t offset,
                                          const Tau& tau) {
-  return segment_sums(logits, n, offset, tau);
+  return segment_sums<8>(logits, n, offset, tau);
 }
 
 template <typename T>
 NABLA_FAST_TARGET_AVX512 Sums segment_avx512(const T* logits, int64_t n, int64_t offset,
                                              const Tau& tau) {
-  return segment_sums(logits, n, offset, tau);
+  return segment_sums<16>(logits, n, offset, tau);
 }
 
 // Where the results of a call go: each [rows].
@@ -214,7 +323,7 @@ struct Outputs {
     const double log_total = std::log(sums.at_max) + std::log1p(sums.sum_exp / sums.at_max);
     logsumexp[row] = static_cast<float>(sums.max / tau.value + log_total);
     confidence[row] = static_cast<float>(1 / total);
-    entropy[row] = static_cast<float>(log_total - sums.sum_x_exp / total);
+    entropy[row] = static_cast<float>(log_total - sums.sum_d_exp / tau.value / total);
     argmax[row] = sums.argmax;
   }
 };

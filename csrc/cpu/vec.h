@@ -5,9 +5,19 @@
 #define NABLA_FAST_CPU_VEC_H_
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "isa.h"
+
+// What the language of vectors has no words for. gcc takes a mask that several selections share
+// apart, lane by lane, unless it is a number.
+#if NABLA_FAST_X86 && !defined(__clang__)
+  #define NABLA_FAST_AVX512_BUILTINS 1
+  #include <immintrin.h>
+#else
+  #define NABLA_FAST_AVX512_BUILTINS 0
+#endif
 
 namespace nabla_fast::cpu {
 
@@ -66,8 +76,9 @@ NABLA_FAST_INLINE Floats<W> vec_sqrt(Floats<W> x) {
   return y;
 }
 
-// exp(x) for x in [-87, 88], within 2 ulp; anything elsewhere. The steps of vec_exp_normal.
-template <int W>
+// exp(x) 2^kPower where that is in [exp(-87), exp(88)], within 2 ulp; anything elsewhere. The steps of
+// vec_exp_normal.
+template <int W, int kPower = 0>
 NABLA_FAST_INLINE Floats<W> vec_exp_normal(Floats<W> x) {
   const float round = 12582912.0f;
   const Floats<W> shifted = x * 1.44269504f + round;
@@ -80,8 +91,80 @@ NABLA_FAST_INLINE Floats<W> vec_exp_normal(Floats<W> x) {
   const Floats<W> mantissa = 1.0f + (r + (r * r) * q);
   // The low bits of `shifted` hold n; what stands above them is shifted out.
   using Bits = typename VecTypes<W>::Bits;
-  return (Floats<W>)((Bits)mantissa + ((Bits)shifted << 23));
+  return (Floats<W>)((Bits)mantissa + (((Bits)shifted + uint32_t{kPower}) << 23));
 }
+
+// Lanes that a condition holds for.
+template <int W>
+using Mask = std::conditional_t<NABLA_FAST_AVX512_BUILTINS && W == 16, uint16_t, Ints<W>>;
+
+// x > bound, or x is NaN.
+template <int W>
+NABLA_FAST_INLINE Mask<W> above(Floats<W> x, float bound) {
+#if NABLA_FAST_AVX512_BUILTINS
+  if constexpr (W == 16) return __builtin_ia32_cmpps512_mask(x, splat<W>(bound), 6, -1, 4);
+#endif
+  if constexpr (!NABLA_FAST_AVX512_BUILTINS || W != 16) return ~(x <= bound);
+}
+
+template <int W>
+NABLA_FAST_INLINE Mask<W> at_least(Floats<W> x, float bound) {
+#if NABLA_FAST_AVX512_BUILTINS
+  if constexpr (W == 16) return __builtin_ia32_cmpps512_mask(x, splat<W>(bound), 13, -1, 4);
+#endif
+  if constexpr (!NABLA_FAST_AVX512_BUILTINS || W != 16) return x >= bound;
+}
+
+template <int W>
+NABLA_FAST_INLINE Floats<W> select(Mask<W> mask, Floats<W> yes, Floats<W> no) {
+#if NABLA_FAST_AVX512_BUILTINS
+  if constexpr (W == 16) return __builtin_ia32_blendmps_512_mask(no, yes, mask);
+#endif
+  if constexpr (!NABLA_FAST_AVX512_BUILTINS || W != 16) return mask ? yes : no;
+}
+
+// exp2(x * (high + low)) where the mask holds and the product is in [-126, 127], within 2 ulp;
+// 0 where it does not.
+template <int W>
+NABLA_FAST_INLINE Floats<W> vec_exp2(Mask<W> mask, Floats<W> x, float high, float low) {
+  const float round = 12582912.0f;
+  const Floats<W> shifted = x * high + round;
+  const Floats<W> n = shifted - round;
+  const Floats<W> f = x * low + (x * high - n);
+  // Minimax for (exp2(f) - 1) / f on |f| <= 1/2: 2^-27.9 relative to exp2(f).
+  Floats<W> q = 1.51966931e-4f * f + 1.33913045e-3f;
+  q = q * f + 9.61900223e-3f;
+  q = q * f + 5.55035882e-2f;
+  q = q * f + 2.40226433e-1f;
+  q = q * f + 6.93147182e-1f;
+  const Floats<W> mantissa = q * f + 1.0f;
+#if NABLA_FAST_AVX512_BUILTINS
+  if constexpr (W == 16) return __builtin_ia32_scalefps512_mask(mantissa, n, Floats<W>{}, mask, 4);
+#endif
+  if constexpr (!NABLA_FAST_AVX512_BUILTINS || W != 16) {
+    using Bits = typename VecTypes<W>::Bits;
+    // A factor, not a term: a NaN remains one.
+    const Bits one = Bits{} + 0x3F800000u;
+    return select<W>(mask, mantissa * (Floats<W>)(one + ((Bits)shifted << 23)), Floats<W>{});
+  }
+}
+
+// Whether vec_rsqrt14 and vec_rcp14 are there: 1 / sqrt(x) and 1 / x within 2^-14, relatively, for
+// normal numbers.
+template <int W>
+constexpr bool kHasEstimates = NABLA_FAST_AVX512_BUILTINS && W == 16;
+
+#if NABLA_FAST_AVX512_BUILTINS
+NABLA_FAST_INLINE Floats<16> vec_rsqrt14(Floats<16> x) {
+  return __builtin_ia32_rsqrt14ps512_mask(x, x, -1);
+}
+NABLA_FAST_INLINE Floats<16> vec_rcp14(Floats<16> x) {
+  return __builtin_ia32_rcp14ps512_mask(x, x, -1);
+}
+#else
+Floats<16> vec_rsqrt14(Floats<16> x);
+Floats<16> vec_rcp14(Floats<16> x);
+#endif
 
 template <int W>
 NABLA_FAST_INLINE void split(Floats<W> x, Floats<W / 2>& low, Floats<W / 2>& high) {
@@ -111,6 +194,13 @@ NABLA_FAST_INLINE float lane_sum(Floats<W> x) {
     return lane_sum<W / 2>(low + high);
   }
 }
+
+#if NABLA_FAST_AVX512_BUILTINS
+template <int W>
+NABLA_FAST_INLINE bool any_lane(uint16_t mask) {
+  return mask != 0;
+}
+#endif
 
 template <int W>
 NABLA_FAST_INLINE bool any_lane(Ints<W> mask) {

@@ -84,7 +84,8 @@ enum {
   NABLA_FAST_ISA_BASELINE = 0,
   NABLA_FAST_ISA_AVX2 = 1,
   NABLA_FAST_ISA_AVX512 = 2,
-  NABLA_FAST_ISA_AVX512_BF16 = 3
+  NABLA_FAST_ISA_AVX512_BF16 = 3, /* and the dot product of pairs of bf16 */
+  NABLA_FAST_ISA_AMX = 4          /* AVX-512 and the matrix unit for bf16 */
 };
 
 /* The one that kernels use: the best this CPU has, unless limited. */
@@ -165,6 +166,33 @@ NABLA_FAST_API nabla_fast_status nabla_fast_dto_descent(
 NABLA_FAST_API int64_t nabla_fast_dto_descent_workspace(int64_t rows, int64_t vocab, int64_t iters,
                                                         int32_t noise, int32_t groups,
                                                         int32_t num_threads);
+
+/* The same on hidden states h, with z = h head^T: steps go along head^T times the gradient of z.
+ *
+ *   h, exp_avg, exp_avg_sq   [rows, width], changed in place; row r begins at element r * its
+ *                            stride; rows do not overlap
+ *   head                     [vocab, width] of `head_dtype`, a constant; row v begins at element
+ *                            v * head_stride
+ *   grad                     [rows, vocab] G; any stride
+ *   workspace                as many bytes as nabla_fast_dto_descent_latents_workspace() says
+ *
+ * The others are as of nabla_fast_dto_descent(); row_status is of z.
+ *
+ * K steps are K + 1 passes over the head, each shared by 32 rows. Logits exist 64 tokens at a time;
+ * sums over them are taken in fp32 within one of at most 32 segments of the vocabulary, and joined
+ * in double. */
+NABLA_FAST_API nabla_fast_status nabla_fast_dto_descent_latents(
+    float* h, const void* head, nabla_fast_dtype head_dtype, const float* grad, float* exp_avg,
+    float* exp_avg_sq, int64_t* step, int64_t rows, int64_t vocab, int64_t width, int64_t h_stride,
+    int64_t head_stride, int64_t grad_stride, int64_t exp_avg_stride, int64_t exp_avg_sq_stride,
+    const double* schedule, int64_t iters, int64_t schedule_stride, const int64_t* until,
+    const int64_t* group, double tau, const int64_t* noise_seed, const int64_t* noise_position,
+    int64_t* token, uint8_t* flipped, nabla_fast_status* row_status, void* workspace,
+    int64_t workspace_bytes, int32_t num_threads);
+
+/* Bytes of workspace for nabla_fast_dto_descent_latents(). */
+NABLA_FAST_API int64_t nabla_fast_dto_descent_latents_workspace(int64_t rows, int64_t vocab,
+                                                                int64_t width);
 
 /* Gradient of a linear cross-entropy with respect to its hidden states:
  * grad[r] = sum_v (softmax(hidden[r] . head)[v] - [v = targets[r]]) * head[v]; of the logits, 64 x

@@ -5,7 +5,7 @@ it, as the ops that call it have checked, and raises ValueError for what the C i
 """
 
 from nabla_fast._native.attention import prefix_attention, prefix_attention_backward
-from nabla_fast._native.descents import dto_descent_
+from nabla_fast._native.descents import dto_descent_, dto_descent_latents_
 from nabla_fast._native.loading import (
     ABI_VERSION,
     ISA_NAMES,
@@ -31,6 +31,7 @@ __all__ = [
     "check",
     "cpu_isa",
     "dto_descent_",
+    "dto_descent_latents_",
     "extension",
     "include_dir",
     "linear_token_stats",

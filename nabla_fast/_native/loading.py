@@ -14,7 +14,7 @@ ABI_VERSION = 4
 MOST_HEAD_DIM = 512
 
 # nabla_fast_isa of nabla_fast.h, by value.
-ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @functools.cache

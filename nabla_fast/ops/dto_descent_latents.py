@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_fast import _native
 from nabla_fast.ops.adam import AdamState
-from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
+from nabla_fast.ops.checks import (
+    expect_matrix,
+    expect_one_device,
+    expect_vocabulary,
+    native_matrix,
+    native_tau,
+)
 from nabla_fast.ops.descent_loop import Descent, check_descent, descend
 from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
 from nabla_fast.ops.logits import lm_logits, logits_backward
@@ -87,3 +94,46 @@ def _(
 @dto_descent_latents.fake
 def _(h: Tensor, *_: Any, **__: Any) -> Descent:
     return Descent(h.new_empty(h.shape[0], dtype=torch.int64), h.new_empty(h.shape[0], dtype=torch.bool))
+
+
+def _native_takes(
+    h: Tensor,
+    head: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: GumbelNoise | None,
+) -> bool:
+    vectors = (state.step, until, group, *(noise or ()))
+    return (
+        h.dtype == grad.dtype == torch.float32
+        and all(native_matrix(tensor) for tensor in (h, head, grad, state.exp_avg, state.exp_avg_sq))
+        and all(tensor is None or tensor.is_contiguous() for tensor in vectors)
+        and schedule.stride(-1) == 1
+        and native_tau(tau)
+    )
+
+
+@dto_descent_latents.backend("cpu", when=_native_takes)
+def _(
+    h: Tensor,
+    head: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: GumbelNoise | None,
+) -> Descent:
+    token, flipped, status = _native.dto_descent_latents_(
+        h, head, grad, *state, schedule, until=until, group=group, tau=tau, noise=noise
+    )
+    if status is not None:
+        report("dto_descent_latents", status)
+    return Descent(token, flipped)

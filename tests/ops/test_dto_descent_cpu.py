@@ -73,6 +73,19 @@ def test_moments_below_the_normal_numbers(isa: str, lead: float, draw: Draw):
     assert float(torch.tensor(1e-38) * 0.01) > 0
 
 
+@pytest.mark.parametrize("rate", [0.01, 1e-12, 10.0])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e5, 1e12])
+def test_moments_and_rates_of_any_size(isa: str, scale: float, rate: float, draw: Draw):
+    """Where estimates of roots and quotients hold, where they do not, and at the border."""
+
+    def make(draw: Draw) -> dict[str, Any]:
+        arguments = arguments_of(draw, rows=3, vocabulary=1300, iters=2, lr=rate)
+        arguments["grad"] *= scale
+        return arguments
+
+    check(dto_descent, Case(f"{scale}", make), draw, "cpu", partial(run, dto_descent, "cpu"))
+
+
 def test_flips_when_float64_does(draw: Draw):
     # Two tokens pushed apart by 2·lr a step; no gap is near a multiple of it.
     rows, lr, vocabulary = 400, 0.01, 1500

@@ -1,0 +1,28 @@
+// products() with bf16 tables on the CPU's matrix unit (Intel AMX), which multiplies tiles of bf16 and
+// adds up in fp32.
+//
+// Float32 rows enter as three bf16 terms each, whose sum they are exactly: the beginnings of a number
+// and of what is left of it. Terms below 2^-126 count as 0.
+//
+// A float32 table would need three terms too, and six products of terms: tried, and a gain of a tenth
+// over multiply-adds at 64 rows was a loss of a third at 16.
+#ifndef NABLA_FAST_CPU_TILE_AMX_H_
+#define NABLA_FAST_CPU_TILE_AMX_H_
+
+#include "tiles.h"
+
+namespace nabla_fast::cpu {
+
+// Whether this process may use the unit. Asks the system for it, once.
+bool has_amx();
+
+// Rows as products_amx() takes them: terms of pairs of columns, [pairs, terms, lanes], zeros behind
+// the width. `memory`: PackedRows::bytes(), aligned to 64.
+PackedRows pack_amx(const Table& from, int rows, void* memory);
+
+// products(), of rows that pack_amx() packed and a table of bf16.
+void products_amx(const PackedRows& rows, const Table& table, int tokens, bool add, float* z);
+
+}  // namespace nabla_fast::cpu
+
+#endif  // NABLA_FAST_CPU_TILE_AMX_H_
