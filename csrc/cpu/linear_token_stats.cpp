@@ -15,20 +15,6 @@
 namespace nabla_fast::cpu {
 namespace {
 
-struct Tau {
-  explicit Tau(double tau)
-      : value(tau),
-        inverse_high(static_cast<float>(1 / tau)),
-        inverse_low(static_cast<float>(1 / tau - inverse_high)),
-        lowest(static_cast<float>(kLowestExponent * tau)) {}
-  double value;
-  // 1 / tau in two parts: the rounding of one float would be the same for all tokens, and not
-  // average out over them.
-  float inverse_high, inverse_low;
-  // Tokens whose logit lies this far below the maximum are left out.
-  float lowest;
-};
-
 // Sums of a group of rows over the tokens of a segment so far.
 struct LaneSums {
   float max[kGroupRows];
@@ -90,26 +76,23 @@ NABLA_FAST_INLINE void add_sums(const float* z, int lanes, int tokens, int64_t t
       for (int n = lane; n < lane + W; ++n)
         if (sums.max[n] > before[n - lane]) rise(z, lanes, n, token, before[n - lane], tau, sums);
     }
-    const Floats<W> base = exponent_base<W>(sums.max + lane), lowest = splat<W>(tau.lowest);
-    Ints<W> at_max = {};
-    Floats<W> sum_exp[kChains] = {}, sum_d_exp[kChains] = {};
+    const Floats<W> base = exponent_base<W>(sums.max + lane);
+    Floats<W> at_max = {}, sum_exp[kChains] = {}, sum_d_exp[kChains] = {};
     for (int t = 0; t < tokens; t += kChains) {
 #pragma GCC unroll 4
       for (int c = 0; c < kChains; ++c) {
-        const Floats<W> below = load<W>(z + (t + c) * lanes + lane) - base;
-        const Ints<W> far = below < lowest, at = below == 0.0f;
-        const Floats<W> d = far ? lowest : below;
-        const Floats<W> x = d * tau.inverse_low + d * tau.inverse_high;
-        const Floats<W> e = far | at ? Floats<W>{} : vec_exp_normal<W>(x);
-        at_max -= at;  // a mask's lanes are 0 or -1
-        sum_exp[c] += e;
-        sum_d_exp[c] += d * e;
+        const Floats<W> d = load<W>(z + (t + c) * lanes + lane) - base;
+        const Mask<W> counts = above<W>(d, tau.lowest), top = at_least<W>(d, 0.0f);
+        const Floats<W> e = vec_exp2<W>(counts, d, tau.inverse_high, tau.inverse_low);
+        at_max = select<W>(top, at_max + 1.0f, at_max);
+        sum_exp[c] = select<W>(top, sum_exp[c], sum_exp[c] + e);
+        sum_d_exp[c] = select<W>(counts, sum_d_exp[c] + d * e, sum_d_exp[c]);
       }
     }
     const Floats<W> e = (sum_exp[0] + sum_exp[1]) + (sum_exp[2] + sum_exp[3]);
     const Floats<W> d_e = (sum_d_exp[0] + sum_d_exp[1]) + (sum_d_exp[2] + sum_d_exp[3]);
     for (int n = 0; n < W; ++n) {
-      sums.at_max[lane + n] += at_max[n];
+      sums.at_max[lane + n] += static_cast<double>(at_max[n]);
       sums.sum_exp[lane + n] += static_cast<double>(e[n]);
       sums.sum_d_exp[lane + n] += static_cast<double>(d_e[n]);
     }
@@ -170,7 +153,7 @@ void linear_token_stats(const Factors& factors, int64_t rows, int64_t vocab, con
       for (int64_t s = 0; s < segments; ++s)
         joint =
             joined(joint, sums[s * groups + row / kGroupRows].lane(row % kGroupRows), tau.value);
-      outputs.write(first + row, joint, tau.value);
+      outputs.write(first + row, joint, tau);
     }
   }
 }

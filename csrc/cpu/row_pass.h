@@ -58,7 +58,7 @@ struct Factors {
 
 class RowPass {
  public:
-  // Of the memory that a pass of `rows` rows needs, a multiple of 64.
+  // Of the memory that a pass of `rows` rows needs, a multiple of kAlignment.
   static Size bytes(int64_t rows, const Factors& factors) {
     Size sum = pointers(rows, factors.count);
     for (int64_t f = 0; f < factors.count; ++f)
@@ -93,11 +93,13 @@ class RowPass {
 
  private:
   static Size pointers(int64_t rows, int64_t factors) {
-    return (Size(factors) * groups_of(rows) * sizeof(PackedRows)).rounded_up(64);
+    return (Size(factors) * groups_of(rows) * sizeof(PackedRows)).rounded_up(kAlignment);
   }
+  // Of a group; without a value for more columns than PackedRows can count the bytes of.
   static Size packed_bytes(int64_t rows, int64_t width) {
+    if (width > kMostBytes >> 20) return Size(-1);
     const int most = static_cast<int>(std::min<int64_t>(rows, kGroupRows));
-    return Size(width) * (4 * cpu::lanes_of(most)) + PackedRows::bytes(most, 0);
+    return Size(PackedRows::bytes(most, width)).rounded_up(kAlignment);
   }
 
   const Factors& factors_;

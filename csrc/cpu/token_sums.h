@@ -12,6 +12,22 @@ namespace nabla_fast::cpu {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+struct Tau {
+  explicit Tau(double tau)
+      : value(tau),
+        inverse_high(static_cast<float>(kLog2E / tau)),
+        inverse_low(static_cast<float>(kLog2E / tau - inverse_high)),
+        lowest(static_cast<float>(-87 * tau)) {}
+  static constexpr double kLog2E = 1.4426950408889634;
+  double value;
+  // log2(e) / tau in two parts: the rounding of one float would be the same for all tokens, and
+  // not average out over them.
+  float inverse_high;
+  float inverse_low;
+  // Tokens whose logit lies this far below the maximum are left out: exp(-87) < 2^-125.
+  float lowest;
+};
+
 // Of the tokens of a segment or a row, with d_v = logits_v - max. Tokens at the maximum are counted
 // apart: added to 1, a sum below 2^-24 would be lost, and with it the entropy of a peaked row.
 struct Sums {
@@ -64,7 +80,7 @@ struct Outputs {
   int64_t* argmax;
   nabla_fast_status* status;
 
-  void write(int64_t row, const Sums& sums, double tau) const {
+  void write(int64_t row, const Sums& sums, const Tau& tau) const {
     status[row] = sums.status != NABLA_FAST_OK ? sums.status
                   : sums.max == -kInfinity     ? NABLA_FAST_ROW_ALL_MASKED
                                                : NABLA_FAST_OK;
@@ -75,9 +91,9 @@ struct Outputs {
     }
     const double total = sums.at_max + sums.sum_exp;
     const double log_total = std::log(sums.at_max) + std::log1p(sums.sum_exp / sums.at_max);
-    logsumexp[row] = static_cast<float>(sums.max / tau + log_total);
+    logsumexp[row] = static_cast<float>(sums.max / tau.value + log_total);
     confidence[row] = static_cast<float>(1 / total);
-    entropy[row] = static_cast<float>(log_total - sums.sum_d_exp / tau / total);
+    entropy[row] = static_cast<float>(log_total - sums.sum_d_exp / tau.value / total);
     argmax[row] = sums.argmax;
   }
 };
