@@ -253,4 +253,5 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   nabla_fast::bindings::bind_latents(module);
   nabla_fast::bindings::bind_mix(module);
   nabla_fast::bindings::bind_machine(module);
+  nabla_fast::bindings::bind_onehot(module);
 }

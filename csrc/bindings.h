@@ -17,6 +17,7 @@ void bind_decoder(pybind11::module_& module);
 void bind_latents(pybind11::module_& module);
 void bind_mix(pybind11::module_& module);
 void bind_machine(pybind11::module_& module);
+void bind_onehot(pybind11::module_& module);
 
 }  // namespace nabla_fast::bindings
 

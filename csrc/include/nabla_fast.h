@@ -277,6 +277,64 @@ NABLA_FAST_API nabla_fast_status nabla_fast_embedding_mix_backward(
 NABLA_FAST_API int64_t nabla_fast_embedding_mix_backward_workspace(
     const nabla_fast_mix* inputs, const nabla_fast_table* cotangents, int32_t num_threads);
 
+/* Statistics, as nabla_fast_token_stats() gives them, of softmax(hidden . head / tau); of the
+ * logits, 64 x 64 exist at a time.
+ *
+ *   hidden       [rows, width]
+ *   head         [vocab, width]
+ *   workspace    as many bytes as nabla_fast_linear_token_stats_workspace() says */
+NABLA_FAST_API nabla_fast_status nabla_fast_linear_token_stats(
+    const nabla_fast_table* hidden, int64_t rows, const nabla_fast_table* head, int64_t vocab,
+    double tau, float* logsumexp, float* confidence, float* entropy, int64_t* argmax,
+    nabla_fast_status* row_status, void* workspace, int64_t workspace_bytes, int32_t num_threads);
+
+/* Bytes of workspace for nabla_fast_linear_token_stats(). */
+NABLA_FAST_API int64_t nabla_fast_linear_token_stats_workspace(const nabla_fast_table* hidden,
+                                                               int64_t rows,
+                                                               const nabla_fast_table* head,
+                                                               int64_t vocab);
+
+/* Small tensors that stand for rows of the gradient with respect to one-hot tokens:
+ * G[r, v] = sum_t <tables[t][v], cotangents[t][r]>
+ *           - nll_coeff * log_softmax(hidden[r] . head)[v],  0 where the token is masked. */
+typedef struct {
+  int64_t rows, vocab;
+  int64_t table_count;
+  const nabla_fast_table* cotangents; /* [table_count] of [rows, width of the table] */
+  const nabla_fast_table* tables;     /* [table_count] of [vocab, width] */
+  nabla_fast_table hidden;            /* [rows, width of the head] */
+  nabla_fast_table head;              /* [vocab, width] */
+  double nll_coeff;
+} nabla_fast_onehot;
+
+/* Rows of G. Head and tables are read once for 256 rows.
+ *
+ *   grad         [rows, vocab]; row r begins at element r * grad_stride
+ *   row_status   [rows]  NABLA_FAST_OK or NABLA_FAST_ROW_*, of the logits hidden[r] . head; where it
+ *                        is not OK the row is NaN
+ *   workspace    as many bytes as nabla_fast_onehot_grad_workspace() says */
+NABLA_FAST_API nabla_fast_status nabla_fast_onehot_grad(const nabla_fast_onehot* inputs,
+                                                        float* grad, int64_t grad_stride,
+                                                        nabla_fast_status* row_status,
+                                                        void* workspace, int64_t workspace_bytes,
+                                                        int32_t num_threads);
+
+/* Bytes of workspace for nabla_fast_onehot_grad(). */
+NABLA_FAST_API int64_t nabla_fast_onehot_grad_workspace(const nabla_fast_onehot* inputs);
+
+/* Euclidean norms of the rows of G, in one pass over head and tables; of G, 64 x 64 exist at a
+ * time.
+ *
+ *   norm         [rows]
+ *   row_status   as above
+ *   workspace    as many bytes as nabla_fast_onehot_grad_norm_workspace() says */
+NABLA_FAST_API nabla_fast_status nabla_fast_onehot_grad_norm(
+    const nabla_fast_onehot* inputs, float* norm, nabla_fast_status* row_status, void* workspace,
+    int64_t workspace_bytes, int32_t num_threads);
+
+/* Bytes of workspace for nabla_fast_onehot_grad_norm(). */
+NABLA_FAST_API int64_t nabla_fast_onehot_grad_norm_workspace(const nabla_fast_onehot* inputs);
+
 /* Strides of [batch, heads, tokens, dim], dim being contiguous. */
 typedef struct {
   int64_t batch, head, token;

@@ -17,6 +17,7 @@ from nabla_fast._native.loading import (
     why_missing,
 )
 from nabla_fast._native.mixes import Mix
+from nabla_fast._native.onehot import linear_token_stats, onehot_grad, onehot_grad_norm
 from nabla_fast._native.products import lm_logits, nll_grad
 from nabla_fast._native.statistics import token_stats
 
@@ -31,8 +32,11 @@ __all__ = [
     "dto_descent_",
     "dto_descent_latents_",
     "extension",
+    "linear_token_stats",
     "lm_logits",
     "nll_grad",
+    "onehot_grad",
+    "onehot_grad_norm",
     "prefix_attention",
     "prefix_attention_backward",
     "token_stats",

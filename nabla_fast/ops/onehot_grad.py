@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_fast import _native
 from nabla_fast.ops.checks import (
+    as_native,
     expect,
     expect_matrix,
     expect_one_device,
     expect_tables,
     expect_vocabulary,
 )
-from nabla_fast.ops.logits import lm_logits
+from nabla_fast.ops.logits import lm_logits, native_takes
 from nabla_fast.ops.registry import op
-from nabla_fast.ops.rows import accumulation_dtype
+from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.softmax import onehot_gradient
 
 
@@ -43,11 +45,22 @@ def onehot_grad(
         gradient is 0.
     Raises:
         InputError: a shape, dtype or device does not fit.
+        RowError: a row's logits hidden·headᵀ have a NaN or +inf, or no finite value.
     """
+    grad, status = onehot_rows(cotangents, tables, hidden, head, nll_coeff)
+    report("onehot_grad", status)
+    return grad
+
+
+def onehot_rows(
+    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, nll_coeff: float
+) -> tuple[Tensor, Tensor]:
+    """What :func:`onehot_grad` returns, and a status [N] int32 of the logits' rows."""
     dtype = accumulation_dtype(hidden, *cotangents)
     grad = onehot_gradient(cotangents, tables, None, dtype)
-    log_pi = torch.log_softmax(lm_logits(hidden.to(dtype), head), dim=-1)
-    return (grad - nll_coeff * log_pi).masked_fill(log_pi == -torch.inf, 0)
+    z = lm_logits(hidden.to(dtype), head)
+    log_pi = torch.log_softmax(z, dim=-1)
+    return (grad - nll_coeff * log_pi).masked_fill(log_pi == -torch.inf, 0), row_status(z)
 
 
 def check_onehot_inputs(
@@ -79,3 +92,26 @@ def _(
     cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
 ) -> Tensor:
     return hidden.new_empty((hidden.shape[0], head.shape[0]), dtype=accumulation_dtype(hidden, *cotangents))
+
+
+def native_takes_onehot(
+    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
+) -> bool:
+    """Whether the C++ kernels take small tensors, tables and a head like these."""
+    pairs = zip((*cotangents, hidden), (*tables, head), strict=True)
+    return all(native_takes(rows, table) for rows, table in pairs)
+
+
+@onehot_grad.backend("cpu", when=native_takes_onehot)
+def _(
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    nll_coeff: float,
+) -> Tensor:
+    small = [as_native(cotangent) for cotangent in cotangents]
+    grad, status = _native.onehot_grad(small, tables, as_native(hidden), head, nll_coeff)
+    report("onehot_grad", status)
+    return grad

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.onehot_grad import check_onehot_inputs, onehot_grad
+from nabla_fast import _native
+from nabla_fast.ops.checks import as_native
+from nabla_fast.ops.onehot_grad import check_onehot_inputs, native_takes_onehot, onehot_rows
 from nabla_fast.ops.registry import op
-from nabla_fast.ops.rows import accumulation_dtype, blocks
+from nabla_fast.ops.rows import accumulation_dtype, blocks, report
 
 
 @op
@@ -30,12 +32,16 @@ def onehot_grad_norm(
         [N], float32 (float64 if an input is).
     Raises:
         InputError: a shape, dtype or device does not fit.
+        RowError: a row's logits hidden·headᵀ have a NaN or +inf, or no finite value.
     """
     norms = [hidden.new_zeros(0, dtype=accumulation_dtype(hidden, *cotangents))]
+    statuses = [torch.zeros(0, dtype=torch.int32, device=hidden.device)]
     for rows in blocks(len(hidden), len(head)):
         parts = [cotangent[rows] for cotangent in cotangents]
-        grad = onehot_grad.body(parts, tables, hidden[rows], head, nll_coeff=nll_coeff)
+        grad, status = onehot_rows(parts, tables, hidden[rows], head, nll_coeff)
         norms.append(grad.norm(dim=-1))
+        statuses.append(status)
+    report("onehot_grad_norm", torch.cat(statuses))
     return torch.cat(norms)
 
 
@@ -51,3 +57,18 @@ def _(
     cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
 ) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden, *cotangents))
+
+
+@onehot_grad_norm.backend("cpu", when=native_takes_onehot)
+def _(
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    nll_coeff: float,
+) -> Tensor:
+    small = [as_native(cotangent) for cotangent in cotangents]
+    norm, status = _native.onehot_grad_norm(small, tables, as_native(hidden), head, nll_coeff)
+    report("onehot_grad_norm", status)
+    return norm

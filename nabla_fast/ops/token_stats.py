@@ -9,13 +9,15 @@ from torch import Tensor
 
 from nabla_fast import _native
 from nabla_fast.ops.checks import (
+    as_native,
     expect,
     expect_matrix,
     expect_one_device,
     expect_tau,
     expect_vocabulary,
+    native_tau,
 )
-from nabla_fast.ops.logits import lm_logits
+from nabla_fast.ops.logits import lm_logits, native_takes
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 
@@ -75,17 +77,20 @@ def _(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
 
 
 def _native_takes(rows: Tensor, head: Tensor | None, *, tau: float) -> bool:
+    if not native_tau(tau):
+        return False
+    if head is not None:
+        return native_takes(rows, head)
     return (
-        head is None
-        and rows.device.type == "cpu"
-        and rows.dtype in (torch.float32, torch.bfloat16)
-        and rows.stride(1) == 1
-        and 2**-64 <= tau <= 2**64
+        rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16) and rows.stride(1) == 1
     )
 
 
 @token_stats.backend("cpu", when=_native_takes)
 def _(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
-    *values, status = _native.token_stats(rows, tau)
+    if head is None:
+        *values, status = _native.token_stats(rows, tau)
+    else:
+        *values, status = _native.linear_token_stats(as_native(rows), head, tau)
     report("token_stats", status)
     return TokenStats(*values)

@@ -147,6 +147,18 @@ def _mix_cases(recipe: Callable[..., dict[str, Any]], backward: bool, **more: An
 # -- statistics and one-hot gradients ----------------------------------------------------------------
 
 
+def masked_by_head(draw: Draw, hidden: Tensor, head: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The same where a share of the head's rows, not the last one, gives logits of −inf.
+
+    The first column of the hidden states becomes positive, and that of those rows −inf.
+    """
+    hidden[:, 0] = hidden[:, 0].abs() + 0.125
+    mask = draw.uniform(len(head)) < share
+    mask[-1] = False
+    head[:, 0].masked_fill_(mask, -torch.inf)
+    return hidden, head
+
+
 def token_stats(
     draw: Draw,
     rows: int,
@@ -160,12 +172,13 @@ def token_stats(
     head: torch.dtype = F32,
 ) -> dict[str, Any]:
     if hidden:
+        states = draw.normal(rows, hidden, dtype=dtype, scale=3 * scale * hidden**-0.5)
         matrix = draw.normal(vocabulary, hidden, dtype=head)
-        return {
-            "rows": draw.normal(rows, hidden, dtype=dtype, scale=3 * hidden**-0.5),
-            "head": matrix,
-            "tau": tau,
-        }
+        if masked:
+            states, matrix = masked_by_head(draw, states, matrix, masked)
+        if gaps:
+            states, matrix = strided(states), strided(matrix)
+        return {"rows": states, "head": matrix, "tau": tau}
     logits = draw.logits(rows, vocabulary, dtype, masked) * scale
     return {"rows": strided(logits) if gaps else logits, "tau": tau}
 
@@ -188,6 +201,9 @@ _STATS: dict[str, dict[str, Any]] = {
     "head": {"rows": 5, "vocabulary": 1021, "hidden": 33},
     "bf16 head": {"rows": 3, "vocabulary": 257, "hidden": 32, "head": BF16, "tau": 0.7},
     "bf16 hidden states": {"rows": 3, "vocabulary": 257, "hidden": 32, "dtype": BF16, "head": BF16},
+    "masked by the head": {"rows": 9, "vocabulary": 515, "hidden": 20, "masked": 0.9},
+    "peaked by the head": {"rows": 6, "vocabulary": 257, "hidden": 33, "scale": 30.0},
+    "gaps with a head": {"rows": 17, "vocabulary": 1021, "hidden": 19, "gaps": True},
     "whole vocabulary": {"rows": 3, "vocabulary": WHOLE, "masked": 0.01},
 }
 
@@ -201,13 +217,27 @@ def onehot_grad(
     head: torch.dtype = F32,
     nll_coeff: float = 1e-3,
     cotangents: float = 1.0,
+    small: torch.dtype | None = None,
+    masked: float = 0.0,
+    gaps: bool = False,
 ) -> dict[str, Any]:
+    """``small``: the dtype of cotangents and hidden states, instead of their tables'."""
     matrices = draw.tables(vocabulary, tables)
+    gradients = [
+        draw.normal(rows, width, dtype=small or dtype, scale=cotangents) for width, dtype in tables
+    ]
+    states = draw.normal(rows, hidden, dtype=small or head, scale=3 * hidden**-0.5)
+    matrix = draw.normal(vocabulary, hidden, dtype=head)
+    if masked:
+        states, matrix = masked_by_head(draw, states, matrix, masked)
+    if gaps:
+        gradients, matrices = ([strided(t) for t in tensors] for tensors in (gradients, matrices))
+        states, matrix = strided(states), strided(matrix)
     return {
-        "cotangents": [draw.normal(rows, width, dtype=dtype, scale=cotangents) for width, dtype in tables],
+        "cotangents": gradients,
         "tables": matrices,
-        "hidden": draw.normal(rows, hidden, dtype=head, scale=3 * hidden**-0.5),
-        "head": draw.normal(vocabulary, hidden, dtype=head),
+        "hidden": states,
+        "head": matrix,
         "nll_coeff": nll_coeff,
     }
 
@@ -223,6 +253,9 @@ _ONEHOT: dict[str, dict[str, Any]] = {
     "bf16": {"rows": 3, "vocabulary": 515, "tables": ((24, BF16), (8, BF16)), "hidden": 32, "head": BF16},
     "fp16": {"rows": 3, "vocabulary": 515, "tables": ((24, F16), (8, F32)), "hidden": 32, "head": F16},
     "float64": {"rows": 3, "vocabulary": 257, "tables": ((16, F64),), "head": F64},
+    "bf16 tables": {"rows": 9, "vocabulary": 515, "tables": ((24, BF16),), "head": BF16, "small": F32},
+    "masked": {"rows": 9, "vocabulary": 515, "masked": 0.9, "nll_coeff": 0.5},
+    "gaps": {"rows": 18, "vocabulary": 515, "tables": ((7, F32), (24, F32)), "gaps": True},
     "whole vocabulary": {"rows": 2, "vocabulary": WHOLE, "hidden": 8, "tables": ((8, F32),)},
 }
 
