@@ -28,48 +28,58 @@ def _name(n: int) -> str:
     return f"{n}-{case['param']}-{'all' if case['update_postfix'] else 'first'}-lr{case['lr']}"
 
 
+class Run:
+    """Case n on models of a dtype: its gradients, then its descent."""
+
+    def __init__(self, n: int, models: dict, dtype: torch.dtype, numbers: dict[str, torch.Tensor]):
+        case = CASES[n]
+        config = DTOConfig(
+            parameter=case["param"],
+            update="all" if case["update_postfix"] else "first",
+            iters=case["iters"],
+            lr=case["lr"],
+            reward_coeff=case["reward_coeff"],
+            nll_coeff=case["nll_coeff"],
+        )
+        problem = Problem(
+            tuple(case["prompt_ids"]),
+            tuple(case["rm_prefix_ids"]),
+            tuple(case["rm_suffix_ids"]),
+            seed=0,
+            max_new_tokens=64,
+            eos_ids=frozenset([0]),
+            stop=StopStrings(),
+        )
+        rm = RewardModel(models["rm"], VocabularyAlignment.identity())
+        gradients = GradientModel(LanguageModel(models["lm"]), rm, config)
+        optimizer = TextualOptimizer(gradients, config)
+        committed = numbers[f"case{n}.committed"][0].tolist()
+        start = numbers[f"case{n}.init"][0].to(dtype)
+        tokens = optimizer.logits(start).argmax(dim=-1)
+
+        onehot = gradients.hard(problem, committed, tokens, Stats())
+        self.rows, self.norms = onehot.rows(len(tokens)), onehot.norms()
+
+        count = len(tokens) if case["update_postfix"] else 1
+        parameter, stats = start[:count].clone(), Stats()
+        optimizer.optimize_hard_(problem, committed, parameter, tokens.clone(), None, stats)
+        self.final = optimizer.logits(torch.cat([parameter, start[count:]]))
+        self.passes = stats.gradient_passes
+
+
 @pytest.mark.parametrize("n", range(len(CASES)), ids=_name)
-@pytest.mark.parametrize(
-    ("models", "dtype", "tolerance"),
-    # The numbers are float32: where a gradient is near 0, Adam makes a step of its rounding error.
-    [("golden_models", torch.float32, 1e-4), ("golden_models_64", torch.float64, 1e-3)],
-    ids=["float32", "float64"],
-)
-def test_descent(n, models, dtype, tolerance, numbers, request):
-    case, models = CASES[n], request.getfixturevalue(models)
-    config = DTOConfig(
-        parameter=case["param"],
-        update="all" if case["update_postfix"] else "first",
-        iters=case["iters"],
-        lr=case["lr"],
-        reward_coeff=case["reward_coeff"],
-        nll_coeff=case["nll_coeff"],
-    )
-    problem = Problem(
-        tuple(case["prompt_ids"]),
-        tuple(case["rm_prefix_ids"]),
-        tuple(case["rm_suffix_ids"]),
-        seed=0,
-        max_new_tokens=64,
-        eos_ids=frozenset([0]),
-        stop=StopStrings(),
-    )
-    rm = RewardModel(models["rm"], VocabularyAlignment.identity())
-    gradients = GradientModel(LanguageModel(models["lm"]), rm, config)
-    optimizer = TextualOptimizer(gradients, config)
-    committed = numbers[f"case{n}.committed"][0].tolist()
-    start = numbers[f"case{n}.init"][0].to(dtype)
-    tokens = optimizer.logits(start).argmax(dim=-1)
-
-    onehot = gradients.hard(problem, committed, tokens, Stats())
-    expected = numbers[f"case{n}.grad_onehot"][0].to(dtype)
-    torch.testing.assert_close(onehot.rows(len(tokens)), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(onehot.norms(), expected.norm(dim=-1), atol=1e-4, rtol=1e-5)
-
-    count = len(tokens) if case["update_postfix"] else 1
-    parameter, stats = start[:count].clone(), Stats()
-    optimizer.optimize_hard_(problem, committed, parameter, tokens.clone(), None, stats)
-    final = optimizer.logits(torch.cat([parameter, start[count:]]))
-    expected = numbers[f"case{n}.final_logits"][0].to(dtype)
-    torch.testing.assert_close(final, expected, atol=tolerance, rtol=0)
-    assert stats.gradient_passes == case["grad_steps"]
+def test_descent(n, golden_models, golden_models_64, numbers):
+    ours = Run(n, golden_models, torch.float32, numbers)
+    exact = Run(n, golden_models_64, torch.float64, numbers)
+    onehot, final = numbers[f"case{n}.grad_onehot"][0], numbers[f"case{n}.final_logits"][0]
+    for run in (ours, exact):
+        expected = onehot.to(run.rows.dtype)
+        torch.testing.assert_close(run.rows, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(run.norms, expected.norm(dim=-1), atol=1e-4, rtol=1e-5)
+        assert run.passes == CASES[n]["grad_steps"]
+    # The numbers are float32: where a gradient is near 0, Adam makes a step of its rounding error, on
+    # every CPU another. There the release itself is further than 1e-4 from float64.
+    rounding = (final.double() - exact.final).abs()
+    assert rounding.max() < 1e-3
+    error = (ours.final - final).abs()
+    assert (error <= (2 * rounding).clamp(min=1e-4)).all(), f"off by {error.max():.2e}"

@@ -7,7 +7,7 @@
 // while one is worked on: both products run at the rate of the arithmetic from some 16 rows on, and
 // at that of memory below.
 //
-// An element is one chain of multiply-adds over 128 columns (64 tokens) at a time, and these sums
+// An element is one chain of multiply-adds over 32 columns (64 tokens) at a time, and these sums
 // are added in order: it has the same bits whatever rows are beside it, few or many.
 #ifndef NABLA_FAST_CPU_TILES_H_
 #define NABLA_FAST_CPU_TILES_H_
