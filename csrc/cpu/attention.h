@@ -87,6 +87,10 @@ inline int64_t first_seen(const nabla_fast_attention& a, int64_t position) {
   return a.window > 0 ? std::max<int64_t>(position - a.window + 1, 0) : 0;
 }
 
+inline bool has_no_queries(const nabla_fast_attention& a) {
+  return a.batch == 0 || a.heads == 0 || a.suffix == 0;
+}
+
 // Whether a [batch, heads, suffix, dim] tensor with `heads` heads has a size.
 inline bool fits(const nabla_fast_attention& a, int64_t heads, const nabla_fast_strides& strides) {
   return fits(
@@ -107,7 +111,7 @@ inline nabla_fast_status check_attention(const nabla_fast_attention& a) {
       a.table_width < 0 || a.window < 0) {
     return NABLA_FAST_INVALID_HEADS;
   }
-  if (a.batch == 0 || a.heads == 0 || a.suffix == 0) return NABLA_FAST_OK;
+  if (has_no_queries(a)) return NABLA_FAST_OK;
   if (!fits(a, a.heads, a.q_strides) || !fits(a, a.kv_heads, a.k_strides) ||
       !fits(a, a.kv_heads, a.v_strides) || !fits(a, a.key_pool_strides) ||
       !fits(a, a.value_pool_strides) || !fits({{a.batch, a.table_stride}, {a.table_width, 1}}, 8) ||

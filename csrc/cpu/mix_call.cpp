@@ -17,7 +17,9 @@ nabla_fast_status check_mix(const nabla_fast_mix* inputs) {
   if (call.rows < 0 || call.vocab < 1 || call.table_count < 0) return NABLA_FAST_INVALID_SHAPE;
   if (!is_tau(call.tau)) return NABLA_FAST_INVALID_TAU;
   if (call.rows == 0) return NABLA_FAST_OK;
-  if (!(Size(call.vocab) * call.rows).fits()) return NABLA_FAST_TOO_LARGE;
+  if (!(Size(call.vocab) * call.rows).fits() || !fits({{call.rows, 1}}, 8) ||
+      !fits({{call.table_count, 1}}, sizeof(nabla_fast_table)))
+    return NABLA_FAST_TOO_LARGE;
   if ((call.noise_seed == nullptr) != (call.noise_position == nullptr) ||
       (call.table_count > 0 && !call.tables))
     return NABLA_FAST_INVALID_POINTER;

@@ -286,7 +286,7 @@ nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs
   if (!inputs) return NABLA_FAST_INVALID_POINTER;
   const nabla_fast_attention& in = *inputs;
   const nabla_fast_status status = check_attention(in);
-  if (status != NABLA_FAST_OK || in.batch == 0 || in.heads == 0 || in.suffix == 0) return status;
+  if (status != NABLA_FAST_OK || has_no_queries(in)) return status;
   if (!fits(in, in.heads, output_strides)) return NABLA_FAST_TOO_LARGE;
   if (!output) return NABLA_FAST_INVALID_POINTER;
 

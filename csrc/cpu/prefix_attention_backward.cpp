@@ -257,7 +257,7 @@ struct Layout {
 int64_t nabla_fast_prefix_attention_backward_workspace(const nabla_fast_attention* inputs,
                                                        int32_t num_threads) {
   using namespace nabla_fast::cpu;
-  if (!inputs || check_attention(*inputs) != NABLA_FAST_OK || !inputs->prefix_lengths) return 0;
+  if (!inputs || check_attention(*inputs) != NABLA_FAST_OK || has_no_queries(*inputs)) return 0;
   return Layout(*inputs, num_threads).bytes;
 }
 
@@ -270,7 +270,7 @@ nabla_fast_status nabla_fast_prefix_attention_backward(
   if (!inputs) return NABLA_FAST_INVALID_POINTER;
   const nabla_fast_attention& in = *inputs;
   const nabla_fast_status status = check_attention(in);
-  if (status != NABLA_FAST_OK || in.batch == 0 || in.heads == 0 || in.suffix == 0) return status;
+  if (status != NABLA_FAST_OK || has_no_queries(in)) return status;
   const Layout layout(in, num_threads);
   if (!fits(in, in.heads, cotangent_strides) || !fits(in, in.heads, dq_strides) ||
       !fits(in, in.kv_heads, dk_strides) || !fits(in, in.kv_heads, dv_strides) || layout.bytes == 0)

@@ -373,7 +373,8 @@ typedef struct {
 
 /* output [batch, heads, suffix, dim] = softmax(scale q [K_prefix k]^T) [V_prefix v], causal.
  *
- * Threads are woken for work of some 50 microseconds each. */
+ * A NaN or an infinity among the values makes NaN of any query of its sequence that has it in its
+ * tile, seen or not. Threads are woken for work of some 50 microseconds each. */
 NABLA_FAST_API nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs,
                                                              float* output,
                                                              nabla_fast_strides output_strides,

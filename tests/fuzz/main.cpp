@@ -116,6 +116,7 @@ int main(int count, char** arguments) {
   const int64_t last = only >= 0 ? only + 1 : most;
   for (; number < last && !over(); number += threads) {
     for (const Case& function : chosen) {
+      if (over()) break;
       // A round is of one level; the level of a round is that of its number, so that a case run
       // alone has the level it had.
       const int64_t round = number / threads * threads;

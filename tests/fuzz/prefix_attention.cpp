@@ -16,6 +16,7 @@ struct Problem {
   Tensor<float> q, k, v, key_pool, value_pool, output, cotangent, dq, dk, dv;
   Tensor<int64_t> tables;
   Memory<int64_t> lengths;
+  bool strange;  // whether inputs hold NaN and infinities
   nabla_fast_attention in;
 
   static Problem draw(Random& random) {
@@ -50,7 +51,7 @@ struct Problem {
         tables(random, {b}, w),
         lengths(random, b) {
     Values values(random);
-    const bool strange = random.one_in(10);
+    strange = random.one_in(10);
     const auto fill = [&](float* row) {
       values.fill_plain(row, d);
       if (strange && random.one_in(20))
@@ -275,7 +276,7 @@ FUZZ(prefix_attention) {
   double size = 0;
   for (int64_t d = 0; d < problem.dim; ++d)
     size = std::max(size, std::fabs(double{problem.q.row({b, head, s})[d]}));
-  if (std::isfinite(want) && size <= 4) {
+  if (!problem.strange && size <= 4) {
     const double have = problem.output.row({b, head, s})[0];
     check(std::fabs(have - want) <= 1e-3 * (std::fabs(want) + size),
           "far from what it is in double");
