@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow lint bench format gpu clean
+.PHONY: demo test test-slow lint bench compile-check format gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/nabla-fast demo
@@ -26,6 +26,10 @@ test-slow: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/nabla-fast bench kernels
+
+# Every Triton kernel for GPUs that are not there; a spill or too much shared memory fails.
+compile-check: $(INSTALLED)
+	$(BIN)/python -m benchmarks.compile_check $(COMPILE_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
