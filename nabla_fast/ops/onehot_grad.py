@@ -19,6 +19,7 @@ from nabla_fast.ops.logits import lm_logits
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype
 from nabla_fast.ops.softmax import onehot_gradient
+from nabla_fast.ops.triton_backend import takes
 
 
 @op
@@ -79,3 +80,20 @@ def _(
     cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
 ) -> Tensor:
     return hidden.new_empty((hidden.shape[0], head.shape[0]), dtype=accumulation_dtype(hidden, *cotangents))
+
+
+@onehot_grad.backend(
+    "triton",
+    when=lambda cotangents, tables, hidden, head, **_: takes(*cotangents, *tables, hidden, head),
+)
+def _(
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    nll_coeff: float,
+) -> Tensor:
+    from nabla_fast.triton_kernels import onehot_grad as kernels
+
+    return kernels.onehot_grad(list(cotangents), list(tables), hidden, head, nll_coeff)

@@ -11,6 +11,7 @@ from torch import Tensor
 from nabla_fast.ops.onehot_grad import check_onehot_inputs, onehot_grad
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, blocks
+from nabla_fast.ops.triton_backend import takes
 
 
 @op
@@ -51,3 +52,20 @@ def _(
     cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
 ) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden, *cotangents))
+
+
+@onehot_grad_norm.backend(
+    "triton",
+    when=lambda cotangents, tables, hidden, head, **_: takes(*cotangents, *tables, hidden, head),
+)
+def _(
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    nll_coeff: float,
+) -> Tensor:
+    from nabla_fast.triton_kernels import onehot_grad as kernels
+
+    return kernels.onehot_grad_norm(list(cotangents), list(tables), hidden, head, nll_coeff)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,8 @@ def takes(*tensors: Tensor | None) -> bool:
         for tensor in given
         if tensor.is_floating_point()
     )
+
+
+def contiguous(tensors: Sequence[Tensor] | None) -> tuple[Tensor, ...] | None:
+    """The tensors with unit strides; None stays None."""
+    return None if tensors is None else tuple(tensor.contiguous() for tensor in tensors)
