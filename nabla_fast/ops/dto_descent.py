@@ -15,6 +15,7 @@ from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.softmax import softmax_gradient
+from nabla_fast.ops.triton_backend import takes
 
 
 @op(mutates=("z", "state"))
@@ -134,3 +135,37 @@ def _(
     if status is not None:
         report("dto_descent", status)
     return Descent(token, flipped)
+
+
+def _triton_takes(
+    z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, *, tau: float, **_: Any
+) -> bool:
+    rows = (z, grad, state.exp_avg, state.exp_avg_sq)
+    return (
+        takes(*rows)
+        and z.dtype == torch.float32
+        and all(tensor.stride(1) == 1 for tensor in rows)
+        and 2**-64 <= tau <= 2**64
+    )
+
+
+@dto_descent.backend("triton", when=_triton_takes)
+def _(
+    z: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: GumbelNoise | None,
+) -> Descent:
+    # Rows that are bad stay as they are; the others have moved when the error comes.
+    from nabla_fast.triton_kernels import dto_descent as kernels
+
+    *result, status = kernels.dto_descent(
+        z, grad, *state, schedule, until=until, group=group, tau=tau, noise=noise
+    )
+    report("dto_descent", status)
+    return Descent(*result)
