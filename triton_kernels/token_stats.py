@@ -11,11 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import presets
 from .exponential import exp, inverse_parts, scaled
 from .products import operands, tile_arguments, tile_of, upcast, vocabulary_tile
 
 _TILE = 4096  # tokens of a slice of logits
+# What follows a product holds several tiles in registers: smaller ones than of a product alone.
+_TILES = {
+    "half": {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
+    "split": {"ROWS": 64, "COLUMNS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
+    "float32": {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
+}
 _JOINED = 1024  # slices joined at a time
 # Of a slice: the largest logit; its token, less _NAN if a logit is NaN; how many tokens are at the
 # largest; over the others Σ exp(x) and Σ x exp(x), x = (z − largest)/τ. Tokens at the largest are
@@ -205,7 +210,7 @@ def token_stats(rows: Tensor, head: Tensor | None, tau: float) -> tuple[Tensor, 
     vocabulary = rows.shape[1] if head is None else len(head)
     config = {"COLUMNS": _TILE, "num_warps": 8}
     if head is not None:
-        config = presets.config("vocabulary_product", operands([rows], [head]), device)
+        config = _TILES[operands([rows], [head])]
     slices = triton.cdiv(vocabulary, config["COLUMNS"])
     parts = torch.empty(count, _FIELDS.value, slices, dtype=torch.float32, device=device)
     with torch.cuda.device_of(rows):

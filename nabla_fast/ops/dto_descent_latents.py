@@ -15,6 +15,7 @@ from nabla_fast.ops.logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.softmax import softmax_gradient
+from nabla_fast.ops.triton_backend import takes
 
 
 @op(mutates=("h", "state"))
@@ -87,3 +88,38 @@ def _(
 @dto_descent_latents.fake
 def _(h: Tensor, *_: Any, **__: Any) -> Descent:
     return Descent(h.new_empty(h.shape[0], dtype=torch.int64), h.new_empty(h.shape[0], dtype=torch.bool))
+
+
+def _triton_takes(
+    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, *, tau: float, **_: Any
+) -> bool:
+    rows = (h, grad, state.exp_avg, state.exp_avg_sq)
+    return (
+        takes(*rows, head)
+        and h.dtype == torch.float32
+        and all(tensor.stride(1) == 1 for tensor in rows)
+        and 2**-64 <= tau <= 2**64
+    )
+
+
+@dto_descent_latents.backend("triton", when=_triton_takes)
+def _(
+    h: Tensor,
+    head: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: GumbelNoise | None,
+) -> Descent:
+    # Rows that are bad stay as they are; the others have moved when the error comes.
+    from nabla_fast.triton_kernels import dto_descent_latents as kernels
+
+    *result, status = kernels.dto_descent_latents(
+        h, head, grad, *state, schedule, until=until, group=group, tau=tau, noise=noise
+    )
+    report("dto_descent_latents", status)
+    return Descent(*result)
