@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import presets
 from .exponential import inverse_parts
-from .products import operands, tile_arguments, tile_of, upcast, vocabulary_tile
+from .gumbel import gumbel_noise
+from .products import tile_arguments
 from .row_totals import row_totals
 from .softmax_sums import SoftmaxSums, exp_tile, perturbed_tile, softmax_sums
+from .vocabulary_product import vocabulary_product
 from .weighted_rows import weighted_rows
 
 # A float32 [n, V] that holds part of the rows: 128 of a vocabulary of 151,936 fit, a tile of rows.
@@ -60,99 +61,29 @@ def _hard_grad_kernel(
 
 
 @triton.jit
-def _centred_grad_kernel(
-    states,
-    tables,
-    state_strides,
-    table_strides,
-    widths,
+def _centred_tile(
+    product_ptr,  # [N, V] float32, contiguous: the tables' part of G, less G[ŷ]
     logits_ptr,  # [N, V]
     row_stride,
     column_stride,
-    seed_ptr,
-    position_ptr,
+    seed_ptr,  # [N] int64 if NOISE
+    position_ptr,  # [N] int64 if NOISE
     top_ptr,  # [N] float32
     token_ptr,  # [N] int64
-    hard_grad_ptr,  # [N] float32: G[ŷ]
-    direct_ptr,
+    direct_ptr,  # [N, V] if DIRECT
     direct_row_stride,
     direct_column_stride,
-    centred_ptr,  # [N, V] float32, contiguous: G − G[ŷ], 0 where p is
-    tilt_ptr,  # [N, slices] float32: Σ exp((z − top)/τ) (G − G[ŷ]) over a tile
-    rows,
+    row,  # [1] int64
+    start,
     vocabulary,
-    tiles_of_rows,
-    slices,
     inverse,
     inverse_low,
     NOISE: tl.constexpr,
     DIRECT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    row, column, slice = tile_of(tiles_of_rows, rows, vocabulary, ROWS, COLUMNS)
-    within = tl.minimum(row, rows - 1)
-    there = (row < rows)[:, None] & (column < vocabulary)[None, :]
-    grad = vocabulary_tile(
-        states,
-        tables,
-        state_strides,
-        table_strides,
-        widths,
-        within,
-        tl.minimum(column, vocabulary - 1),
-        ROWS,
-        COLUMNS,
-        DEPTH,
-        UPCAST,
-    )
-    if DIRECT:
-        at = direct_ptr + within[:, None] * direct_row_stride + column[None, :] * direct_column_stride
-        grad += tl.load(at, mask=there, other=0.0).to(tl.float32)
-    z = perturbed_tile(
-        logits_ptr,
-        row_stride,
-        column_stride,
-        seed_ptr,
-        position_ptr,
-        within,
-        slice * COLUMNS,
-        vocabulary,
-        COLUMNS,
-        NOISE,
-    )
-    e = exp_tile(z, tl.load(top_ptr + within), inverse, inverse_low)
-    hard = column[None, :] == tl.load(token_ptr + within)[:, None]
-    centred = grad - tl.load(hard_grad_ptr + within)[:, None]
-    centred = tl.where((e > 0) & (~hard), centred, 0.0)
-    tl.store(centred_ptr + row[:, None] * vocabulary + column[None, :], centred, mask=there)
-    tl.store(tilt_ptr + row * slices + slice, tl.sum(e * centred, axis=1), mask=row < rows)
-
-
-@triton.jit
-def _jacobian_kernel(
-    centred_ptr,  # [N, V] float32, contiguous
-    logits_ptr,  # [N, V]
-    row_stride,
-    column_stride,
-    seed_ptr,
-    position_ptr,
-    top_ptr,  # [N] float32
-    total_ptr,  # [N] float32
-    tilt_ptr,  # [N] float32
-    result_ptr,  # [N, V], contiguous; may be centred_ptr
-    vocabulary,
-    slices,
-    inverse,
-    inverse_low,
-    NOISE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = (tl.program_id(0) // slices).to(tl.int64) + tl.zeros((1,), tl.int64)
-    start = tl.program_id(0) % slices * COLUMNS
-    column = start + tl.arange(0, COLUMNS)[None, :]
+    """exp((z − top)/τ) and G − G[ŷ], 0 where the former is and at ŷ: [1, COLUMNS] each."""
+    column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
     there = column < vocabulary
     z = perturbed_tile(
         logits_ptr,
@@ -167,15 +98,118 @@ def _jacobian_kernel(
         NOISE,
     )
     e = exp_tile(z, tl.load(top_ptr + row), inverse, inverse_low)
+    grad = tl.load(product_ptr + row[:, None] * vocabulary + column, mask=there, other=0.0)
+    if DIRECT:
+        at = direct_ptr + row[:, None] * direct_row_stride + column * direct_column_stride
+        grad += tl.load(at, mask=there, other=0.0).to(tl.float32)
+    other = (e > 0) & (column != tl.load(token_ptr + row)[:, None])
+    return e, tl.where(other, grad, 0.0)
+
+
+@triton.jit
+def _tilt_kernel(
+    product_ptr,
+    logits_ptr,
+    row_stride,
+    column_stride,
+    seed_ptr,
+    position_ptr,
+    top_ptr,
+    token_ptr,
+    direct_ptr,
+    direct_row_stride,
+    direct_column_stride,
+    tilt_ptr,  # [N, slices] float32: Σ exp((z − top)/τ) (G − G[ŷ]) over a slice
+    vocabulary,
+    slices,
+    inverse,
+    inverse_low,
+    NOISE: tl.constexpr,
+    DIRECT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    e, centred = _centred_tile(
+        product_ptr,
+        logits_ptr,
+        row_stride,
+        column_stride,
+        seed_ptr,
+        position_ptr,
+        top_ptr,
+        token_ptr,
+        direct_ptr,
+        direct_row_stride,
+        direct_column_stride,
+        program // slices + tl.zeros((1,), tl.int64),
+        (program % slices).to(tl.int32) * COLUMNS,
+        vocabulary,
+        inverse,
+        inverse_low,
+        NOISE,
+        DIRECT,
+        COLUMNS,
+    )
+    tl.store(tilt_ptr + program + tl.zeros((1,), tl.int64), tl.sum(e * centred, axis=1))
+
+
+@triton.jit
+def _jacobian_kernel(
+    product_ptr,
+    logits_ptr,
+    row_stride,
+    column_stride,
+    seed_ptr,
+    position_ptr,
+    top_ptr,
+    token_ptr,
+    direct_ptr,
+    direct_row_stride,
+    direct_column_stride,
+    total_ptr,  # [N] float32: Σ exp((z − top)/τ)
+    tilt_ptr,  # [N] float32: Σ exp((z − top)/τ) (G − G[ŷ])
+    result_ptr,  # [N, V], contiguous; may be product_ptr
+    vocabulary,
+    slices,
+    inverse,
+    inverse_low,
+    NOISE: tl.constexpr,
+    DIRECT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // slices + tl.zeros((1,), tl.int64)
+    start = (program % slices).to(tl.int32) * COLUMNS
+    e, centred = _centred_tile(
+        product_ptr,
+        logits_ptr,
+        row_stride,
+        column_stride,
+        seed_ptr,
+        position_ptr,
+        top_ptr,
+        token_ptr,
+        direct_ptr,
+        direct_row_stride,
+        direct_column_stride,
+        row,
+        start,
+        vocabulary,
+        inverse,
+        inverse_low,
+        NOISE,
+        DIRECT,
+        COLUMNS,
+    )
     total = tl.load(total_ptr + row)[:, None]
     mean = tl.load(tilt_ptr + row)[:, None] / total
-    at = row[:, None] * vocabulary + column
-    centred = tl.load(centred_ptr + at, mask=there, other=0.0)
-    result = e / total * (centred - mean) * inverse
-    tl.store(result_ptr + at, tl.where(e > 0, result, 0.0).to(result_ptr.dtype.element_ty), mask=there)
+    result = tl.where(e > 0, e / total * (centred - mean) * inverse, 0.0)
+    column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+    at = result_ptr + row[:, None] * vocabulary + column
+    tl.store(at, result.to(result_ptr.dtype.element_ty), mask=column < vocabulary)
 
 
-_JACOBIAN_COLUMNS = 4096
+_COLUMNS = 2048  # of a slice
 _HARD_DEPTH = 1024
 
 
@@ -206,7 +240,17 @@ def embedding_mix(
     sums = softmax_sums(logits, tau, noise)
     if hard:
         return [table.index_select(0, sums.token) for table in tables], sums.status
-    return weighted_rows(logits, tables, sums=sums, tau=tau, noise=noise), sums.status
+    if noise is None:
+        return weighted_rows(logits, tables, sums=sums, tau=tau), sums.status
+    # Every program that reads a logit would draw its noise again.
+    mixes = []
+    for part in row_blocks(*logits.shape):
+        perturbed = gumbel_noise(noise[0][part], noise[1][part], logits.shape[1], torch.float32)
+        perturbed += logits[part]
+        mixes.append(weighted_rows(perturbed, tables, sums=sums.part(part), tau=tau))
+    if not mixes:
+        return weighted_rows(logits, tables, sums=sums, tau=tau), sums.status
+    return [torch.cat(parts) for parts in zip(*mixes, strict=True)], sums.status
 
 
 def embedding_mix_backward(
@@ -221,9 +265,10 @@ def embedding_mix_backward(
 ) -> Tensor:
     """∂ℒ/∂z = (1/τ) p ⊙ (G − ⟨p, G⟩), G = Σ_t ⟨T_t, ∂ℒ/∂e_t⟩ + direct.
 
-    ⟨p, G⟩ is not known while G is made, so there are two passes. The first writes G − G[ŷ] in float32:
-    into the result where that is float32, else into scratch for some of the rows at a time. The second
-    reads it back, for a tenth of the time that a second product would take.
+    ⟨p, G⟩ is not known while G is made. The product writes G − G[ŷ] in float32, into the result where
+    that is float32, else into scratch for some of the rows at a time; one pass over it adds up ⟨p, G⟩, a
+    second applies the Jacobian. Both together move a tenth of what a second product would, and a
+    softmax in the product's own epilogue would take the registers of half its tile.
 
     Args:
         cotangents: ∂ℒ/∂e_t [N, H_t] each.
@@ -251,7 +296,7 @@ def embedding_mix_backward(
             [cotangent[part] for cotangent in cotangents],
             logits[part],
             tables,
-            SoftmaxSums(*(field[part] for field in sums)),
+            sums.part(part),
             tau,
             (noise[0][part], noise[1][part]) if noise else None,
             None if direct is None else direct[part],
@@ -269,58 +314,35 @@ def _backward(
     tau: float,
     noise: tuple[Tensor, Tensor] | None,
     direct: Tensor | None,
-    centred: Tensor,  # [N, V] float32, contiguous
-    out: Tensor,  # [N, V], contiguous
+    product: Tensor,  # [N, V] float32, contiguous: scratch
+    out: Tensor,  # [N, V], contiguous; may be the scratch
 ) -> None:
     rows, vocabulary = logits.shape
-    config = presets.config("vocabulary_product", operands(cotangents, tables), logits.device)
-    tiles, slices = triton.cdiv(rows, config["ROWS"]), triton.cdiv(vocabulary, config["COLUMNS"])
     hard_grad = logits.new_empty(rows, dtype=torch.float32)
+    slices = triton.cdiv(vocabulary, _COLUMNS)
     tilt = logits.new_empty(rows, slices, dtype=torch.float32)
-    products = tile_arguments(cotangents, tables)
-    keys = noise or (sums.token, sums.token)
     directs = (hard_grad, 0, 0) if direct is None else (direct, *direct.stride())
-    inverse, inverse_low = inverse_parts(tau)
     with torch.cuda.device_of(logits):
         _hard_grad_kernel[(rows,)](
-            *products, *directs, sums.token, hard_grad, DIRECT=direct is not None, DEPTH=_HARD_DEPTH
-        )
-        _centred_grad_kernel[(tiles * slices,)](
-            *products,
-            logits,
-            *logits.stride(),
-            *keys,
-            sums.top,
+            *tile_arguments(cotangents, tables),
+            *directs,
             sums.token,
             hard_grad,
-            *directs,
-            centred,
-            tilt,
-            rows,
-            vocabulary,
-            tiles,
-            slices,
-            inverse,
-            inverse_low,
-            NOISE=noise is not None,
             DIRECT=direct is not None,
-            UPCAST=upcast(logits),
-            **config,
+            DEPTH=_HARD_DEPTH,
         )
-        parts = triton.cdiv(vocabulary, _JACOBIAN_COLUMNS)
-        _jacobian_kernel[(rows * parts,)](
-            centred,
+        vocabulary_product(cotangents, tables, shift=hard_grad, out=product)
+        read = (
+            product,
             logits,
             *logits.stride(),
-            *keys,
+            *(noise or (sums.token, sums.token)),
             sums.top,
-            sums.total,
-            row_totals(tilt),
-            out,
-            vocabulary,
-            parts,
-            inverse,
-            inverse_low,
-            NOISE=noise is not None,
-            COLUMNS=_JACOBIAN_COLUMNS,
+            sums.token,
+        )
+        sizes = (vocabulary, slices, *inverse_parts(tau))
+        options = {"NOISE": noise is not None, "DIRECT": direct is not None, "COLUMNS": _COLUMNS}
+        _tilt_kernel[(rows * slices,)](*read, *directs, tilt, *sizes, **options)
+        _jacobian_kernel[(rows * slices,)](
+            *read, *directs, sums.total, row_totals(tilt), out, *sizes, **options
         )

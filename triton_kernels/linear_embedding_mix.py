@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .embedding_mix import embedding_mix, embedding_mix_backward, row_blocks
-from .lm_logits import lm_logits
+from .vocabulary_product import vocabulary_product
 from .weighted_rows import weighted_rows
 
 Noise = tuple[Tensor, Tensor] | None
@@ -23,7 +23,7 @@ def _parts(hidden: Tensor, head: Tensor, noise: Noise) -> Iterator[tuple[slice, 
     parts = list(row_blocks(len(hidden), len(head))) or [slice(0, 0)]
     scratch = torch.empty(parts[0].stop, len(head), dtype=torch.float32, device=hidden.device)
     for part in parts:
-        logits = lm_logits(hidden[part], head, out=scratch[: part.stop - part.start])
+        logits = vocabulary_product([hidden[part]], [head], out=scratch[: part.stop - part.start])
         yield part, logits, (noise[0][part], noise[1][part]) if noise else None
 
 

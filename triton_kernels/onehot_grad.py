@@ -7,12 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import presets
 from .embedding_mix import row_blocks
-from .lm_logits import lm_logits
-from .products import operands, tile_arguments, tile_of, upcast, vocabulary_tile
+from .products import tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
 from .row_totals import row_totals
 from .softmax_sums import softmax_sums
+from .vocabulary_product import vocabulary_product
 
 
 @triton.jit
@@ -74,7 +73,7 @@ def _launch(
 ) -> None:
     rows, vocabulary = logits.shape
     sums = softmax_sums(logits, 1.0)
-    config = presets.config("vocabulary_product", operands(cotangents, tables), logits.device)
+    config = tile_config("vocabulary_epilogue", cotangents, tables)
     tiles, slices = triton.cdiv(rows, config["ROWS"]), triton.cdiv(vocabulary, config["COLUMNS"])
     with torch.cuda.device_of(logits):
         _onehot_grad_kernel[(tiles * slices,)](
@@ -106,7 +105,7 @@ def onehot_grad(
         head: [V, H].
         nll_coeff: ν.
     """
-    grad = lm_logits(hidden, head)
+    grad = vocabulary_product([hidden], [head])
     if len(grad):
         _launch(cotangents, tables, grad, nll_coeff)
     return grad
@@ -124,13 +123,13 @@ def onehot_grad_norm(
     parts = list(row_blocks(rows, vocabulary))
     if not parts:
         return norms
-    config = presets.config("vocabulary_product", operands(cotangents, tables), hidden.device)
+    config = tile_config("vocabulary_epilogue", cotangents, tables)
     slices = triton.cdiv(vocabulary, config["COLUMNS"])
     scratch = hidden.new_empty(parts[0].stop, vocabulary, dtype=torch.float32)
     squares = hidden.new_empty(parts[0].stop, slices, dtype=torch.float32)
     for part in parts:
         size = part.stop - part.start
-        logits = lm_logits(hidden[part], head, out=scratch[:size])
+        logits = vocabulary_product([hidden[part]], [head], out=scratch[:size])
         _launch([c[part] for c in cotangents], tables, logits, nll_coeff, squares[:size])
         norms[part] = row_totals(squares[:size], root=True)
     return norms

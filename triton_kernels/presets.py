@@ -21,6 +21,7 @@ PATH = Path(__file__).parent / "presets.json"
 Config = dict[str, int]
 
 _assumed: str | None = None
+_forced: dict[tuple[str, str], Config] = {}
 
 
 @functools.cache
@@ -50,6 +51,17 @@ def assumed(architecture: str) -> Iterator[None]:
         _assumed = former
 
 
+@contextlib.contextmanager
+def forced(kernel: str, operands: str, choice: Config) -> Iterator[None]:
+    """Inside, launches of one kernel on one kind of operands have this configuration: to compare some."""
+    key = kernel, operands
+    _forced[key] = choice
+    try:
+        yield
+    finally:
+        del _forced[key]
+
+
 def config(kernel: str, operands: str, device: torch.device) -> Config:
     """The keyword arguments of a launch.
 
@@ -58,6 +70,8 @@ def config(kernel: str, operands: str, device: torch.device) -> Config:
         operands: what it computes with, as the kernel's file names it.
         device: of the tensors.
     """
+    if choice := _forced.get((kernel, operands)):
+        return choice
     for name in (_assumed, "default") if _assumed else _names(device):
         kernels = _presets().get(name, {}).get("kernels", {})
         if operands in (found := kernels.get(kernel, {})):

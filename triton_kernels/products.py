@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import presets
+
 
 @triton.jit
 def dot(a, b, acc, UPCAST: tl.constexpr):
@@ -81,13 +83,28 @@ def tile_of(tiles_of_rows, rows, vocabulary, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 def operands(states: list[Tensor], tables: list[Tensor]) -> str:
-    """Which of :func:`dot`'s products these tensors need: the entry of a preset."""
+    """Which of :func:`dot`'s products these tensors need."""
     pairs = {(state.dtype, table.dtype) for state, table in zip(states, tables, strict=True)}
     if all(a == b != torch.float32 for a, b in pairs):
         return "half"
     if all(b == torch.bfloat16 and a in (torch.float32, b) for a, b in pairs):
         return "split"
     return "float32"
+
+
+def aligned(matrix: Tensor) -> bool:
+    """Whether rows are contiguous and begin at multiples of 16 bytes."""
+    size = matrix.element_size()
+    return matrix.stride(1) == 1 and matrix.stride(0) * size % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def tile_config(kernel: str, states: list[Tensor], tables: list[Tensor]) -> presets.Config:
+    """The preset of a kernel that takes :func:`vocabulary_tile`'s products of these tensors.
+
+    What vector loads do not fit takes registers for addresses, and so has smaller tiles.
+    """
+    fits = all(map(aligned, states + tables))
+    return presets.config(kernel, operands(states, tables) if fits else "unaligned", tables[0].device)
 
 
 def tile_arguments(states: list[Tensor], tables: list[Tensor]) -> tuple[tuple, ...]:

@@ -23,6 +23,10 @@ class SoftmaxSums(NamedTuple):
     token: Tensor  # [N] int64, the lowest index among equals; in 0..V−1 whatever the row
     status: Tensor  # [N] int32: 0 good, 1 NaN, 2 +inf, 3 no finite logit
 
+    def part(self, rows: slice) -> SoftmaxSums:
+        """Those of some of the rows."""
+        return SoftmaxSums(*(field[rows] for field in self))
+
 
 @triton.jit
 def perturbed_tile(
@@ -48,8 +52,10 @@ def perturbed_tile(
 
 @triton.jit
 def exp_tile(z, top, inverse, inverse_low):
-    """exp((z − top)/τ) of a tile [ROWS, COLUMNS] with top [ROWS]; exactly 0 where z is −inf."""
-    return exp(scaled(z - top[:, None], inverse, inverse_low))
+    """exp((z − top)/τ) of a tile [ROWS, COLUMNS] with top [ROWS]; 0 where z is −inf, and in bad rows."""
+    difference = z - top[:, None]
+    difference = tl.where(difference == difference, difference, -float("inf"))
+    return exp(scaled(difference, inverse, inverse_low))
 
 
 @triton.jit
@@ -89,8 +95,9 @@ def _slice_kernel(
     top = tl.max(z, axis=1)
     column = start + tl.arange(0, COLUMNS)[None, :]
     token = tl.min(tl.where(z == top[:, None], column, vocabulary - 1), axis=1)
-    reference = tl.where(tl.abs(top) < float("inf"), top, 0.0)
-    total = tl.sum(exp_tile(z, reference, inverse, inverse_low), axis=1)
+    finite = tl.abs(top) < float("inf")
+    kept = tl.where(finite[:, None], z, -float("inf"))
+    total = tl.sum(exp_tile(kept, tl.where(finite, top, 0.0), inverse, inverse_low), axis=1)
     at = program + tl.zeros((1,), tl.int64)
     tl.store(tops_ptr + at, top)
     tl.store(totals_ptr + at, total)
@@ -121,8 +128,9 @@ def _join_kernel(
     token = tl.min(tl.where(tops == top, keys, 1 << 30), axis=0)
     infinite = tl.where(top == float("inf"), 2, tl.where(top == -float("inf"), 3, 0))
     status = tl.where(tl.min(keys, axis=0) < 0, 1, infinite)
-    share = exp(scaled(tops - tl.where(status == 0, top, 0.0), inverse, inverse_low))
-    total = tl.sum(tl.where(share > 0, share * totals, 0.0), axis=0)
+    kept = tl.where(status == 0, tops, -float("inf"))
+    share = exp(scaled(kept - tl.where(status == 0, top, 0.0), inverse, inverse_low))
+    total = tl.sum(share * totals, axis=0)
     tl.store(top_ptr + row, tl.where(status == 0, top, float("nan")))
     tl.store(total_ptr + row, tl.where(status == 0, total, 1.0))
     tl.store(token_ptr + row, tl.maximum(token, 0).to(tl.int64))

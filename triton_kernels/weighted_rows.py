@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import presets
 from .exponential import inverse_parts
-from .products import dot, upcast
-from .softmax_sums import SoftmaxSums, exp_tile, perturbed_tile
+from .products import aligned, dot, upcast
+from .softmax_sums import SoftmaxSums, exp_tile
 
 # Weights of at most 1 reach float16's subnormal numbers early: the small ones of a flat row add up.
 _FLOAT16_SCALE = tl.constexpr(32768.0)
@@ -24,8 +24,6 @@ def _weighted_rows_kernel(
     weights_ptr,  # [N, V]: logits if SOFTMAX, else the weights themselves
     row_stride,
     column_stride,
-    seed_ptr,
-    position_ptr,
     top_ptr,  # [N] float32
     tables,  # [V, H_t] each
     table_strides,  # (along V, along H_t) each
@@ -42,7 +40,6 @@ def _weighted_rows_kernel(
     inverse,
     inverse_low,
     SOFTMAX: tl.constexpr,
-    NOISE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -70,31 +67,23 @@ def _weighted_rows_kernel(
                 known = column < vocabulary
                 at = tables[t] + column.to(tl.int64)[:, None] * table_strides[t][0] + offset[None, :]
                 table = tl.load(at, mask=known[:, None] & there[None, :], other=0.0)
+                at = (
+                    weights_ptr
+                    + within[:, None] * row_stride
+                    + column.to(tl.int64)[None, :] * column_stride
+                )
+                other = -float("inf") if SOFTMAX else 0.0
+                weights = tl.load(at, mask=known[None, :], other=other).to(tl.float32)
                 if SOFTMAX:
-                    z = perturbed_tile(
-                        weights_ptr,
-                        row_stride,
-                        column_stride,
-                        seed_ptr,
-                        position_ptr,
-                        within,
-                        start,
-                        vocabulary,
-                        COLUMNS,
-                        NOISE,
-                    )
-                    weights = exp_tile(z, top, inverse, inverse_low)
+                    if UPCAST or table.dtype == tl.float32:
+                        weights = exp_tile(weights, top, inverse, inverse_low)
+                    else:
+                        # The hardware's exponential is exact enough for what is rounded at once.
+                        weights = tl.exp2((weights - top[:, None]) * (inverse * 1.44269504))
                     if table.dtype == tl.float16:
                         weights = weights * _FLOAT16_SCALE
                     if not UPCAST:
                         weights = weights.to(table.dtype)
-                else:
-                    at = (
-                        weights_ptr
-                        + within[:, None] * row_stride
-                        + column.to(tl.int64)[None, :] * column_stride
-                    )
-                    weights = tl.load(at, mask=known[None, :], other=0.0)
                 acc = dot(weights, table, acc, UPCAST)
             if SOFTMAX and tables[t].dtype.element_ty == tl.float16:
                 acc = acc * (1.0 / _FLOAT16_SCALE)
@@ -132,14 +121,23 @@ def _join_kernel(
     tl.store(mix_ptr + row * table_width + column, total.to(mix_ptr.dtype.element_ty), mask=there)
 
 
-_JOINED = 1024  # columns a program of _join_kernel
+_JOINED = 512  # columns a program of _join_kernel
+
+
+_FULL = 0.9  # of the programs that run at once, in the last wave too: worth no further split
 
 
 def _splits(vocabulary: int, tiles: int, columns: int, programs: int) -> tuple[int, int]:
-    """Number of splits and tokens of each, for about ``programs`` programs in all."""
+    """Number of splits and tokens of each, such that waves of ``programs`` at once are nearly full."""
     steps = triton.cdiv(vocabulary, columns)
-    wanted = max(1, min(programs // tiles, steps // 8))
-    size = triton.cdiv(steps, wanted)
+
+    def filled(splits: int) -> float:
+        return tiles * splits / (triton.cdiv(tiles * splits, programs) * programs)
+
+    # A split of few steps costs more in partial sums than it gains.
+    candidates = range(1, min(triton.cdiv(4 * programs, tiles), max(1, steps // 8)) + 1)
+    best = next((n for n in candidates if filled(n) >= _FULL), max(candidates, key=filled))
+    size = triton.cdiv(steps, best)
     return triton.cdiv(steps, size), size * columns
 
 
@@ -150,16 +148,15 @@ def weighted_rows(
     dtypes: list[torch.dtype] | None = None,
     sums: SoftmaxSums | None = None,
     tau: float = 1.0,
-    noise: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor]:
-    """softmax((weights + noise)/τ)·T_t of each table, or weights·T_t without ``sums``.
+    """softmax(weights/τ)·T_t of each table, or weights·T_t without ``sums``.
 
     Args:
         weights: [N, V], any strides: logits with ``sums``; else float32 weights.
         tables: [V, H_t] float32, bfloat16 or float16, any strides.
         dtypes: of the results; the tables' if None.
-        sums: of the perturbed logits' rows at this ``tau``.
-        tau, noise: as of :func:`~.softmax_sums.softmax_sums`.
+        sums: of the rows of logits at this ``tau``.
+        tau: τ.
     Returns:
         One [N, H_t] a table. The same in every run on a device; another batch may be split otherwise.
     """
@@ -171,7 +168,7 @@ def weighted_rows(
     ]
     if rows == 0 or sum(widths) == 0:
         return mixes
-    kind = _kind(tables, soft=sums is not None)
+    kind = _kind(weights, tables, soft=sums is not None)
     config = dict(presets.config("weighted_rows", kind, weights.device))
     programs = config.pop("PROGRAMS")
     tiles = [triton.cdiv(width, config["WIDTH"]) for width in widths]
@@ -186,7 +183,6 @@ def weighted_rows(
         _weighted_rows_kernel[(splits * tiles_of_rows * sum(tiles),)](
             weights,
             *weights.stride(),
-            *(noise or (unused, unused)),
             sums.top if sums else unused,
             tuple(tables),
             tuple(table.stride() for table in tables),
@@ -203,7 +199,6 @@ def weighted_rows(
             inverse,
             inverse_low,
             SOFTMAX=sums is not None,
-            NOISE=noise is not None,
             UPCAST=upcast(weights),
             **config,
         )
@@ -226,9 +221,11 @@ def weighted_rows(
     return mixes
 
 
-def _kind(tables: list[Tensor], *, soft: bool) -> str:
+def _kind(weights: Tensor, tables: list[Tensor], *, soft: bool) -> str:
     """The entry of a preset: a softmax's weights take the dtype of the table they meet."""
     dtypes = {table.dtype for table in tables}
+    if not all(map(aligned, [weights, *tables])):
+        return "unaligned"
     if torch.float32 not in dtypes and soft:
         return "half"
     return "split" if dtypes == {torch.bfloat16} and not soft else "float32"

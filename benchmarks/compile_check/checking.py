@@ -16,10 +16,10 @@ def check(target_name: str, op: str, dtype_name: str) -> list[Row]:
     """Compile the launches of one op; one row a kernel. To be run where TRITON_INTERPRET is not set."""
     # Here, since the process that only counts results has no use for them.
     import torch
-    from nabla_fast.triton_kernels import presets
 
     from benchmarks.compile_check.recording import recorded
     from benchmarks.compile_check.resources import resources
+    from nabla_fast.triton_kernels import presets
 
     target = TARGETS[target_name]
     module = importlib.import_module(f"{launches.__name__}.{op}")

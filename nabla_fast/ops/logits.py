@@ -90,6 +90,6 @@ def _(hidden: Tensor, head: Tensor) -> Tensor:
 
 @lm_logits.backend("triton", when=takes)
 def _(hidden: Tensor, head: Tensor) -> Tensor:
-    from nabla_fast.triton_kernels import lm_logits as kernels
+    from nabla_fast.triton_kernels.vocabulary_product import vocabulary_product
 
-    return kernels.lm_logits(hidden, head)
+    return vocabulary_product([hidden], [head])

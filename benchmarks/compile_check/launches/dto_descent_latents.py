@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+
 from nabla_fast.triton_kernels.dto_descent_latents import dto_descent_latents
 
 ROWS, VOCABULARY, HIDDEN, ITERS = 16, 151_936, 4096, 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+
 from nabla_fast.triton_kernels.gumbel import gumbel_noise
 
 
