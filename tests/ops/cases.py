@@ -379,6 +379,25 @@ _NOISES: dict[str, dict[str, Any]] = {
     "whole vocabulary": {"rows": 2, "vocabulary": WHOLE},
 }
 
+# -- draws -------------------------------------------------------------------------------------------
+
+
+def draw_tokens(draw: Draw, rows: int, vocabulary: int, dtype: torch.dtype = F32, **options: Any):
+    return {
+        "logits": draw.logits(rows, vocabulary, dtype),
+        "exponentials": -draw.uniform(rows, vocabulary).to(dtype).clamp(1e-6).log() + 1e-6,
+        **options,
+    }
+
+
+_DRAWS: dict[str, dict[str, Any]] = {
+    "all": {"rows": 5, "vocabulary": 257},
+    "filtered": {"rows": 5, "vocabulary": 4099, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    "top-p": {"rows": 3, "vocabulary": 257, "top_p": 0.5},
+    "one token": {"rows": 2, "vocabulary": 1, "top_k": 3},
+    "float64": {"rows": 3, "vocabulary": 257, "dtype": F64, "top_k": 7},
+}
+
 # -- attention ---------------------------------------------------------------------------------------
 
 
@@ -440,6 +459,7 @@ CASES: dict[str, list[Case]] = {
     "lm_logits": _cases(lm_logits, _LOGITS),
     "nll_grad": _cases(nll_grad, _NLLS),
     "gumbel_noise": _cases(gumbel_noise, _NOISES),
+    "draw_tokens": _cases(draw_tokens, _DRAWS),
     "embedding_mix": _mix_cases(embedding_mix, backward=False),
     "embedding_mix_backward": _mix_cases(mix_backward, backward=True),
     "linear_embedding_mix": _mix_cases(embedding_mix, backward=False, hidden=24),

@@ -337,6 +337,7 @@ def _row_maximum(tensor: Tensor) -> Tensor:
 
 # Ops whose rows must not depend on the rows beside them, nor on the number of threads, to the bit.
 ROW_INDEPENDENT = (
+    "draw_tokens",
     "dto_descent",
     "dto_descent_latents",
     "gumbel_noise",
