@@ -19,12 +19,18 @@ from torch import Tensor
 from .dto_descent import _DONE, _FLIPPED, _STATUS_SHIFT, adam_rates, adam_step, teams_of
 from .exponential import exp, inverse_parts, scaled
 from .gumbel import gumbel_noise
-from .products import dot, tile_arguments, tile_of, upcast, vocabulary_tile
+from .products import upcast
 from .row_sums import FIELDS, joined_sums, store_sums
 
-# Tiles do not depend on the number of rows, so that a row's result does not.
-_LOGITS = {"ROWS": 16, "COLUMNS": 128, "DEPTH": 64, "num_warps": 4, "num_stages": 3}
-_PULL = {"ROWS": 16, "COLUMNS": 64, "WIDTH": 128, "num_warps": 4, "num_stages": 2}
+# Tiles do not depend on the number of rows, so that a row's result does not; by how _dot multiplies.
+_LOGITS = {
+    "half": {"ROWS": 16, "COLUMNS": 128, "DEPTH": 64, "num_warps": 4, "num_stages": 3},
+    "float32": {"ROWS": 16, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2},
+}
+_PULL = {
+    "half": {"ROWS": 16, "COLUMNS": 64, "WIDTH": 128, "num_warps": 4, "num_stages": 2},
+    "float32": {"ROWS": 16, "COLUMNS": 16, "WIDTH": 128, "num_warps": 4, "num_stages": 2},
+}
 _SPLIT = 4096  # tokens of a split of the second product, a multiple of its COLUMNS
 _SLICE = 2048  # tokens of a slice of the sums
 _PART = 1024  # of a row of h, for one program
@@ -43,46 +49,73 @@ def _moves(records_ptr, team_ptr, stopped_ptr, row, turn):
     return going
 
 
+@triton.jit
+def _dot(table, states, acc, UPCAST: tl.constexpr):
+    """acc + table·states in float32, the many tokens or the width of the head first: the few rows of a
+    launch fill no tensor core's longer side.
+
+    Float32 states meet a bfloat16 table as three bfloat16 terms, which hold their 24 bits; the rest is
+    float32 arithmetic, nothing rounded to tf32.
+
+    Args:
+        table: [M, K].
+        states: [K, ROWS] float32.
+        acc: [M, ROWS] float32.
+        UPCAST: multiply in float32 anyhow, for the interpreter, whose bfloat16 arithmetic is wrong.
+    """
+    if table.dtype == tl.bfloat16 and not UPCAST:
+        high = states.to(tl.bfloat16)
+        rest = states - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        acc = tl.dot(table, (rest - middle.to(tl.float32)).to(tl.bfloat16), acc)
+        acc = tl.dot(table, middle, acc)
+        acc = tl.dot(table, high, acc)
+    else:
+        acc = tl.dot(table.to(tl.float32), states, acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["turn", "rows"])
 def _logits_kernel(
-    states,
-    tables,
-    state_strides,
-    table_strides,
-    widths,
+    h_ptr,  # [N, H] float32
+    head_ptr,  # [V, H]
     z_ptr,  # [N, V] float32, contiguous
     records_ptr,
     team_ptr,
     stopped_ptr,
     rows,
     vocabulary,
+    width,  # H
     tiles_of_rows,
     turn,
+    h_stride,
+    head_stride_v,
+    head_stride_h,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """z of the rows that took step ``turn``; of all rows for turn 0."""
-    row, column, _ = tile_of(tiles_of_rows, rows, vocabulary, ROWS, COLUMNS)
+    # Programs that follow each other share a tile of the head.
+    row = (tl.program_id(0) % tiles_of_rows * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    token = (tl.program_id(0) // tiles_of_rows * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     within = tl.minimum(row, rows - 1)
     moves = _moves(records_ptr, team_ptr, stopped_ptr, within, turn).to(tl.int32)
     if tl.max(moves, axis=0) > 0:
-        z = vocabulary_tile(
-            states,
-            tables,
-            state_strides,
-            table_strides,
-            widths,
-            within,
-            tl.minimum(column, vocabulary - 1),
-            ROWS,
-            COLUMNS,
-            DEPTH,
-            UPCAST,
-        )
-        there = (row < rows)[:, None] & (column < vocabulary)[None, :]
-        tl.store(z_ptr + row[:, None] * vocabulary + column[None, :], z, mask=there)
+        depth = tl.arange(0, DEPTH)
+        states = h_ptr + within[None, :] * h_stride + depth[:, None]
+        table = tl.minimum(token, vocabulary - 1)[:, None] * head_stride_v
+        table = head_ptr + table + depth.to(tl.int64)[None, :] * head_stride_h
+        acc = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
+        for start in range(0, width, DEPTH):
+            there = depth < width - start
+            head = tl.load(table, mask=there[None, :], other=0.0)
+            acc = _dot(head, tl.load(states, mask=there[:, None], other=0.0), acc, UPCAST)
+            table += DEPTH * head_stride_h
+            states += DEPTH
+        at = z_ptr + row[None, :] * vocabulary + token[:, None]
+        tl.store(at, acc, mask=(row < rows)[None, :] & (token < vocabulary)[:, None])
 
 
 @triton.jit(do_not_specialize=["turn"])
@@ -209,37 +242,39 @@ def _pull_kernel(
     """Σ_v ∂ℒ/∂z[v] head[v] over a split of the vocabulary, for the rows that take step ``turn``."""
     program = tl.program_id(0)
     row = (program % tiles_of_rows * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column_of_head = program // tiles_of_rows % tiles_of_width * WIDTH + tl.arange(0, WIDTH)
+    part = program // tiles_of_rows % tiles_of_width * WIDTH + tl.arange(0, WIDTH)
     split = (program // tiles_of_rows // tiles_of_width).to(tl.int64)
     within = tl.minimum(row, rows - 1)
-    moves = _moves(records_ptr, team_ptr, stopped_ptr, within, turn).to(tl.int32)
-    if tl.max(moves, axis=0) > 0:
+    moves = _moves(records_ptr, team_ptr, stopped_ptr, within, turn)
+    if tl.max(moves.to(tl.int32), axis=0) > 0:
         of_row = steps_ptr + within * _STEP_FIELDS
-        top, grad_token = tl.load(of_row)[:, None], tl.load(of_row + 1)[:, None]
-        weight, mean = tl.load(of_row + 2)[:, None], tl.load(of_row + 3)[:, None]
+        top = tl.load(of_row, mask=moves, other=0.0)[None, :]
+        grad_token = tl.load(of_row + 1, mask=moves, other=0.0)[None, :]
+        weight = tl.load(of_row + 2, mask=moves, other=0.0)[None, :]
+        mean = tl.load(of_row + 3, mask=moves, other=0.0)[None, :]
         # A mean that is no number spoils the whole row.
         nothing = tl.where(mean == mean, 0.0, mean)
-        there = column_of_head < width
-        head_offset = column_of_head.to(tl.int64)[None, :] * head_stride_h
-        acc = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+        there = part < width
+        part_offset = part.to(tl.int64)[None, :] * head_stride_h
+        acc = tl.zeros((WIDTH, ROWS), dtype=tl.float32)
         first = split.to(tl.int32) * SPLIT
         for start in range(first, tl.minimum(first + SPLIT, vocabulary), COLUMNS):
             token = (start + tl.arange(0, COLUMNS)).to(tl.int64)
-            known = (token < vocabulary)[None, :]
-            at = within[:, None] * vocabulary + token[None, :]
+            known = (token < vocabulary)[:, None] & moves[None, :]
+            at = within[None, :] * vocabulary + token[:, None]
             y = tl.load(z_ptr + at, mask=known, other=-float("inf"))
             if noise_ptr is not None:
                 y += tl.load(noise_ptr + at, mask=known, other=0.0)
-            at = within[:, None] * grad_stride + token[None, :]
+            at = within[None, :] * grad_stride + token[:, None]
             grad = tl.load(grad_ptr + at, mask=known, other=0.0).to(tl.float32)
             e = exp(scaled(y - top, inverse, inverse_low))
             centred = tl.where(e > 0, grad, grad_token) - grad_token - mean
             pull = tl.where(e > 0, e * weight * centred, nothing)
-            at = head_ptr + token[:, None] * head_stride_v + head_offset
+            at = head_ptr + token[:, None] * head_stride_v + part_offset
             head = tl.load(at, mask=(token < vocabulary)[:, None] & there[None, :], other=0.0)
-            acc = dot(pull, head, acc, UPCAST)
-        at = partial_ptr + (split * rows + row)[:, None] * width + column_of_head[None, :]
-        tl.store(at, acc, mask=(row < rows)[:, None] & there[None, :])
+            acc = _dot(tl.trans(head), pull, acc, UPCAST)
+        at = partial_ptr + (split * rows + row)[None, :] * width + part[:, None]
+        tl.store(at, acc, mask=(row < rows)[None, :] & there[:, None])
 
 
 @triton.jit(do_not_specialize=["turn", "rows"])
@@ -334,20 +369,26 @@ def dto_descent_latents(
         team = teams_of(group)
         stopped = torch.full((rows,), _NEVER, device=device, dtype=torch.int32)
     who = (records, team, stopped)
+    kind = "half" if head.dtype == torch.bfloat16 else "float32"
+    logits_tile, pull_tile = _LOGITS[kind], _PULL[kind]
 
     def survey(turn: int) -> None:
         """z and its sums, after step ``turn``."""
-        tiles = triton.cdiv(rows, _LOGITS["ROWS"])
-        _logits_kernel[(tiles * triton.cdiv(vocabulary, _LOGITS["COLUMNS"]),)](
-            *tile_arguments([h], [head]),
+        tiles = triton.cdiv(rows, logits_tile["ROWS"])
+        _logits_kernel[(tiles * triton.cdiv(vocabulary, logits_tile["COLUMNS"]),)](
+            h,
+            head,
             z,
             *who,
             rows,
             vocabulary,
+            width,
             tiles,
             turn,
+            h.stride(0),
+            *head.stride(),
             UPCAST=upcast(h),
-            **_LOGITS,
+            **logits_tile,
         )
         _survey_kernel[(rows * slices,)](
             z,
@@ -385,7 +426,7 @@ def dto_descent_latents(
 
     def move(turn: int) -> None:
         """Step ``turn``."""
-        tiles = triton.cdiv(rows, _PULL["ROWS"]), triton.cdiv(width, _PULL["WIDTH"])
+        tiles = triton.cdiv(rows, pull_tile["ROWS"]), triton.cdiv(width, pull_tile["WIDTH"])
         _pull_kernel[(tiles[0] * tiles[1] * splits,)](
             z,
             grad,
@@ -404,7 +445,7 @@ def dto_descent_latents(
             *inverse,
             SPLIT=_SPLIT,
             UPCAST=upcast(h),
-            **_PULL,
+            **pull_tile,
         )
         _step_kernel[(rows * parts,)](
             h,

@@ -16,7 +16,7 @@ def exp(x):
         x: float32; from 88 on, the result is exp(88).
     """
     # Adding 1.5·2²³ rounds to an integer, which then stands in the low bits of the sum.
-    bounded = tl.minimum(tl.maximum(x, -88.0), 88.0)
+    bounded = tl.minimum(tl.where(x > -88.0, x, -88.0), 88.0)
     shifted = bounded * 1.44269504 + 12582912.0
     n = shifted - 12582912.0
     # ln 2 in two parts; the upper one has 10 bits, so that its product with n is exact.

@@ -104,6 +104,7 @@ def joined_sums(
     total = tl.where(status == 0, total, 1.0)
     spoiled = (status != 0) | (scaled(lost - reference, inverse, inverse_low) >= -87.0)
     weight = inverse / total + inverse_low / total
-    mean = tl.where(spoiled, float("nan"), (tilt / total).to(tl.float32))
+    mean = (tl.where(spoiled, 0.0, tilt) / total).to(tl.float32)
+    mean = tl.where(spoiled, float("nan"), mean)
     mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
     return token.to(tl.int32), top, grad, weight.to(tl.float32), mean, status
