@@ -106,7 +106,7 @@ def _centred_tile(
     return e, tl.where(other, grad, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])
 def _tilt_kernel(
     product_ptr,
     logits_ptr,
@@ -153,7 +153,7 @@ def _tilt_kernel(
     tl.store(tilt_ptr + program + tl.zeros((1,), tl.int64), tl.sum(e * centred, axis=1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])
 def _jacobian_kernel(
     product_ptr,
     logits_ptr,
@@ -203,7 +203,7 @@ def _jacobian_kernel(
     )
     total = tl.load(total_ptr + row)[:, None]
     mean = tl.load(tilt_ptr + row)[:, None] / total
-    result = tl.where(e > 0, e / total * (centred - mean) * inverse, 0.0)
+    result = tl.where(e > 0, e * (inverse / total) * (centred - mean), 0.0)
     column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
     at = result_ptr + row[:, None] * vocabulary + column
     tl.store(at, result.to(result_ptr.dtype.element_ty), mask=column < vocabulary)
@@ -245,7 +245,8 @@ def embedding_mix(
     # Every program that reads a logit would draw its noise again.
     mixes = []
     for part in row_blocks(*logits.shape):
-        perturbed = gumbel_noise(noise[0][part], noise[1][part], logits.shape[1], torch.float32)
+        with torch.cuda.device_of(logits):
+            perturbed = gumbel_noise(noise[0][part], noise[1][part], logits.shape[1], torch.float32)
         perturbed += logits[part]
         mixes.append(weighted_rows(perturbed, tables, sums=sums.part(part), tau=tau))
     if not mixes:

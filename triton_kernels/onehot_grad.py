@@ -14,7 +14,7 @@ from .softmax_sums import softmax_sums
 from .vocabulary_product import vocabulary_product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles_of_rows", "slices"])
 def _onehot_grad_kernel(
     states,  # [N, H_t] each: ∂ℒ/∂e_t
     tables,  # [V, H_t] each

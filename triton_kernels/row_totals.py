@@ -10,7 +10,7 @@ from torch import Tensor
 _COLUMNS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _row_totals_kernel(
     parts_ptr,  # [N, M] float32, contiguous
     totals_ptr,  # [N] float32

@@ -58,7 +58,7 @@ def exp_tile(z, top, inverse, inverse_low):
     return exp(scaled(difference, inverse, inverse_low))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])
 def _slice_kernel(
     logits_ptr,  # [N, V]
     row_stride,
@@ -104,7 +104,7 @@ def _slice_kernel(
     tl.store(keys_ptr + at, tl.where(bad > 0, -1, token))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])
 def _join_kernel(
     tops_ptr,
     totals_ptr,

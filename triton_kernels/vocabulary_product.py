@@ -10,7 +10,7 @@ from torch import Tensor
 from .products import tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles_of_rows"])
 def _vocabulary_product_kernel(
     states,
     tables,

@@ -19,7 +19,7 @@ from .softmax_sums import SoftmaxSums, exp_tile
 _FLOAT16_SCALE = tl.constexpr(32768.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles_of_rows", "tiles_of_width"])
 def _weighted_rows_kernel(
     weights_ptr,  # [N, V]: logits if SOFTMAX, else the weights themselves
     row_stride,
@@ -95,7 +95,7 @@ def _weighted_rows_kernel(
             tl.store(to, acc, mask=(row < rows)[:, None] & there[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits", "tiles"])
 def _join_kernel(
     partial_ptr,  # [splits, N, ΣH_t] float32
     total_ptr,  # [N] float32, what a row's sums are divided by, if DIVIDE
