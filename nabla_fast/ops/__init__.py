@@ -21,6 +21,7 @@ from nabla_fast.ops.prefix_attention import prefix_attention
 from nabla_fast.ops.registry import backend_status, use_backend
 from nabla_fast.ops.rows import synchronize
 from nabla_fast.ops.token_stats import TokenStats, token_stats
+from nabla_fast.ops.vocab_parallel import vocab_parallel_embedding_mix
 
 __all__ = [
     "AdamState",
@@ -45,4 +46,5 @@ __all__ = [
     "synchronize",
     "token_stats",
     "use_backend",
+    "vocab_parallel_embedding_mix",
 ]

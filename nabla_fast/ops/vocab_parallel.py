@@ -94,9 +94,10 @@ class _Slice:
         self.noise = noise
         self.direct = direct
 
-    def reduce(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    def reduce(self, tensor: Tensor, operation: str = "SUM") -> Tensor:
         """The sum, or another reduction, over the group; in place."""
-        dist.all_reduce(tensor, operation, group=self.group)
+        # By name: where torch is built without distributed, importing this file still works.
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation), group=self.group)
         return tensor
 
     def perturbed(self, logits: Tensor, rows: slice) -> Tensor:
@@ -120,12 +121,12 @@ class _Slice:
         local, token = torch.cat(tops), torch.cat(tokens)
         nan = local.isnan()
         top, any_nan = self.reduce(
-            torch.stack([local.masked_fill(nan, -torch.inf), nan.to(local.dtype)]), dist.ReduceOp.MAX
+            torch.stack([local.masked_fill(nan, -torch.inf), nan.to(local.dtype)]), "MAX"
         )
         status = torch.where(top == torch.inf, HAS_INF, torch.where(top == -torch.inf, ALL_MASKED, OK))
         report(_NAME, torch.where(any_nan > 0, HAS_NAN, status).to(torch.int32))
         none = torch.iinfo(torch.int64).max
-        return top, self.reduce(torch.where(local == top, token, none), dist.ReduceOp.MIN)
+        return top, self.reduce(torch.where(local == top, token, none), "MIN")
 
     def owned(self, token: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
         """[N] whether the tokens are in this slice, and their places in it (0 where they are not)."""
