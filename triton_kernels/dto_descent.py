@@ -290,9 +290,9 @@ def dto_descent(
             neighbours in memory.
         step: [N] int64, contiguous.
         schedule: [K] or [N, K] float64.
-        until, group: [N] int64, contiguous, or None.
+        until, group: [N] int64, or None.
         tau: τ in [2⁻⁶⁴, 2⁶⁴].
-        noise: seed [N] and position [N] int64, contiguous, or None.
+        noise: seed [N] and position [N] int64, or None.
     Returns:
         token [N] int64, flipped [N] bool, status [N] int32.
     """
@@ -302,6 +302,7 @@ def dto_descent(
     status = torch.empty(rows, dtype=torch.int32, device=z.device)
     if rows == 0:
         return token, flipped, status
+    until = None if until is None else until.contiguous()
     noises = None if noise is None else gumbel_noise(*noise, vocabulary, torch.float32)
     rates, scales = adam_rates(schedule)
     team = stopped = None
@@ -314,67 +315,68 @@ def dto_descent(
     inverse = inverse_parts(tau)
     options = {"SLICES": triton.next_power_of_2(slices), "num_warps": 4}
 
-    for start in range(0, rows, most):
-        part = slice(start, min(start + most, rows))
-        n = part.stop - part.start
-        part_noise = None if noises is None else noises[part]
-        _survey_kernel[(n * slices,)](
-            z[part],
-            grad[part],
-            part_noise,
-            sums,
-            vocabulary,
-            n,
-            slices,
-            z.stride(0),
-            grad.stride(0),
-            *inverse,
-            TILE=TILE,
-            num_warps=_WARPS,
-        )
-        for turn in range(1, schedule.shape[-1] + 1):
-            if team is not None and turn > 1:
-                _team_kernel[(n,)](team, stopped, sums, records, n, slices, turn, *inverse, **options)
-            _step_kernel[(n * slices,)](
+    with torch.cuda.device_of(z):
+        for start in range(0, rows, most):
+            part = slice(start, min(start + most, rows))
+            n = part.stop - part.start
+            part_noise = None if noises is None else noises[part]
+            _survey_kernel[(n * slices,)](
                 z[part],
                 grad[part],
-                exp_avg[part],
-                exp_avg_sq[part],
                 part_noise,
-                step[part],
-                None if until is None else until[part],
-                rates if rates.ndim == 1 else rates[part],
-                scales,
-                team,
-                stopped,
                 sums,
-                records,
                 vocabulary,
                 n,
                 slices,
-                turn,
-                schedule.shape[-1],
                 z.stride(0),
                 grad.stride(0),
-                exp_avg.stride(0),
-                exp_avg_sq.stride(0),
-                0 if rates.ndim == 1 else rates.stride(0),
                 *inverse,
                 TILE=TILE,
-                SLICES=options["SLICES"],
                 num_warps=_WARPS,
             )
-        _finish_kernel[(n,)](
-            step[part],
-            token[part],
-            flipped[part],
-            status[part],
-            sums,
-            records,
-            n,
-            slices,
-            schedule.shape[-1] + 1,
-            *inverse,
-            **options,
-        )
+            for turn in range(1, schedule.shape[-1] + 1):
+                if team is not None and turn > 1:
+                    _team_kernel[(n,)](team, stopped, sums, records, n, slices, turn, *inverse, **options)
+                _step_kernel[(n * slices,)](
+                    z[part],
+                    grad[part],
+                    exp_avg[part],
+                    exp_avg_sq[part],
+                    part_noise,
+                    step[part],
+                    None if until is None else until[part],
+                    rates if rates.ndim == 1 else rates[part],
+                    scales,
+                    team,
+                    stopped,
+                    sums,
+                    records,
+                    vocabulary,
+                    n,
+                    slices,
+                    turn,
+                    schedule.shape[-1],
+                    z.stride(0),
+                    grad.stride(0),
+                    exp_avg.stride(0),
+                    exp_avg_sq.stride(0),
+                    0 if rates.ndim == 1 else rates.stride(0),
+                    *inverse,
+                    TILE=TILE,
+                    SLICES=options["SLICES"],
+                    num_warps=_WARPS,
+                )
+            _finish_kernel[(n,)](
+                step[part],
+                token[part],
+                flipped[part],
+                status[part],
+                sums,
+                records,
+                n,
+                slices,
+                schedule.shape[-1] + 1,
+                *inverse,
+                **options,
+            )
     return token, flipped, status

@@ -342,9 +342,9 @@ def dto_descent_latents(
             neighbours in memory.
         step: [N] int64, contiguous.
         schedule: [K] or [N, K] float64.
-        until, group: [N] int64, contiguous, or None.
+        until, group: [N] int64, or None.
         tau: τ in [2⁻⁶⁴, 2⁶⁴].
-        noise: seed [N] and position [N] int64, contiguous, or None.
+        noise: seed [N] and position [N] int64, or None.
     Returns:
         token [N] int64, flipped [N] bool, status [N] int32.
     """
@@ -359,6 +359,7 @@ def dto_descent_latents(
     slices, parts = triton.cdiv(vocabulary, _SLICE), triton.cdiv(width, _PART)
     splits, iters = triton.cdiv(vocabulary, _SPLIT), schedule.shape[-1]
     z = torch.empty(rows, vocabulary, device=device, dtype=torch.float32)
+    until = None if until is None else until.contiguous()
     noises = None if noise is None else gumbel_noise(*noise, vocabulary, torch.float32)
     sums = torch.empty(rows * FIELDS.value * slices, device=device, dtype=torch.float32)
     steps = torch.empty(rows, _STEP_FIELDS.value, device=device, dtype=torch.float32)

@@ -18,7 +18,7 @@ def _from_word(word):
     inner one, and the approximate float32 logarithm has no correct digit left where u is near 1.
     """
     uniform = ((word >> 9).to(tl.float64) + 0.5) * (1.0 / (1 << 23))
-    return (-tl.log(-tl.log(uniform))).to(tl.float32)
+    return -tl.log(-tl.log(uniform))
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def gumbel(seed, position, token):
     word = token % 4
     even = tl.where(word == 0, w0, w2)
     odd = tl.where(word == 1, w1, w3)
-    return _from_word(tl.where(word % 2 == 0, even, odd))
+    return _from_word(tl.where(word % 2 == 0, even, odd)).to(tl.float32)
 
 
 @triton.jit
@@ -56,6 +56,11 @@ def gumbel_row(seed, position, start, COLUMNS: tl.constexpr):
         start: a multiple of 4.
         COLUMNS: a power of two ≥ 4.
     """
+    return _row(seed, position, start, COLUMNS).to(tl.float32)
+
+
+@triton.jit
+def _row(seed, position, start, COLUMNS: tl.constexpr):
     w0, w1, w2, w3 = _words(seed, position, start // 4 + tl.arange(0, COLUMNS // 4))
     return _from_word(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))
 
@@ -71,7 +76,7 @@ def gumbel_tile(seed, position, start, COLUMNS: tl.constexpr):
     """
     block = start // 4 + tl.arange(0, COLUMNS // 4)[None, :]
     w0, w1, w2, w3 = _words(seed[:, None], position[:, None], block + (seed[:, None] * 0).to(tl.int32))
-    return _from_word(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))
+    return _from_word(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))).to(tl.float32)
 
 
 @triton.jit
@@ -85,8 +90,9 @@ def _gumbel_noise_kernel(
 ):
     row = (tl.program_id(0) // tiles).to(tl.int64)
     start = tl.program_id(0) % tiles * COLUMNS
-    noise = gumbel_row(tl.load(seed_ptr + row), tl.load(position_ptr + row), start, COLUMNS)
+    noise = _row(tl.load(seed_ptr + row), tl.load(position_ptr + row), start, COLUMNS)
     columns = start + tl.arange(0, COLUMNS)
+    noise = noise.to(noise_ptr.dtype.element_ty)
     tl.store(noise_ptr + row * vocabulary + columns, noise, mask=columns < vocabulary)
 
 
@@ -94,16 +100,18 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int, dtype: torch.d
     """The noise of N rows.
 
     Args:
-        seed, position: [N] int64, contiguous.
+        seed, position: [N] int64.
         vocabulary: V.
-        dtype: of the result; the values are float32's.
+        dtype: of the result, float32 or float64.
     Returns:
         [N, V].
     """
     noise = torch.empty(len(seed), vocabulary, dtype=dtype, device=seed.device)
     if len(seed):
         tiles = triton.cdiv(vocabulary, _COLUMNS)
-        _gumbel_noise_kernel[(len(seed) * tiles,)](
-            seed, position, noise, vocabulary, tiles, COLUMNS=_COLUMNS
-        )
+        seed, position = seed.contiguous(), position.contiguous()
+        with torch.cuda.device_of(seed):
+            _gumbel_noise_kernel[(len(seed) * tiles,)](
+                seed, position, noise, vocabulary, tiles, COLUMNS=_COLUMNS
+            )
     return noise

@@ -52,7 +52,8 @@ def dto_descent(
         The rows' hard tokens now, and which of them the last step moved.
     Raises:
         InputError: a shape, dtype or device does not fit.
-        RowError: a row of ``z`` has a NaN or +inf logit, or no finite one.
+        RowError: a row of ``z`` has a NaN or +inf logit, or no finite one. Nothing has changed then, but
+            on a device, where the error comes later: there a bad row stays and the others move.
     """
     report("dto_descent", row_status(z))
     g = 0 if noise is None else gumbel_noise(noise, z.shape[1]).to(z.dtype)
@@ -145,6 +146,7 @@ def _triton_takes(
         takes(*rows)
         and z.dtype == torch.float32
         and all(tensor.stride(1) == 1 for tensor in rows)
+        and state.step.is_contiguous()
         and 2**-64 <= tau <= 2**64
     )
 
@@ -161,7 +163,6 @@ def _(
     tau: float,
     noise: GumbelNoise | None,
 ) -> Descent:
-    # Rows that are bad stay as they are; the others have moved when the error comes.
     from nabla_fast.triton_kernels import dto_descent as kernels
 
     *result, status = kernels.dto_descent(

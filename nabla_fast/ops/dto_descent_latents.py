@@ -43,7 +43,7 @@ def dto_descent_latents(
         The rows' hard tokens now, and which of them the last step moved.
     Raises:
         InputError: a shape, dtype or device does not fit.
-        RowError: a row's logits have a NaN or +inf, or no finite value.
+        RowError: a row's logits have a NaN or +inf, or no finite value; as of ``dto_descent``.
     """
     report("dto_descent_latents", row_status(lm_logits(h, head)))
     g = 0 if noise is None else gumbel_noise(noise, head.shape[0]).to(h.dtype)
@@ -98,6 +98,7 @@ def _triton_takes(
         takes(*rows, head)
         and h.dtype == torch.float32
         and all(tensor.stride(1) == 1 for tensor in rows)
+        and state.step.is_contiguous()
         and 2**-64 <= tau <= 2**64
     )
 
@@ -115,7 +116,6 @@ def _(
     tau: float,
     noise: GumbelNoise | None,
 ) -> Descent:
-    # Rows that are bad stay as they are; the others have moved when the error comes.
     from nabla_fast.triton_kernels import dto_descent_latents as kernels
 
     *result, status = kernels.dto_descent_latents(
