@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -358,6 +358,10 @@ _DESCENTS: dict[str, dict[str, Any]] = {
 }
 
 
+# What is the same for logits and for latents in an interpreted backend, which takes long for each.
+_ROW_ALONE = ("cold", "hot", "under way", "a hundred steps", "far from zero", "bf16 gradient")
+
+
 def _cases(
     recipe: Callable[..., dict[str, Any]], table: dict[str, dict[str, Any]], **more: Any
 ) -> list[Case]:
@@ -469,7 +473,11 @@ CASES: dict[str, list[Case]] = {
     "onehot_grad_norm": _cases(onehot_grad, _ONEHOT),
     "dto_descent": _cases(dto_descent, _DESCENTS),
     "dto_descent_latents": [
-        *_cases(dto_descent, {k: v for k, v in _DESCENTS.items() if k != "masked"}, hidden=24),
+        *(
+            replace(case, large=case.large or case.name in _ROW_ALONE)
+            for case in _cases(dto_descent, _DESCENTS, hidden=24)
+            if case.name != "masked"
+        ),
         Case("bf16 head", partial(dto_descent, rows=4, vocabulary=257, hidden=24, head=BF16)),
     ],
     "prefix_attention": [Case(n, partial(prefix_attention, **s)) for n, s in _ATTENTIONS.items()],
