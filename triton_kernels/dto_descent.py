@@ -83,7 +83,7 @@ def steps_left(step_ptr, until_ptr, row, iters, taken):
     return left
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _survey_kernel(
     z_ptr,  # [rows, V] float32
     grad_ptr,  # [rows, V]
@@ -296,7 +296,7 @@ def dto_descent(
     Returns:
         token [N] int64, flipped [N] bool, status [N] int32.
     """
-    rows, vocabulary = z.shape
+    (rows, vocabulary), iters = z.shape, schedule.shape[-1]
     slices = triton.cdiv(vocabulary, TILE)
     token, flipped = torch.empty_like(step), torch.empty(rows, dtype=torch.bool, device=z.device)
     status = torch.empty(rows, dtype=torch.int32, device=z.device)
@@ -319,33 +319,32 @@ def dto_descent(
         for start in range(0, rows, most):
             part = slice(start, min(start + most, rows))
             n = part.stop - part.start
-            part_noise = None if noises is None else noises[part]
+            own_z, own_grad, own_step = z[part], grad[part], step[part]
+            own_noise = None if noises is None else noises[part]
+            arrays = (own_z, own_grad, exp_avg[part], exp_avg_sq[part], own_noise)
+            limits = (own_step, None if until is None else until[part])
+            own_rates = rates if rates.ndim == 1 else rates[part]
+            strides = [array.stride(0) for array in arrays[:4]]
             _survey_kernel[(n * slices,)](
-                z[part],
-                grad[part],
-                part_noise,
+                own_z,
+                own_grad,
+                own_noise,
                 sums,
                 vocabulary,
                 n,
                 slices,
-                z.stride(0),
-                grad.stride(0),
+                *strides[:2],
                 *inverse,
                 TILE=TILE,
                 num_warps=_WARPS,
             )
-            for turn in range(1, schedule.shape[-1] + 1):
+            for turn in range(1, iters + 1):
                 if team is not None and turn > 1:
                     _team_kernel[(n,)](team, stopped, sums, records, n, slices, turn, *inverse, **options)
                 _step_kernel[(n * slices,)](
-                    z[part],
-                    grad[part],
-                    exp_avg[part],
-                    exp_avg_sq[part],
-                    part_noise,
-                    step[part],
-                    None if until is None else until[part],
-                    rates if rates.ndim == 1 else rates[part],
+                    *arrays,
+                    *limits,
+                    own_rates,
                     scales,
                     team,
                     stopped,
@@ -355,11 +354,8 @@ def dto_descent(
                     n,
                     slices,
                     turn,
-                    schedule.shape[-1],
-                    z.stride(0),
-                    grad.stride(0),
-                    exp_avg.stride(0),
-                    exp_avg_sq.stride(0),
+                    iters,
+                    *strides,
                     0 if rates.ndim == 1 else rates.stride(0),
                     *inverse,
                     TILE=TILE,
@@ -367,7 +363,7 @@ def dto_descent(
                     num_warps=_WARPS,
                 )
             _finish_kernel[(n,)](
-                step[part],
+                own_step,
                 token[part],
                 flipped[part],
                 status[part],
@@ -375,7 +371,7 @@ def dto_descent(
                 records,
                 n,
                 slices,
-                schedule.shape[-1] + 1,
+                iters + 1,
                 *inverse,
                 **options,
             )
