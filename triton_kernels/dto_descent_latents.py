@@ -26,10 +26,13 @@ from .row_sums import FIELDS, joined_sums, store_sums
 _LOGITS = {
     "half": {"ROWS": 16, "COLUMNS": 128, "DEPTH": 64, "num_warps": 4, "num_stages": 3},
     "float32": {"ROWS": 16, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2},
+    # An interpreter's time goes by operations, not by their size.
+    "interpreter": {"ROWS": 16, "COLUMNS": 1024, "DEPTH": 64},
 }
 _PULL = {
     "half": {"ROWS": 16, "COLUMNS": 64, "WIDTH": 128, "num_warps": 4, "num_stages": 2},
     "float32": {"ROWS": 16, "COLUMNS": 16, "WIDTH": 128, "num_warps": 4, "num_stages": 2},
+    "interpreter": {"ROWS": 16, "COLUMNS": 1024, "WIDTH": 128},
 }
 _SPLIT = 4096  # tokens of a split of the second product, a multiple of its COLUMNS
 _SLICE = 2048  # tokens of a slice of the sums
@@ -371,6 +374,7 @@ def dto_descent_latents(
         stopped = torch.full((rows,), _NEVER, device=device, dtype=torch.int32)
     who = (records, team, stopped)
     kind = "half" if head.dtype == torch.bfloat16 else "float32"
+    kind = "interpreter" if upcast(h) else kind
     logits_tile, pull_tile = _LOGITS[kind], _PULL[kind]
 
     def survey(turn: int) -> None:
