@@ -93,7 +93,7 @@ def tasks(device: torch.device) -> Iterator[Task]:
         "half",
         mixes(_HALF, _ROWS),
         _mix_configs(
-            programs, (128, 64, 128, 8, 2), (128, 64, 256, 8, 2), (128, 64, 256, 8, 3), (64, 64, 256, 4, 3)
+            programs, (128, 64, 128, 8, 2), (128, 64, 128, 8, 3), (128, 32, 256, 8, 4), (128, 32, 256, 8, 3)
         ),
     )
     yield Task(
