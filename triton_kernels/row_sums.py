@@ -43,6 +43,7 @@ def store_sums(
     here = tl.where(tl.abs(here) < float("inf"), here, 0.0)
     # A slice that holds no finite y has no sums, whatever they are taken relative to.
     e = exp(scaled(clean - tl.where(tl.abs(top) < float("inf"), top, 0.0), inverse, inverse_low))
+    e *= tl.where(top < float("inf"), 1.0, 0.0)  # a row of +inf is refused: its sums only must not overflow
     centred = tl.where(finite & (e > 0), grad, here) - here
     at = sums_ptr + slice
     tl.store(at + _TOP * slices, top)
