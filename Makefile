@@ -12,7 +12,7 @@ C_TESTS := $(shell find tests -name '*.cpp' -o -name '*.c' -o -name '*.h')
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow lint bench format gpu sanitize clean
+.PHONY: demo test test-slow lint bench compile-check format gpu sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/nabla-fast demo
@@ -33,6 +33,10 @@ bench: $(INSTALLED)
 sanitize:
 	$(MAKE) -f tests/fuzz/sanitize.mk -j$(shell nproc) build
 	$(MAKE) -f tests/fuzz/sanitize.mk
+
+# Every Triton kernel for GPUs that are not there; a spill or too much shared memory fails.
+compile-check: $(INSTALLED)
+	$(BIN)/python -m benchmarks.compile_check $(COMPILE_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

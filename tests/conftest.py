@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Triton, which transformers imports, reads this as it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import transformers
 from golden_data import GOLDEN, golden_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast

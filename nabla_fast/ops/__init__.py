@@ -7,6 +7,7 @@ Each op is its plain-PyTorch reference with faster backends registered on it; se
 from nabla_fast.errors import BackendUnavailable
 from nabla_fast.ops.adam import AdamState, cosine_schedule
 from nabla_fast.ops.descent_loop import Descent
+from nabla_fast.ops.draw_tokens import draw_tokens
 from nabla_fast.ops.dto_descent import dto_descent
 from nabla_fast.ops.dto_descent_latents import dto_descent_latents
 from nabla_fast.ops.embedding_mix import embedding_mix
@@ -20,6 +21,7 @@ from nabla_fast.ops.prefix_attention import prefix_attention
 from nabla_fast.ops.registry import backend_status, use_backend
 from nabla_fast.ops.rows import synchronize
 from nabla_fast.ops.token_stats import TokenStats, token_stats
+from nabla_fast.ops.vocab_parallel import vocab_parallel_embedding_mix
 
 __all__ = [
     "AdamState",
@@ -29,6 +31,7 @@ __all__ = [
     "TokenStats",
     "backend_status",
     "cosine_schedule",
+    "draw_tokens",
     "dto_descent",
     "dto_descent_latents",
     "embedding_mix",
@@ -43,4 +46,5 @@ __all__ = [
     "synchronize",
     "token_stats",
     "use_backend",
+    "vocab_parallel_embedding_mix",
 ]

@@ -105,10 +105,12 @@ def check_descent(
             f"{name}: schedule must be float64 [K] or [{rows}, K], "
             f"got {schedule.dtype} {list(schedule.shape)}"
         )
-    if until is not None and rows > 0 and int(until.max()) > schedule.shape[-1]:
-        raise InputError(f"{name}: until exceeds the {schedule.shape[-1]} steps of the schedule")
-    if group is not None and rows > 0 and int(group.min()) < 0:
-        raise InputError(f"{name}: group numbers must not be negative")
+    # Numbers on a device are not waited for; nothing is read beyond the schedule there.
+    if rows > 0 and state.step.device.type == "cpu":
+        if until is not None and int(until.max()) > schedule.shape[-1]:
+            raise InputError(f"{name}: until exceeds the {schedule.shape[-1]} steps of the schedule")
+        if group is not None and int(group.min()) < 0:
+            raise InputError(f"{name}: group numbers must not be negative")
     expect_tau(name, tau)
     if noise is not None:
         expect_noise(name, noise, rows)

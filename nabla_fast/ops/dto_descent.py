@@ -15,6 +15,7 @@ from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.softmax import softmax_gradient
+from nabla_fast.ops.triton_backend import takes
 
 
 @op(mutates=("z", "state"))
@@ -51,7 +52,8 @@ def dto_descent(
         The rows' hard tokens now, and which of them the last step moved.
     Raises:
         InputError: a shape, dtype or device does not fit.
-        RowError: a row of ``z`` has a NaN or +inf logit, or no finite one.
+        RowError: a row of ``z`` has a NaN or +inf logit, or no finite one. Nothing has changed then, but
+            on a device, where the error comes later: there a bad row stays and the others move.
     """
     report("dto_descent", row_status(z))
     g = 0 if noise is None else gumbel_noise(noise, z.shape[1]).to(z.dtype)
@@ -134,3 +136,37 @@ def _(
     if status is not None:
         report("dto_descent", status)
     return Descent(token, flipped)
+
+
+def _triton_takes(
+    z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, *, tau: float, **_: Any
+) -> bool:
+    rows = (z, grad, state.exp_avg, state.exp_avg_sq)
+    return (
+        takes(*rows)
+        and z.dtype == torch.float32
+        and all(tensor.stride(1) == 1 for tensor in rows)
+        and state.step.is_contiguous()
+        and 2**-64 <= tau <= 2**64
+    )
+
+
+@dto_descent.backend("triton", when=_triton_takes)
+def _(
+    z: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: GumbelNoise | None,
+) -> Descent:
+    from nabla_fast.triton_kernels import dto_descent as kernels
+
+    *result, status = kernels.dto_descent(
+        z, grad, *state, schedule, until=until, group=group, tau=tau, noise=noise
+    )
+    report("dto_descent", status)
+    return Descent(*result)

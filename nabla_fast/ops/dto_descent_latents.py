@@ -22,6 +22,7 @@ from nabla_fast.ops.logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.softmax import softmax_gradient
+from nabla_fast.ops.triton_backend import takes
 
 
 @op(mutates=("h", "state"))
@@ -49,7 +50,7 @@ def dto_descent_latents(
         The rows' hard tokens now, and which of them the last step moved.
     Raises:
         InputError: a shape, dtype or device does not fit.
-        RowError: a row's logits have a NaN or +inf, or no finite value.
+        RowError: a row's logits have a NaN or +inf, or no finite value; as of ``dto_descent``.
     """
     report("dto_descent_latents", row_status(lm_logits(h, head)))
     g = 0 if noise is None else gumbel_noise(noise, head.shape[0]).to(h.dtype)
@@ -137,3 +138,38 @@ def _(
     if status is not None:
         report("dto_descent_latents", status)
     return Descent(token, flipped)
+
+
+def _triton_takes(
+    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, *, tau: float, **_: Any
+) -> bool:
+    rows = (h, grad, state.exp_avg, state.exp_avg_sq)
+    return (
+        takes(*rows, head)
+        and h.dtype == torch.float32
+        and all(tensor.stride(1) == 1 for tensor in rows)
+        and state.step.is_contiguous()
+        and 2**-64 <= tau <= 2**64
+    )
+
+
+@dto_descent_latents.backend("triton", when=_triton_takes)
+def _(
+    h: Tensor,
+    head: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: GumbelNoise | None,
+) -> Descent:
+    from nabla_fast.triton_kernels import dto_descent_latents as kernels
+
+    *result, status = kernels.dto_descent_latents(
+        h, head, grad, *state, schedule, until=until, group=group, tau=tau, noise=noise
+    )
+    report("dto_descent_latents", status)
+    return Descent(*result)

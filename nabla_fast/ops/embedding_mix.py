@@ -26,6 +26,7 @@ from nabla_fast.ops.gumbel import GumbelNoise, perturbed
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.softmax import onehot_gradient, softmax_gradient
+from nabla_fast.ops.triton_backend import contiguous, takes
 
 
 @op
@@ -183,3 +184,45 @@ def _(
     return mix.backward([as_native(c) for c in cotangents], None if direct is None else as_native(direct))[
         0
     ]
+
+
+def triton_takes(
+    *tensors: Tensor, tau: float, noise: GumbelNoise | None, direct: Tensor | None, **_: Any
+) -> bool:
+    """Whether Triton kernels mix tensors like these."""
+    return takes(*tensors, *(noise or ()), direct) and 2**-64 <= tau <= 2**64
+
+
+@embedding_mix.backend(
+    "triton", when=lambda logits, tables, **options: triton_takes(logits, *tables, **options)
+)
+def _(
+    logits: Tensor, tables: Sequence[Tensor], *, tau: float, hard: bool, noise: GumbelNoise | None, **_: Any
+) -> list[Tensor]:
+    from nabla_fast.triton_kernels import embedding_mix as kernels
+
+    mixes, status = kernels.embedding_mix(logits, list(tables), tau=tau, hard=hard, noise=contiguous(noise))
+    report("embedding_mix", status)
+    return mixes
+
+
+@embedding_mix_backward.backend(
+    "triton",
+    when=lambda cotangents, logits, tables, **options: triton_takes(
+        *cotangents, logits, *tables, **options
+    ),
+)
+def _(
+    cotangents: Sequence[Tensor],
+    logits: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> Tensor:
+    from nabla_fast.triton_kernels import embedding_mix as kernels
+
+    return kernels.embedding_mix_backward(
+        list(cotangents), logits, list(tables), tau=tau, noise=contiguous(noise), direct=direct
+    )

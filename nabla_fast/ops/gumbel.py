@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nabla_fast.ops.checks import expect_noise, expect_vocabulary
 from nabla_fast.ops.registry import op
+from nabla_fast.ops.triton_backend import takes
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -83,6 +84,13 @@ def _(noise: GumbelNoise, vocabulary: int) -> None:
 @gumbel_noise.fake
 def _(noise: GumbelNoise, vocabulary: int) -> Tensor:
     return noise.seed.new_empty((noise.seed.shape[0], vocabulary), dtype=torch.float64)
+
+
+@gumbel_noise.backend("triton", when=lambda noise, vocabulary: takes(*noise))
+def _(noise: GumbelNoise, vocabulary: int) -> Tensor:
+    from nabla_fast.triton_kernels import gumbel as kernels
+
+    return kernels.gumbel_noise(*noise, vocabulary, torch.float64)
 
 
 def perturbed(logits: Tensor, noise: GumbelNoise | None) -> Tensor:

@@ -19,11 +19,17 @@ from nabla_fast.ops.checks import (
     expect_vocabulary,
     native_noise,
 )
-from nabla_fast.ops.embedding_mix import embedding_mix, embedding_mix_backward, native_takes_mix
+from nabla_fast.ops.embedding_mix import (
+    embedding_mix,
+    embedding_mix_backward,
+    native_takes_mix,
+    triton_takes,
+)
 from nabla_fast.ops.gumbel import GumbelNoise
 from nabla_fast.ops.logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
+from nabla_fast.ops.triton_backend import contiguous
 
 
 @op
@@ -155,3 +161,49 @@ def _(
         [as_native(c) for c in cotangents], None if direct is None else as_native(direct)
     )
     return grad.to(hidden.dtype)
+
+
+@linear_embedding_mix.backend(
+    "triton",
+    when=lambda hidden, head, tables, **options: triton_takes(hidden, head, *tables, **options),
+)
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    hard: bool,
+    noise: GumbelNoise | None,
+    **_: Any,
+) -> list[Tensor]:
+    from nabla_fast.triton_kernels import linear_embedding_mix as kernels
+
+    mixes, status = kernels.linear_embedding_mix(
+        hidden, head, list(tables), tau=tau, hard=hard, noise=contiguous(noise)
+    )
+    report("linear_embedding_mix", status)
+    return mixes
+
+
+@linear_embedding_mix_backward.backend(
+    "triton",
+    when=lambda cotangents, hidden, head, tables, **options: triton_takes(
+        *cotangents, hidden, head, *tables, **options
+    ),
+)
+def _(
+    cotangents: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> Tensor:
+    from nabla_fast.triton_kernels import linear_embedding_mix as kernels
+
+    return kernels.linear_embedding_mix_backward(
+        list(cotangents), hidden, head, list(tables), tau=tau, noise=contiguous(noise), direct=direct
+    )

@@ -11,6 +11,7 @@ from nabla_fast import _native
 from nabla_fast.ops.checks import expect_matrix, expect_one_device
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype
+from nabla_fast.ops.triton_backend import takes
 
 _BLOCK = 16384  # rows of a half-precision head converted at a time
 
@@ -85,3 +86,10 @@ def native_takes(hidden: Tensor, head: Tensor) -> bool:
 def _(hidden: Tensor, head: Tensor) -> Tensor:
     hidden = hidden.float()
     return _native.lm_logits(hidden if hidden.stride(1) == 1 else hidden.contiguous(), head)
+
+
+@lm_logits.backend("triton", when=takes)
+def _(hidden: Tensor, head: Tensor) -> Tensor:
+    from nabla_fast.triton_kernels.vocabulary_product import vocabulary_product
+
+    return vocabulary_product([hidden], [head])

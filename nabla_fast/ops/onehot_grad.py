@@ -21,6 +21,7 @@ from nabla_fast.ops.logits import lm_logits, native_takes
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.softmax import onehot_gradient
+from nabla_fast.ops.triton_backend import takes
 
 
 @op
@@ -115,3 +116,20 @@ def _(
     grad, status = _native.onehot_grad(small, tables, as_native(hidden), head, nll_coeff)
     report("onehot_grad", status)
     return grad
+
+
+@onehot_grad.backend(
+    "triton",
+    when=lambda cotangents, tables, hidden, head, **_: takes(*cotangents, *tables, hidden, head),
+)
+def _(
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    nll_coeff: float,
+) -> Tensor:
+    from nabla_fast.triton_kernels import onehot_grad as kernels
+
+    return kernels.onehot_grad(list(cotangents), list(tables), hidden, head, nll_coeff)

@@ -13,6 +13,7 @@ from nabla_fast.ops.checks import as_native
 from nabla_fast.ops.onehot_grad import check_onehot_inputs, native_takes_onehot, onehot_rows
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, blocks, report
+from nabla_fast.ops.triton_backend import takes
 
 
 @op
@@ -72,3 +73,20 @@ def _(
     norm, status = _native.onehot_grad_norm(small, tables, as_native(hidden), head, nll_coeff)
     report("onehot_grad_norm", status)
     return norm
+
+
+@onehot_grad_norm.backend(
+    "triton",
+    when=lambda cotangents, tables, hidden, head, **_: takes(*cotangents, *tables, hidden, head),
+)
+def _(
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    nll_coeff: float,
+) -> Tensor:
+    from nabla_fast.triton_kernels import onehot_grad as kernels
+
+    return kernels.onehot_grad_norm(list(cotangents), list(tables), hidden, head, nll_coeff)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast import _native
+from nabla_fast import _native, _triton
 from nabla_fast.errors import BackendUnavailable, InputError
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
@@ -34,6 +34,7 @@ _ops: dict[str, Op] = {}
 _availability: dict[str, Callable[[], str | None]] = {
     "torch": lambda: None,
     "cpu": _native.why_missing,
+    "triton": _triton.why_missing,
 }
 _forced: tuple[str, ...] | None = None  # () is the choice by input; None, what the environment says
 
@@ -90,6 +91,11 @@ def allowed(name: str) -> bool:
     """Whether a backend may be used: any may, unless others are forced."""
     forced = _forced_backends()
     return not forced or name in forced
+
+
+def forced(name: str) -> bool:
+    """Whether a backend is asked for by name."""
+    return name in _forced_backends()
 
 
 @dataclass(frozen=True)

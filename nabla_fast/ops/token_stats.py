@@ -20,6 +20,7 @@ from nabla_fast.ops.checks import (
 from nabla_fast.ops.logits import lm_logits, native_takes
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
+from nabla_fast.ops.triton_backend import takes
 
 
 class TokenStats(NamedTuple):
@@ -92,5 +93,14 @@ def _(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
         *values, status = _native.token_stats(rows, tau)
     else:
         *values, status = _native.linear_token_stats(as_native(rows), head, tau)
+    report("token_stats", status)
+    return TokenStats(*values)
+
+
+@token_stats.backend("triton", when=lambda rows, head, *, tau: takes(rows, head) and 2**-64 <= tau <= 2**64)
+def _(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
+    from nabla_fast.triton_kernels import token_stats as kernels
+
+    *values, status = kernels.token_stats(rows, head, tau)
     report("token_stats", status)
     return TokenStats(*values)

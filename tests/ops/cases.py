@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -391,6 +391,10 @@ _DESCENTS: dict[str, dict[str, Any]] = {
 }
 
 
+# What is the same for logits and for latents in an interpreted backend, which takes long for each.
+_ROW_ALONE = ("cold", "hot", "under way", "a hundred steps", "far from zero", "bf16 gradient")
+
+
 def _cases(
     recipe: Callable[..., dict[str, Any]], table: dict[str, dict[str, Any]], **more: Any
 ) -> list[Case]:
@@ -410,6 +414,25 @@ _NOISES: dict[str, dict[str, Any]] = {
     "odd": {"rows": 5, "vocabulary": 257},
     "one row": {"rows": 1, "vocabulary": 4099},
     "whole vocabulary": {"rows": 2, "vocabulary": WHOLE},
+}
+
+# -- draws -------------------------------------------------------------------------------------------
+
+
+def draw_tokens(draw: Draw, rows: int, vocabulary: int, dtype: torch.dtype = F32, **options: Any):
+    return {
+        "logits": draw.logits(rows, vocabulary, dtype),
+        "exponentials": -draw.uniform(rows, vocabulary).to(dtype).clamp(1e-6).log() + 1e-6,
+        **options,
+    }
+
+
+_DRAWS: dict[str, dict[str, Any]] = {
+    "all": {"rows": 5, "vocabulary": 257},
+    "filtered": {"rows": 5, "vocabulary": 4099, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    "top-p": {"rows": 3, "vocabulary": 257, "top_p": 0.5},
+    "one token": {"rows": 2, "vocabulary": 1, "top_k": 3},
+    "float64": {"rows": 3, "vocabulary": 257, "dtype": F64, "top_k": 7},
 }
 
 # -- attention ---------------------------------------------------------------------------------------
@@ -473,6 +496,7 @@ CASES: dict[str, list[Case]] = {
     "lm_logits": _cases(lm_logits, _LOGITS),
     "nll_grad": _cases(nll_grad, _NLLS),
     "gumbel_noise": _cases(gumbel_noise, _NOISES),
+    "draw_tokens": _cases(draw_tokens, _DRAWS),
     "embedding_mix": _mix_cases(embedding_mix, backward=False),
     "embedding_mix_backward": _mix_cases(mix_backward, backward=True),
     "linear_embedding_mix": _mix_cases(embedding_mix, backward=False, hidden=24),
@@ -482,7 +506,11 @@ CASES: dict[str, list[Case]] = {
     "onehot_grad_norm": _cases(onehot_grad, _ONEHOT),
     "dto_descent": _cases(dto_descent, _DESCENTS),
     "dto_descent_latents": [
-        *_cases(dto_descent, {k: v for k, v in _DESCENTS.items() if k != "masked"}, hidden=24),
+        *(
+            replace(case, large=case.large or case.name in _ROW_ALONE)
+            for case in _cases(dto_descent, _DESCENTS, hidden=24)
+            if case.name != "masked"
+        ),
         Case("bf16 head", partial(dto_descent, rows=4, vocabulary=257, hidden=24, head=BF16)),
     ],
     "prefix_attention": [Case(n, partial(prefix_attention, **s)) for n, s in _ATTENTIONS.items()],

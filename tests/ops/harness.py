@@ -19,7 +19,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -87,9 +89,29 @@ def run_parameters() -> list[Any]:
         for backend in op.backends()
         if not status[backend]
         for device in DEVICES
-        for case in CASES.get(op.name, ())
-        if not (case.large and interpreted(backend))
+        for case in cases_for(op, backend)
     ]
+
+
+def cases_for(op: Op, backend: str) -> Sequence[Case]:
+    """The op's cases; in an interpreter, none that is large, and descents of few rows."""
+    cases = CASES.get(op.name, ())
+    if not interpreted(backend):
+        return cases
+    cases = [case for case in cases if not case.large]
+    if op.name in ("dto_descent", "dto_descent_latents"):
+        return [replace(case, make=partial(_few_rows, case.make)) for case in cases]
+    return cases
+
+
+def cases_to_repeat(op: Op, backend: str) -> Sequence[Case]:
+    """Those for tests that run each case many times: in an interpreter, the first few."""
+    return cases_for(op, backend)[: 3 if interpreted(backend) else None]
+
+
+def _few_rows(make: Callable[[Draw], Arguments], draw: Draw) -> Arguments:
+    arguments = make(draw)
+    return arguments if arguments["group"] is not None else rows_of(arguments, slice(0, 3))
 
 
 def interpreted(backend: str) -> bool:
@@ -337,6 +359,7 @@ def _row_maximum(tensor: Tensor) -> Tensor:
 
 # Ops whose rows must not depend on the rows beside them, nor on the number of threads, to the bit.
 ROW_INDEPENDENT = (
+    "draw_tokens",
     "dto_descent",
     "dto_descent_latents",
     "gumbel_noise",

@@ -15,9 +15,9 @@ from .harness import (
     DEVICES,
     ROW_INDEPENDENT,
     backend_parameters,
+    cases_to_repeat,
     check,
     device_parameter,
-    interpreted,
     rows_of,
     run,
     run_parameters,
@@ -40,9 +40,8 @@ def test_backend_against_float64(op: Op, backend: str, device: str, case: Case, 
 def inputs(op: Op, backend: str, draw: Draw):
     """(case's name, inputs) of the cases that this backend takes, on the devices there are."""
     for device in DEVICES:
-        for case in CASES[op.name]:
-            if not (case.large and interpreted(backend)):
-                yield case.name, to_device(device, case.make(draw))
+        for case in cases_to_repeat(op, backend):
+            yield case.name, to_device(device, case.make(draw))
 
 
 @pytest.mark.parametrize(("op", "backend"), backend_parameters())
@@ -83,9 +82,7 @@ def test_rows_do_not_depend_on_batch_or_threads(op: Op, backend: str, draw: Draw
 @pytest.mark.parametrize(("op", "backend"), [p for p in backend_parameters() if p.values[1] != "torch"])
 @pytest.mark.parametrize("device", [device_parameter(device) for device in DEVICES])
 def test_runs_repeat_bitwise(op: Op, backend: str, device: str, draw: Draw):
-    for case in CASES[op.name]:
-        if case.large and interpreted(backend):
-            continue
+    for case in cases_to_repeat(op, backend):
         arguments = to_device(device, case.make(draw))
         try:
             first, second = (run(op, backend, arguments) for _ in range(2))

@@ -1,0 +1,35 @@
+"""The GPUs that are compiled for, and what they allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """One architecture.
+
+    Attributes:
+        name: as in ``presets.json``.
+        backend, arch, warp_size: as Triton names it.
+        shared: bytes of shared memory that a block may have.
+        tensor_core: the start of the mnemonic of its matrix instructions.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared: int
+    tensor_core: str
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "cuda", 80, 32, 166_912, "HMMA"),
+        Target("sm_90", "cuda", 90, 32, 232_448, "HGMMA"),
+        Target("sm_100", "cuda", 100, 32, 232_448, "UTCHMMA"),
+        Target("gfx942", "hip", "gfx942", 64, 65_536, "v_mfma"),
+    )
+}

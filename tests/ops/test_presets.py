@@ -1,0 +1,51 @@
+"""The configurations of Triton's kernels: every device has one for all of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from nabla_fast.triton_kernels import presets
+
+ENTRIES = json.loads(presets.PATH.read_text())
+KERNELS = ENTRIES["default"]["kernels"]
+
+
+def test_every_entry_says_whether_it_was_measured():
+    for name, entry in ENTRIES.items():
+        assert entry.keys() == {"measured", "kernels"}, name
+        assert entry["measured"] is None or entry["measured"].keys() == {"date", "torch", "triton"}, name
+
+
+def test_no_entry_has_what_the_default_lacks():
+    for name, entry in ENTRIES.items():
+        for kernel, kinds in entry["kernels"].items():
+            for operands, config in kinds.items():
+                default = KERNELS[kernel][operands]
+                assert config.keys() == default.keys(), f"{name}: {kernel}, {operands}"
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942", "sm_75 of no entry"])
+def test_an_architecture(architecture: str):
+    entry = ENTRIES.get(architecture, ENTRIES["default"])["kernels"]
+    with presets.assumed(architecture):
+        for kernel, kinds in KERNELS.items():
+            for operands, default in kinds.items():
+                config = presets.config(kernel, operands, torch.device("cpu"))
+                assert config == entry.get(kernel, {}).get(operands, default)
+
+
+def test_a_kernel_that_has_none():
+    with pytest.raises(KeyError, match="no default for nothing, half"):
+        presets.config("nothing", "half", torch.device("cpu"))
+
+
+def test_forced_for_a_while():
+    device = torch.device("cpu")
+    before = presets.config("vocabulary_product", "half", device)
+    with presets.forced("vocabulary_product", "half", {"ROWS": 1}):
+        assert presets.config("vocabulary_product", "half", device) == {"ROWS": 1}
+        assert presets.config("vocabulary_product", "split", device) != {"ROWS": 1}
+    assert presets.config("vocabulary_product", "half", device) == before

@@ -1,0 +1,349 @@
+"""The embedding mix over logits; its backward is G by one product over all tables, then the Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .exponential import inverse_parts
+from .gumbel import gumbel_noise
+from .products import tile_arguments
+from .row_totals import row_totals
+from .softmax_sums import SoftmaxSums, exp_tile, perturbed_tile, softmax_sums
+from .vocabulary_product import vocabulary_product
+from .weighted_rows import weighted_rows
+
+# A float32 [n, V] that holds part of the rows: 128 of a vocabulary of 151,936 fit, a tile of rows.
+SCRATCH_BYTES = 80 << 20
+
+
+@triton.jit
+def _hard_grad_kernel(
+    states,  # [N, H_t] each: ∂ℒ/∂e_t
+    tables,
+    state_strides,
+    table_strides,
+    widths,
+    direct_ptr,  # [N, V] if DIRECT
+    direct_row_stride,
+    direct_column_stride,
+    token_ptr,  # [N] int64
+    grad_ptr,  # [N] float32
+    DIRECT: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(token_ptr + row)
+    depth = tl.arange(0, DEPTH)
+    grad = tl.zeros((DEPTH,), tl.float32)
+    for t in tl.static_range(len(states)):
+        for start in range(0, widths[t], DEPTH):
+            column = (start + depth).to(tl.int64)
+            there = column < widths[t]
+            state = tl.load(
+                states[t] + row * state_strides[t][0] + column * state_strides[t][1], mask=there, other=0.0
+            )
+            table = tl.load(
+                tables[t] + token * table_strides[t][0] + column * table_strides[t][1],
+                mask=there,
+                other=0.0,
+            )
+            grad += state.to(tl.float32) * table.to(tl.float32)
+    total = tl.sum(grad, axis=0)
+    if DIRECT:
+        at = direct_ptr + row * direct_row_stride + token * direct_column_stride
+        total += tl.load(at).to(tl.float32)
+    tl.store(grad_ptr + row, total)
+
+
+@triton.jit
+def _centred_tile(
+    product_ptr,  # [N, V] float32, contiguous: the tables' part of G, less G[ŷ]
+    logits_ptr,  # [N, V]
+    row_stride,
+    column_stride,
+    seed_ptr,  # [N] int64 if NOISE
+    position_ptr,  # [N] int64 if NOISE
+    top_ptr,  # [N] float32
+    token_ptr,  # [N] int64
+    direct_ptr,  # [N, V] if DIRECT
+    direct_row_stride,
+    direct_column_stride,
+    row,  # [1] int64
+    start,
+    vocabulary,
+    inverse,
+    inverse_low,
+    NOISE: tl.constexpr,
+    DIRECT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """exp((z − top)/τ) and G − G[ŷ], 0 where the former is and at ŷ: [1, COLUMNS] each."""
+    column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+    there = column < vocabulary
+    z = perturbed_tile(
+        logits_ptr,
+        row_stride,
+        column_stride,
+        seed_ptr,
+        position_ptr,
+        row,
+        start,
+        vocabulary,
+        COLUMNS,
+        NOISE,
+    )
+    e = exp_tile(z, tl.load(top_ptr + row), inverse, inverse_low)
+    grad = tl.load(product_ptr + row[:, None] * vocabulary + column, mask=there, other=0.0)
+    if DIRECT:
+        at = direct_ptr + row[:, None] * direct_row_stride + column * direct_column_stride
+        grad += tl.load(at, mask=there, other=0.0).to(tl.float32)
+    other = (e > 0) & (column != tl.load(token_ptr + row)[:, None])
+    return e, tl.where(other, grad, 0.0)
+
+
+@triton.jit(do_not_specialize=["slices"])
+def _tilt_kernel(
+    product_ptr,
+    logits_ptr,
+    row_stride,
+    column_stride,
+    seed_ptr,
+    position_ptr,
+    top_ptr,
+    token_ptr,
+    direct_ptr,
+    direct_row_stride,
+    direct_column_stride,
+    tilt_ptr,  # [N, slices] float32: Σ exp((z − top)/τ) (G − G[ŷ]) over a slice
+    vocabulary,
+    slices,
+    inverse,
+    inverse_low,
+    NOISE: tl.constexpr,
+    DIRECT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    e, centred = _centred_tile(
+        product_ptr,
+        logits_ptr,
+        row_stride,
+        column_stride,
+        seed_ptr,
+        position_ptr,
+        top_ptr,
+        token_ptr,
+        direct_ptr,
+        direct_row_stride,
+        direct_column_stride,
+        program // slices + tl.zeros((1,), tl.int64),
+        (program % slices).to(tl.int32) * COLUMNS,
+        vocabulary,
+        inverse,
+        inverse_low,
+        NOISE,
+        DIRECT,
+        COLUMNS,
+    )
+    tl.store(tilt_ptr + program + tl.zeros((1,), tl.int64), tl.sum(e * centred, axis=1))
+
+
+@triton.jit(do_not_specialize=["slices"])
+def _jacobian_kernel(
+    product_ptr,
+    logits_ptr,
+    row_stride,
+    column_stride,
+    seed_ptr,
+    position_ptr,
+    top_ptr,
+    token_ptr,
+    direct_ptr,
+    direct_row_stride,
+    direct_column_stride,
+    total_ptr,  # [N] float32: Σ exp((z − top)/τ)
+    tilt_ptr,  # [N] float32: Σ exp((z − top)/τ) (G − G[ŷ])
+    result_ptr,  # [N, V], contiguous; may be product_ptr
+    vocabulary,
+    slices,
+    inverse,
+    inverse_low,
+    NOISE: tl.constexpr,
+    DIRECT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // slices + tl.zeros((1,), tl.int64)
+    start = (program % slices).to(tl.int32) * COLUMNS
+    e, centred = _centred_tile(
+        product_ptr,
+        logits_ptr,
+        row_stride,
+        column_stride,
+        seed_ptr,
+        position_ptr,
+        top_ptr,
+        token_ptr,
+        direct_ptr,
+        direct_row_stride,
+        direct_column_stride,
+        row,
+        start,
+        vocabulary,
+        inverse,
+        inverse_low,
+        NOISE,
+        DIRECT,
+        COLUMNS,
+    )
+    total = tl.load(total_ptr + row)[:, None]
+    mean = tl.load(tilt_ptr + row)[:, None] / total
+    result = tl.where(e > 0, e * (inverse / total) * (centred - mean), 0.0)
+    column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+    at = result_ptr + row[:, None] * vocabulary + column
+    tl.store(at, result.to(result_ptr.dtype.element_ty), mask=column < vocabulary)
+
+
+_COLUMNS = 2048  # of a slice
+_HARD_DEPTH = 1024
+
+
+def row_blocks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Parts of N rows whose [n, V] float32 scratch fits in SCRATCH_BYTES."""
+    step = max(1, SCRATCH_BYTES // (4 * vocabulary))
+    step = step // 64 * 64 or step
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def embedding_mix(
+    logits: Tensor,
+    tables: list[Tensor],
+    *,
+    tau: float,
+    hard: bool,
+    noise: tuple[Tensor, Tensor] | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Σ_v y[v] T_t[v], y the one-hot of the largest z + g if ``hard``, else softmax((z + g)/τ).
+
+    Args:
+        logits: z [N, V].
+        tables: [V, H_t] each.
+        noise: seed and position [N] int64 of g, contiguous, or None.
+    Returns:
+        One [N, H_t] a table, in its dtype; the rows' status [N] int32.
+    """
+    sums = softmax_sums(logits, tau, noise)
+    if hard:
+        return [table.index_select(0, sums.token) for table in tables], sums.status
+    if noise is None:
+        return weighted_rows(logits, tables, sums=sums, tau=tau), sums.status
+    # Every program that reads a logit would draw its noise again.
+    mixes = []
+    for part in row_blocks(*logits.shape):
+        with torch.cuda.device_of(logits):
+            perturbed = gumbel_noise(noise[0][part], noise[1][part], logits.shape[1], torch.float32)
+        perturbed += logits[part]
+        mixes.append(weighted_rows(perturbed, tables, sums=sums.part(part), tau=tau))
+    if not mixes:
+        return weighted_rows(logits, tables, sums=sums, tau=tau), sums.status
+    return [torch.cat(parts) for parts in zip(*mixes, strict=True)], sums.status
+
+
+def embedding_mix_backward(
+    cotangents: list[Tensor],
+    logits: Tensor,
+    tables: list[Tensor],
+    *,
+    tau: float,
+    noise: tuple[Tensor, Tensor] | None,
+    direct: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """∂ℒ/∂z = (1/τ) p ⊙ (G − ⟨p, G⟩), G = Σ_t ⟨T_t, ∂ℒ/∂e_t⟩ + direct.
+
+    ⟨p, G⟩ is not known while G is made. The product writes G − G[ŷ] in float32, into the result where
+    that is float32, else into scratch for some of the rows at a time; one pass over it adds up ⟨p, G⟩, a
+    second applies the Jacobian. They move some 24 bytes a logit, where a second product would take
+    2·ΣH_t operations; in the product's own epilogue a softmax made tiles of this size spill.
+
+    Args:
+        cotangents: ∂ℒ/∂e_t [N, H_t] each.
+        logits: [N, V].
+        tables: [V, H_t] each.
+        tau, noise: as of :func:`embedding_mix`.
+        direct: [N, V] or None.
+        out: [N, V] float32, contiguous, for the result; a new tensor in the logits' dtype if None.
+    Returns:
+        [N, V].
+    """
+    rows, vocabulary = logits.shape
+    if out is None:
+        out = torch.empty(rows, vocabulary, dtype=logits.dtype, device=logits.device)
+    if rows == 0:
+        return out
+    sums = softmax_sums(logits, tau, noise)
+    if out.dtype == torch.float32:
+        _backward(cotangents, logits, tables, sums, tau, noise, direct, out, out)
+        return out
+    parts = list(row_blocks(rows, vocabulary))
+    scratch = torch.empty(parts[0].stop, vocabulary, dtype=torch.float32, device=logits.device)
+    for part in parts:
+        _backward(
+            [cotangent[part] for cotangent in cotangents],
+            logits[part],
+            tables,
+            sums.part(part),
+            tau,
+            (noise[0][part], noise[1][part]) if noise else None,
+            None if direct is None else direct[part],
+            scratch[: part.stop - part.start],
+            out[part],
+        )
+    return out
+
+
+def _backward(
+    cotangents: list[Tensor],
+    logits: Tensor,
+    tables: list[Tensor],
+    sums: SoftmaxSums,
+    tau: float,
+    noise: tuple[Tensor, Tensor] | None,
+    direct: Tensor | None,
+    product: Tensor,  # [N, V] float32, contiguous: scratch
+    out: Tensor,  # [N, V], contiguous; may be the scratch
+) -> None:
+    rows, vocabulary = logits.shape
+    hard_grad = logits.new_empty(rows, dtype=torch.float32)
+    slices = triton.cdiv(vocabulary, _COLUMNS)
+    tilt = logits.new_empty(rows, slices, dtype=torch.float32)
+    directs = (hard_grad, 0, 0) if direct is None else (direct, *direct.stride())
+    with torch.cuda.device_of(logits):
+        _hard_grad_kernel[(rows,)](
+            *tile_arguments(cotangents, tables),
+            *directs,
+            sums.token,
+            hard_grad,
+            DIRECT=direct is not None,
+            DEPTH=_HARD_DEPTH,
+        )
+        vocabulary_product(cotangents, tables, shift=hard_grad, out=product)
+        read = (
+            product,
+            logits,
+            *logits.stride(),
+            *(noise or (sums.token, sums.token)),
+            sums.top,
+            sums.token,
+        )
+        sizes = (vocabulary, slices, *inverse_parts(tau))
+        options = {"NOISE": noise is not None, "DIRECT": direct is not None, "COLUMNS": _COLUMNS}
+        _tilt_kernel[(rows * slices,)](*read, *directs, tilt, *sizes, **options)
+        _jacobian_kernel[(rows * slices,)](
+            *read, *directs, sums.total, row_totals(tilt), out, *sizes, **options
+        )

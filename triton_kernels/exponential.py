@@ -1,0 +1,44 @@
+"""exp for float32 to the last bits, which the hardware's approximation loses far from 0."""
+
+from __future__ import annotations
+
+import struct
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def exp(x):
+    """exp(x) within 2 ulp for x in [−87, 88], exactly 1 at 0; 0 below −87 and for NaN.
+
+    Args:
+        x: float32; from 88 on, the result is exp(88).
+    """
+    # Adding 1.5·2²³ rounds to an integer, which then stands in the low bits of the sum.
+    bounded = tl.minimum(tl.where(x > -88.0, x, -88.0), 88.0)
+    shifted = bounded * 1.44269504 + 12582912.0
+    n = shifted - 12582912.0
+    # ln 2 in two parts; the upper one has 10 bits, so that its product with n is exact.
+    r = (bounded - n * 0.693359375) - n * -2.12194440e-4
+    # Minimax for (exp(r) − 1 − r) / r² on |r| ≤ ln(2)/2.
+    q = r * 1.38145383e-3 + 8.36874545e-3
+    q = q * r + 4.16683890e-2
+    q = q * r + 1.66665211e-1
+    q = q * r + 4.99999940e-1
+    mantissa = 1.0 + (r + r * r * q)
+    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x >= -87.0, mantissa * power, 0.0)
+
+
+@triton.jit
+def scaled(difference, inverse, inverse_low):
+    """difference / τ, with 1/τ in two parts: the rounding of one would be the same for all tokens."""
+    finite = tl.where(tl.abs(difference) < float("inf"), difference, 0.0)
+    return difference * inverse + finite * inverse_low
+
+
+def inverse_parts(tau: float) -> tuple[float, float]:
+    """1/τ as a float32 and what it leaves."""
+    (inverse,) = struct.unpack("f", struct.pack("f", 1 / tau))
+    return inverse, 1 / tau - inverse

@@ -1,0 +1,117 @@
+"""Gumbel noise, a pure function of (seed, absolute position, token), and its matrix."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_COLUMNS = 1024
+
+
+@triton.jit
+def _from_word(word):
+    """−log(−log u) of 32 random bits.
+
+    In double precision: near its zero at u = 1/e the outer logarithm magnifies the rounding of the
+    inner one, and the approximate float32 logarithm has no correct digit left where u is near 1.
+    """
+    uniform = ((word >> 9).to(tl.float64) + 0.5) * (1.0 / (1 << 23))
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _words(seed, position, block):
+    """The four words of a block of four tokens; arguments broadcast."""
+    block = block.to(tl.uint32)
+    low = (position & 0xFFFFFFFF).to(tl.uint32) + block * 0
+    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32) + block * 0
+    return tl.philox(seed, block, low, high, block * 0)
+
+
+@triton.jit
+def gumbel(seed, position, token):
+    """Noise of any tokens: float32 of the shape that the arguments broadcast to.
+
+    For a tile of neighbours :func:`gumbel_row` or :func:`gumbel_tile` draw a quarter of the words.
+
+    Args:
+        seed, position: int64.
+        token: int32 or int64, at least 0.
+    """
+    w0, w1, w2, w3 = _words(seed, position, token // 4)
+    word = token % 4
+    even = tl.where(word == 0, w0, w2)
+    odd = tl.where(word == 1, w1, w3)
+    return _from_word(tl.where(word % 2 == 0, even, odd)).to(tl.float32)
+
+
+@triton.jit
+def gumbel_row(seed, position, start, COLUMNS: tl.constexpr):
+    """Noise of the tokens start..start + COLUMNS − 1 of one row: [COLUMNS] float32.
+
+    Args:
+        seed, position: int64 scalars.
+        start: a multiple of 4.
+        COLUMNS: a power of two ≥ 4.
+    """
+    return _row(seed, position, start, COLUMNS).to(tl.float32)
+
+
+@triton.jit
+def _row(seed, position, start, COLUMNS: tl.constexpr):
+    w0, w1, w2, w3 = _words(seed, position, start // 4 + tl.arange(0, COLUMNS // 4))
+    return _from_word(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))
+
+
+@triton.jit
+def gumbel_tile(seed, position, start, COLUMNS: tl.constexpr):
+    """Noise of the tokens start..start + COLUMNS − 1 of several rows: [ROWS, COLUMNS] float32.
+
+    Args:
+        seed, position: [ROWS] int64.
+        start: a multiple of 4.
+        COLUMNS: a power of two ≥ 4.
+    """
+    block = start // 4 + tl.arange(0, COLUMNS // 4)[None, :]
+    w0, w1, w2, w3 = _words(seed[:, None], position[:, None], block + (seed[:, None] * 0).to(tl.int32))
+    return _from_word(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))).to(tl.float32)
+
+
+@triton.jit
+def _gumbel_noise_kernel(
+    seed_ptr,  # [N] int64
+    position_ptr,  # [N] int64
+    noise_ptr,  # [N, V]
+    vocabulary,
+    tiles,  # of a row
+    COLUMNS: tl.constexpr,
+):
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    start = tl.program_id(0) % tiles * COLUMNS
+    noise = _row(tl.load(seed_ptr + row), tl.load(position_ptr + row), start, COLUMNS)
+    columns = start + tl.arange(0, COLUMNS)
+    noise = noise.to(noise_ptr.dtype.element_ty)
+    tl.store(noise_ptr + row * vocabulary + columns, noise, mask=columns < vocabulary)
+
+
+def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """The noise of N rows.
+
+    Args:
+        seed, position: [N] int64.
+        vocabulary: V.
+        dtype: of the result, float32 or float64.
+    Returns:
+        [N, V].
+    """
+    noise = torch.empty(len(seed), vocabulary, dtype=dtype, device=seed.device)
+    if len(seed):
+        tiles = triton.cdiv(vocabulary, _COLUMNS)
+        seed, position = seed.contiguous(), position.contiguous()
+        with torch.cuda.device_of(seed):
+            _gumbel_noise_kernel[(len(seed) * tiles,)](
+                seed, position, noise, vocabulary, tiles, COLUMNS=_COLUMNS
+            )
+    return noise

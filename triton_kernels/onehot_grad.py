@@ -1,0 +1,135 @@
+"""Rows of the one-hot gradient, and their norms, from small tensors."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .embedding_mix import row_blocks
+from .products import tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
+from .row_totals import row_totals
+from .softmax_sums import softmax_sums
+from .vocabulary_product import vocabulary_product
+
+
+@triton.jit(do_not_specialize=["rows", "tiles_of_rows", "slices"])
+def _onehot_grad_kernel(
+    states,  # [N, H_t] each: ∂ℒ/∂e_t
+    tables,  # [V, H_t] each
+    state_strides,
+    table_strides,
+    widths,
+    logits_ptr,  # [N, V] float32, contiguous; G takes its place unless NORM
+    top_ptr,  # [N] float32
+    total_ptr,  # [N] float32
+    squares_ptr,  # [N, slices] float32 if NORM: Σ G² over a tile
+    rows,
+    vocabulary,
+    tiles_of_rows,
+    slices,
+    nll_coeff,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    row, column, slice = tile_of(tiles_of_rows, rows, vocabulary, ROWS, COLUMNS)
+    within = tl.minimum(row, rows - 1)
+    there = (row < rows)[:, None] & (column < vocabulary)[None, :]
+    grad = vocabulary_tile(
+        states,
+        tables,
+        state_strides,
+        table_strides,
+        widths,
+        within,
+        tl.minimum(column, vocabulary - 1),
+        ROWS,
+        COLUMNS,
+        DEPTH,
+        UPCAST,
+    )
+    at = logits_ptr + row[:, None] * vocabulary + column[None, :]
+    z = tl.load(at, mask=there, other=0.0)
+    log_pi = (z - tl.load(top_ptr + within)[:, None]) - tl.log(tl.load(total_ptr + within))[:, None]
+    masked = log_pi == -float("inf")
+    grad = tl.where(masked, 0.0, grad - nll_coeff * tl.where(masked, 0.0, log_pi))
+    if NORM:
+        grad = tl.where(there, grad, 0.0)
+        tl.store(squares_ptr + row * slices + slice, tl.sum(grad * grad, axis=1), mask=row < rows)
+    else:
+        tl.store(at, grad, mask=there)
+
+
+def _launch(
+    cotangents: list[Tensor],
+    tables: list[Tensor],
+    logits: Tensor,
+    nll_coeff: float,
+    squares: Tensor | None = None,
+) -> None:
+    rows, vocabulary = logits.shape
+    sums = softmax_sums(logits, 1.0)
+    config = tile_config("vocabulary_epilogue", cotangents, tables)
+    tiles, slices = triton.cdiv(rows, config["ROWS"]), triton.cdiv(vocabulary, config["COLUMNS"])
+    with torch.cuda.device_of(logits):
+        _onehot_grad_kernel[(tiles * slices,)](
+            *tile_arguments(cotangents, tables),
+            logits,
+            sums.top,
+            sums.total,
+            logits if squares is None else squares,
+            rows,
+            vocabulary,
+            tiles,
+            slices,
+            nll_coeff,
+            NORM=squares is not None,
+            UPCAST=upcast(logits),
+            **config,
+        )
+
+
+def onehot_grad(
+    cotangents: list[Tensor], tables: list[Tensor], hidden: Tensor, head: Tensor, nll_coeff: float
+) -> Tensor:
+    """G[v] = Σ_t ⟨T_t[v], ∂ℒ/∂e_t⟩ − ν log π(v), 0 where π is: [N, V] float32.
+
+    Args:
+        cotangents: [N, H_t] each.
+        tables: [V, H_t] each.
+        hidden: [N, H].
+        head: [V, H].
+        nll_coeff: ν.
+    """
+    grad = vocabulary_product([hidden], [head])
+    if len(grad):
+        _launch(cotangents, tables, grad, nll_coeff)
+    return grad
+
+
+def onehot_grad_norm(
+    cotangents: list[Tensor], tables: list[Tensor], hidden: Tensor, head: Tensor, nll_coeff: float
+) -> Tensor:
+    """‖G_i‖₂ of every row of :func:`onehot_grad`: [N] float32.
+
+    Logits exist for some of the rows at a time, G does not.
+    """
+    rows, vocabulary = len(hidden), len(head)
+    norms = hidden.new_empty(rows, dtype=torch.float32)
+    parts = list(row_blocks(rows, vocabulary))
+    if not parts:
+        return norms
+    config = tile_config("vocabulary_epilogue", cotangents, tables)
+    slices = triton.cdiv(vocabulary, config["COLUMNS"])
+    scratch = hidden.new_empty(parts[0].stop, vocabulary, dtype=torch.float32)
+    squares = hidden.new_empty(parts[0].stop, slices, dtype=torch.float32)
+    for part in parts:
+        size = part.stop - part.start
+        logits = vocabulary_product([hidden[part]], [head], out=scratch[:size])
+        _launch([c[part] for c in cotangents], tables, logits, nll_coeff, squares[:size])
+        norms[part] = row_totals(squares[:size], root=True)
+    return norms

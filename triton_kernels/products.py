@@ -1,0 +1,123 @@
+"""Products over tiles, to float32's accuracy whatever the operands are, and what their launches need."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import presets
+
+
+@triton.jit
+def dot(a, b, acc, UPCAST: tl.constexpr):
+    """acc + a·b in float32.
+
+    Two half-precision tiles of one dtype multiply exactly. A float32 ``a`` meets a bfloat16 ``b`` as
+    three bfloat16 terms, which hold its 24 bits; the rest is float32 arithmetic, nothing rounded to tf32.
+
+    Args:
+        a: [M, K].
+        b: [K, N].
+        acc: [M, N] float32.
+        UPCAST: multiply in float32 anyhow, for the interpreter, whose bfloat16 arithmetic is wrong.
+    """
+    if UPCAST:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif a.dtype == b.dtype and b.dtype != tl.float32:
+        acc = tl.dot(a, b, acc)
+    elif a.dtype == tl.float32 and b.dtype == tl.bfloat16:
+        high = a.to(tl.bfloat16)
+        rest = a - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(low, b, acc)
+        acc = tl.dot(middle, b, acc)
+        acc = tl.dot(high, b, acc)
+    else:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def vocabulary_tile(
+    states,  # [N, H_t] each
+    tables,  # [V, H_t] each
+    state_strides,  # (along N, along H_t) each
+    table_strides,  # (along V, along H_t) each
+    widths,  # H_t
+    rows,  # [ROWS] int64, in 0..N−1
+    columns,  # [COLUMNS] int64, in 0..V−1
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of Σ_t states_t·tables_tᵀ: [ROWS, COLUMNS] float32, the sum in the order of the tables."""
+    acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    depth = tl.arange(0, DEPTH)
+    for t in tl.static_range(len(states)):
+        state = states[t] + rows[:, None] * state_strides[t][0] + depth[None, :] * state_strides[t][1]
+        table = tables[t] + columns[None, :] * table_strides[t][0] + depth[:, None] * table_strides[t][1]
+        for start in range(0, widths[t], DEPTH):
+            there = depth < widths[t] - start
+            a = tl.load(state, mask=there[None, :], other=0.0)
+            b = tl.load(table, mask=there[:, None], other=0.0)
+            acc = dot(a, b, acc, UPCAST)
+            state += DEPTH * state_strides[t][1]
+            table += DEPTH * table_strides[t][1]
+    return acc
+
+
+@triton.jit
+def tile_of(tiles_of_rows, rows, vocabulary, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows and columns of a program's tile, and its number along the vocabulary.
+
+    Programs that follow each other share a tile of the tables, which is then read once.
+    """
+    slice = tl.program_id(0) // tiles_of_rows
+    row = (tl.program_id(0) % tiles_of_rows) * ROWS + tl.arange(0, ROWS)
+    column = slice * COLUMNS + tl.arange(0, COLUMNS)
+    return row.to(tl.int64), column.to(tl.int64), slice
+
+
+def operands(states: list[Tensor], tables: list[Tensor]) -> str:
+    """Which of :func:`dot`'s products these tensors need."""
+    pairs = {(state.dtype, table.dtype) for state, table in zip(states, tables, strict=True)}
+    if all(a == b != torch.float32 for a, b in pairs):
+        return "half"
+    if all(b == torch.bfloat16 and a in (torch.float32, b) for a, b in pairs):
+        return "split"
+    return "float32"
+
+
+def aligned(matrix: Tensor) -> bool:
+    """Whether rows are contiguous and begin at multiples of 16 bytes."""
+    size = matrix.element_size()
+    return matrix.stride(1) == 1 and matrix.stride(0) * size % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def tile_config(kernel: str, states: list[Tensor], tables: list[Tensor]) -> presets.Config:
+    """The preset of a kernel that takes :func:`vocabulary_tile`'s products of these tensors.
+
+    What vector loads do not fit takes registers for addresses, and so has smaller tiles.
+    """
+    fits = all(map(aligned, states + tables))
+    return presets.config(kernel, operands(states, tables) if fits else "unaligned", tables[0].device)
+
+
+def tile_arguments(states: list[Tensor], tables: list[Tensor]) -> tuple[tuple, ...]:
+    """The first five arguments of :func:`vocabulary_tile`."""
+    return (
+        tuple(states),
+        tuple(tables),
+        tuple(state.stride() for state in states),
+        tuple(table.stride() for table in tables),
+        tuple(table.shape[1] for table in tables),
+    )
+
+
+def upcast(tensor: Tensor) -> bool:
+    """Whether products are taken in float32 because an interpreter runs them."""
+    return tensor.device.type == "cpu"
