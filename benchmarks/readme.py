@@ -154,7 +154,6 @@ _DECODE = Section(
     decode_tables,
     missing="There are no figures of this release yet.",
 )
-# To stand in a document, these need their markers there and a place in its list.
 KERNELS = Section(
     "kernels",
     RESULTS / "cpu" / "kernels.json",
@@ -168,7 +167,12 @@ GPU_KERNELS = Section(
     missing="The GPU kernels are unmeasured.",
 )
 DOCUMENTS = {
-    ROOT / "README.md": [Section("demo", RESULTS / "cpu" / "demo.json", demo_table), _DECODE],
+    ROOT / "README.md": [
+        Section("demo", RESULTS / "cpu" / "demo.json", demo_table),
+        _DECODE,
+        KERNELS,
+        GPU_KERNELS,
+    ],
     ROOT / "nabla_fast" / "assets" / "README.md": [
         Section("demo", RESULTS / "cpu" / "demo_500.json", demo_table)
     ],
