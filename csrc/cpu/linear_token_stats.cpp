@@ -114,15 +114,16 @@ NABLA_FAST_TARGET_AVX512 void add_sums_avx512(const float* z, int lanes, int tok
   add_sums<16>(z, lanes, tokens, token, tau, sums);
 }
 
-Factors factors_of(const nabla_fast_table& hidden, const nabla_fast_table& head) {
-  return {hidden, head, nullptr, nullptr, 1};
+Factors factors_of(const nabla_fast_table& hidden, int64_t rows, const nabla_fast_table& head,
+                   int64_t vocab) {
+  return {hidden, head, nullptr, nullptr, 1, rows, vocab};
 }
 
 nabla_fast_status check(const nabla_fast_table* hidden, int64_t rows, const nabla_fast_table* head,
                         int64_t vocab) {
   if (!hidden || !head) return NABLA_FAST_INVALID_POINTER;
   if (rows < 0 || vocab < 1) return NABLA_FAST_INVALID_SHAPE;
-  return check_factors(factors_of(*hidden, *head), rows, vocab);
+  return check_factors(factors_of(*hidden, rows, *head, vocab), rows, vocab);
 }
 
 Size sums_bytes(int64_t rows, int64_t vocab) {
@@ -165,7 +166,7 @@ int64_t nabla_fast_linear_token_stats_workspace(const nabla_fast_table* hidden, 
                                                 const nabla_fast_table* head, int64_t vocab) {
   using namespace nabla_fast::cpu;
   if (check(hidden, rows, head, vocab) != NABLA_FAST_OK) return 0;
-  const Factors factors = factors_of(*hidden, *head);
+  const Factors factors = factors_of(*hidden, rows, *head, vocab);
   return (RowPass::bytes(rows, factors) + sums_bytes(rows, vocab) + kAlignment).or_zero();
 }
 
@@ -185,7 +186,7 @@ nabla_fast_status nabla_fast_linear_token_stats(const nabla_fast_table* hidden, 
   const int64_t bytes = nabla_fast_linear_token_stats_workspace(hidden, rows, head, vocab);
   if (bytes == 0) return NABLA_FAST_TOO_LARGE;
   if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  linear_token_stats(factors_of(*hidden, *head), rows, vocab, Tau(tau),
+  linear_token_stats(factors_of(*hidden, rows, *head, vocab), rows, vocab, Tau(tau),
                      {logsumexp, confidence, entropy, argmax, row_status}, aligned(workspace),
                      num_threads);
   return NABLA_FAST_OK;

@@ -23,7 +23,10 @@ constexpr int64_t kPassRows = kMostGroups * kGroupRows;
 // Multiplications that a thread is woken for.
 constexpr int64_t kProductsPerThread = 1 << 18;
 
-inline int64_t segments_of(int64_t vocab) { return (vocab + kSegmentTokens - 1) / kSegmentTokens; }
+// Of any vocabulary: what a size query is asked may be the largest number there is.
+inline int64_t segments_of(int64_t vocab) {
+  return vocab / kSegmentTokens + (vocab % kSegmentTokens > 0);
+}
 
 inline int groups_of(int64_t rows) {
   return static_cast<int>((std::min(rows, kPassRows) + kGroupRows - 1) / kGroupRows);
@@ -36,12 +39,13 @@ struct Factors {
   const nabla_fast_table* rows;
   const nabla_fast_table* tables;
   int64_t count;
+  int64_t row_count, vocab;
 
   Table rows_of(int64_t factor) const {
-    return matrix(factor == 0 ? first_rows : rows[factor - 1]);
+    return matrix(factor == 0 ? first_rows : rows[factor - 1], row_count);
   }
   Table table_of(int64_t factor) const {
-    return matrix(factor == 0 ? first_table : tables[factor - 1]);
+    return matrix(factor == 0 ? first_table : tables[factor - 1], vocab);
   }
   Size width() const {
     Size sum = 0;
@@ -50,9 +54,10 @@ struct Factors {
   }
 
  private:
-  // No step is taken where there is nothing to step over.
-  static Table matrix(const nabla_fast_table& t) {
-    return {t.data, t.dtype, t.width, t.width > 0 ? t.stride : 0};
+  // No step is taken where there is nothing to step over, or nothing to step to: such a stride may
+  // be any.
+  static Table matrix(const nabla_fast_table& t, int64_t count) {
+    return {t.data, t.dtype, t.width, t.width > 0 && count > 1 ? t.stride : 0};
   }
 };
 
