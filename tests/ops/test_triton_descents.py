@@ -72,26 +72,30 @@ def same(first: tuple, second: tuple, rows: Any = slice(None)) -> bool:
 # -- golden numbers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [0, 2, 4, 5])
-def test_golden_descent(n: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.skipif(DEVICE == "cuda", reason="the golden models are on the CPU")
+@pytest.mark.parametrize(
+    "n",
+    # Interpreted, a trajectory of rows that all move takes minutes.
+    [n if n in (0, 2, 4, 5) else pytest.param(n, marks=pytest.mark.slow) for n in range(7)],
+)
+def test_golden_descent(n: int, golden_models, golden_models_64, monkeypatch: pytest.MonkeyPatch):
     golden = pytest.importorskip("test_golden_descent")
     calls = []
 
     def by_triton(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Descent:
+        def call(parameter: Tensor, *args: Any, **kwargs: Any) -> Descent:
+            if parameter.dtype == torch.float64:
+                return getattr(nabla_fast.ops, name)(parameter, *args, **kwargs)
             calls.append(name)
             with use_backend("triton"):
-                return getattr(nabla_fast.ops, name)(*args, **kwargs)
+                return getattr(nabla_fast.ops, name)(parameter, *args, **kwargs)
 
         return call
-
-    if DEVICE == "cuda":
-        pytest.skip("the golden models are on the CPU")
 
     for name in ("dto_descent", "dto_descent_latents"):
         monkeypatch.setattr(nabla_fast.descent, name, by_triton(name))
     numbers = golden.load_file(golden.GOLDEN / "descent.safetensors")
-    golden.test_descent(n, "golden_models", torch.float32, 1e-4, numbers, request)
+    golden.test_descent(n, golden_models, golden_models_64, numbers)
     assert len(calls) == golden.CASES[n]["grad_steps"]
 
 
