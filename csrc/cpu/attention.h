@@ -51,10 +51,10 @@ struct Sequence {
   // Addresses of the tokens at positions begin to end - 1.
   void find(int64_t begin, int64_t end, const float** rows) const {
     for (int64_t t = begin; t < std::min(end, prefix);) {
-      const int64_t block = t / block_size, slot = t - block * block_size;
-      const int64_t stop = std::min({end, prefix, (block + 1) * block_size});
-      const float* row = pool + table[block] * strides.block + slot * strides.token;
-      for (; t < stop; ++t, row += strides.token) *rows++ = row;
+      const int64_t block = t / block_size, first = block * block_size;
+      const int64_t stop = std::min({end, prefix, first + block_size});
+      const float* of_block = pool + table[block] * strides.block;
+      for (; t < stop; ++t) *rows++ = of_block + (t - first) * strides.token;
     }
     for (int64_t t = std::max(begin, prefix); t < end; ++t) {
       *rows++ = own + (t - prefix) * own_stride;

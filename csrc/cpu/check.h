@@ -79,6 +79,10 @@ inline bool fits(std::initializer_list<Axis> axes, int64_t element_bytes) {
   return ((span + 1) * element_bytes).fits();
 }
 
+// A stride to compute addresses with. Nothing lies a stride away from the only one, or from none: there
+// it may be any number.
+inline int64_t step_of(int64_t count, int64_t stride) { return count > 1 ? stride : 0; }
+
 inline bool is_dtype(nabla_fast_dtype dtype) {
   return dtype == NABLA_FAST_FLOAT32 || dtype == NABLA_FAST_BFLOAT16;
 }

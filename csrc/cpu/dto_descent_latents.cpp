@@ -337,9 +337,8 @@ nabla_fast_status nabla_fast_dto_descent_latents(
   const Steps steps{step, schedule, iters, schedule_stride, until};
   if (!steps.valid(rows)) return NABLA_FAST_INVALID_STEPS;
   if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  // Where nothing lies a stride away it may be any number, too large to compute an address with.
   if (width == 0) h_stride = exp_avg_stride = exp_avg_sq_stride = 0;
-  if (width == 0 || vocab == 1) head_stride = width;
+  head_stride = step_of(width > 0 ? vocab : 0, head_stride);
   const Call call{h,
                   {head, head_dtype, width, head_stride},
                   grad,

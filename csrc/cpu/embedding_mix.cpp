@@ -47,7 +47,8 @@ void write_row(const nabla_fast_mix& call, int64_t row, nabla_fast_status status
     const int64_t width = call.tables[t].width;
     float* out = mixes[t] + row * width;
     for (int64_t k = 0; k < width; ++k)
-      out[k] = status == NABLA_FAST_OK ? table_of(call.tables[t]).value(token, k) : kNaN;
+      out[k] =
+          status == NABLA_FAST_OK ? table_of(call.tables[t], call.vocab).value(token, k) : kNaN;
   }
 }
 
@@ -74,7 +75,7 @@ void add_segment(const Group& group, int64_t segment, int64_t floats, MixSums& p
     weigh(y, group.rows, tokens, part.tops.max, call.tau, part.sums);
     float* mixed = part.mixes();
     for (int64_t t = 0; t < call.table_count; ++t) {
-      const Table table = table_of(call.tables[t]);
+      const Table table = table_of(call.tables[t], call.vocab);
       mix(y, lanes_of(group.rows), group.rows, table.from(token), tokens, mixed);
       mixed += group.rows * padded(table.width);
     }
@@ -169,8 +170,8 @@ void hard_group(const Group& group, int threads, char* memory, float* const* mix
 void hard_rows(const nabla_fast_mix& call, int64_t first, int rows, char* memory,
                float* const* mixes, nabla_fast_status* row_status, int32_t num_threads) {
   Top tops[kGroupRows];
-  tops_of_rows(table_of(call.logits).from(first), rows, call.vocab, keys_from(call, first),
-               num_threads, reinterpret_cast<Top*>(memory), tops);
+  tops_of_rows(table_of(call.logits, call.rows).from(first), rows, call.vocab,
+               keys_from(call, first), num_threads, reinterpret_cast<Top*>(memory), tops);
   for (int r = 0; r < rows; ++r) {
     row_status[first + r] = tops[r].of_row();
     write_row(call, first + r, row_status[first + r], tops[r].token, mixes);

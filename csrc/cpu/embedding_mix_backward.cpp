@@ -107,7 +107,7 @@ void logits_group(const Group& group, const Cotangents& cotangents, const Output
   const int rows = group.rows;
   auto* sums = reinterpret_cast<Sums*>(memory);
   Top tops[kGroupRows];
-  const Table logits = table_of(call.logits).from(group.first);
+  const Table logits = table_of(call.logits, call.rows).from(group.first);
   const NoiseKeys keys = keys_from(call, group.first);
   tops_of_rows(logits, rows, call.vocab, keys, num_threads, reinterpret_cast<Top*>(memory), tops);
   Rows of = {};
@@ -174,7 +174,7 @@ void move_sums(Sums& sums, int row, double scale, double shift) {
 
 void add_segment(const Group& group, const Cotangents& cotangents, int64_t segment, MixSums& part) {
   const nabla_fast_mix& call = group.call;
-  const Table head = table_of(call.head);
+  const Table head = table_of(call.head, call.vocab);
   const int64_t width = padded(head.width);
   const int rows = group.rows, lanes = lanes_of(rows);
   alignas(64) float y[kTileFloats], grad[kTileFloats];

@@ -82,8 +82,7 @@ extern "C" nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64_t r
       !fits({{vocab, head_stride}, {width, 1}}, bytes_of(head_dtype)))
     return NABLA_FAST_TOO_LARGE;
   if (!logits || (width > 0 && (!hidden || !head))) return NABLA_FAST_INVALID_POINTER;
-  // The stride of a single token may be any number, and is not stepped over.
-  if (vocab == 1) head_stride = width;
+  head_stride = step_of(vocab, head_stride);
   Product product{hidden, rows, hidden_stride, head, vocab, width, head_stride};
   Chunk* run = head_dtype == NABLA_FAST_FLOAT32 ? select_isa(f32_baseline, f32_avx2, f32_avx512)
                                                 : select_isa(bf16_baseline, bf16_avx2, bf16_avx512);

@@ -64,19 +64,19 @@ void Cotangents::pack(int64_t first, int rows) {
                                .rounded_up(kAlignment)
                                .or_zero();
   for (int64_t t = 0; t < call_.table_count; ++t) {
-    packed()[t] =
-        pack_rows(table_of(cotangents_[t]).from(first), rows, call_.tables[t].dtype, memory);
+    packed()[t] = pack_rows(table_of(cotangents_[t], call_.rows).from(first), rows,
+                            call_.tables[t].dtype, memory);
     memory += Group::packed_bytes(call_.tables[t].width).or_zero();
   }
 }
 
 void Cotangents::gradient(int64_t token, int tokens, float* grad) const {
   for (int64_t t = 0; t < call_.table_count; ++t)
-    products(packed()[t], table_of(call_.tables[t]).from(token), tokens, t > 0, grad);
+    products(packed()[t], table_of(call_.tables[t], call_.vocab).from(token), tokens, t > 0, grad);
   if (call_.table_count == 0) std::fill(grad, grad + tokens * lanes_of(rows_), 0.0f);
   if (!direct_ || !direct_->data) return;
   alignas(64) float tile[kTileFloats];
-  load_tile(table_of(*direct_).from(first_), rows_, token, tokens, tile);
+  load_tile(table_of(*direct_, call_.rows).from(first_), rows_, token, tokens, tile);
   add_tile(tile, rows_, tokens, grad);
 }
 

@@ -76,7 +76,8 @@ struct Group {
         rows(static_cast<int>(std::min<int64_t>(kGroupRows, call.rows - first))),
         hidden{} {
     if (is_linear(call))
-      hidden = pack_rows(table_of(call.hidden).from(first), rows, call.head.dtype, memory);
+      hidden =
+          pack_rows(table_of(call.hidden, call.rows).from(first), rows, call.head.dtype, memory);
   }
 
   static Size hidden_bytes(const nabla_fast_mix& call) {
@@ -90,9 +91,9 @@ struct Group {
   // The y of tokens [token, token + tokens).
   void load(int64_t token, int tokens, float* y) const {
     if (is_linear(call))
-      products(hidden, table_of(call.head).from(token), tokens, false, y);
+      products(hidden, table_of(call.head, call.vocab).from(token), tokens, false, y);
     else
-      load_tile(table_of(call.logits).from(first), rows, token, tokens, y);
+      load_tile(table_of(call.logits, call.rows).from(first), rows, token, tokens, y);
     const NoiseKeys keys = keys_from(call, first);
     if (keys.seed) add_noise(keys, rows, token, tokens, y);
   }

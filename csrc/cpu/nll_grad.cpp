@@ -205,8 +205,8 @@ extern "C" nabla_fast_status nabla_fast_nll_grad(
   int64_t segments = segments_of(vocab);
   for (int64_t first = 0; first < rows; first += kGroup) {
     int64_t count = std::min(kGroup, rows - first);
-    Product p{
-        hidden + first * hidden_stride, count, hidden_stride, head, vocab, width, head_stride};
+    Product p{hidden + first * hidden_stride, count, hidden_stride, head, vocab, width,
+              step_of(vocab, head_stride)};
     int64_t floats = Part::floats(count, width);
     const int threads = threads_for(segments, 1, num_threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)

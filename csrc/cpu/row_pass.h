@@ -42,22 +42,15 @@ struct Factors {
   int64_t row_count, vocab;
 
   Table rows_of(int64_t factor) const {
-    return matrix(factor == 0 ? first_rows : rows[factor - 1], row_count);
+    return cpu::table_of(factor == 0 ? first_rows : rows[factor - 1], row_count);
   }
   Table table_of(int64_t factor) const {
-    return matrix(factor == 0 ? first_table : tables[factor - 1], vocab);
+    return cpu::table_of(factor == 0 ? first_table : tables[factor - 1], vocab);
   }
   Size width() const {
     Size sum = 0;
     for (int64_t f = 0; f < count; ++f) sum = sum + table_of(f).width;
     return sum;
-  }
-
- private:
-  // No step is taken where there is nothing to step over, or nothing to step to: such a stride may
-  // be any.
-  static Table matrix(const nabla_fast_table& t, int64_t count) {
-    return {t.data, t.dtype, t.width, t.width > 0 && count > 1 ? t.stride : 0};
   }
 };
 

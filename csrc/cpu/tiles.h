@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "check.h"
 #include "nabla_fast.h"
 
 namespace nabla_fast::cpu {
@@ -53,7 +54,10 @@ struct Table {
   }
 };
 
-inline Table table_of(const nabla_fast_table& t) { return {t.data, t.dtype, t.width, t.stride}; }
+// The first `count` rows of a table, which fit (check.h).
+inline Table table_of(const nabla_fast_table& t, int64_t count) {
+  return {t.data, t.dtype, t.width, step_of(t.width > 0 ? count : 0, t.stride)};
+}
 
 // Rows turned over, as products() reads them: [width, lanes] of float; where they and the table are
 // bf16 and the CPU has a dot product for it, [(width + 1) / 2, lanes] of pairs of bf16; and where

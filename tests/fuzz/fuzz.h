@@ -161,6 +161,9 @@ class Tensor {
       span += extent > 0 ? extent : 0;
       if (strides_[axis] < 0 && extent > 0) first += extent;
       stride = sizes_[axis] > 0 ? stride * sizes_[axis] : stride;
+      // Nothing lies a stride away from the only one: any number will do.
+      if (sizes_[axis] <= 1 && random.one_in(3))
+        strides_[axis] = random.one_in(2) ? random.huge() : random.negative();
     }
     for (const int64_t size : sizes_)
       if (size == 0) span = 0;
