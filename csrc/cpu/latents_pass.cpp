@@ -12,6 +12,7 @@
 #include "gumbel.h"
 #include "isa.h"
 #include "straight_mix.h"
+#include "tile_amx.h"
 #include "tiles.h"
 #include "vec.h"
 
@@ -185,8 +186,12 @@ NABLA_FAST_INLINE void segment(const Pass& pass, int64_t first, int64_t last, Fo
       found[r].tilt += tile.tilt[r];
     }
     // The tile behind the next one, which products() has fetched, and has more time for it.
-    straight_mix<W, 4>(tile.weights, stride, 2 * rows, pass.head.from(token), tokens, mixes,
-                       Ahead{static_cast<const char*>(pass.head.from(token + 2 * tokens).data)});
+    const Table tile_of_head = pass.head.from(token);
+    const Ahead ahead{static_cast<const char*>(pass.head.from(token + 2 * tokens).data)};
+    if (pass.rows.terms)
+      mix_amx(tile.weights, stride, 2 * rows, tile_of_head, tokens, mixes, ahead);
+    else
+      straight_mix<W, 4>(tile.weights, stride, 2 * rows, tile_of_head, tokens, mixes, ahead);
   }
 }
 

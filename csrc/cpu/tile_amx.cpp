@@ -6,25 +6,16 @@
 #include <cstring>
 
 #include "ahead.h"
+#include "amx.h"
 #include "isa.h"
 
-#if NABLA_FAST_X86 && defined(__linux__)
-  #define NABLA_FAST_AMX 1
-  #include <immintrin.h>
+#if NABLA_FAST_AMX
   #include <sys/syscall.h>
   #include <unistd.h>
-#else
-  #define NABLA_FAST_AMX 0
 #endif
 
 namespace nabla_fast::cpu {
 namespace {
-
-// Of a tile: numbers that are multiplied and added up, and those beside each other.
-constexpr int kDepth = 32;
-constexpr int kSide = 16;
-// Terms of a float32.
-constexpr int kTerms = 3;
 
 // The bf16 that x begins with; what it leaves over has the same sign, and eight bits less.
 uint16_t begin_of(float x) {
@@ -49,46 +40,12 @@ float product_of(const PackedRows& rows, int row, const uint16_t* w) {
 
 #if NABLA_FAST_AMX
 
-  #define NABLA_FAST_TARGET_AMX \
-    __attribute__((target(      \
-        "amx-tile,amx-bf16,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2")))
-
-// All tiles 16 x 64 bytes.
-struct alignas(64) Shapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // A matrix of tiles in memory: `down` bytes from one row of a tile to the next, `right` to the tile
 // of the next sixteen beside it, `term` to the next term.
 struct Tiles {
   const char* at;
   int64_t down, right, term;
 };
-
-// Sums of 32 x 32: registers 0 to 3, of which a narrower one uses 0 and 2, a lower one 0 and 1.
-struct Square {
-  float* at;
-  int64_t down;  // bytes
-  bool low, narrow;
-};
-
-NABLA_FAST_TARGET_AMX inline void load_square(const Square& c) {
-  float* below = c.at + kSide * (c.down / 4);
-  _tile_loadd(0, c.at, c.down);
-  if (!c.narrow) _tile_loadd(1, c.at + kSide, c.down);
-  if (!c.low) _tile_loadd(2, below, c.down);
-  if (!c.low && !c.narrow) _tile_loadd(3, below + kSide, c.down);
-}
-
-NABLA_FAST_TARGET_AMX inline void store_square(const Square& c) {
-  float* below = c.at + kSide * (c.down / 4);
-  _tile_stored(0, c.at, c.down);
-  if (!c.narrow) _tile_stored(1, c.at + kSide, c.down);
-  if (!c.low) _tile_stored(2, below, c.down);
-  if (!c.low && !c.narrow) _tile_stored(3, below + kSide, c.down);
-}
 
 // 32 x 32 times 32 x 32; `terms` of the right side.
 NABLA_FAST_TARGET_AMX inline void multiply(const Tiles& a, const Tiles& b, int terms,
@@ -142,7 +99,7 @@ NABLA_FAST_TARGET_AMX inline void add_tokens(const PackedRows& rows, const Table
 // z += products; z has room for whole tiles of tokens.
 NABLA_FAST_TARGET_AMX void add_products(const PackedRows& rows, const Table& table, int tokens,
                                         float* z) {
-  const Shapes shapes;
+  const TileShapes shapes;
   _tile_loadconfig(&shapes);
   Ahead ahead{static_cast<const char*>(table.from(tokens).data)};
   for (int t = 0; t < tokens; t += 2 * kSide) {

@@ -3,6 +3,7 @@
 #include "ahead.h"
 #include "isa.h"
 #include "straight_mix.h"
+#include "tile_amx.h"
 #include "tiles.h"
 
 namespace nabla_fast::cpu {
@@ -38,6 +39,9 @@ NABLA_FAST_TARGET_AVX512 void mix_avx512(const float* w, int lanes, int rows, co
 }  // namespace
 
 void mix(const float* weights, int lanes, int rows, const Table& table, int tokens, float* mix) {
+  if (table.dtype == NABLA_FAST_BFLOAT16 && nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AMX)
+    return mix_amx(weights, lanes, rows, table, tokens, mix,
+                   Ahead{static_cast<const char*>(table.from(tokens).data)});
   static_cast<Mix*>(select_isa(mix_baseline, mix_avx2, mix_avx512))(weights, lanes, rows, table,
                                                                     tokens, mix);
 }

@@ -161,3 +161,16 @@ def test_infinite_entries_of_a_half_precision_head_mask_tokens(isa: str):
         (ours,) = ops.linear_embedding_mix(hidden, head, [table], hard=False)
     z = hidden @ head.float().T
     torch.testing.assert_close(ours, z.softmax(dim=-1) @ table)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_an_infinite_entry_of_a_half_precision_table_spoils_its_column_alone(value: float, isa: str):
+    # The weight 1/2 is one bf16 term; those that are left of it are 0.
+    z = torch.full((18, 130), -torch.inf)
+    z[:, [5, 70]] = 0.0
+    table = torch.randn(130, 70).to(BF16)
+    table[70, 33] = value
+    with ops.use_backend("cpu"):
+        (ours,) = ops.embedding_mix(z, [table], hard=False)
+    expected = ((table[5].float() + table[70].float()) / 2).to(BF16).expand(18, -1)
+    torch.testing.assert_close(ours, expected, equal_nan=True)
