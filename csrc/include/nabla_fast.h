@@ -18,7 +18,9 @@
  *               query says for the same arguments; free for other use between calls. A size query
  *               returns 0 for what its function refuses.
  *   elements    Sizes and strides count elements, not bytes; a stride may be 0 or negative. bf16
- *               elements are the upper 16 bits of a float32, held in a uint16_t.
+ *               elements are the upper 16 bits of a float32, held in a uint16_t; below 2^-126
+ *               they count as 0 where the CPU multiplies bf16 itself (the last two levels of
+ *               nabla_fast_isa), beside an infinite one too.
  *   results     A result of a row depends on that row and the other arguments alone: it has the
  *               same bits whatever other rows are in the call and however many threads work on it.
  *               It may differ in its last bits between levels of nabla_fast_cpu_isa().
