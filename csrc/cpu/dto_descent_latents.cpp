@@ -72,7 +72,7 @@ struct Workspace {
   static int64_t lay_out(int64_t rows, int64_t vocab, int64_t width, char* memory,
                          Workspace* workspace) {
     const int together = static_cast<int>(std::min<int64_t>(rows, kPassRows));
-    const int64_t segments = segments_of(vocab);
+    const int64_t segments = pass_segments(vocab);
     Size used = 0;
     const auto take = [&](auto*& array, Size bytes) {
       if (memory)
@@ -231,7 +231,7 @@ class Descent {
     pass.inverse_tau = static_cast<float>(1 / call_.tau);
     pass.noise = call_.noise_seed;
 
-    const int64_t segments = segments_of(call_.vocab), tokens = segment_tokens(call_.vocab);
+    const int64_t segments = pass_segments(call_.vocab), tokens = pass_segment_tokens(call_.vocab);
     const int64_t mix = mix_floats(count, width);
     // Reading the head costs what some rows of arithmetic cost.
     const int64_t work = (Size(call_.vocab) * std::max<int64_t>(width, 1) * (count + 4)).or_most();

@@ -23,13 +23,13 @@ constexpr int kPassRows = kGroupRows / 2;
 constexpr int64_t kMostSegments = 32;
 
 // Tokens of a segment: whole tiles, and not so few that joining them costs more than they do.
-inline int64_t segment_tokens(int64_t vocab) {
+inline int64_t pass_segment_tokens(int64_t vocab) {
   constexpr int64_t kLeast = 16 * kTileTokens;
   const int64_t tiles = (vocab + kMostSegments * kTileTokens - 1) / (kMostSegments * kTileTokens);
   return std::max(kLeast, tiles * kTileTokens);
 }
-inline int64_t segments_of(int64_t vocab) {
-  return (vocab + segment_tokens(vocab) - 1) / segment_tokens(vocab);
+inline int64_t pass_segments(int64_t vocab) {
+  return (vocab + pass_segment_tokens(vocab) - 1) / pass_segment_tokens(vocab);
 }
 
 struct PassRow {

@@ -15,7 +15,7 @@
 namespace nabla_fast::cpu {
 namespace {
 
-// Sums of a group of rows over the tokens of a segment so far.
+// TokenSums of a group of rows over the tokens of a segment so far.
 struct LaneSums {
   float max[kGroupRows];
   int32_t nan[kGroupRows];
@@ -25,11 +25,11 @@ struct LaneSums {
   void clear(int lanes) {
     for (int lane = 0; lane < lanes; ++lane) {
       nan[lane] = 0;
-      set(lane, Sums{});
+      set(lane, TokenSums{});
     }
   }
-  Sums lane(int lane) const {
-    Sums sums;
+  TokenSums lane(int lane) const {
+    TokenSums sums;
     sums.max = max[lane];
     sums.status = nan[lane]                ? NABLA_FAST_ROW_NAN
                   : max[lane] == kInfinity ? NABLA_FAST_ROW_INFINITE
@@ -40,7 +40,7 @@ struct LaneSums {
     sums.sum_d_exp = sum_d_exp[lane];
     return sums;
   }
-  void set(int lane, const Sums& sums) {
+  void set(int lane, const TokenSums& sums) {
     max[lane] = sums.max;
     argmax[lane] = sums.argmax;
     at_max[lane] = sums.at_max;
@@ -53,7 +53,7 @@ struct LaneSums {
 void rise(const float* z, int lanes, int lane, int64_t token, float before, const Tau& tau,
           LaneSums& sums) {
   const float max = sums.max[lane];
-  Sums risen;
+  TokenSums risen;
   // What is relative to -inf or +inf is nothing.
   if (before > -kInfinity && max < kInfinity) {
     sums.max[lane] = before;
@@ -150,7 +150,7 @@ void linear_token_stats(const Factors& factors, int64_t rows, int64_t vocab, con
       add(z, lanes, whole_chains(z, lanes, tokens), token, tau, mine);
     });
     for (int row = 0; row < some; ++row) {
-      Sums joint;
+      TokenSums joint;
       for (int64_t s = 0; s < segments; ++s)
         joint =
             joined(joint, sums[s * groups + row / kGroupRows].lane(row % kGroupRows), tau.value);

@@ -14,7 +14,7 @@ namespace nabla_fast::cpu {
 constexpr int kMixColumns = 4;
 
 // The stride of rows that vectors may be stored to whole.
-inline int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
+inline int64_t mix_stride_of(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
 // mix[r, ..] += sum_t weights[r, t] table[t, ..] for `R` rows and `C` vectors of columns, of which
 // the last has `rest` elements if that is not 0.
@@ -62,7 +62,7 @@ NABLA_FAST_INLINE void add_rows(const float* weights, int64_t weights_stride, in
 }
 
 // mix[r, k] += sum_t weights[r, t] table[t, k] for [rows, tokens] weights and a table [tokens,
-// width], float or bf16; the tokens of an element in order. `mix` has room for padded(width)
+// width], float or bf16; the tokens of an element in order. `mix` has room for mix_stride_of(width)
 // columns.
 template <typename T>
 NABLA_FAST_INLINE void add_mix(const float* weights, int64_t weights_stride, int64_t rows,

@@ -39,9 +39,10 @@ struct Part {
   float* max;     // [rows]
   float* sum;     // [rows] of exp(logit - max), the target's left out
   float* target;  // [rows] its logit, if it lies in the segment
-  float* mix;     // [rows, padded(width)] sum of exp(logit - max) times the head's row, likewise
+  float*
+      mix;  // [rows, mix_stride_of(width)] sum of exp(logit - max) times the head's row, likewise
 
-  static int64_t floats(int64_t rows, int64_t width) { return rows * (3 + padded(width)); }
+  static int64_t floats(int64_t rows, int64_t width) { return rows * (3 + mix_stride_of(width)); }
 
   Part(float* memory, int64_t rows)
       : max(memory), sum(memory + rows), target(memory + 2 * rows), mix(memory + 3 * rows) {}
@@ -51,7 +52,7 @@ struct Part {
 template <typename T>
 NABLA_FAST_INLINE void segment(const Product& p, const int64_t* targets, int64_t first,
                                int64_t last, Part part) {
-  int64_t width = padded(p.width);
+  int64_t width = mix_stride_of(p.width);
   for (int64_t r = 0; r < p.rows; ++r) {
     part.max[r] = -kInfinity;
     part.sum[r] = 0;
@@ -133,7 +134,7 @@ float element(const Product& p, nabla_fast_dtype dtype, int64_t token, int64_t k
 // One row's parts, from left to right.
 nabla_fast_status join(const Product& p, nabla_fast_dtype dtype, int64_t target, float* memory,
                        int64_t segments, int64_t row, float* out) {
-  int64_t width = padded(p.width), floats = Part::floats(p.rows, p.width);
+  int64_t width = mix_stride_of(p.width), floats = Part::floats(p.rows, p.width);
   float top = -kInfinity, target_logit = -kInfinity;
   bool nan = false;
   for (int64_t s = 0; s < segments; ++s) {

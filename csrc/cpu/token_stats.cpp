@@ -91,7 +91,7 @@ struct LaneMax {
   }
 };
 
-// Sums of segments so far, by lanes.
+// TokenSums of segments so far, by lanes.
 template <int W>
 struct LaneSums {
   typedef double Doubles __attribute__((vector_size(8 * W)));
@@ -160,10 +160,11 @@ NABLA_FAST_INLINE int first_equal(const T* logits, int n, float value) {
 // logits: [n] of one segment, 1 <= n <= kSegment; `offset` is the index of its first token in the
 // row.
 template <int W, typename T>
-NABLA_FAST_INLINE Sums segment_sums(const T* logits, int64_t n, int64_t offset, const Tau& tau) {
+NABLA_FAST_INLINE TokenSums segment_sums(const T* logits, int64_t n, int64_t offset,
+                                         const Tau& tau) {
   constexpr int kStride = kAbreast * W, kBlock = kAddends * kStride;
   alignas(64) T padded[kChunk];
-  Sums sums;
+  TokenSums sums;
   LaneSums<W> lanes;
   LaneMax<W> next_max;
   int64_t top = 0;  // where the chunk with the maximum begins
@@ -226,19 +227,19 @@ NABLA_FAST_INLINE Sums segment_sums(const T* logits, int64_t n, int64_t offset, 
 }
 
 template <typename T>
-Sums segment_baseline(const T* logits, int64_t n, int64_t offset, const Tau& tau) {
+TokenSums segment_baseline(const T* logits, int64_t n, int64_t offset, const Tau& tau) {
   return segment_sums<4>(logits, n, offset, tau);
 }
 
 template <typename T>
-NABLA_FAST_TARGET_AVX2 Sums segment_avx2(const T* logits, int64_t n, int64_t offset,
-                                         const Tau& tau) {
+NABLA_FAST_TARGET_AVX2 TokenSums segment_avx2(const T* logits, int64_t n, int64_t offset,
+                                              const Tau& tau) {
   return segment_sums<8>(logits, n, offset, tau);
 }
 
 template <typename T>
-NABLA_FAST_TARGET_AVX512 Sums segment_avx512(const T* logits, int64_t n, int64_t offset,
-                                             const Tau& tau) {
+NABLA_FAST_TARGET_AVX512 TokenSums segment_avx512(const T* logits, int64_t n, int64_t offset,
+                                                  const Tau& tau) {
   return segment_sums<16>(logits, n, offset, tau);
 }
 
@@ -258,7 +259,7 @@ void token_stats(const T* logits, int64_t rows, int64_t vocab, int64_t row_strid
   if (rows >= 2 * threads || segments == 1 || threads == 1) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row) {
-      Sums sums;
+      TokenSums sums;
       for (int64_t s = 0; s < segments; ++s) sums = joined(sums, segment(row, s), tau.value);
       outputs.write(row, sums, tau);
     }
@@ -266,9 +267,9 @@ void token_stats(const T* logits, int64_t rows, int64_t vocab, int64_t row_strid
   }
 
   // Too few rows to keep the threads busy: they share each row.
-  Sums shared[kSharedSegments];
+  TokenSums shared[kSharedSegments];
   for (int64_t row = 0; row < rows; ++row) {
-    Sums sums;
+    TokenSums sums;
     for (int64_t begin = 0; begin < segments; begin += kSharedSegments) {
       const int64_t end = std::min(segments, begin + kSharedSegments);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)

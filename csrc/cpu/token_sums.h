@@ -1,4 +1,4 @@
-// Sums over the tokens of a row from which its statistics follow, and how they are joined.
+// TokenSums over the tokens of a row from which its statistics follow, and how they are joined.
 #ifndef NABLA_FAST_CPU_TOKEN_SUMS_H_
 #define NABLA_FAST_CPU_TOKEN_SUMS_H_
 
@@ -30,7 +30,7 @@ struct Tau {
 
 // Of the tokens of a segment or a row, with d_v = logits_v - max. Tokens at the maximum are counted
 // apart: added to 1, a sum below 2^-24 would be lost, and with it the entropy of a peaked row.
-struct Sums {
+struct TokenSums {
   float max = -kInfinity;
   nabla_fast_status status = NABLA_FAST_OK;
   int64_t argmax = -1;
@@ -40,11 +40,11 @@ struct Sums {
 };
 
 // `sums` as seen from a higher maximum, both finite.
-inline Sums lowered(const Sums& sums, float max, double tau) {
+inline TokenSums lowered(const TokenSums& sums, float max, double tau) {
   const double gap = static_cast<double>(sums.max) - max;
   const double scale = std::exp(gap / tau);
   const double total = sums.at_max + sums.sum_exp;
-  Sums result = sums;
+  TokenSums result = sums;
   result.max = max;
   result.at_max = 0;
   result.sum_exp = scale * total;
@@ -53,19 +53,19 @@ inline Sums lowered(const Sums& sums, float max, double tau) {
 }
 
 // The sums of two neighbours; `right` holds the tokens with the higher indices.
-inline Sums joined(const Sums& left, const Sums& right, double tau) {
+inline TokenSums joined(const TokenSums& left, const TokenSums& right, double tau) {
   if (left.status != NABLA_FAST_OK || right.status != NABLA_FAST_OK) {
-    Sums result;
+    TokenSums result;
     const bool nan = left.status == NABLA_FAST_ROW_NAN || right.status == NABLA_FAST_ROW_NAN;
     result.status = nan ? NABLA_FAST_ROW_NAN : NABLA_FAST_ROW_INFINITE;
     return result;
   }
   if (right.max == -kInfinity) return left;
   if (left.max == -kInfinity) return right;
-  Sums result = left.max < right.max ? right : left;
-  const Sums other = left.max < right.max   ? lowered(left, right.max, tau)
-                     : right.max < left.max ? lowered(right, left.max, tau)
-                                            : right;
+  TokenSums result = left.max < right.max ? right : left;
+  const TokenSums other = left.max < right.max   ? lowered(left, right.max, tau)
+                          : right.max < left.max ? lowered(right, left.max, tau)
+                                                 : right;
   result.at_max += other.at_max;
   result.sum_exp += other.sum_exp;
   result.sum_d_exp += other.sum_d_exp;
@@ -80,7 +80,7 @@ struct Outputs {
   int64_t* argmax;
   nabla_fast_status* status;
 
-  void write(int64_t row, const Sums& sums, const Tau& tau) const {
+  void write(int64_t row, const TokenSums& sums, const Tau& tau) const {
     status[row] = sums.status != NABLA_FAST_OK ? sums.status
                   : sums.max == -kInfinity     ? NABLA_FAST_ROW_ALL_MASKED
                                                : NABLA_FAST_OK;
