@@ -132,4 +132,6 @@ def _(
 ) -> Tensor:
     from nabla_fast.triton_kernels import onehot_grad as kernels
 
-    return kernels.onehot_grad(list(cotangents), list(tables), hidden, head, nll_coeff)
+    grad, status = kernels.onehot_grad(list(cotangents), list(tables), hidden, head, nll_coeff)
+    report("onehot_grad", status)
+    return grad

@@ -89,4 +89,6 @@ def _(
 ) -> Tensor:
     from nabla_fast.triton_kernels import onehot_grad as kernels
 
-    return kernels.onehot_grad_norm(list(cotangents), list(tables), hidden, head, nll_coeff)
+    norms, status = kernels.onehot_grad_norm(list(cotangents), list(tables), hidden, head, nll_coeff)
+    report("onehot_grad_norm", status)
+    return norms

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from nabla_fast.errors import RowError
 from nabla_fast.ops import onehot_grad, onehot_grad_norm, use_backend
+from nabla_fast.ops.registry import Op
 
 from .cases import BF16, F16, F32, F64, Draw
+from .harness import DEVICES, backend_parameters, run, to_device
 
 VOCABULARY, HIDDEN, WIDTHS, NLL = 23, 6, (5, 4), 0.37
 
@@ -93,6 +96,25 @@ def test_a_masked_token_is_left_out(draw: Draw):
     torch.testing.assert_close(shift, shift[:, :1].expand_as(shift))
     assert (shift < 0).all()
     torch.testing.assert_close(norm, grad[:, kept].norm(dim=-1))
+
+
+@pytest.mark.parametrize(("op", "backend"), backend_parameters("onehot_grad", "onehot_grad_norm"))
+@pytest.mark.parametrize(
+    ("value", "reason"), [(torch.nan, "NaN"), (torch.inf, r"\+inf"), (-torch.inf, "no finite")]
+)
+def test_bad_rows_are_named(op: Op, backend: str, value: float, reason: str, draw: Draw):
+    arguments = {
+        "cotangents": [draw.normal(3, 5)],
+        "tables": draw.tables(VOCABULARY, [(5, F32)]),
+        "hidden": draw.normal(3, HIDDEN),
+        "head": draw.normal(VOCABULARY, HIDDEN).abs() + 0.1,
+        "nll_coeff": NLL,
+    }
+    arguments["hidden"][1] = value
+    device = DEVICES[-1] if backend == "triton" else "cpu"
+    with pytest.raises(RowError, match=reason) as error:
+        run(op, backend, to_device(device, arguments))
+    assert "row 1" in str(error.value) and "row 2" not in str(error.value)
 
 
 def test_no_rows(draw: Draw):

@@ -28,6 +28,14 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         "backward to logits",
         lambda: embedding_mix.embedding_mix_backward(cotangents, logits, tables, direct=logits, **options),
     )
+    if dtype != torch.float32:
+        narrow_logits = empty(_ROWS, _VOCABULARY)
+        yield (
+            "backward to half-precision logits",
+            lambda: embedding_mix.embedding_mix_backward(
+                cotangents, narrow_logits, tables, direct=None, **options
+            ),
+        )
     yield "logits", lambda: vocabulary_product.vocabulary_product(cotangents[:1], [head])
     yield (
         "backward to hidden states",
