@@ -114,7 +114,8 @@ def test_bad_rows_are_named(op: Op, backend: str, value: float, reason: str, dra
     device = DEVICES[-1] if backend == "triton" else "cpu"
     with pytest.raises(RowError, match=reason) as error:
         run(op, backend, to_device(device, arguments))
-    assert "row 1" in str(error.value) and "row 2" not in str(error.value)
+    assert "row 1" in str(error.value)
+    assert "row 2" not in str(error.value)
 
 
 def test_no_rows(draw: Draw):
