@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .products import tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
+from .products import map_arguments, tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
 from .row_totals import row_totals
 from .scratch import row_blocks, share
 from .softmax_sums import softmax_sums
@@ -17,7 +17,7 @@ from .vocabulary_product import vocabulary_product
 @triton.jit(do_not_specialize=["rows", "tiles_of_rows", "slices"])
 def _onehot_grad_kernel(
     states,  # [N, H_t] each: ∂ℒ/∂e_t
-    tables,  # [V, H_t] each
+    tables,  # [V, H_t] each, or [V_t, H_t] with a map
     state_strides,
     table_strides,
     widths,
@@ -30,6 +30,9 @@ def _onehot_grad_kernel(
     tiles_of_rows,
     slices,
     nll_coeff,
+    maps,  # of vocabulary_tile, as are last_rows and MAPPED
+    last_rows,
+    MAPPED: tl.constexpr,
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -51,6 +54,9 @@ def _onehot_grad_kernel(
         COLUMNS,
         DEPTH,
         UPCAST,
+        maps,
+        last_rows,
+        MAPPED,
     )
     at = logits_ptr + row[:, None] * vocabulary + column[None, :]
     z = tl.load(at, mask=there, other=0.0)
@@ -69,6 +75,7 @@ def _launch(
     tables: list[Tensor],
     logits: Tensor,
     nll_coeff: float,
+    token_maps: list[Tensor | None],
     squares: Tensor | None = None,
 ) -> Tensor:
     rows, vocabulary = logits.shape
@@ -87,6 +94,7 @@ def _launch(
             tiles,
             slices,
             nll_coeff,
+            **map_arguments(tables, token_maps),
             NORM=squares is not None,
             UPCAST=upcast(logits),
             **config,
@@ -95,27 +103,39 @@ def _launch(
 
 
 def onehot_grad(
-    cotangents: list[Tensor], tables: list[Tensor], hidden: Tensor, head: Tensor, nll_coeff: float
+    cotangents: list[Tensor],
+    tables: list[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    nll_coeff: float,
+    token_maps: list[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """G[v] = Σ_t ⟨T_t[v], ∂ℒ/∂e_t⟩ − ν log π(v), 0 where π is.
 
     Args:
         cotangents: [N, H_t] each.
-        tables: [V, H_t] each.
+        tables: [V, H_t] each, or [V_t, H_t] with a map.
         hidden: [N, H].
         head: [V, H].
         nll_coeff: ν.
+        token_maps: none at all, or one a table: None, or [V] int64, contiguous, the row of the table
+            that stands for each token.
     Returns:
         [N, V] float32, NaN in a bad row; the status [N] int32 of the rows of hidden·headᵀ.
     """
     grad = vocabulary_product([hidden], [head])
     if len(grad) == 0:
         return grad, grad.new_empty(0, dtype=torch.int32)
-    return grad, _launch(cotangents, tables, grad, nll_coeff)
+    return grad, _launch(cotangents, tables, grad, nll_coeff, token_maps)
 
 
 def onehot_grad_norm(
-    cotangents: list[Tensor], tables: list[Tensor], hidden: Tensor, head: Tensor, nll_coeff: float
+    cotangents: list[Tensor],
+    tables: list[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    nll_coeff: float,
+    token_maps: list[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """‖G_i‖₂ of every row of :func:`onehot_grad`: [N] float32, and its status [N] int32.
 
@@ -134,6 +154,7 @@ def onehot_grad_norm(
     for part in parts:
         size = part.stop - part.start
         logits = vocabulary_product([hidden[part]], [head], out=scratch[:size])
-        status[part] = _launch([c[part] for c in cotangents], tables, logits, nll_coeff, squares[:size])
+        of_part = [cotangent[part] for cotangent in cotangents]
+        status[part] = _launch(of_part, tables, logits, nll_coeff, token_maps, squares[:size])
         norms[part] = row_totals(squares[:size], root=True)
     return norms, status

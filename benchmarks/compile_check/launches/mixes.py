@@ -43,8 +43,19 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             cotangents, hidden, head, tables, direct=None, **options
         ),
     )
-    yield "one-hot gradient", lambda: onehot_grad.onehot_grad(cotangents, tables, hidden, head, 1e-3)
-    yield "norms", lambda: onehot_grad.onehot_grad_norm(cotangents, tables, hidden, head, 1e-3)
+    yield "one-hot gradient", lambda: onehot_grad.onehot_grad(cotangents, tables, hidden, head, 1e-3, [])
+    yield "norms", lambda: onehot_grad.onehot_grad_norm(cotangents, tables, hidden, head, 1e-3, [])
+    # The second table is another model's, of other rows.
+    mapped = [tables[0], empty(_VOCABULARY // 2, _WIDTHS[1])]
+    maps = [None, empty(_VOCABULARY, dtype=torch.int64)]
+    yield (
+        "one-hot gradient, mapped",
+        lambda: onehot_grad.onehot_grad(cotangents, mapped, hidden, head, 1e-3, maps),
+    )
+    yield (
+        "norms, mapped",
+        lambda: onehot_grad.onehot_grad_norm(cotangents, mapped, hidden, head, 1e-3, maps),
+    )
     if dtype != torch.bfloat16:
         return
 
