@@ -219,6 +219,7 @@ def _jacobian_kernel(
 
 
 _COLUMNS = 2048  # of a slice
+_WARPS = 8  # of a slice's program: with 4, some spill
 _HARD_DEPTH = 1024
 
 
@@ -370,6 +371,7 @@ def _backward(
             "DIRECT": direct is not None,
             "SPLIT": rest is not None,
             "COLUMNS": _COLUMNS,
+            "num_warps": _WARPS,
         }
         _tilt_kernel[(rows * slices,)](*read, *directs, tilt, *sizes, **options)
         _jacobian_kernel[(rows * slices,)](
