@@ -47,7 +47,7 @@ def _mix_configs(programs: int, *choices: tuple[int, int, int, int, int]) -> lis
 
 def tasks(device: torch.device) -> Iterator[Task]:
     """The tasks, their tensors made when each is reached."""
-    from nabla_fast.triton_kernels import embedding_mix, vocabulary_product, weighted_rows
+    from nabla_fast.triton_kernels import embedding_mix, scratch, vocabulary_product, weighted_rows
 
     programs = torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -66,7 +66,13 @@ def tasks(device: torch.device) -> Iterator[Task]:
     def weighted(dtype: torch.dtype, rows: int) -> Callable[[], list[Tensor]]:
         weights = normal(rows, _VOCABULARY, dtype=torch.float32)
         table = normal(_VOCABULARY, _WIDTHS[0], dtype=dtype)
-        return lambda: weighted_rows.weighted_rows(weights, [table], dtypes=[torch.float32])
+
+        def run() -> list[Tensor]:
+            out = [torch.empty(rows, _WIDTHS[0], device=device)]
+            weighted_rows.weighted_rows(weights, [table], out=out, scratch=scratch.share(4))
+            return out
+
+        return run
 
     yield Task(
         "vocabulary_product",

@@ -27,24 +27,37 @@ class Onehot {
  public:
   Onehot(int64_t rows, int64_t vocab, const std::vector<Matrix>& cotangents,
          const std::vector<Matrix>& tables, const Matrix& hidden, const Matrix& head,
-         double nll_coeff) {
+         double nll_coeff, const std::vector<std::uintptr_t>& token_maps,
+         const std::vector<int64_t>& table_rows)
+      : table_rows_(table_rows) {
     if (cotangents.size() != tables.size())
       throw py::value_error("one cotangent a table is needed");
+    if (token_maps.size() != table_rows.size() ||
+        (!token_maps.empty() && token_maps.size() != tables.size()))
+      throw py::value_error("one map and one number of rows a table is needed, or none");
     for (const Matrix& matrix : cotangents) cotangents_.push_back(table(matrix));
     for (const Matrix& matrix : tables) tables_.push_back(table(matrix));
     inputs_ = {rows,        vocab,    static_cast<int64_t>(tables_.size()),
                nullptr,     nullptr,  table(hidden),
                table(head), nll_coeff};
+    for (const std::uintptr_t address : token_maps)
+      token_maps_.push_back(pointer<const int64_t>(address));
   }
   nabla_fast_onehot inputs() const {
     nabla_fast_onehot inputs = inputs_;
     inputs.cotangents = cotangents_.data();
     inputs.tables = tables_.data();
+    if (!token_maps_.empty()) {
+      inputs.token_maps = token_maps_.data();
+      inputs.table_rows = table_rows_.data();
+    }
     return inputs;
   }
 
  private:
   std::vector<nabla_fast_table> cotangents_, tables_;
+  std::vector<const int64_t*> token_maps_;
+  std::vector<int64_t> table_rows_;
   nabla_fast_onehot inputs_;
 };
 
@@ -101,9 +114,11 @@ void bind_onehot(py::module_& module) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   py::class_<Onehot>(module, "Onehot", "nabla_fast_onehot of nabla_fast.h.")
       .def(py::init<int64_t, int64_t, const std::vector<Matrix>&, const std::vector<Matrix>&,
-                    const Matrix&, const Matrix&, double>(),
+                    const Matrix&, const Matrix&, double, const std::vector<std::uintptr_t>&,
+                    const std::vector<int64_t>&>(),
            py::arg("rows"), py::arg("vocab"), py::arg("cotangents"), py::arg("tables"),
-           py::arg("hidden"), py::arg("head"), py::arg("nll_coeff"));
+           py::arg("hidden"), py::arg("head"), py::arg("nll_coeff"), py::arg("token_maps"),
+           py::arg("table_rows"));
   module.def("onehot_grad", &onehot_grad, release_gil(), py::arg("inputs"), py::arg("grad"),
              py::arg("grad_stride"), py::arg("row_status"), py::arg("workspace"),
              py::arg("workspace_bytes"), py::arg("num_threads"),

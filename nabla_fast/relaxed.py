@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nabla_fast.models.tables import TokenTable
 from nabla_fast.ops import embedding_mix, lm_logits, logits_backward, nll_grad
 from nabla_fast.ops.rows import blocks
 
@@ -29,11 +30,12 @@ class Relaxed:
     def __len__(self) -> int:
         return len(self.tokens if self.tokens is not None else self.logits)
 
-    def mixes(self, tables: Sequence[Tensor]) -> list[Tensor]:
+    def mixes(self, tables: Sequence[TokenTable]) -> list[Tensor]:
         """Σ_v y[v] T[v] for each table T [V, H_t]: [L, H_t] each."""
         if self.tokens is not None:
-            return [table[self.tokens] for table in tables]
-        return embedding_mix(self.logits, tables, tau=self.tau, hard=False)
+            return [table.of(self.tokens) for table in tables]
+        aligned = [table.aligned for table in tables]
+        return embedding_mix(self.logits, aligned, tau=self.tau, hard=False)
 
     def likelihood_gradient(self, states: Tensor, head: Tensor, start: int = 0) -> Tensor:
         """∂/∂states of −Σ_i Σ_v y_i[v] log π(v | states_i), over positions from ``start`` on.

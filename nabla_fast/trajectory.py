@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.problem import Problem
 from nabla_fast.models import LanguageModel, RewardModel
+from nabla_fast.models.tables import TokenTable
 from nabla_fast.ops import onehot_grad, onehot_grad_norm
 from nabla_fast.relaxed import Relaxed
 from nabla_fast.results import Stats
@@ -29,7 +31,7 @@ class TrajectoryGradient:
     """
 
     cotangents: list[Tensor]
-    tables: list[Tensor]
+    tables: list[TokenTable]
     hidden: Tensor
     head: Tensor
     nll_coeff: float
@@ -47,13 +49,8 @@ class TrajectoryGradient:
 
     def rows(self, count: int) -> Tensor:
         """G of the first ``count`` positions, [count, V]."""
-        return onehot_grad(
-            [g[:count] for g in self.cotangents],
-            self.tables,
-            self.hidden[:count],
-            self.head,
-            nll_coeff=self.nll_coeff,
-        )
+        cotangents = [g[:count] for g in self.cotangents]
+        return onehot_grad(**self._arguments() | {"cotangents": cotangents, "hidden": self.hidden[:count]})
 
     def after(self, count: int) -> TrajectoryGradient:
         """G of what is left behind the first ``count`` positions."""
@@ -62,9 +59,17 @@ class TrajectoryGradient:
 
     def norms(self) -> Tensor:
         """‖G_i‖₂ of all positions, [L]."""
-        return onehot_grad_norm(
-            self.cotangents, self.tables, self.hidden, self.head, nll_coeff=self.nll_coeff
-        )
+        return onehot_grad_norm(**self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "cotangents": self.cotangents,
+            "tables": [table.rows for table in self.tables],
+            "hidden": self.hidden,
+            "head": self.head,
+            "nll_coeff": self.nll_coeff,
+            "token_maps": [table.token_map for table in self.tables],
+        }
 
 
 class GradientModel:
@@ -75,7 +80,7 @@ class GradientModel:
         self.rm = rm if config.reward_coeff > 0 else None
         self._config = config
         # All on the LM's device, where G is asked for; a copy only if the reward model is elsewhere.
-        self._tables = [lm.table] + ([self.rm.table.to(lm.device)] if self.rm else [])
+        self._tables = [TokenTable(lm.table)] + ([self.rm.table.to(lm.device)] if self.rm else [])
 
     def hard(
         self, problem: Problem, committed: list[int], tokens: Tensor, stats: Stats

@@ -106,15 +106,47 @@ def test_padded_rows_of_the_lm_do_not_count():
 
 def test_identity_and_truncated_share_the_table():
     table = torch.randn(30, 4)
-    assert VocabularyAlignment.identity().aligned(table) is table
-    truncated = VocabularyAlignment.truncated(24).aligned(table)
-    assert truncated.shape == (24, 4)
-    assert truncated.data_ptr() == table.data_ptr()
+    assert VocabularyAlignment.identity().through(table).rows is table
+    truncated = VocabularyAlignment.truncated(24).through(table)
+    assert truncated.token_map is None
+    assert truncated.rows.shape == (24, 4)
+    assert truncated.rows.data_ptr() == table.data_ptr()
+
+
+def test_another_vocabulary_shares_the_table_until_it_is_mixed():
+    table, token_map = torch.randn(30, 4), torch.randint(0, 30, (24,))
+    mapped = VocabularyAlignment(token_map).through(table)
+    assert mapped.rows is table
+    tokens = torch.tensor([3, 0, 23])
+    assert torch.equal(mapped.of(tokens), table[token_map][tokens])
+    assert torch.equal(mapped.aligned, table[token_map])
+    assert mapped.aligned is mapped.aligned
+
+
+@pytest.mark.parametrize(
+    ("relaxation", "copied"), [("straight_through", False), ("gumbel", False), ("soft", True)]
+)
+def test_a_decode_with_hard_tokens_copies_no_table(relaxation, copied):
+    config = DTOConfig(relaxation=relaxation, iters=2, max_generations=2, confidence_threshold=None)
+    tables = []
+
+    class Alignment(VocabularyAlignment):
+        def through(self, table):
+            tables.append(super().through(table))
+            return tables[-1]
+
+    alignment = Alignment(ALIGNMENT.token_map)
+    decoder = NablaDecoder(
+        shared_lm("qwen2"), wide_reward_model(), None, config=config, alignment=alignment
+    )
+    (result,) = decoder.generate([[5, 9, 3]], max_new_tokens=4, reward_context=[CONTEXT])
+    assert result.stats.gradient_passes
+    assert any("aligned" in vars(table) for table in tables) == copied
 
 
 def test_a_map_outside_the_table_is_refused():
     with pytest.raises(InputError, match=r"token 23, but the reward model has 20 tokens") as error:
-        VocabularyAlignment.truncated(24).aligned(torch.randn(20, 4))
+        VocabularyAlignment.truncated(24).through(torch.randn(20, 4))
     assert_one_line(error)
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .exponential import inverse_parts
-from .gumbel import gumbel_noise
+from .gumbel import add_gumbel_noise
 from .products import tile_arguments
 from .row_totals import row_totals
+from .scratch import row_blocks, share
 from .softmax_sums import SoftmaxSums, exp_tile, perturbed_tile, softmax_sums
 from .vocabulary_product import vocabulary_product
 from .weighted_rows import weighted_rows
-
-# A float32 [n, V] that holds part of the rows: 128 of a vocabulary of 151,936 fit, a tile of rows.
-SCRATCH_BYTES = 80 << 20
 
 
 @triton.jit
@@ -62,7 +58,8 @@ def _hard_grad_kernel(
 
 @triton.jit
 def _centred_tile(
-    product_ptr,  # [N, V] float32, contiguous: the tables' part of G, less G[ŷ]
+    product_ptr,  # [N, V], contiguous: the tables' part of G, less G[ŷ]
+    rest_ptr,  # [N, V] bfloat16, contiguous, if SPLIT: its low bits
     logits_ptr,  # [N, V]
     row_stride,
     column_stride,
@@ -80,6 +77,7 @@ def _centred_tile(
     inverse_low,
     NOISE: tl.constexpr,
     DIRECT: tl.constexpr,
+    SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """exp((z − top)/τ) and G − G[ŷ], 0 where the former is and at ŷ: [1, COLUMNS] each."""
@@ -98,7 +96,10 @@ def _centred_tile(
         NOISE,
     )
     e = exp_tile(z, tl.load(top_ptr + row), inverse, inverse_low)
-    grad = tl.load(product_ptr + row[:, None] * vocabulary + column, mask=there, other=0.0)
+    at = row[:, None] * vocabulary + column
+    grad = tl.load(product_ptr + at, mask=there, other=0.0).to(tl.float32)
+    if SPLIT:
+        grad += tl.load(rest_ptr + at, mask=there, other=0.0).to(tl.float32)
     if DIRECT:
         at = direct_ptr + row[:, None] * direct_row_stride + column * direct_column_stride
         grad += tl.load(at, mask=there, other=0.0).to(tl.float32)
@@ -109,6 +110,7 @@ def _centred_tile(
 @triton.jit(do_not_specialize=["slices"])
 def _tilt_kernel(
     product_ptr,
+    rest_ptr,
     logits_ptr,
     row_stride,
     column_stride,
@@ -126,11 +128,13 @@ def _tilt_kernel(
     inverse_low,
     NOISE: tl.constexpr,
     DIRECT: tl.constexpr,
+    SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     e, centred = _centred_tile(
         product_ptr,
+        rest_ptr,
         logits_ptr,
         row_stride,
         column_stride,
@@ -148,6 +152,7 @@ def _tilt_kernel(
         inverse_low,
         NOISE,
         DIRECT,
+        SPLIT,
         COLUMNS,
     )
     tl.store(tilt_ptr + program + tl.zeros((1,), tl.int64), tl.sum(e * centred, axis=1))
@@ -156,6 +161,7 @@ def _tilt_kernel(
 @triton.jit(do_not_specialize=["slices"])
 def _jacobian_kernel(
     product_ptr,
+    rest_ptr,
     logits_ptr,
     row_stride,
     column_stride,
@@ -175,6 +181,7 @@ def _jacobian_kernel(
     inverse_low,
     NOISE: tl.constexpr,
     DIRECT: tl.constexpr,
+    SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -182,6 +189,7 @@ def _jacobian_kernel(
     start = (program % slices).to(tl.int32) * COLUMNS
     e, centred = _centred_tile(
         product_ptr,
+        rest_ptr,
         logits_ptr,
         row_stride,
         column_stride,
@@ -199,6 +207,7 @@ def _jacobian_kernel(
         inverse_low,
         NOISE,
         DIRECT,
+        SPLIT,
         COLUMNS,
     )
     total = tl.load(total_ptr + row)[:, None]
@@ -210,14 +219,8 @@ def _jacobian_kernel(
 
 
 _COLUMNS = 2048  # of a slice
+_WARPS = 8  # of a slice's program: with 4, some spill
 _HARD_DEPTH = 1024
-
-
-def row_blocks(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Parts of N rows whose [n, V] float32 scratch fits in SCRATCH_BYTES."""
-    step = max(1, SCRATCH_BYTES // (4 * vocabulary))
-    step = step // 64 * 64 or step
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def embedding_mix(
@@ -237,21 +240,39 @@ def embedding_mix(
     Returns:
         One [N, H_t] a table, in its dtype; the rows' status [N] int32.
     """
+    rows, vocabulary = logits.shape
+    mixes = [table.new_empty(rows, table.shape[1]) for table in tables]
     sums = softmax_sums(logits, tau, noise)
-    if hard:
-        return [table.index_select(0, sums.token) for table in tables], sums.status
-    if noise is None:
-        return weighted_rows(logits, tables, sums=sums, tau=tau), sums.status
+    if hard or noise is None:
+        mix_rows(logits, tables, sums, tau, hard, mixes, scratch=share(15))
+        return mixes, sums.status
     # Every program that reads a logit would draw its noise again.
-    mixes = []
-    for part in row_blocks(*logits.shape):
-        with torch.cuda.device_of(logits):
-            perturbed = gumbel_noise(noise[0][part], noise[1][part], logits.shape[1], torch.float32)
-        perturbed += logits[part]
-        mixes.append(weighted_rows(perturbed, tables, sums=sums.part(part), tau=tau))
-    if not mixes:
-        return weighted_rows(logits, tables, sums=sums, tau=tau), sums.status
-    return [torch.cat(parts) for parts in zip(*mixes, strict=True)], sums.status
+    parts = list(row_blocks(rows, 4 * vocabulary, share(11)))
+    scratch = logits.new_empty(parts[0].stop if parts else 0, vocabulary, dtype=torch.float32)
+    for part in parts:
+        perturbed = scratch[: part.stop - part.start].copy_(logits[part])
+        add_gumbel_noise(perturbed, noise[0][part], noise[1][part])
+        of_part = [mix[part] for mix in mixes]
+        mix_rows(perturbed, tables, sums.part(part), tau, hard, of_part, scratch=share(4))
+    return mixes, sums.status
+
+
+def mix_rows(
+    logits: Tensor,
+    tables: list[Tensor],
+    sums: SoftmaxSums,
+    tau: float,
+    hard: bool,
+    out: list[Tensor],
+    *,
+    scratch: int,
+) -> None:
+    """The mixes of logits [N, V], into ``out`` [N, H_t] each; ``scratch``: bytes beside."""
+    if not hard:
+        weighted_rows(logits, tables, out=out, scratch=scratch, sums=sums, tau=tau)
+        return
+    for table, mix in zip(tables, out, strict=True):
+        torch.index_select(table, 0, sums.token, out=mix)
 
 
 def embedding_mix_backward(
@@ -266,10 +287,13 @@ def embedding_mix_backward(
 ) -> Tensor:
     """∂ℒ/∂z = (1/τ) p ⊙ (G − ⟨p, G⟩), G = Σ_t ⟨T_t, ∂ℒ/∂e_t⟩ + direct.
 
-    ⟨p, G⟩ is not known while G is made. The product writes G − G[ŷ] in float32, into the result where
-    that is float32, else into scratch for some of the rows at a time; one pass over it adds up ⟨p, G⟩, a
-    second applies the Jacobian. They move some 24 bytes a logit, where a second product would take
-    2·ΣH_t operations; in the product's own epilogue a softmax made tiles of this size spill.
+    ⟨p, G⟩ is not known while G is made. The product writes G − G[ŷ] where the result will be; one pass
+    over it adds up ⟨p, G⟩, a second applies the Jacobian. They move some 24 bytes a logit, where a
+    second product would take 2·ΣH_t operations; in the product's own epilogue a softmax made tiles of
+    this size spill.
+
+    A half-precision result holds the high bits of G − G[ŷ]; the rest, which rounding would lose, is in
+    bfloat16 scratch for some of the rows at a time. For each of these parts the tables are read again.
 
     Args:
         cotangents: ∂ℒ/∂e_t [N, H_t] each.
@@ -284,14 +308,13 @@ def embedding_mix_backward(
     rows, vocabulary = logits.shape
     if out is None:
         out = torch.empty(rows, vocabulary, dtype=logits.dtype, device=logits.device)
-    if rows == 0:
-        return out
     sums = softmax_sums(logits, tau, noise)
-    if out.dtype == torch.float32:
-        _backward(cotangents, logits, tables, sums, tau, noise, direct, out, out)
-        return out
-    parts = list(row_blocks(rows, vocabulary))
-    scratch = torch.empty(parts[0].stop, vocabulary, dtype=torch.float32, device=logits.device)
+    split = out.dtype != torch.float32
+    row_bytes = 4 * triton.cdiv(vocabulary, _COLUMNS) + (2 * vocabulary if split else 0)
+    parts = list(row_blocks(rows, row_bytes, share(15)))
+    rest = None
+    if split and parts:
+        rest = torch.empty(parts[0].stop, vocabulary, dtype=torch.bfloat16, device=logits.device)
     for part in parts:
         _backward(
             [cotangent[part] for cotangent in cotangents],
@@ -301,7 +324,7 @@ def embedding_mix_backward(
             tau,
             (noise[0][part], noise[1][part]) if noise else None,
             None if direct is None else direct[part],
-            scratch[: part.stop - part.start],
+            None if rest is None else rest[: part.stop - part.start],
             out[part],
         )
     return out
@@ -315,8 +338,8 @@ def _backward(
     tau: float,
     noise: tuple[Tensor, Tensor] | None,
     direct: Tensor | None,
-    product: Tensor,  # [N, V] float32, contiguous: scratch
-    out: Tensor,  # [N, V], contiguous; may be the scratch
+    rest: Tensor | None,  # [N, V] bfloat16, contiguous: scratch
+    out: Tensor,  # [N, V], contiguous; float32 if there is no rest
 ) -> None:
     rows, vocabulary = logits.shape
     hard_grad = logits.new_empty(rows, dtype=torch.float32)
@@ -332,9 +355,10 @@ def _backward(
             DIRECT=direct is not None,
             DEPTH=_HARD_DEPTH,
         )
-        vocabulary_product(cotangents, tables, shift=hard_grad, out=product)
+        vocabulary_product(cotangents, tables, shift=hard_grad, out=out, rest=rest)
         read = (
-            product,
+            out,
+            out if rest is None else rest,
             logits,
             *logits.stride(),
             *(noise or (sums.token, sums.token)),
@@ -342,7 +366,13 @@ def _backward(
             sums.token,
         )
         sizes = (vocabulary, slices, *inverse_parts(tau))
-        options = {"NOISE": noise is not None, "DIRECT": direct is not None, "COLUMNS": _COLUMNS}
+        options = {
+            "NOISE": noise is not None,
+            "DIRECT": direct is not None,
+            "SPLIT": rest is not None,
+            "COLUMNS": _COLUMNS,
+            "num_warps": _WARPS,
+        }
         _tilt_kernel[(rows * slices,)](*read, *directs, tilt, *sizes, **options)
         _jacobian_kernel[(rows * slices,)](
             *read, *directs, sums.total, row_totals(tilt), out, *sizes, **options

@@ -86,6 +86,7 @@ def _gumbel_noise_kernel(
     noise_ptr,  # [N, V]
     vocabulary,
     tiles,  # of a row
+    ADD: tl.constexpr,  # to what is there
     COLUMNS: tl.constexpr,
 ):
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -93,7 +94,10 @@ def _gumbel_noise_kernel(
     noise = _row(tl.load(seed_ptr + row), tl.load(position_ptr + row), start, COLUMNS)
     columns = start + tl.arange(0, COLUMNS)
     noise = noise.to(noise_ptr.dtype.element_ty)
-    tl.store(noise_ptr + row * vocabulary + columns, noise, mask=columns < vocabulary)
+    at = noise_ptr + row * vocabulary + columns
+    if ADD:
+        noise += tl.load(at, mask=columns < vocabulary, other=0.0)
+    tl.store(at, noise, mask=columns < vocabulary)
 
 
 def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
@@ -107,11 +111,26 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int, dtype: torch.d
         [N, V].
     """
     noise = torch.empty(len(seed), vocabulary, dtype=dtype, device=seed.device)
-    if len(seed):
+    _launch(seed, position, noise, add=False)
+    return noise
+
+
+def add_gumbel_noise(logits: Tensor, seed: Tensor, position: Tensor) -> None:
+    """z + g in place of z.
+
+    Args:
+        logits: z [N, V] float32, contiguous.
+        seed, position: [N] int64.
+    """
+    _launch(seed, position, logits, add=True)
+
+
+def _launch(seed: Tensor, position: Tensor, onto: Tensor, *, add: bool) -> None:
+    rows, vocabulary = onto.shape
+    if rows:
         tiles = triton.cdiv(vocabulary, _COLUMNS)
         seed, position = seed.contiguous(), position.contiguous()
-        with torch.cuda.device_of(seed):
-            _gumbel_noise_kernel[(len(seed) * tiles,)](
-                seed, position, noise, vocabulary, tiles, COLUMNS=_COLUMNS
+        with torch.cuda.device_of(onto):
+            _gumbel_noise_kernel[(rows * tiles,)](
+                seed, position, onto, vocabulary, tiles, ADD=add, COLUMNS=_COLUMNS
             )
-    return noise

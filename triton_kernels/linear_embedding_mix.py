@@ -6,25 +6,27 @@ tiles that are forgotten would be multiplied again for each pass of the softmax.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from .embedding_mix import embedding_mix, embedding_mix_backward, row_blocks
+from .embedding_mix import embedding_mix_backward, mix_rows
+from .gumbel import add_gumbel_noise
+from .scratch import row_blocks, share
+from .softmax_sums import softmax_sums
 from .vocabulary_product import vocabulary_product
 from .weighted_rows import weighted_rows
 
 Noise = tuple[Tensor, Tensor] | None
 
 
-def _parts(hidden: Tensor, head: Tensor, noise: Noise) -> Iterator[tuple[slice, Tensor, Noise]]:
-    """Rows, their logits in scratch that the next ones overwrite, and their noise."""
-    parts = list(row_blocks(len(hidden), len(head))) or [slice(0, 0)]
-    scratch = torch.empty(parts[0].stop, len(head), dtype=torch.float32, device=hidden.device)
-    for part in parts:
-        logits = vocabulary_product([hidden[part]], [head], out=scratch[: part.stop - part.start])
-        yield part, logits, (noise[0][part], noise[1][part]) if noise else None
+def _perturbed(hidden: Tensor, head: Tensor, noise: Noise, part: slice, memory: Tensor) -> Tensor:
+    """hidden·headᵀ + g of some rows, in the first of ``memory``: [n, V] float32."""
+    size, vocabulary = part.stop - part.start, len(head)
+    logits = memory[: size * vocabulary].view(size, vocabulary)
+    vocabulary_product([hidden[part]], [head], out=logits)
+    if noise is not None:
+        add_gumbel_noise(logits, noise[0][part], noise[1][part])
+    return logits
 
 
 def linear_embedding_mix(
@@ -39,12 +41,17 @@ def linear_embedding_mix(
     Returns:
         One [N, H_t] a table, in its dtype; the rows' status [N] int32.
     """
-    mixes, statuses = [], []
-    for _, logits, keys in _parts(hidden, head, noise):
-        mix, status = embedding_mix(logits, tables, tau=tau, hard=hard, noise=keys)
-        mixes.append(mix)
-        statuses.append(status)
-    return [torch.cat(parts) for parts in zip(*mixes, strict=True)], torch.cat(statuses)
+    rows, vocabulary = len(hidden), len(head)
+    mixes = [table.new_empty(rows, table.shape[1]) for table in tables]
+    status = hidden.new_empty(rows, dtype=torch.int32)
+    parts = list(row_blocks(rows, 4 * vocabulary, share(11)))
+    memory = hidden.new_empty(parts[0].stop * vocabulary if parts else 0, dtype=torch.float32)
+    for part in parts:
+        logits = _perturbed(hidden, head, noise, part, memory)
+        sums = softmax_sums(logits, tau)
+        status[part] = sums.status
+        mix_rows(logits, tables, sums, tau, hard, [mix[part] for mix in mixes], scratch=share(4))
+    return mixes, status
 
 
 def linear_embedding_mix_backward(
@@ -57,18 +64,32 @@ def linear_embedding_mix_backward(
     noise: Noise,
     direct: Tensor | None,
 ) -> Tensor:
-    """∂ℒ/∂h = Wᵀ ∂ℒ/∂z: [N, H] in the dtype of ``hidden``. Arguments as of the two functions above."""
-    gradients, scratch = [], None
-    for part, logits, keys in _parts(hidden, head, noise):
-        scratch = torch.empty_like(logits) if scratch is None else scratch
+    """∂ℒ/∂h = Wᵀ ∂ℒ/∂z: [N, H] in the dtype of ``hidden``. Arguments as of the two functions above.
+
+    Logits and ∂ℒ/∂z are both there, 8 bytes a logit. One of them alone would do if Wᵀ met p and
+    p ⊙ (G − G[ŷ]) one after the other, since ⟨p, G⟩ is known last: a third product with W, and a softmax
+    in the epilogue of a product.
+    """
+    rows, vocabulary = len(hidden), len(head)
+    result = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    # Partial sums of the result take the place of the logits, which are no longer needed.
+    first = max(vocabulary, hidden.shape[1])
+    parts = list(row_blocks(rows, 4 * (first + vocabulary), share(15)))
+    if not parts:
+        return result
+    memory, other = (
+        hidden.new_empty(parts[0].stop * columns, dtype=torch.float32) for columns in (first, vocabulary)
+    )
+    for part in parts:
+        logits = _perturbed(hidden, head, noise, part, memory)
         grad = embedding_mix_backward(
             [cotangent[part] for cotangent in cotangents],
             logits,
             tables,
             tau=tau,
-            noise=keys,
+            noise=None,
             direct=None if direct is None else direct[part],
-            out=scratch[: len(logits)],
+            out=other[: logits.numel()].view_as(logits),
         )
-        gradients += weighted_rows(grad, [head], dtypes=[hidden.dtype])
-    return torch.cat(gradients)
+        weighted_rows(grad, [head], out=[result[part]], scratch=memory)
+    return result

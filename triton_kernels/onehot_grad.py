@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .embedding_mix import row_blocks
-from .products import tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
+from .products import map_arguments, tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
 from .row_totals import row_totals
+from .scratch import row_blocks, share
 from .softmax_sums import softmax_sums
 from .vocabulary_product import vocabulary_product
 
@@ -17,7 +17,7 @@ from .vocabulary_product import vocabulary_product
 @triton.jit(do_not_specialize=["rows", "tiles_of_rows", "slices"])
 def _onehot_grad_kernel(
     states,  # [N, H_t] each: ∂ℒ/∂e_t
-    tables,  # [V, H_t] each
+    tables,  # [V, H_t] each, or [V_t, H_t] with a map
     state_strides,
     table_strides,
     widths,
@@ -30,6 +30,9 @@ def _onehot_grad_kernel(
     tiles_of_rows,
     slices,
     nll_coeff,
+    maps,  # of vocabulary_tile, as are last_rows and MAPPED
+    last_rows,
+    MAPPED: tl.constexpr,
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -51,6 +54,9 @@ def _onehot_grad_kernel(
         COLUMNS,
         DEPTH,
         UPCAST,
+        maps,
+        last_rows,
+        MAPPED,
     )
     at = logits_ptr + row[:, None] * vocabulary + column[None, :]
     z = tl.load(at, mask=there, other=0.0)
@@ -69,8 +75,9 @@ def _launch(
     tables: list[Tensor],
     logits: Tensor,
     nll_coeff: float,
+    token_maps: list[Tensor | None],
     squares: Tensor | None = None,
-) -> None:
+) -> Tensor:
     rows, vocabulary = logits.shape
     sums = softmax_sums(logits, 1.0)
     config = tile_config("vocabulary_epilogue", cotangents, tables)
@@ -87,49 +94,67 @@ def _launch(
             tiles,
             slices,
             nll_coeff,
+            **map_arguments(tables, token_maps),
             NORM=squares is not None,
             UPCAST=upcast(logits),
             **config,
         )
+    return sums.status
 
 
 def onehot_grad(
-    cotangents: list[Tensor], tables: list[Tensor], hidden: Tensor, head: Tensor, nll_coeff: float
-) -> Tensor:
-    """G[v] = Σ_t ⟨T_t[v], ∂ℒ/∂e_t⟩ − ν log π(v), 0 where π is: [N, V] float32.
+    cotangents: list[Tensor],
+    tables: list[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    nll_coeff: float,
+    token_maps: list[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """G[v] = Σ_t ⟨T_t[v], ∂ℒ/∂e_t⟩ − ν log π(v), 0 where π is.
 
     Args:
         cotangents: [N, H_t] each.
-        tables: [V, H_t] each.
+        tables: [V, H_t] each, or [V_t, H_t] with a map.
         hidden: [N, H].
         head: [V, H].
         nll_coeff: ν.
+        token_maps: none at all, or one a table: None, or [V] int64, contiguous, the row of the table
+            that stands for each token.
+    Returns:
+        [N, V] float32, NaN in a bad row; the status [N] int32 of the rows of hidden·headᵀ.
     """
     grad = vocabulary_product([hidden], [head])
-    if len(grad):
-        _launch(cotangents, tables, grad, nll_coeff)
-    return grad
+    if len(grad) == 0:
+        return grad, grad.new_empty(0, dtype=torch.int32)
+    return grad, _launch(cotangents, tables, grad, nll_coeff, token_maps)
 
 
 def onehot_grad_norm(
-    cotangents: list[Tensor], tables: list[Tensor], hidden: Tensor, head: Tensor, nll_coeff: float
-) -> Tensor:
-    """‖G_i‖₂ of every row of :func:`onehot_grad`: [N] float32.
+    cotangents: list[Tensor],
+    tables: list[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    nll_coeff: float,
+    token_maps: list[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """‖G_i‖₂ of every row of :func:`onehot_grad`: [N] float32, and its status [N] int32.
 
     Logits exist for some of the rows at a time, G does not.
     """
     rows, vocabulary = len(hidden), len(head)
     norms = hidden.new_empty(rows, dtype=torch.float32)
-    parts = list(row_blocks(rows, vocabulary))
-    if not parts:
-        return norms
+    status = hidden.new_empty(rows, dtype=torch.int32)
     config = tile_config("vocabulary_epilogue", cotangents, tables)
     slices = triton.cdiv(vocabulary, config["COLUMNS"])
+    parts = list(row_blocks(rows, 4 * (vocabulary + slices), share(15)))
+    if not parts:
+        return norms, status
     scratch = hidden.new_empty(parts[0].stop, vocabulary, dtype=torch.float32)
     squares = hidden.new_empty(parts[0].stop, slices, dtype=torch.float32)
     for part in parts:
         size = part.stop - part.start
         logits = vocabulary_product([hidden[part]], [head], out=scratch[:size])
-        _launch([c[part] for c in cotangents], tables, logits, nll_coeff, squares[:size])
+        of_part = [cotangent[part] for cotangent in cotangents]
+        status[part] = _launch(of_part, tables, logits, nll_coeff, token_maps, squares[:size])
         norms[part] = row_totals(squares[:size], root=True)
-    return norms
+    return norms, status

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -53,13 +55,20 @@ def vocabulary_tile(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     UPCAST: tl.constexpr,
+    maps=None,  # [V] int64 each, the row of tables_t for each column, where MAPPED
+    last_rows=None,  # of each table
+    MAPPED: tl.constexpr = 0,  # bit t: table t has a map
 ):
     """A tile of Σ_t states_t·tables_tᵀ: [ROWS, COLUMNS] float32, the sum in the order of the tables."""
     acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     depth = tl.arange(0, DEPTH)
     for t in tl.static_range(len(states)):
         state = states[t] + rows[:, None] * state_strides[t][0] + depth[None, :] * state_strides[t][1]
-        table = tables[t] + columns[None, :] * table_strides[t][0] + depth[:, None] * table_strides[t][1]
+        table_row = columns
+        if (MAPPED >> t) & 1:
+            # Nobody has waited for the device to check a map: what it names must not be a wrong address.
+            table_row = tl.minimum(tl.maximum(tl.load(maps[t] + columns), 0), last_rows[t])
+        table = tables[t] + table_row[None, :] * table_strides[t][0] + depth[:, None] * table_strides[t][1]
         for start in range(0, widths[t], DEPTH):
             there = depth < widths[t] - start
             a = tl.load(state, mask=there[None, :], other=0.0)
@@ -116,6 +125,21 @@ def tile_arguments(states: list[Tensor], tables: list[Tensor]) -> tuple[tuple, .
         tuple(table.stride() for table in tables),
         tuple(table.shape[1] for table in tables),
     )
+
+
+def map_arguments(tables: list[Tensor], token_maps: list[Tensor | None]) -> dict[str, Any]:
+    """The last three arguments of :func:`vocabulary_tile`, by name.
+
+    Args:
+        tables: [V, H_t] each, or [V_t, H_t] with a map.
+        token_maps: none at all, or one a table: None, or [V] int64, contiguous.
+    """
+    return {
+        # The place of a map that is not there is taken by a pointer that is not read.
+        "maps": tuple(t if m is None else m for t, m in zip(tables, token_maps, strict=False)),
+        "last_rows": tuple(len(table) - 1 for table in tables[: len(token_maps)]),
+        "MAPPED": sum(1 << t for t, m in enumerate(token_maps) if m is not None),
+    }
 
 
 def upcast(tensor: Tensor) -> bool:

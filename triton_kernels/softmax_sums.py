@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .exponential import exp, inverse_parts, scaled
 from .gumbel import gumbel_tile
+from .scratch import row_blocks, share
 
 _COLUMNS = 4096  # of a slice: fixed, so that a row's sums do not depend on the batch
 
@@ -150,8 +151,15 @@ def softmax_sums(logits: Tensor, tau: float, noise: tuple[Tensor, Tensor] | None
         *(logits.new_empty(rows, dtype=dtype) for dtype in (torch.float32, torch.float32)),
         *(logits.new_empty(rows, dtype=dtype) for dtype in (torch.int64, torch.int32)),
     )
-    if rows == 0:
-        return sums
+    row_bytes = 12 * triton.cdiv(vocabulary, _COLUMNS)
+    for part in row_blocks(rows, row_bytes, share(1)):
+        of_part = (noise[0][part], noise[1][part]) if noise else None
+        _sum(logits[part], tau, of_part, sums.part(part))
+    return sums
+
+
+def _sum(logits: Tensor, tau: float, noise: tuple[Tensor, Tensor] | None, sums: SoftmaxSums) -> None:
+    rows, vocabulary = logits.shape
     slices = triton.cdiv(vocabulary, _COLUMNS)
     tops, totals = (logits.new_empty(rows, slices, dtype=torch.float32) for _ in range(2))
     keys = logits.new_empty(rows, slices, dtype=torch.int32)
@@ -181,4 +189,3 @@ def softmax_sums(logits: Tensor, tau: float, noise: tuple[Tensor, Tensor] | None
             inverse_low,
             SLICES=triton.next_power_of_2(slices),
         )
-    return sums

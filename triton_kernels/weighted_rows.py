@@ -13,6 +13,7 @@ from torch import Tensor
 from . import presets
 from .exponential import inverse_parts
 from .products import aligned, dot, upcast
+from .scratch import row_blocks
 from .softmax_sums import SoftmaxSums, exp_tile
 
 # Weights of at most 1 reach float16's subnormal numbers early: the small ones of a flat row add up.
@@ -127,15 +128,18 @@ _JOINED = 512  # columns a program of _join_kernel
 _FULL = 0.9  # of the programs that run at once, in the last wave too: worth no further split
 
 
-def _splits(vocabulary: int, tiles: int, columns: int, programs: int) -> tuple[int, int]:
-    """Number of splits and tokens of each, such that waves of ``programs`` at once are nearly full."""
+def _splits(vocabulary: int, tiles: int, columns: int, programs: int, most: int) -> tuple[int, int]:
+    """Number of splits and tokens of each, such that waves of ``programs`` at once are nearly full.
+
+    At most ``most``, of which there is at least 1.
+    """
     steps = triton.cdiv(vocabulary, columns)
 
     def filled(splits: int) -> float:
         return tiles * splits / (triton.cdiv(tiles * splits, programs) * programs)
 
     # A split of few steps costs more in partial sums than it gains.
-    candidates = range(1, min(triton.cdiv(4 * programs, tiles), max(1, steps // 8)) + 1)
+    candidates = range(1, min(triton.cdiv(4 * programs, tiles), max(1, steps // 8), most) + 1)
     best = next((n for n in candidates if filled(n) >= _FULL), max(candidates, key=filled))
     size = triton.cdiv(steps, best)
     return triton.cdiv(steps, size), size * columns
@@ -145,38 +149,67 @@ def weighted_rows(
     weights: Tensor,
     tables: list[Tensor],
     *,
-    dtypes: list[torch.dtype] | None = None,
+    out: list[Tensor],
+    scratch: int | Tensor,
     sums: SoftmaxSums | None = None,
     tau: float = 1.0,
-) -> list[Tensor]:
+) -> None:
     """softmax(weights/τ)·T_t of each table, or weights·T_t without ``sums``.
+
+    The same in every run on a device; another batch may be split otherwise.
 
     Args:
         weights: [N, V], any strides: logits with ``sums``; else float32 weights.
         tables: [V, H_t] float32, bfloat16 or float16, any strides.
-        dtypes: of the results; the tables' if None.
+        out: [N, H_t] each, contiguous, for the results in any of these dtypes.
+        scratch: bytes that partial sums may take, 4·ΣH_t for some rows at a time; or contiguous
+            float32 memory for them, as much for all rows.
         sums: of the rows of logits at this ``tau``.
         tau: τ.
-    Returns:
-        One [N, H_t] a table. The same in every run on a device; another batch may be split otherwise.
     """
+    width = sum(table.shape[1] for table in tables)
+    if width == 0:
+        return
+    kind = _kind(weights, tables, soft=sums is not None)
+    config = presets.config("weighted_rows", kind, weights.device)
+    budget = scratch if isinstance(scratch, int) else 4 * scratch.numel()
+    for part in row_blocks(len(weights), 4 * width, budget):
+        _weigh(
+            weights[part],
+            tables,
+            [mix[part] for mix in out],
+            scratch,
+            budget,
+            sums.part(part) if sums else None,
+            tau,
+            config,
+        )
+
+
+def _weigh(
+    weights: Tensor,
+    tables: list[Tensor],
+    mixes: list[Tensor],
+    scratch: int | Tensor,
+    budget: int,
+    sums: SoftmaxSums | None,
+    tau: float,
+    config: presets.Config,
+) -> None:
+    config = dict(config)
     rows, vocabulary = weights.shape
     widths = [table.shape[1] for table in tables]
-    mixes = [
-        table.new_empty(rows, table.shape[1], dtype=dtype)
-        for table, dtype in zip(tables, dtypes or [table.dtype for table in tables], strict=True)
-    ]
-    if rows == 0 or sum(widths) == 0:
-        return mixes
-    kind = _kind(weights, tables, soft=sums is not None)
-    config = dict(presets.config("weighted_rows", kind, weights.device))
     programs = config.pop("PROGRAMS")
     tiles = [triton.cdiv(width, config["WIDTH"]) for width in widths]
     first_tiles = [sum(tiles[:t]) for t in range(len(tiles) + 1)]
     first_columns = [sum(widths[:t]) for t in range(len(widths))]
     tiles_of_rows = triton.cdiv(rows, config["ROWS"])
-    splits, split_size = _splits(vocabulary, tiles_of_rows * sum(tiles), config["COLUMNS"], programs)
-    partial = weights.new_empty(splits, rows, sum(widths), dtype=torch.float32)
+    most = max(1, budget // (4 * rows * sum(widths)))
+    splits, split_size = _splits(vocabulary, tiles_of_rows * sum(tiles), config["COLUMNS"], programs, most)
+    if isinstance(scratch, int):
+        partial = weights.new_empty(splits, rows, sum(widths), dtype=torch.float32)
+    else:
+        partial = scratch.view(-1)[: splits * rows * sum(widths)]
     unused = partial  # for a pointer that is not read
     inverse, inverse_low = inverse_parts(tau)
     with torch.cuda.device_of(weights):
@@ -218,7 +251,6 @@ def weighted_rows(
                     DIVIDE=sums is not None,
                     COLUMNS=_JOINED,
                 )
-    return mixes
 
 
 def _kind(weights: Tensor, tables: list[Tensor], *, soft: bool) -> str:

@@ -18,8 +18,8 @@
 namespace nabla_fast::cpu {
 
 inline Factors factors_of(const nabla_fast_onehot& inputs) {
-  return {inputs.hidden,          inputs.head, inputs.cotangents, inputs.tables,
-          inputs.table_count + 1, inputs.rows, inputs.vocab};
+  return {inputs.hidden, inputs.head,  inputs.cotangents, inputs.tables,    inputs.table_count + 1,
+          inputs.rows,   inputs.vocab, inputs.token_maps, inputs.table_rows};
 }
 
 // What is wrong with the inputs; of the pointers, those to elements.
@@ -28,7 +28,8 @@ inline nabla_fast_status check_onehot(const nabla_fast_onehot* inputs) {
   if (inputs->rows < 0 || inputs->vocab < 1 || inputs->table_count < 0)
     return NABLA_FAST_INVALID_SHAPE;
   if (!fits({{inputs->table_count, 1}}, sizeof(nabla_fast_table))) return NABLA_FAST_TOO_LARGE;
-  if (inputs->table_count > 0 && (!inputs->cotangents || !inputs->tables))
+  if (inputs->table_count > 0 &&
+      (!inputs->cotangents || !inputs->tables || (inputs->token_maps && !inputs->table_rows)))
     return NABLA_FAST_INVALID_POINTER;
   return check_factors(factors_of(*inputs), inputs->rows, inputs->vocab);
 }

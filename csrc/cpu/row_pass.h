@@ -33,19 +33,29 @@ inline int groups_of(int64_t rows) {
 }
 
 // Rows [rows, width] and the table [vocab, width] that their products are taken with, for each of
-// `count` factors: the first one, and those of two arrays.
+// `count` factors: the first one, and those of two arrays. A table of the latter may have other
+// rows, table_rows of them; a map [vocab] then says which of them is whose.
 struct Factors {
   nabla_fast_table first_rows, first_table;
   const nabla_fast_table* rows;
   const nabla_fast_table* tables;
   int64_t count;
   int64_t row_count, vocab;
+  const int64_t* const* token_maps = nullptr;
+  const int64_t* table_rows = nullptr;
 
   Table rows_of(int64_t factor) const {
     return cpu::table_of(factor == 0 ? first_rows : rows[factor - 1], row_count);
   }
   Table table_of(int64_t factor) const {
-    return cpu::table_of(factor == 0 ? first_table : tables[factor - 1], vocab);
+    return cpu::table_of(factor == 0 ? first_table : tables[factor - 1], rows_of_table(factor));
+  }
+  // Null where a token is its own row.
+  const int64_t* map_of(int64_t factor) const {
+    return factor > 0 && token_maps ? token_maps[factor - 1] : nullptr;
+  }
+  int64_t rows_of_table(int64_t factor) const {
+    return map_of(factor) ? table_rows[factor - 1] : vocab;
   }
   Size width() const {
     Size sum = 0;
@@ -85,8 +95,12 @@ class RowPass {
 
   // z[t * lanes + r] of one factor for tokens [token, token + tokens), or += it.
   void product(int64_t factor, int group, int64_t token, int tokens, bool add, float* z) const {
-    products(packed_[group * factors_.count + factor], factors_.table_of(factor).from(token),
-             tokens, add, z);
+    const PackedRows& rows = packed_[group * factors_.count + factor];
+    const Table table = factors_.table_of(factor);
+    if (const int64_t* map = factors_.map_of(factor))
+      mapped_products(rows, table, map + token, tokens, add, z);
+    else
+      products(rows, table.from(token), tokens, add, z);
   }
 
  private:
@@ -127,17 +141,25 @@ inline int pass_threads(int64_t rows, int64_t vocab, const Factors& factors, int
   return static_cast<int>(std::min<int64_t>(threads, segments_of(vocab)));
 }
 
-// Whether every factor has rows and a table of one width, and a dtype there is.
+// Whether every factor has rows and a table of one width, and a dtype there is, and whether maps
+// name rows that their tables have.
 inline nabla_fast_status check_factors(const Factors& factors, int64_t rows, int64_t vocab) {
   for (int64_t f = 0; f < factors.count; ++f) {
     const nabla_fast_table& x = f == 0 ? factors.first_rows : factors.rows[f - 1];
     const nabla_fast_table& table = f == 0 ? factors.first_table : factors.tables[f - 1];
     if (x.width < 0 || x.width != table.width) return NABLA_FAST_INVALID_SHAPE;
     if (!is_dtype(x.dtype) || !is_dtype(table.dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
+    const int64_t* map = factors.map_of(f);
+    const int64_t table_rows = factors.rows_of_table(f);
+    if (table_rows < 0) return NABLA_FAST_INVALID_SHAPE;
     if (!fits({{rows, x.stride}, {x.width, 1}}, bytes_of(x.dtype)) ||
-        !fits({{vocab, table.stride}, {table.width, 1}}, bytes_of(table.dtype)))
+        !fits({{table_rows, table.stride}, {table.width, 1}}, bytes_of(table.dtype)) ||
+        (map && !fits({{vocab, 1}}, sizeof(*map))))
       return NABLA_FAST_TOO_LARGE;
     if (rows > 0 && x.width > 0 && (!x.data || !table.data)) return NABLA_FAST_INVALID_POINTER;
+    if (rows > 0 && map &&
+        std::any_of(map, map + vocab, [=](int64_t row) { return row < 0 || row >= table_rows; }))
+      return NABLA_FAST_INVALID_TOKEN;
   }
   return NABLA_FAST_OK;
 }

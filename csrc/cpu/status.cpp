@@ -29,7 +29,7 @@ const char* nabla_fast_status_string(nabla_fast_status status) {
     case NABLA_FAST_WORKSPACE_TOO_SMALL:
       return "the workspace is too small";
     case NABLA_FAST_INVALID_TOKEN:
-      return "a token is not in the vocabulary";
+      return "a token is not in the vocabulary, or has no row in a table";
     case NABLA_FAST_INVALID_HEADS:
       return "a size of the attention is negative, too large, or does not fit the others";
     case NABLA_FAST_INVALID_PREFIX:

@@ -84,6 +84,10 @@ PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, 
 // behind the last row, or what was there.
 void products(const PackedRows& rows, const Table& table, int tokens, bool add, float* z);
 
+// The same bits with table[token_rows[t]] in place of table[t].
+void mapped_products(const PackedRows& rows, const Table& table, const int64_t* token_rows,
+                     int tokens, bool add, float* z);
+
 // mix[r * padded(width) + k] += sum_t weights[t * lanes + r] table[t, k] for at most kGroupRows
 // rows and kTileTokens tokens. What is behind the width of a row is 0 or stays.
 void mix(const float* weights, int lanes, int rows, const Table& table, int tokens, float* mix);

@@ -42,7 +42,7 @@ extern "C" {
 #endif
 
 /* Raised by every change that a caller compiled against an older header would notice. */
-#define NABLA_FAST_ABI_VERSION 4
+#define NABLA_FAST_ABI_VERSION 5
 
 /* NABLA_FAST_ABI_VERSION of the library, to compare with the header's. */
 NABLA_FAST_API int32_t nabla_fast_abi_version(void);
@@ -307,6 +307,11 @@ typedef struct {
   nabla_fast_table hidden;            /* [rows, width of the head] */
   nabla_fast_table head;              /* [vocab, width] */
   double nll_coeff;
+  /* Null, or [table_count] of null or [vocab]: the row of tables[t] that stands for each token,
+   * 0 <= row < table_rows[t], else NABLA_FAST_INVALID_TOKEN. The table is then
+   * [table_rows[t], width], the model's own, of which no copy is made in the vocabulary's order. */
+  const int64_t* const* token_maps;
+  const int64_t* table_rows; /* [table_count], read where there is a map */
 } nabla_fast_onehot;
 
 /* Rows of G. Head and tables are read once for 256 rows.

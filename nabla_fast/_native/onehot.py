@@ -15,7 +15,12 @@ from nabla_fast._native.mixes import matrix
 
 
 def _inputs(
-    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, nll_coeff: float
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    nll_coeff: float,
+    token_maps: Sequence[Tensor | None],
 ) -> Any:
     return extension().Onehot(
         hidden.shape[0],
@@ -25,6 +30,8 @@ def _inputs(
         matrix(hidden),
         matrix(head),
         nll_coeff,
+        [0 if token_map is None else token_map.data_ptr() for token_map in token_maps],
+        [len(table) for table in tables[: len(token_maps)]],
     )
 
 
@@ -34,19 +41,21 @@ def _bytes(count: int) -> Tensor:
 
 def onehot_grad(
     cotangents: Sequence[Tensor],  # [N, H_t] each
-    tables: Sequence[Tensor],  # [V, H_t] each
+    tables: Sequence[Tensor],  # [V, H_t] each, or [V_t, H_t] with a map
     hidden: Tensor,  # [N, H]
     head: Tensor,  # [V, H]
     nll_coeff: float,
+    token_maps: Sequence[Tensor | None] = (),  # none, or None or [V] int64 of unit stride each
 ) -> tuple[Tensor, Tensor]:
     """Σ_t cotangent_t·table_tᵀ − nll_coeff·log_softmax(hidden·headᵀ), [N, V] float32; status [N] int32.
 
-    0 where the logit is −inf. A row of another status than 0 (``extension().status_string`` names
-    them) is NaN. No gradient. Raises RuntimeError where the extension is missing.
+    With a map, row map[v] of the table stands for token v. 0 where the logit is −inf. A row of another
+    status than 0 (``extension().status_string`` names them) is NaN. No gradient. Raises RuntimeError
+    where the extension is missing, ValueError for a map that names a row that there is not.
     """
     native = extension()
     rows, vocab = hidden.shape[0], head.shape[0]
-    inputs = _inputs(cotangents, tables, hidden, head, nll_coeff)
+    inputs = _inputs(cotangents, tables, hidden, head, nll_coeff, token_maps)
     grad = torch.empty(rows, vocab, dtype=torch.float32, device="cpu")
     status = torch.empty(rows, dtype=torch.int32, device="cpu")
     workspace = _bytes(native.onehot_grad_workspace(inputs))
@@ -66,10 +75,11 @@ def onehot_grad(
 
 def onehot_grad_norm(
     cotangents: Sequence[Tensor],  # [N, H_t] each
-    tables: Sequence[Tensor],  # [V, H_t] each
+    tables: Sequence[Tensor],  # [V, H_t] each, or [V_t, H_t] with a map
     hidden: Tensor,  # [N, H]
     head: Tensor,  # [V, H]
     nll_coeff: float,
+    token_maps: Sequence[Tensor | None] = (),  # none, or None or [V] int64 of unit stride each
 ) -> tuple[Tensor, Tensor]:
     """Euclidean norms of the rows of :func:`onehot_grad`, [N] float32, without the rows; status [N].
 
@@ -77,7 +87,7 @@ def onehot_grad_norm(
     """
     native = extension()
     rows = hidden.shape[0]
-    inputs = _inputs(cotangents, tables, hidden, head, nll_coeff)
+    inputs = _inputs(cotangents, tables, hidden, head, nll_coeff, token_maps)
     norm = torch.empty(rows, dtype=torch.float32, device="cpu")
     status = torch.empty(rows, dtype=torch.int32, device="cpu")
     workspace = _bytes(native.onehot_grad_norm_workspace(inputs))

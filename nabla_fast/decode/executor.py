@@ -16,6 +16,7 @@ from nabla_fast.decode.rollouts import roll_out
 from nabla_fast.errors import ModelError
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.models.paged import PagedReader
+from nabla_fast.models.tables import TokenTable
 from nabla_fast.ops import (
     AdamState,
     GumbelNoise,
@@ -49,7 +50,9 @@ class Executor:
         self.drafting = Drafting(accelerations.drafting)
         self.lm_reader = PagedReader(lm.model)
         self.rm_reader = None if rm is None else PagedReader(rm.model)
-        self._tables = [lm.table] + ([rm.table.to(lm.device)] if rm and config.reward_coeff > 0 else [])
+        self._tables = [TokenTable(lm.table)]
+        if rm and config.reward_coeff > 0:
+            self._tables.append(rm.table.to(lm.device))
         self.schedule = cosine_schedule(
             config.iters, config.lr, min_ratio=config.min_lr_ratio, warmup_steps=config.warmup_steps
         ).to(lm.device)

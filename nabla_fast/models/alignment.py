@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.errors import InputError
+from nabla_fast.models.tables import TokenTable
 
 _WORD = "x"
 _ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")
@@ -93,22 +94,22 @@ class VocabularyAlignment:
             mapped[missing] = fallback
         return cls(mapped, coverage)
 
-    def aligned(self, table: Tensor) -> Tensor:
-        """The reward model's table [V_r, H_r] read through the LM's vocabulary, [V, H_r].
+    def through(self, table: Tensor) -> TokenTable:
+        """The reward model's table [V_r, H_r] read through the LM's vocabulary; no copy of it.
 
         Raises:
             InputError: the map names rows that the table does not have.
         """
         if self.token_map is None:
-            return table
+            return TokenTable(table)
         if int(self.token_map.max()) >= table.shape[0] or int(self.token_map.min()) < 0:
             raise InputError(
                 f"the alignment names token {int(self.token_map.max())}, "
                 f"but the reward model has {table.shape[0]} tokens"
             )
         if bool((self.token_map == torch.arange(self.token_map.shape[0])).all()):
-            return table[: self.token_map.shape[0]]  # a view: no second table
-        return table[self.token_map.to(table.device)]
+            return TokenTable(table[: self.token_map.shape[0]])
+        return TokenTable(table, self.token_map.to(table.device))
 
 
 def _text(tokenizer: Any, token: str) -> str:

@@ -22,8 +22,8 @@ class RewardModel:
 
     Attributes:
         model: the transformers model.
-        table: input embeddings R [V, H_r], read through the LM's vocabulary: row v is what the model
-            reads for token v of the LM.
+        table: input embeddings R [V, H_r], read through the LM's vocabulary: what the model reads for
+            token v of the LM.
         own_table: input embeddings [V_r, H_r] of the model's own tokens.
         context: most tokens the model reads, or None if it does not say.
         scores_last: whether a reward is the score head of the last token's hidden state.
@@ -47,7 +47,7 @@ class RewardModel:
         self.model = model
         self.own_table = embedding_table(model)
         self._token_map = alignment.token_map
-        self.table = alignment.aligned(self.own_table)
+        self.table = alignment.through(self.own_table)
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._backbone = getattr(model, "base_model", model)
         self.scores_last = False

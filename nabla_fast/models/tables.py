@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from nabla_fast.errors import ModelError
 
 _BLOCK = 16384
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Embeddings of the LM's tokens, kept as the rows of the model that reads them.
+
+    Attributes:
+        rows: [V_t, H_t], the model's own.
+        token_map: [V] int64 on their device, the row of each token of the LM; None: its own.
+    """
+
+    rows: Tensor
+    token_map: Tensor | None = None
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """Embeddings [L, H_t] of tokens [L] int64 of the LM."""
+        return self.rows[tokens if self.token_map is None else self.token_map[tokens]]
+
+    @functools.cached_property
+    def aligned(self) -> Tensor:
+        """Embeddings [V, H_t] of all tokens of the LM: with a map a copy, made when first asked for."""
+        return self.rows if self.token_map is None else self.rows[self.token_map]
+
+    def to(self, device: torch.device) -> TokenTable:
+        """The table on a device; itself where it is there."""
+        if self.rows.device == device:
+            return self
+        return TokenTable(
+            self.rows.to(device), None if self.token_map is None else self.token_map.to(device)
+        )
 
 
 @torch.no_grad()

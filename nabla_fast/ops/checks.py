@@ -47,11 +47,38 @@ def expect_tau(op: str, tau: float) -> None:
     expect(tau > 0 and math.isfinite(tau), f"{op}: tau must be positive and finite, got {tau}")
 
 
-def expect_tables(op: str, tables: Sequence[Tensor], vocabulary: int) -> None:
-    """At least one table, each [V, H_t]."""
+def expect_tables(
+    op: str, tables: Sequence[Tensor], vocabulary: int, token_maps: Sequence[Tensor | None] = ()
+) -> None:
+    """At least one table, each [V, H_t], or of any rows with a map that has one of them for each token.
+
+    A map on the CPU is read; for one on a device nobody waits.
+    """
     expect(len(tables) > 0, f"{op}: at least one embedding table is needed")
+    expect(
+        len(token_maps) in (0, len(tables)),
+        f"{op}: one token map a table is needed, or none, got {len(token_maps)} for {len(tables)}",
+    )
     for t, table in enumerate(tables):
-        expect_matrix(op, f"tables[{t}]", table, rows=vocabulary)
+        token_map = token_maps[t] if token_maps else None
+        expect_matrix(op, f"tables[{t}]", table, rows=vocabulary if token_map is None else None)
+        if token_map is None:
+            continue
+        expect(
+            token_map.dtype == torch.int64 and list(token_map.shape) == [vocabulary],
+            f"{op}: token_maps[{t}] must be int64 [{vocabulary}], "
+            f"got {token_map.dtype} {list(token_map.shape)}",
+        )
+        if token_map.device.type == "cpu":
+            expect_rows(f"{op}: token_maps[{t}]", token_map, len(table))
+
+
+def expect_rows(name: str, token_map: Tensor, rows: int) -> None:
+    """Every token of a map [V] int64 has one of a table's rows."""
+    low, high = token_map.aminmax()
+    if low < 0 or high >= rows:
+        token = int(((token_map < 0) | (token_map >= rows)).nonzero()[0])
+        raise InputError(f"{name} gives token {token} row {int(token_map[token])} of a table of {rows}")
 
 
 def expect_one_device(op: str, *tensors: Tensor | None) -> None:

@@ -39,6 +39,19 @@ def lm_logits(hidden: Tensor, head: Tensor) -> Tensor:
     return torch.cat([hidden @ block.to(dtype).T for block in head.split(_BLOCK)], dim=1)
 
 
+def mapped_logits(states: Tensor, table: Tensor, token_map: Tensor | None) -> Tensor:
+    """states·table[token_map]ᵀ, [N, V], without a copy of the table in the order of the map.
+
+    Args:
+        states: [N, H].
+        table: [V_t, H].
+        token_map: [V] int64, or None: V_t is V, and every token its own row.
+    """
+    if token_map is None:
+        return lm_logits(states, table)
+    return torch.cat([lm_logits(states, table[rows]) for rows in token_map.split(_BLOCK)], dim=1)
+
+
 def logits_backward(grad: Tensor, head: Tensor) -> Tensor:
     """∂ℒ/∂hidden = ∂ℒ/∂z·head of :func:`lm_logits`.
 

@@ -32,60 +32,73 @@ def onehot_grad(
     head: Tensor,
     *,
     nll_coeff: float,
+    token_maps: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """G[v] = Σ_t ⟨T_t[v], ∂ℒ/∂e_t⟩ − ν log π(v), with log π = log_softmax(hidden·headᵀ).
 
     Args:
         cotangents: ∂ℒ/∂e_t [N, H_t], one a table.
-        tables: [V, H_t] each.
+        tables: [V, H_t] each, or with a map [V_t, H_t], the rows of another vocabulary.
         hidden: final hidden states [N, H] that predict the rows' tokens over the hard sequence.
         head: [V, H].
         nll_coeff: ν.
+        token_maps: none at all, or one a table: None, or int64 [V], the row of the table that stands for
+            each token. No copy of the table is made. On a device a row that is not there is not found
+            out, but taken for the nearest one.
     Returns:
         [N, V], float32 (float64 if an input is). A token of probability exactly 0 is masked: its
         gradient is 0.
     Raises:
-        InputError: a shape, dtype or device does not fit.
+        InputError: a shape, dtype or device does not fit; a map on the CPU names a row that its table
+            does not have.
         RowError: a row's logits hidden·headᵀ have a NaN or +inf, or no finite value.
     """
-    grad, status = onehot_rows(cotangents, tables, hidden, head, nll_coeff)
+    grad, status = onehot_rows(cotangents, tables, hidden, head, nll_coeff, token_maps)
     report("onehot_grad", status)
     return grad
 
 
 def onehot_rows(
-    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, nll_coeff: float
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    nll_coeff: float,
+    token_maps: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """What :func:`onehot_grad` returns, and a status [N] int32 of the logits' rows."""
     dtype = accumulation_dtype(hidden, *cotangents)
-    grad = onehot_gradient(cotangents, tables, None, dtype)
+    grad = onehot_gradient(cotangents, tables, None, dtype, token_maps)
     z = lm_logits(hidden.to(dtype), head)
     log_pi = torch.log_softmax(z, dim=-1)
     return (grad - nll_coeff * log_pi).masked_fill(log_pi == -torch.inf, 0), row_status(z)
 
 
 def check_onehot_inputs(
-    name: str, cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor
+    name: str,
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    token_maps: Sequence[Tensor | None],
 ) -> None:
     """Arguments that rows of G and their norms share."""
     expect_matrix(name, "hidden", hidden)
     expect_matrix(name, "head", head, columns=hidden.shape[1])
     expect_vocabulary(name, head.shape[0])
-    expect_tables(name, tables, head.shape[0])
+    expect_tables(name, tables, head.shape[0], token_maps)
     expect(
         len(cotangents) == len(tables),
         f"{name}: one cotangent a table is needed, got {len(cotangents)} for {len(tables)}",
     )
     for t, (cotangent, table) in enumerate(zip(cotangents, tables, strict=True)):
         expect_matrix(name, f"cotangents[{t}]", cotangent, rows=hidden.shape[0], columns=table.shape[1])
-    expect_one_device(name, *cotangents, *tables, hidden, head)
+    expect_one_device(name, *cotangents, *tables, hidden, head, *token_maps)
 
 
 @onehot_grad.check
-def _(
-    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
-) -> None:
-    check_onehot_inputs("onehot_grad", cotangents, tables, hidden, head)
+def _(*inputs: Any, token_maps: Sequence[Tensor | None], **_: Any) -> None:
+    check_onehot_inputs("onehot_grad", *inputs, token_maps)
 
 
 @onehot_grad.fake
@@ -103,6 +116,11 @@ def native_takes_onehot(
     return all(native_takes(rows, table) for rows, table in pairs)
 
 
+def contiguous_maps(token_maps: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The maps as kernels read them, with unit stride."""
+    return [token_map if token_map is None else token_map.contiguous() for token_map in token_maps]
+
+
 @onehot_grad.backend("cpu", when=native_takes_onehot)
 def _(
     cotangents: Sequence[Tensor],
@@ -111,9 +129,12 @@ def _(
     head: Tensor,
     *,
     nll_coeff: float,
+    token_maps: Sequence[Tensor | None],
 ) -> Tensor:
     small = [as_native(cotangent) for cotangent in cotangents]
-    grad, status = _native.onehot_grad(small, tables, as_native(hidden), head, nll_coeff)
+    grad, status = _native.onehot_grad(
+        small, tables, as_native(hidden), head, nll_coeff, contiguous_maps(token_maps)
+    )
     report("onehot_grad", status)
     return grad
 
@@ -129,7 +150,12 @@ def _(
     head: Tensor,
     *,
     nll_coeff: float,
+    token_maps: Sequence[Tensor | None],
 ) -> Tensor:
     from nabla_fast.triton_kernels import onehot_grad as kernels
 
-    return kernels.onehot_grad(list(cotangents), list(tables), hidden, head, nll_coeff)
+    grad, status = kernels.onehot_grad(
+        list(cotangents), list(tables), hidden, head, nll_coeff, contiguous_maps(token_maps)
+    )
+    report("onehot_grad", status)
+    return grad

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from nabla_fast import _native
 from nabla_fast.ops.checks import as_native
-from nabla_fast.ops.onehot_grad import check_onehot_inputs, native_takes_onehot, onehot_rows
+from nabla_fast.ops.onehot_grad import (
+    check_onehot_inputs,
+    contiguous_maps,
+    native_takes_onehot,
+    onehot_rows,
+)
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, blocks, report
 from nabla_fast.ops.triton_backend import takes
@@ -24,22 +29,23 @@ def onehot_grad_norm(
     head: Tensor,
     *,
     nll_coeff: float,
+    token_maps: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """‖G_i‖₂ of every row of :func:`~nabla_fast.ops.onehot_grad`, masked tokens left out.
 
     Args:
-        cotangents, tables, hidden, head, nll_coeff: as of ``onehot_grad``.
+        cotangents, tables, hidden, head, nll_coeff, token_maps: as of ``onehot_grad``.
     Returns:
         [N], float32 (float64 if an input is).
     Raises:
-        InputError: a shape, dtype or device does not fit.
+        InputError: as of ``onehot_grad``.
         RowError: a row's logits hidden·headᵀ have a NaN or +inf, or no finite value.
     """
     norms = [hidden.new_zeros(0, dtype=accumulation_dtype(hidden, *cotangents))]
     statuses = [torch.zeros(0, dtype=torch.int32, device=hidden.device)]
     for rows in blocks(len(hidden), len(head)):
         parts = [cotangent[rows] for cotangent in cotangents]
-        grad, status = onehot_rows(parts, tables, hidden[rows], head, nll_coeff)
+        grad, status = onehot_rows(parts, tables, hidden[rows], head, nll_coeff, token_maps)
         norms.append(grad.norm(dim=-1))
         statuses.append(status)
     report("onehot_grad_norm", torch.cat(statuses))
@@ -47,10 +53,8 @@ def onehot_grad_norm(
 
 
 @onehot_grad_norm.check
-def _(
-    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
-) -> None:
-    check_onehot_inputs("onehot_grad_norm", cotangents, tables, hidden, head)
+def _(*inputs: Any, token_maps: Sequence[Tensor | None], **_: Any) -> None:
+    check_onehot_inputs("onehot_grad_norm", *inputs, token_maps)
 
 
 @onehot_grad_norm.fake
@@ -68,9 +72,12 @@ def _(
     head: Tensor,
     *,
     nll_coeff: float,
+    token_maps: Sequence[Tensor | None],
 ) -> Tensor:
     small = [as_native(cotangent) for cotangent in cotangents]
-    norm, status = _native.onehot_grad_norm(small, tables, as_native(hidden), head, nll_coeff)
+    norm, status = _native.onehot_grad_norm(
+        small, tables, as_native(hidden), head, nll_coeff, contiguous_maps(token_maps)
+    )
     report("onehot_grad_norm", status)
     return norm
 
@@ -86,7 +93,12 @@ def _(
     head: Tensor,
     *,
     nll_coeff: float,
+    token_maps: Sequence[Tensor | None],
 ) -> Tensor:
     from nabla_fast.triton_kernels import onehot_grad as kernels
 
-    return kernels.onehot_grad_norm(list(cotangents), list(tables), hidden, head, nll_coeff)
+    norms, status = kernels.onehot_grad_norm(
+        list(cotangents), list(tables), hidden, head, nll_coeff, contiguous_maps(token_maps)
+    )
+    report("onehot_grad_norm", status)
+    return norms

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.logits import lm_logits
+from nabla_fast.ops.logits import mapped_logits
 
 
 def softmax_gradient(p: Tensor, grad: Tensor, token: Tensor, tau: float) -> Tensor:
@@ -30,17 +32,24 @@ def softmax_gradient(p: Tensor, grad: Tensor, token: Tensor, tau: float) -> Tens
 
 
 def onehot_gradient(
-    cotangents: list[Tensor], tables: list[Tensor], direct: Tensor | None, dtype: torch.dtype
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    direct: Tensor | None,
+    dtype: torch.dtype,
+    token_maps: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """G = Σ_t g_t·T_tᵀ + direct.
 
     Args:
         cotangents: one [N, H_t] a table.
-        tables: one [V, H_t] each.
+        tables: one [V, H_t] each, or [V_t, H_t] with a map.
         direct: [N, V] or None.
         dtype: of the products and the result.
+        token_maps: none at all, or one a table: [V] int64, the row that stands for each token, or None.
     Returns:
         [N, V].
     """
-    grad = sum(lm_logits(g.to(dtype), table) for g, table in zip(cotangents, tables, strict=True))
+    maps = token_maps or [None] * len(tables)
+    triples = zip(cotangents, tables, maps, strict=True)
+    grad = sum(mapped_logits(g.to(dtype), table, token_map) for g, table, token_map in triples)
     return grad if direct is None else grad + direct.to(dtype)

@@ -19,6 +19,7 @@ from nabla_fast.ops.checks import (
     expect_vocabulary,
 )
 from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
+from nabla_fast.ops.logits import logits_backward
 from nabla_fast.ops.rows import ALL_MASKED, HAS_INF, HAS_NAN, OK, accumulation_dtype, blocks, report
 from nabla_fast.ops.softmax import onehot_gradient
 
@@ -158,7 +159,7 @@ class _Mix(torch.autograd.Function):
             sums = logits.new_zeros(len(logits), sum(widths) + 1, dtype=dtype)
             for rows in blocks(*logits.shape):
                 e = part.exponentials(logits, top, rows)
-                products = [e @ table.to(dtype) for table in part.tables]
+                products = [logits_backward(e, table) for table in part.tables]
                 sums[rows] = torch.cat([*products, e.sum(dim=1, keepdim=True)], dim=1)
             part.reduce(sums)
             mixes = sums[:, :-1] / sums[:, -1:]

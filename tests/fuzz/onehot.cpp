@@ -4,12 +4,16 @@
 namespace fuzz {
 namespace {
 
-// Hidden states and a head, and tables with the cotangents of what they mix.
+// Hidden states and a head, and tables with the cotangents of what they mix; some tables have rows
+// in an order of their own, and a map.
 struct Problem {
   int64_t rows, vocab;
   std::vector<Matrix> linear;  // hidden and head
   std::vector<Matrix> tables, cotangents;
   std::vector<nabla_fast_table> of_tables, of_cotangents;
+  std::vector<std::vector<int64_t>> maps;  // empty: none
+  std::vector<const int64_t*> of_maps;
+  std::vector<int64_t> table_rows;
   nabla_fast_onehot call{};
 
   explicit Problem(Random& random) {
@@ -34,13 +38,17 @@ struct Problem {
     const int64_t count = random.between(0, 3);
     for (int64_t t = 0; t < count; ++t) {
       const int64_t columns = random.one_in(15) ? 0 : random.between(1, 150);
-      tables.emplace_back(random, vocab, columns, dtype(random));
+      const bool mapped = random.one_in(3);
+      table_rows.push_back(mapped ? random.size(300) : vocab);
+      maps.push_back(mapped ? draw_map(random, vocab, table_rows.back()) : std::vector<int64_t>());
+      tables.emplace_back(random, table_rows.back(), columns, dtype(random));
       tables.back().plain(gradients);
       cotangents.emplace_back(random, rows, columns, dtype(random));
       cotangents.back().plain(gradients);
     }
     for (Matrix& table : tables) of_tables.push_back(table.table());
     for (Matrix& cotangent : cotangents) of_cotangents.push_back(cotangent.table());
+    for (const auto& map : maps) of_maps.push_back(map.empty() ? nullptr : map.data());
     call.rows = rows;
     call.vocab = vocab;
     call.hidden = linear[0].table();
@@ -48,12 +56,33 @@ struct Problem {
     call.table_count = count;
     call.tables = of_tables.data();
     call.cotangents = of_cotangents.data();
+    if (is_mapped() || random.one_in(2)) {
+      call.token_maps = of_maps.data();
+      call.table_rows = table_rows.data();
+    }
     call.nll_coeff = random.pick({1.0, 0.3, 0.0, -2.0, 1e30, 1e300});
     // A stride over nothing may be any.
     const int64_t any = random.pick<int64_t>({random.huge(), INT64_MIN, 0});
     if (rows <= 1 && random.one_in(4)) call.hidden.stride = any;
     if (vocab == 1 && random.one_in(2)) call.head.stride = any;
-    if (vocab == 1 && count > 0 && random.one_in(2)) of_tables[0].stride = any;
+    if (count > 0 && table_rows[0] == 1 && random.one_in(2)) of_tables[0].stride = any;
+  }
+  // Any rows, or pieces of the table as they are.
+  static std::vector<int64_t> draw_map(Random& random, int64_t vocab, int64_t rows) {
+    std::vector<int64_t> map;
+    const bool pieces = random.one_in(2);
+    for (int64_t v = 0; v < vocab; ++v)
+      map.push_back(pieces && v > 0 && map.back() + 1 < rows && !random.one_in(20)
+                        ? map.back() + 1
+                        : random.between(0, rows - 1));
+    return map;
+  }
+  bool is_mapped() const {
+    return std::any_of(maps.begin(), maps.end(), [](const auto& map) { return !map.empty(); });
+  }
+  // The row of a table that stands for a token.
+  int64_t row_of(size_t t, int64_t v) const {
+    return maps[t].empty() ? v : maps[t][static_cast<size_t>(v)];
   }
   bool untouched() {
     bool same = true;
@@ -73,9 +102,50 @@ struct Problem {
   }
 };
 
+// The same inputs, every table copied in the order of the tokens.
+struct Aligned {
+  std::vector<std::vector<char>> memory;
+  std::vector<nabla_fast_table> tables;
+  nabla_fast_onehot call;
+
+  explicit Aligned(Problem& problem) : call(problem.call) {
+    for (size_t t = 0; t < problem.tables.size(); ++t) {
+      nabla_fast_table table = problem.of_tables[t];
+      const auto bytes =
+          static_cast<size_t>(table.width * (table.dtype == NABLA_FAST_FLOAT32 ? 4 : 2));
+      std::vector<char> rows(bytes * static_cast<size_t>(problem.vocab));
+      for (int64_t v = 0; v < problem.vocab && bytes > 0; ++v)
+        std::memcpy(rows.data() + static_cast<size_t>(v) * bytes,
+                    problem.tables[t].row(problem.row_of(t, v)), bytes);
+      memory.push_back(std::move(rows));
+      table.data = memory.back().data();
+      table.stride = table.width;
+      tables.push_back(table);
+    }
+    call.tables = tables.data();
+    call.token_maps = nullptr;
+    call.table_rows = nullptr;
+  }
+};
+
 // One thing wrong with hidden states and head, or with the tables.
 void spoil(Random& random, Problem& problem, bool with_tables) {
   nabla_fast_onehot& call = problem.call;
+  if (with_tables && problem.is_mapped() && problem.rows > 0 && random.one_in(3)) {
+    if (random.one_in(4)) {
+      call.table_rows = nullptr;
+      return;
+    }
+    size_t t = 0;
+    while (problem.maps[t].empty()) ++t;
+    const int64_t rows = problem.table_rows[t], last = problem.vocab - 1;
+    if (random.one_in(4))
+      problem.table_rows[t] = random.negative();
+    else
+      problem.maps[t][static_cast<size_t>(random.between(0, last))] =
+          random.pick<int64_t>({rows, random.huge(), random.negative()});
+    return;
+  }
   switch (random.between(0, with_tables ? 15 : 9)) {
     case 0:
       call.rows = random.negative();
@@ -390,6 +460,13 @@ FUZZ(onehot_grad) {
   check(problem.untouched(), "inputs have changed");
   const auto found = grad.elements();
   const auto statuses = status;
+  if (problem.is_mapped()) {
+    const Aligned aligned(problem);
+    check(call(aligned.call, grad.data(), grad.stride(0), status.data(), 0x33, 0,
+               random.threads()) == NABLA_FAST_OK &&
+              same(grad.elements(), found) && same(status, statuses),
+          "a map is not what a table in the order of its tokens is");
+  }
   check(call(problem.call, grad.data(), grad.stride(0), status.data(), 0, 0, random.threads()) ==
                 NABLA_FAST_OK &&
             same(grad.elements(), found) && same(status, statuses),
@@ -424,7 +501,7 @@ FUZZ(onehot_grad) {
       }
       Sum sum;
       for (size_t t = 0; t < problem.tables.size(); ++t)
-        sum.add(problem.cotangents[t], r, problem.tables[t], v);
+        sum.add(problem.cotangents[t], r, problem.tables[t], problem.row_of(t, v));
       const double size = sum.size + std::fabs(nu) * (row.size + 1 + std::fabs(row.logsumexp));
       if (size < 1e30)
         check(std::fabs(g[v] - (sum.value - nu * (z - row.logsumexp))) <= kNear * size + kTiny,
@@ -497,6 +574,13 @@ FUZZ(onehot_grad_norm) {
   check(problem.untouched(), "inputs have changed");
   const auto found = norm;
   const auto statuses = status;
+  if (problem.is_mapped()) {
+    const Aligned aligned(problem);
+    check(call(aligned.call, norm.data(), status.data(), 0x33, 0, random.threads()) ==
+                  NABLA_FAST_OK &&
+              same(norm, found) && same(status, statuses),
+          "a map is not what a table in the order of its tokens is");
+  }
   check(call(problem.call, norm.data(), status.data(), 0, 0, random.threads()) == NABLA_FAST_OK &&
             same(norm, found) && same(status, statuses),
         "the result depends on the threads or on what the workspace holds");

@@ -220,9 +220,13 @@ def onehot_grad(
     small: torch.dtype | None = None,
     masked: float = 0.0,
     gaps: bool = False,
+    maps: Sequence[int | None] = (),
 ) -> dict[str, Any]:
-    """``small``: the dtype of cotangents and hidden states, instead of their tables'."""
-    matrices = draw.tables(vocabulary, tables)
+    """``small``: the dtype of cotangents and hidden states, instead of their tables'; ``maps``: rows of
+    each table that has other ones than the vocabulary, and a map."""
+    counts = [vocabulary if count is None else count for count in maps or [None] * len(tables)]
+    matrices = [draw.tables(count, [table])[0] for count, table in zip(counts, tables, strict=True)]
+    token_maps = [None if count is None else draw.integers(0, count, vocabulary) for count in maps]
     gradients = [
         draw.normal(rows, width, dtype=small or dtype, scale=cotangents) for width, dtype in tables
     ]
@@ -239,6 +243,7 @@ def onehot_grad(
         "hidden": states,
         "head": matrix,
         "nll_coeff": nll_coeff,
+        "token_maps": token_maps,
     }
 
 
@@ -256,6 +261,15 @@ _ONEHOT: dict[str, dict[str, Any]] = {
     "bf16 tables": {"rows": 9, "vocabulary": 515, "tables": ((24, BF16),), "head": BF16, "small": F32},
     "masked": {"rows": 9, "vocabulary": 515, "masked": 0.9, "nll_coeff": 0.5},
     "gaps": {"rows": 18, "vocabulary": 515, "tables": ((7, F32), (24, F32)), "gaps": True},
+    "mapped": {"rows": 9, "vocabulary": 257, "tables": ((24, BF16), (17, F32)), "maps": (None, 61)},
+    "both mapped": {
+        "rows": 5,
+        "vocabulary": 515,
+        "tables": ((24, BF16), (8, BF16)),
+        "head": BF16,
+        "maps": (700, 1),
+        "gaps": True,
+    },
     "whole vocabulary": {"rows": 2, "vocabulary": WHOLE, "hidden": 8, "tables": ((8, F32),)},
 }
 

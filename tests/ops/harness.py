@@ -369,7 +369,7 @@ ROW_INDEPENDENT = (
     "onehot_grad_norm",
     "token_stats",
 )
-_SHARED = ("head", "tables", "group")
+_SHARED = ("head", "tables", "token_maps", "group")
 
 
 def rows_of(arguments: Arguments, rows: slice) -> Arguments:

@@ -8,11 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from nabla_fast import _native
+from nabla_fast.errors import InputError, RowError
 from nabla_fast.ops import onehot_grad, onehot_grad_norm, use_backend
+from nabla_fast.ops.registry import Op
 
 from .cases import BF16, F16, F32, F64, Draw
+from .harness import DEVICES, backend_parameters, run, to_device
 
 VOCABULARY, HIDDEN, WIDTHS, NLL = 23, 6, (5, 4), 0.37
+
+
+OPS_ON_BACKENDS = pytest.mark.parametrize(
+    ("op", "backend"), backend_parameters("onehot_grad", "onehot_grad_norm")
+)
 
 
 class Loss:
@@ -93,6 +102,93 @@ def test_a_masked_token_is_left_out(draw: Draw):
     torch.testing.assert_close(shift, shift[:, :1].expand_as(shift))
     assert (shift < 0).all()
     torch.testing.assert_close(norm, grad[:, kept].norm(dim=-1))
+
+
+@OPS_ON_BACKENDS
+@pytest.mark.parametrize(
+    ("value", "reason"), [(torch.nan, "NaN"), (torch.inf, r"\+inf"), (-torch.inf, "no finite")]
+)
+def test_bad_rows_are_named(op: Op, backend: str, value: float, reason: str, draw: Draw):
+    arguments = {
+        "cotangents": [draw.normal(3, 5)],
+        "tables": draw.tables(VOCABULARY, [(5, F32)]),
+        "hidden": draw.normal(3, HIDDEN),
+        "head": draw.normal(VOCABULARY, HIDDEN).abs() + 0.1,
+        "nll_coeff": NLL,
+    }
+    arguments["hidden"][1] = value
+    device = DEVICES[-1] if backend == "triton" else "cpu"
+    with pytest.raises(RowError, match=reason) as error:
+        run(op, backend, to_device(device, arguments))
+    assert "row 1" in str(error.value)
+    assert "row 2" not in str(error.value)
+
+
+@OPS_ON_BACKENDS
+@pytest.mark.parametrize("rows", [1, 3, 9, 70])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_map_gives_the_bits_of_an_aligned_copy(
+    op: Op, backend: str, rows: int, dtype: torch.dtype, draw: Draw
+):
+    maps = [None, draw.integers(0, 50, 333), draw.integers(0, 400, 333)]
+    maps[2][:200] = torch.arange(7, 207)  # pieces of the table that lie as tokens do
+    sizes = zip((333, 50, 400), (7, 33, 64), strict=True)
+    arguments = {
+        "tables": [draw.normal(count, width, dtype=dtype) for count, width in sizes],
+        "cotangents": [draw.normal(rows, width) for width in (7, 33, 64)],
+        "hidden": draw.normal(rows, HIDDEN),
+        "head": draw.normal(333, HIDDEN),
+        "nll_coeff": NLL,
+    }
+    copies = [
+        table if token_map is None else table[token_map]
+        for table, token_map in zip(arguments["tables"], maps, strict=True)
+    ]
+    device = DEVICES[-1] if backend == "triton" else "cpu"
+    mapped = run(op, backend, to_device(device, arguments | {"token_maps": maps}))
+    aligned = run(op, backend, to_device(device, arguments | {"tables": copies}))
+    assert torch.equal(mapped["result"], aligned["result"])
+
+
+def test_a_row_too_long_for_a_near_copy(draw: Draw):
+    # On the CPU mapped rows are copied some at a time: two of these at most, and none of the wider.
+    for width, dtype in ((16_000, F32), (33_000, F32), (65_537, BF16)):
+        arguments = {
+            "cotangents": [draw.normal(2, width)],
+            "tables": [draw.normal(9, width, dtype=dtype)],
+            "hidden": draw.normal(2, HIDDEN),
+            "head": draw.normal(21, HIDDEN),
+            "nll_coeff": NLL,
+        }
+        token_map = draw.integers(0, 9, 21)
+        aligned = arguments | {"tables": [arguments["tables"][0][token_map]]}
+        with use_backend("cpu"):
+            assert torch.equal(onehot_grad(**arguments, token_maps=[token_map]), onehot_grad(**aligned))
+
+
+@pytest.mark.parametrize("op", [onehot_grad, onehot_grad_norm], ids=lambda op: op.name)
+@pytest.mark.parametrize("wrong", [-1, 9])
+def test_a_map_to_no_row_is_refused(op: Op, wrong: int, draw: Draw):
+    arguments = {
+        "cotangents": [draw.normal(2, 5), draw.normal(2, 4)],
+        "tables": [draw.normal(VOCABULARY, 5), draw.normal(9, 4)],
+        "hidden": draw.normal(2, HIDDEN),
+        "head": draw.normal(VOCABULARY, HIDDEN),
+        "nll_coeff": NLL,
+    }
+    token_map = draw.integers(0, 9, VOCABULARY)
+    token_map[4] = wrong
+    with pytest.raises(InputError, match=rf"token_maps\[1\] gives token 4 row {wrong} of a table of 9"):
+        op(**arguments, token_maps=[None, token_map])
+    with pytest.raises(InputError, match="int64"):
+        op(**arguments, token_maps=[None, token_map[1:]])
+    with pytest.raises(InputError, match="one token map a table"):
+        op(**arguments, token_maps=[token_map])
+    with pytest.raises(InputError, match=r"tables\[1\]"):
+        op(**arguments)
+    native = {"onehot_grad": _native.onehot_grad, "onehot_grad_norm": _native.onehot_grad_norm}[op.name]
+    with pytest.raises(ValueError, match="has no row"):
+        native(*arguments.values(), [None, token_map])
 
 
 def test_no_rows(draw: Draw):

@@ -294,6 +294,8 @@ class Call:
             "hidden": self.hidden,
             "head": self.head,
             "nll_coeff": self.arguments["nll_coeff"],
+            "token_maps": [],
+            "table_rows": [],
         }
         return self.native.Onehot(**(parts | self.table_change))
 

@@ -28,6 +28,14 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         "backward to logits",
         lambda: embedding_mix.embedding_mix_backward(cotangents, logits, tables, direct=logits, **options),
     )
+    if dtype != torch.float32:
+        narrow_logits = empty(_ROWS, _VOCABULARY)
+        yield (
+            "backward to half-precision logits",
+            lambda: embedding_mix.embedding_mix_backward(
+                cotangents, narrow_logits, tables, direct=None, **options
+            ),
+        )
     yield "logits", lambda: vocabulary_product.vocabulary_product(cotangents[:1], [head])
     yield (
         "backward to hidden states",
@@ -35,8 +43,19 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             cotangents, hidden, head, tables, direct=None, **options
         ),
     )
-    yield "one-hot gradient", lambda: onehot_grad.onehot_grad(cotangents, tables, hidden, head, 1e-3)
-    yield "norms", lambda: onehot_grad.onehot_grad_norm(cotangents, tables, hidden, head, 1e-3)
+    yield "one-hot gradient", lambda: onehot_grad.onehot_grad(cotangents, tables, hidden, head, 1e-3, [])
+    yield "norms", lambda: onehot_grad.onehot_grad_norm(cotangents, tables, hidden, head, 1e-3, [])
+    # The second table is another model's, of other rows.
+    mapped = [tables[0], empty(_VOCABULARY // 2, _WIDTHS[1])]
+    maps = [None, empty(_VOCABULARY, dtype=torch.int64)]
+    yield (
+        "one-hot gradient, mapped",
+        lambda: onehot_grad.onehot_grad(cotangents, mapped, hidden, head, 1e-3, maps),
+    )
+    yield (
+        "norms, mapped",
+        lambda: onehot_grad.onehot_grad_norm(cotangents, mapped, hidden, head, 1e-3, maps),
+    )
     if dtype != torch.bfloat16:
         return
 
