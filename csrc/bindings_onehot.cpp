@@ -37,9 +37,10 @@ class Onehot {
       throw py::value_error("one map and one number of rows a table is needed, or none");
     for (const Matrix& matrix : cotangents) cotangents_.push_back(table(matrix));
     for (const Matrix& matrix : tables) tables_.push_back(table(matrix));
-    inputs_ = {rows,        vocab,    static_cast<int64_t>(tables_.size()),
-               nullptr,     nullptr,  table(hidden),
-               table(head), nll_coeff};
+    inputs_ = {rows,        vocab,     static_cast<int64_t>(tables_.size()),
+               nullptr,     nullptr,   table(hidden),
+               table(head), nll_coeff, nullptr,
+               nullptr};
     for (const std::uintptr_t address : token_maps)
       token_maps_.push_back(pointer<const int64_t>(address));
   }
