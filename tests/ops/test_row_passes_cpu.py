@@ -435,4 +435,5 @@ def test_no_tables(draw: Draw):
     zeros = [torch.zeros_like(t) for t in call.arguments["cotangents"]]
     wanted = exact(onehot_grad, call.arguments | {"cotangents": zeros})
     got = call.results[0][: call.rows * call.stride].view(call.rows, call.stride)[:, : call.vocabulary]
-    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-9)
+    # A token that is all but sure has a log π near 0, the difference of two numbers of the logits' size.
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-8)
