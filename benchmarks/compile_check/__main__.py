@@ -43,7 +43,7 @@ def show(row: Row) -> str:
     where = f"{row['target']:<7} {row['op']:<22} {row['dtype']:<9}"
     if row["kernel"] is None:
         return f"{where} {row['launch']}: {row['problem']}"
-    cores = TARGETS[row["target"]].tensor_core if row["tensor_cores"] else "-"
+    cores = "tensor cores" if row["tensor_cores"] else "-"
     line = (
         f"{where} {row['kernel']:<28} {row['registers']:>4} registers {row['stack']:>4} stack "
         f"{row['shared']:>7} shared  {cores}"
