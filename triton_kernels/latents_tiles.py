@@ -1,8 +1,8 @@
-"""A tile of tokens in a step on hidden states: its logits, its softmax so far, and what it adds to the sums.
+"""A tile of tokens in a step on hidden states: its logits, the softmax so far, what it adds to the sums.
 
-Two schedules walk the tiles of a split of the vocabulary, with these functions and in this order, so that a
-row has the same bits in both. What is summed over tokens is summed by a product or token by token of the
-tile, and joined in pairs: no order is left to the layout that a compiler chooses.
+Two schedules walk the tiles of a split of the vocabulary, with these functions and in this order, so
+that a row has the same bits in both. What is summed over tokens is summed by a product, or place by place
+of the tile and then in pairs: no order is left to the layout that a compiler chooses.
 """
 
 from __future__ import annotations
