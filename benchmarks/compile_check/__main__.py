@@ -60,12 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", choices=listed(), default=listed())
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--cache", help="keep what is compiled in this directory, where Triton finds it if told of it"
+    )
     arguments = parser.parse_args(argv)
 
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        # Nothing of an earlier run, nothing interpreted, in the processes that compile.
-        cache = stack.enter_context(tempfile.TemporaryDirectory())
+        # Nothing of an earlier run unless asked for, nothing interpreted, in the processes that compile.
+        cache = arguments.cache or stack.enter_context(tempfile.TemporaryDirectory())
         os.environ |= {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
         os.environ.pop("TRITON_INTERPRET", None)
         rows = []
