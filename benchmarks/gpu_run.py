@@ -172,7 +172,7 @@ def build(run: GpuRun) -> None:
 
 
 def find_gpu() -> tuple[str, str]:
-    """The first GPU's name, empty if there is none, and its architecture. In a process, as the parts are."""
+    """Name, empty if there is none, and architecture of the first GPU; in a process, as the parts are."""
     rc, stdout, stderr = run_process([sys.executable, "-c", FIND_GPU], 60, os.environ)
     if rc != 0:
         sys.stderr.write(stderr.decode(errors="replace"))

@@ -150,7 +150,7 @@ def _step_kernel(
         if slice == 0:
             store_record(records_ptr, row, rows, turn, before, taken, flags)
     else:
-        # A row that has not been done mostly moves: what it then needs is on its way as the sums are joined.
+        # A row that is not done mostly moves: what that takes is on its way while the sums are joined.
         columns = slice * TILE + tl.arange(0, TILE)
         there = columns < vocabulary
         z = tl.load(z_ptr + row * z_stride + columns, mask=there, other=-float("inf"))
