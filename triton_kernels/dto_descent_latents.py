@@ -240,6 +240,7 @@ def dto_descent_latents(
                 grad.stride(0),
                 *head.stride(),
                 *inverse,
+                STAGES=options["num_stages"],
                 **config,
                 **options,
             )

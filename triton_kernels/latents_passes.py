@@ -7,12 +7,13 @@ that costs more than a second reading of the head: there one kernel leaves the l
 the sums of some columns in registers.
 
 On an H100 with a bfloat16 head of 3584 columns, by an estimate that nothing has measured: a tile of 32
-tokens is 229 kB, 9.0 µs of a multiprocessor's share of the memory, or 15,800 cycles. Its products, with 16
-rows whatever their number and three bfloat16 terms each, are 16.5 M multiply-adds: 13,000 cycles as
-mma.sync at 1,270 a cycle, so that one row is bound by memory, but not by far. The L2 cache moves 458 kB,
-and 57 kB of sums for each row: at 5.7 TB/s 11.9 µs with one row and 13.2 µs with two. By that, a step reads
-the head at 75 % and 68 % of the memory's rate, where two readings cannot pass 50 %, and four rows
-are about where one reading stops paying.
+tokens is 229 kB, 9.0 µs of a multiprocessor's share of the memory, or 15,800 cycles. For one row or 16
+alike, its products are 16.5 M multiply-adds in three bfloat16 terms: 5.5 M as mma.sync at 1,270 a cycle and
+11 M as wgmma at 2,048, together 9,700 cycles, and some thousand more of waiting for the short products of
+the second half. The L2 cache moves 458 kB, and 57 kB of sums for each row: at 5.7 TB/s 11.9 µs with one
+row and 13.2 µs with two. So a step reads the head at 75 % and 68 % of the memory's rate at best, where two
+readings cannot pass 50 %, and 50 to 60 % is likelier, as one half waits for the other; about four rows are
+where one reading stops paying.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .latents_tiles import begun, met, moved, pulled, store_met, tile_logits
+from .latents_tiles import begun, met, moved, pulled, side_by_side, store_met, tile_logits
 
 
 @triton.jit(do_not_specialize=["turn", "rows"])
@@ -105,7 +106,8 @@ def sums_kernel(
     if tl.max(moves.to(tl.int32), axis=0) > 0:
         top, key, nan_key, base, sums, tilts, lost = begun(TOKENS, ROWS)
         first = split * split_size
-        for start in range(first, tl.minimum(first + split_size, vocabulary), TOKENS):
+        # There is no product here for whose sake a compiler would load ahead by itself.
+        for start in tl.range(first, tl.minimum(first + split_size, vocabulary), TOKENS, num_stages=3):
             token = start + tl.arange(0, TOKENS)
             known = moves[None, :] & (token < vocabulary)[:, None]
             y = tl.load(
@@ -155,8 +157,7 @@ def pull_kernel(
     moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
     if tl.max(moves.to(tl.int32), axis=0) > 0:
         top, key, nan_key, base, sums, tilts, lost = begun(TOKENS, ROWS)
-        plain = tl.zeros((WIDTH, ROWS), tl.float32)
-        tilted = tl.zeros((WIDTH, ROWS), tl.float32)
+        pulls = tl.zeros((WIDTH, 2 * ROWS), tl.float32)
         there = column < width
         first = split * split_size
         for start in range(first, tl.minimum(first + split_size, vocabulary), TOKENS):
@@ -173,10 +174,10 @@ def pull_kernel(
             at = head_ptr + token.to(tl.int64)[:, None] * head_stride_v
             at += column.to(tl.int64)[None, :] * head_stride_h
             head = tl.load(at, mask=(token < vocabulary)[:, None] & there[None, :], other=0.0)
-            plain, tilted = pulled(head, weight, tilt, scale, shift, plain, tilted, UPCAST)
-        at = partial_ptr + (split.to(tl.int64) * rows + row)[None, :] * (2 * width) + column[:, None]
-        tl.store(at, plain, mask=moves[None, :] & there[:, None])
-        tl.store(at + width, tilted, mask=moves[None, :] & there[:, None])
+            pulls = pulled(head, side_by_side(weight, tilt), scale, shift, pulls, UPCAST)
+        lane = tl.program_id(0) % tiles_of_rows * (2 * ROWS) + tl.arange(0, 2 * ROWS)
+        at = partial_ptr + (split.to(tl.int64) * (2 * rows) + lane)[None, :] * width + column[:, None]
+        tl.store(at, pulls, mask=(lane < 2 * rows)[None, :] & there[:, None])
 
 
 @triton.jit(do_not_specialize=["turn", "rows"])
@@ -208,10 +209,12 @@ def one_pass_kernel(
     DEPTH: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """All sums of a split after step ``turn``, for the rows that took it; of all rows for turn 0."""
     row = (tl.program_id(0) % tiles_of_rows * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    lane = tl.program_id(0) % tiles_of_rows * (2 * ROWS) + tl.arange(0, 2 * ROWS)  # of the sums over w
     split = tl.program_id(0) // tiles_of_rows
     within = tl.minimum(row, rows - 1)
     moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
@@ -249,20 +252,18 @@ def one_pass_kernel(
             )
             if partial_ptr is not None:
                 of_head = head_ptr + token.to(tl.int64)[:, None] * head_stride_v
-                of_row = partial_ptr + (split.to(tl.int64) * rows + within)[None, :] * (2 * width)
-                for begin in range(0, width, WIDTH):
+                of_split = partial_ptr + (split.to(tl.int64) * (2 * rows) + lane)[None, :] * width
+                weights = side_by_side(weight, tilt)
+                # The sums are loaded ahead as the head is; no two columns meet.
+                for begin in tl.range(0, width, WIDTH, num_stages=STAGES):
                     column = begin + tl.arange(0, WIDTH)
                     there = column < width
-                    ours = moves[None, :] & there[:, None]
-                    summed = ours & (start > first)
-                    at = of_row + column[:, None]
-                    plain = tl.load(at, mask=summed, other=0.0, cache_modifier=".cg")
-                    tilted = tl.load(at + width, mask=summed, other=0.0, cache_modifier=".cg")
+                    ours = (lane < 2 * rows)[None, :] & there[:, None]
+                    at = of_split + column[:, None]
+                    pulls = tl.load(at, mask=ours & (start > first), other=0.0, cache_modifier=".cg")
                     head_at = of_head + column.to(tl.int64)[None, :] * head_stride_h
                     head = tl.load(head_at, mask=(token < vocabulary)[:, None] & there[None, :], other=0.0)
-                    plain, tilted = pulled(head, weight, tilt, scale, shift, plain, tilted, UPCAST)
-                    tl.store(at, plain, mask=ours)
-                    tl.store(at + width, tilted, mask=ours)
+                    tl.store(at, pulled(head, weights, scale, shift, pulls, UPCAST), mask=ours)
                 # Other threads read these sums for the next tile than have written them.
                 tl.debug_barrier()
         store_met(sums_ptr, row, moves, splits, split, top, key, nan_key, base, sums, tilts, lost)

@@ -159,18 +159,28 @@ def met(y, grad, token, top, key, nan_key, base, sums, tilts, lost, inverse, inv
 
 
 @triton.jit
-def pulled(head, weight, tilt, scale, shift, plain, tilted, UPCAST: tl.constexpr):
+def side_by_side(a, b):
+    """[M, N] and [M, N] as [M, 2·N]: a column of ``a``, the same of ``b``, the next."""
+    return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def pulled(head, weights, scale, shift, sums, UPCAST: tl.constexpr):
     """Σ e w and Σ e (G − base) w with one more tile.
+
+    The two stand side by side, row after row: one product takes both.
 
     Args:
         head: [TOKENS, WIDTH], 0 past the end.
-        weight, tilt, scale, shift: of :func:`met`.
-        plain, tilted: [WIDTH, ROWS] float32, the sums so far.
+        weights: [TOKENS, 2·ROWS] float32, weight and tilt of :func:`met` side by side.
+        scale, shift: of :func:`met`.
+        sums: [WIDTH, 2·ROWS] float32, so far.
     """
+    plain, tilted = tl.split(tl.reshape(sums, (sums.shape[0], scale.shape[0], 2)))
     tilted = (tilted + shift[None, :] * plain) * scale[None, :]
-    plain = plain * scale[None, :]
-    across = tl.trans(head)
-    return _dot(across, weight, plain, UPCAST), _dot(across, tilt, tilted, UPCAST)
+    sums = side_by_side(plain * scale[None, :], tilted)
+    # A sum, since Triton 3.7 fails for sm_100 where what a reshape gives is itself an operand in float32.
+    return _dot(tl.trans(head), weights + 0.0, sums, UPCAST)
 
 
 @triton.jit
