@@ -47,13 +47,13 @@ def _mix_configs(programs: int, *choices: tuple[int, int, int, int, int]) -> lis
 
 # TOKENS, MANY_TOKENS, DEPTH, PARTS, WIDTH, programs a multiprocessor, FEW, warps, stages.
 _HALF_DESCENTS = (
-    (32, 64, 256, 4, 128, 1, 4, 8, 4),
-    (32, 64, 128, 8, 128, 1, 4, 8, 4),
-    (32, 64, 128, 4, 128, 1, 4, 8, 4),
-    (32, 64, 256, 4, 128, 1, 1, 8, 4),
-    (16, 64, 128, 4, 128, 2, 4, 4, 3),
+    (32, 64, 256, 8, 128, 1, 4, 8, 4),
+    (32, 64, 256, 8, 64, 1, 4, 8, 3),
+    (32, 64, 128, 4, 64, 1, 4, 4, 3),
+    (32, 64, 256, 8, 128, 1, 1, 8, 4),
+    (16, 64, 256, 8, 128, 2, 2, 8, 3),
 )
-_SINGLE_DESCENTS = ((16, 64, 128, 8, 128, 1, 4, 8, 2), (16, 64, 64, 4, 64, 1, 2, 8, 2))
+_SINGLE_DESCENTS = ((16, 64, 128, 8, 64, 1, 4, 8, 2), (16, 64, 64, 4, 64, 1, 2, 4, 2))
 
 
 def _descent_configs(multiprocessors: int, choices: Sequence[tuple[int, ...]]) -> list[dict[str, int]]:
@@ -69,8 +69,7 @@ def _descent_configs(multiprocessors: int, choices: Sequence[tuple[int, ...]]) -
         "num_stages",
     )
     named = [dict(zip(names, choice, strict=True)) for choice in choices]
-    rows = {"ROWS": 16, "FEW_ROWS": 8}
-    return [rows | choice | {"PROGRAMS": choice["PROGRAMS"] * multiprocessors} for choice in named]
+    return [{"ROWS": 16} | choice | {"PROGRAMS": choice["PROGRAMS"] * multiprocessors} for choice in named]
 
 
 def tasks(device: torch.device) -> Iterator[Task]:

@@ -194,13 +194,10 @@ def dto_descent_latents(
         )
     kind = "half" if head.dtype == torch.bfloat16 else "float32"
     config = dict(presets.config("dto_descent_latents", kind, device))
-    few, programs = config.pop("FEW"), config.pop("PROGRAMS")
-    few_rows, many_tokens = config.pop("FEW_ROWS"), config.pop("MANY_TOKENS")
+    few, programs, many_tokens = (config.pop(name) for name in ("FEW", "PROGRAMS", "MANY_TOKENS"))
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | {"UPCAST": upcast(h)}
-    one_pass = rows <= few
-    if one_pass:
-        config["ROWS"] = few_rows
     tokens, tile = config["TOKENS"], config["ROWS"]
+    one_pass = rows <= few
     # By the vocabulary and the device alone, as the bits of a row are.
     split = triton.cdiv(triton.cdiv(vocabulary, tokens), programs) * tokens
     splits, iters = triton.cdiv(vocabulary, split), schedule.shape[-1]
@@ -328,7 +325,6 @@ def dto_descent_latents(
                     *inverse,
                     TOKENS=tokens,
                     ROWS=tile,
-                    PARTS=config["PARTS"],
                     WIDTH=config["WIDTH"],
                     **options,
                 )

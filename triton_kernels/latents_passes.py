@@ -7,13 +7,13 @@ that costs more than a second reading of the head: there one kernel leaves the l
 the sums of some columns in registers.
 
 On an H100 with a bfloat16 head of 3584 columns, by an estimate that nothing has measured: a tile of 32
-tokens is 229 kB, 9.0 µs of a multiprocessor's share of the memory, or 15,800 cycles. Tensor cores take no
-fewer than 8 rows: for 1 to 8 alike, the products are 8.3 M multiply-adds in three bfloat16 terms, 6,500
-cycles as mma.sync at 1,270 a cycle, so that one row is bound by memory (with tiles of 16 rows, at 13,000
-cycles, only just). The L2 cache moves 458 kB, and 57 kB of sums for each row: at 5.7 TB/s 11.9 µs with
-one row and 13.2 µs with two. So a step reads the head at 75 % and 68 % of the memory's rate at best, and
-at less as one half of a tile waits for the other, where two readings cannot pass 50 %; about four rows
-are where one reading stops paying.
+tokens is 229 kB, 9.0 µs of a multiprocessor's share of the memory, or 15,800 cycles. For one row or 16
+alike, its products are 16.5 M multiply-adds in three bfloat16 terms: 5.5 M as mma.sync at 1,270 a cycle and
+11 M as wgmma at 2,048, together 9,700 cycles, and some thousand more of waiting for the short products of
+the second half. The L2 cache moves 458 kB, and 57 kB of sums for each row: at 5.7 TB/s 11.9 µs with one
+row and 13.2 µs with two. So a step reads the head at 75 % and 68 % of the memory's rate at best, where two
+readings cannot pass 50 %, and 50 to 60 % is likelier, as one half waits for the other; about four rows are
+where one reading stops paying.
 """
 
 from __future__ import annotations
@@ -22,13 +22,6 @@ import triton
 import triton.language as tl
 
 from .latents_tiles import begun, met, moved, pulled, side_by_side, store_met, tile_logits
-
-
-@triton.jit
-def columns_of(first, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """The columns first..first + WIDTH − 1 in PARTS: [PARTS, WIDTH/PARTS] int32."""
-    part = tl.arange(0, PARTS)[:, None] * (WIDTH // PARTS)
-    return first + part + tl.arange(0, WIDTH // PARTS)[None, :]
 
 
 @triton.jit(do_not_specialize=["turn", "rows"])
@@ -152,20 +145,19 @@ def pull_kernel(
     inverse_low,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """The sums over w of a split and some columns, for the rows that take step ``turn``."""
     program = tl.program_id(0)
     row = (program % tiles_of_rows * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = columns_of(program // tiles_of_rows % tiles_of_width * WIDTH, WIDTH, PARTS)
+    column = program // tiles_of_rows % tiles_of_width * WIDTH + tl.arange(0, WIDTH)
     split = program // tiles_of_rows // tiles_of_width
     within = tl.minimum(row, rows - 1)
     moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
     if tl.max(moves.to(tl.int32), axis=0) > 0:
         top, key, nan_key, base, sums, tilts, lost = begun(TOKENS, ROWS)
-        pulls = tl.zeros((PARTS, WIDTH // PARTS, 2 * ROWS), tl.float32)
+        pulls = tl.zeros((WIDTH, 2 * ROWS), tl.float32)
         there = column < width
         first = split * split_size
         for start in range(first, tl.minimum(first + split_size, vocabulary), TOKENS):
@@ -179,14 +171,13 @@ def pull_kernel(
             weight, tilt, scale, shift, top, key, nan_key, base, sums, tilts, lost = met(
                 y, grad, token, top, key, nan_key, base, sums, tilts, lost, inverse, inverse_low
             )
-            at = head_ptr + token.to(tl.int64)[None, :, None] * head_stride_v
-            at += column.to(tl.int64)[:, None, :] * head_stride_h
-            head = tl.load(at, mask=(token < vocabulary)[None, :, None] & there[:, None, :], other=0.0)
+            at = head_ptr + token.to(tl.int64)[:, None] * head_stride_v
+            at += column.to(tl.int64)[None, :] * head_stride_h
+            head = tl.load(at, mask=(token < vocabulary)[:, None] & there[None, :], other=0.0)
             pulls = pulled(head, side_by_side(weight, tilt), scale, shift, pulls, UPCAST)
         lane = tl.program_id(0) % tiles_of_rows * (2 * ROWS) + tl.arange(0, 2 * ROWS)
-        at = partial_ptr + (split.to(tl.int64) * (2 * rows) + lane)[None, None, :] * width
-        at += column[:, :, None]
-        tl.store(at, pulls, mask=(lane < 2 * rows)[None, None, :] & there[:, :, None])
+        at = partial_ptr + (split.to(tl.int64) * (2 * rows) + lane)[None, :] * width + column[:, None]
+        tl.store(at, pulls, mask=(lane < 2 * rows)[None, :] & there[:, None])
 
 
 @triton.jit(do_not_specialize=["turn", "rows"])
@@ -260,19 +251,18 @@ def one_pass_kernel(
                 y, grad, token, top, key, nan_key, base, sums, tilts, lost, inverse, inverse_low
             )
             if partial_ptr is not None:
-                of_head = head_ptr + token.to(tl.int64)[None, :, None] * head_stride_v
-                of_split = partial_ptr + (split.to(tl.int64) * (2 * rows) + lane)[None, None, :] * width
+                of_head = head_ptr + token.to(tl.int64)[:, None] * head_stride_v
+                of_split = partial_ptr + (split.to(tl.int64) * (2 * rows) + lane)[None, :] * width
                 weights = side_by_side(weight, tilt)
                 # The sums are loaded ahead as the head is; no two columns meet.
                 for begin in tl.range(0, width, WIDTH, num_stages=STAGES):
-                    column = columns_of(begin, WIDTH, PARTS)
+                    column = begin + tl.arange(0, WIDTH)
                     there = column < width
-                    ours = (lane < 2 * rows)[None, None, :] & there[:, :, None]
-                    at = of_split + column[:, :, None]
+                    ours = (lane < 2 * rows)[None, :] & there[:, None]
+                    at = of_split + column[:, None]
                     pulls = tl.load(at, mask=ours & (start > first), other=0.0, cache_modifier=".cg")
-                    head_at = of_head + column.to(tl.int64)[:, None, :] * head_stride_h
-                    mask = (token < vocabulary)[None, :, None] & there[:, None, :]
-                    head = tl.load(head_at, mask=mask, other=0.0)
+                    head_at = of_head + column.to(tl.int64)[None, :] * head_stride_h
+                    head = tl.load(head_at, mask=(token < vocabulary)[:, None] & there[None, :], other=0.0)
                     tl.store(at, pulled(head, weights, scale, shift, pulls, UPCAST), mask=ours)
                 # Other threads read these sums for the next tile than have written them.
                 tl.debug_barrier()

@@ -168,25 +168,19 @@ def side_by_side(a, b):
 def pulled(head, weights, scale, shift, sums, UPCAST: tl.constexpr):
     """Σ e w and Σ e (G − base) w with one more tile.
 
-    The two stand side by side, row after row: one product takes both. It falls into parts along the width,
-    since tensor cores take small products by one and the same instruction, however many the rows are.
+    The two stand side by side, row after row: one product takes both.
 
     Args:
-        head: [PARTS, TOKENS, WIDTH/PARTS], 0 past the end.
+        head: [TOKENS, WIDTH], 0 past the end.
         weights: [TOKENS, 2·ROWS] float32, weight and tilt of :func:`met` side by side.
         scale, shift: of :func:`met`.
-        sums: [PARTS, WIDTH/PARTS, 2·ROWS] float32, so far.
+        sums: [WIDTH, 2·ROWS] float32, so far.
     """
-    parts: tl.constexpr = sums.shape[0]
-    width: tl.constexpr = sums.shape[1]
-    columns: tl.constexpr = sums.shape[2]
-    plain, tilted = tl.split(tl.reshape(sums, (parts, width, columns // 2, 2)))
-    scale = scale[None, None, :]
-    tilted = (tilted + shift[None, None, :] * plain) * scale
-    sums = tl.reshape(tl.join(plain * scale, tilted), (parts, width, columns))
+    plain, tilted = tl.split(tl.reshape(sums, (sums.shape[0], scale.shape[0], 2)))
+    tilted = (tilted + shift[None, :] * plain) * scale[None, :]
+    sums = side_by_side(plain * scale[None, :], tilted)
     # A sum, since Triton 3.7 fails for sm_100 where what a reshape gives is itself an operand in float32.
-    weights = tl.broadcast_to((weights + 0.0)[None, :, :], (parts, weights.shape[0], columns))
-    return _dot(tl.permute(head, (0, 2, 1)), weights, sums, UPCAST)
+    return _dot(tl.trans(head), weights + 0.0, sums, UPCAST)
 
 
 @triton.jit
