@@ -1,7 +1,8 @@
-"""Everything worth running once on a machine with a GPU: build, GPU tests, demo, benchmarks.
+"""Everything worth running once on a machine with a GPU: build, benchmarks, GPU tests, demo.
 
 The machine needs a Python with torch, transformers, pybind11 and setuptools; nothing is downloaded. Each
-part is a process of its own with a time limit, and a part that fails does not stop the next. Under
+part is a process of its own with a time limit, and a part that fails does not stop the next. The benchmarks
+come before the tests, which compile hundreds of small kernels and may run out of time. Under
 ``$OUT`` (``build/gpu`` if unset) lie ``summary.json``, ``log.txt`` with what the parts printed, and the
 JSON or XML of each part; the last thing printed is a table. Exit status 1 if a part failed.
 """
@@ -16,23 +17,34 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TARGETS = ("sm_80", "sm_90", "sm_100")  # architectures that the compile check knows
 COMMAND_LINE = [
     sys.executable,
     "-c",
     "import sys; from nabla_fast.cli import main; sys.exit(main())",
 ]
 PIP = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-FIND_GPU = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+# Its name and its architecture as the compile check has it.
+FIND_GPU = """
+import torch
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_name())
+    major, minor = torch.cuda.get_device_capability()
+    print("" if torch.version.hip else f"sm_{major}{minor}")
+"""
 
 TOTAL_SECONDS = 465.0  # of all parts together, whatever their own limits
 LOG_BYTES = 2 << 20  # the end of a part's output that the log keeps
 TIMED_OUT = 124
+MOST_SHARDS = 8  # of the tests; each holds a context of some 500 MB on the GPU
 GRACE_SECONDS = 5.0  # between the interruption of a late part and its end
 
 
@@ -87,6 +99,8 @@ class GpuRun:
         self.gpu = gpu
         self.results: list[Result] = []
         self.environment = dict(os.environ)
+        self.environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton_cache"))
+        self._lock = threading.Lock()
         self.started = time.monotonic()
         out.mkdir(parents=True, exist_ok=True)
         self.log = out / "log.txt"
@@ -97,7 +111,8 @@ class GpuRun:
         began = time.monotonic()
         left = TOTAL_SECONDS - (began - self.started)
         if left < 1:
-            return self._finish(Result(name, TIMED_OUT, 0.0, "no time left for it"))
+            with self._lock:
+                return self._finish(Result(name, TIMED_OUT, 0.0, "no time left for it"))
         limit = min(seconds, left)
         rc, stdout, stderr = run_process(command, limit, self.environment)
         note = f"stopped after {limit:.0f} s" if rc == TIMED_OUT else ""
@@ -105,8 +120,9 @@ class GpuRun:
             (self.out / output).write_bytes(stdout)
             if rc == 0 and not is_json(stdout):
                 rc, note = 1, "its standard output is not JSON"
-        self._append(name, command, stderr if output else stdout + stderr)
-        return self._finish(Result(name, rc, round(time.monotonic() - began, 1), note))
+        with self._lock:
+            self._append(name, command, stderr if output else stdout + stderr)
+            return self._finish(Result(name, rc, round(time.monotonic() - began, 1), note))
 
     def retract(self) -> None:
         """Drop the last result, for a part that another way of doing it replaces."""
@@ -155,12 +171,33 @@ def build(run: GpuRun) -> None:
         run.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
-def find_gpu() -> str:
-    """The name of the first GPU, empty if there is none. In a process of its own, as the parts are."""
+def find_gpu() -> tuple[str, str]:
+    """Name, empty if there is none, and architecture of the first GPU; in a process, as the parts are."""
     rc, stdout, stderr = run_process([sys.executable, "-c", FIND_GPU], 60, os.environ)
     if rc != 0:
         sys.stderr.write(stderr.decode(errors="replace"))
-    return stdout.decode().strip() if rc == 0 else ""
+    name, architecture, *_ = [*stdout.decode().splitlines(), "", ""] if rc == 0 else ["", ""]
+    return name, architecture
+
+
+def compile_ahead(run: GpuRun, architecture: str) -> None:
+    """Compile the kernels of the benchmarks on all cores; what is launched later is found, not compiled."""
+    check = [sys.executable, "-m", "benchmarks.compile_check", "--json"]
+    check += ["--targets", architecture, "--cache", run.environment["TRITON_CACHE_DIR"]]
+    run.part("compile", check, 75, "compile.json")
+
+
+def tests(run: GpuRun, shards: int) -> None:
+    """The GPU tests in several processes at a time: compiling takes most of it."""
+
+    def shard(number: int) -> None:
+        name = f"tests {number + 1}/{shards}"
+        pytest = [sys.executable, "-m", "pytest", "-m", "gpu or smoke"]
+        pytest += ["-p", "benchmarks.shard", "--shard", f"{number}/{shards}"]
+        run.part(name, [*pytest, f"--junitxml={run.out / f'tests_{number + 1}.xml'}"], 170)
+
+    with ThreadPoolExecutor(shards) as pool:
+        list(pool.map(shard, range(shards)))
 
 
 def kernel_backends(run: GpuRun) -> list[str]:
@@ -179,33 +216,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-cpu", action="store_true", help="run the parts without a GPU too")
     arguments = parser.parse_args(argv)
 
-    gpu = find_gpu()
+    gpu, architecture = find_gpu()
     print(f"GPU: {gpu}" if gpu else "no GPU found: torch.cuda.is_available() is False", file=sys.stderr)
     if not gpu and not arguments.allow_cpu:
         print("with --allow-cpu the parts run on the CPU, and GPU tests are skipped", file=sys.stderr)
         return 1
 
     run = GpuRun(Path(os.environ.get("OUT") or ROOT / "build" / "gpu").resolve(), gpu)
+    device = "cuda" if gpu else "cpu"
     build(run)
     run.part("environment", [*COMMAND_LINE, "env", "--json"], 40, "environment.json")
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu or smoke",
-        f"--junitxml={run.out / 'tests.xml'}",
-    ]
-    run.part("tests", pytest, 160)
-    device = "cuda" if gpu else "cpu"
-    run.part("demo", [*COMMAND_LINE, "demo", "--json", "--device", device], 90, "demo.json")
+    if architecture in TARGETS:
+        compile_ahead(run, architecture)
     for backend in kernel_backends(run):
         kernels = [*COMMAND_LINE, "bench", "kernels", "--backend", backend, "--seconds", "1", "--json"]
-        run.part(f"kernels {backend}", kernels, 100, f"kernels_{backend}.json")
-
+        run.part(f"kernels {backend}", kernels, 120, f"kernels_{backend}.json")
     decode = [*COMMAND_LINE, "bench", "decode", "--device", device, "--repeats", "1", "--json"]
     decode += ["--cases", "together", "greedy", "generate"]
-    run.part("decode", decode, 120, "decode.json")
+    run.part("decode", decode, 90, "decode.json")
+    tests(run, max(1, min(MOST_SHARDS, (os.cpu_count() or 1) // 2)))
+    run.part("demo", [*COMMAND_LINE, "demo", "--json", "--device", device], 60, "demo.json")
 
     for result in run.results:
         print(f"{result.name:<14} {outcome(result)}")

@@ -45,9 +45,42 @@ def _mix_configs(programs: int, *choices: tuple[int, int, int, int, int]) -> lis
     return [dict(zip(names, choice, strict=True)) | {"PROGRAMS": programs} for choice in choices]
 
 
+# TOKENS, MANY_TOKENS, DEPTH, PARTS, WIDTH, programs a multiprocessor, FEW, warps, stages.
+_HALF_DESCENTS = (
+    (32, 64, 256, 8, 128, 1, 4, 8, 4),
+    (32, 64, 256, 8, 64, 1, 4, 8, 3),
+    (32, 64, 128, 4, 64, 1, 4, 4, 3),
+    (32, 64, 256, 8, 128, 1, 1, 8, 4),
+    (16, 64, 256, 8, 128, 2, 2, 8, 3),
+)
+_SINGLE_DESCENTS = ((16, 64, 128, 8, 64, 1, 4, 8, 2), (16, 64, 64, 4, 64, 1, 2, 4, 2))
+
+
+def _descent_configs(multiprocessors: int, choices: Sequence[tuple[int, ...]]) -> list[dict[str, int]]:
+    names = (
+        "TOKENS",
+        "MANY_TOKENS",
+        "DEPTH",
+        "PARTS",
+        "WIDTH",
+        "PROGRAMS",
+        "FEW",
+        "num_warps",
+        "num_stages",
+    )
+    named = [dict(zip(names, choice, strict=True)) for choice in choices]
+    return [{"ROWS": 16} | choice | {"PROGRAMS": choice["PROGRAMS"] * multiprocessors} for choice in named]
+
+
 def tasks(device: torch.device) -> Iterator[Task]:
     """The tasks, their tensors made when each is reached."""
-    from nabla_fast.triton_kernels import embedding_mix, scratch, vocabulary_product, weighted_rows
+    from nabla_fast.triton_kernels import (
+        dto_descent_latents,
+        embedding_mix,
+        scratch,
+        vocabulary_product,
+        weighted_rows,
+    )
 
     programs = torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -74,6 +107,42 @@ def tasks(device: torch.device) -> Iterator[Task]:
 
         return run
 
+    def descents(dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+        head = normal(_VOCABULARY, _WIDTHS[0], dtype=dtype)
+        # Rates at which nothing moves: the moments are then sums of the gradient, and h has no say.
+        schedule = torch.full((4,), 1e-12, dtype=torch.float64, device=device)
+        problems = [
+            (normal(rows, _WIDTHS[0], dtype=_SINGLE) / 20, normal(rows, _VOCABULARY, dtype=_SINGLE))
+            for rows in (2, 16)
+        ]
+
+        def run() -> list[Tensor]:
+            moments = []
+            for h, grad in problems:
+                first, second = torch.zeros_like(h), torch.zeros_like(h)
+                step = torch.zeros(len(h), dtype=torch.int64, device=device)
+                dto_descent_latents.dto_descent_latents(
+                    h,
+                    head,
+                    grad,
+                    first,
+                    second,
+                    step,
+                    schedule,
+                    until=None,
+                    group=None,
+                    tau=1.0,
+                    noise=None,
+                )
+                moments.append(first)
+            return moments
+
+        return run
+
+    yield Task("dto_descent_latents", "half", descents(_HALF), _descent_configs(programs, _HALF_DESCENTS))
+    yield Task(
+        "dto_descent_latents", "float32", descents(_SINGLE), _descent_configs(programs, _SINGLE_DESCENTS)
+    )
     yield Task(
         "vocabulary_product",
         "half",

@@ -76,6 +76,37 @@ def test_rows_have_times_and_limits():
     assert rows[4]["checked"] == "K=4"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_descents_are_timed_as_graphs_too():
+    device = torch.device("cuda")
+    cases = [
+        dto_descent(2, 257, 5, device),
+        dto_descent_latents(2, 257, 16, 6, torch.float32, device),
+        token_stats(3, 257, torch.float32, device),
+    ]
+    rows = kernels.run(
+        cases, "triton", device, LIMITS, compiled=False, seconds=0.01, on_row=lambda row: None
+    )
+    assert [row["check"] for row in rows] == ["passed"] * 3
+    assert ["graph_ms" in row for row in rows] == [True, True, False]
+    assert not [row for row in rows if "graph_error" in row]
+
+
+def test_a_descent_whose_graph_fails_has_its_other_times(monkeypatch: pytest.MonkeyPatch):
+    def fail(function):
+        raise RuntimeError("no graph")
+
+    versions = dto_descent(2, 257, 5, CPU).prepare()
+    monkeypatch.setattr(kernels, "replayed", fail)
+    row = kernels._times(versions, CPU, False, 0.01, graph=True)
+    assert row["graph_error"] == "RuntimeError: no graph"
+    assert "graph_ms" not in row
+    assert row["median_ms"] > 0
+    monkeypatch.setattr(kernels, "replayed", lambda function: function)
+    assert kernels._times(versions, CPU, False, 0.01, graph=True)["graph_ms"] > 0
+
+
 def test_the_larger_of_two_limits_holds():
     memory = Case("op", "N=1", "float32", 10**7, 10**7, lambda: None)
     assert kernels.limit(memory, LIMITS) == {"limit_ms": 1.0, "limit": "memory"}

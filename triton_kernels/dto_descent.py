@@ -150,6 +150,18 @@ def _step_kernel(
         if slice == 0:
             store_record(records_ptr, row, rows, turn, before, taken, flags)
     else:
+        # A row that is not done mostly moves: what that takes is on its way while the sums are joined.
+        columns = slice * TILE + tl.arange(0, TILE)
+        there = columns < vocabulary
+        z = tl.load(z_ptr + row * z_stride + columns, mask=there, other=-float("inf"))
+        first = tl.load(first_ptr + row * first_stride + columns, mask=there, other=0.0)
+        second = tl.load(second_ptr + row * second_stride + columns, mask=there, other=0.0)
+        row_grad_ptr = grad_ptr + row * grad_stride
+        grad = tl.load(row_grad_ptr + columns, mask=there, other=0.0).to(tl.float32)
+        y = z
+        if noise_ptr is not None:
+            noise = tl.load(noise_ptr + row * vocabulary + columns, mask=there, other=0.0)
+            y += noise
         token, top, grad_token, weight, mean, status = joined_sums(
             row_sums(sums_ptr, row, rows, slices, turn + 1), slices, inverse, inverse_low, SLICES
         )
@@ -165,17 +177,6 @@ def _step_kernel(
             step = tl.load(step_ptr + row) + taken
             rate = tl.load(rates_ptr + row * rates_stride + step)
             scale = tl.load(scales_ptr + step)
-            columns = slice * TILE + tl.arange(0, TILE)
-            there = columns < vocabulary
-            z = tl.load(z_ptr + row * z_stride + columns, mask=there, other=-float("inf"))
-            first = tl.load(first_ptr + row * first_stride + columns, mask=there, other=0.0)
-            second = tl.load(second_ptr + row * second_stride + columns, mask=there, other=0.0)
-            row_grad_ptr = grad_ptr + row * grad_stride
-            grad = tl.load(row_grad_ptr + columns, mask=there, other=0.0).to(tl.float32)
-            y = z
-            if noise_ptr is not None:
-                noise = tl.load(noise_ptr + row * vocabulary + columns, mask=there, other=0.0)
-                y += noise
             e = exp(scaled(y - top, inverse, inverse_low))
             # G may be infinite where p is 0; a mean that is no number spoils the whole row.
             centred = tl.where(e > 0, grad, grad_token) - grad_token - mean

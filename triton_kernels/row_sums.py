@@ -13,11 +13,11 @@ import triton.language as tl
 
 from .exponential import exp, scaled
 
-# Of a slice: largest y; its token, less _NAN if y is NaN there; S; T; G of the token; largest y at
+# Of a slice: largest y; its token, less NAN if y is NaN there; S; T; G of the token; largest y at
 # which G is not finite.
 FIELDS = tl.constexpr(6)
-_TOP, _TOKEN, _SUM, _TILT, _GRAD, _LOST = (tl.constexpr(n) for n in range(6))
-_NAN = tl.constexpr(1 << 21)  # more than any token; float32 holds the differences
+TOP, TOKEN, SUM, TILT, GRAD, LOST = (tl.constexpr(n) for n in range(6))
+NAN = tl.constexpr(1 << 21)  # more than any token; float32 holds the differences
 
 
 @triton.jit
@@ -36,22 +36,22 @@ def store_sums(
     nan = y != y
     clean = tl.where(nan, -float("inf"), y)
     top = tl.max(clean, axis=0)
-    key = tl.min(tl.where(nan, columns - _NAN, tl.where(clean == top, columns, _NAN)), axis=0)
+    key = tl.min(tl.where(nan, columns - NAN, tl.where(clean == top, columns, NAN)), axis=0)
     finite = tl.abs(grad) < float("inf")
     lost = tl.max(tl.where(finite, -float("inf"), clean), axis=0)
-    here = tl.load(grad_ptr + tl.where(key < 0, key + _NAN, key)).to(tl.float32)
+    here = tl.load(grad_ptr + tl.where(key < 0, key + NAN, key)).to(tl.float32)
     here = tl.where(tl.abs(here) < float("inf"), here, 0.0)
     # A slice that holds no finite y has no sums, whatever they are taken relative to.
     e = exp(scaled(clean - tl.where(tl.abs(top) < float("inf"), top, 0.0), inverse, inverse_low))
     e *= tl.where(top < float("inf"), 1.0, 0.0)  # a row of +inf is refused: its sums only must not overflow
     centred = tl.where(finite & (e > 0), grad, here) - here
     at = sums_ptr + slice
-    tl.store(at + _TOP * slices, top)
-    tl.store(at + _TOKEN * slices, key.to(tl.float32))
-    tl.store(at + _SUM * slices, tl.sum(e, axis=0))
-    tl.store(at + _TILT * slices, tl.sum(e * centred, axis=0))
-    tl.store(at + _GRAD * slices, here)
-    tl.store(at + _LOST * slices, lost)
+    tl.store(at + TOP * slices, top)
+    tl.store(at + TOKEN * slices, key.to(tl.float32))
+    tl.store(at + SUM * slices, tl.sum(e, axis=0))
+    tl.store(at + TILT * slices, tl.sum(e * centred, axis=0))
+    tl.store(at + GRAD * slices, here)
+    tl.store(at + LOST * slices, lost)
 
 
 @triton.jit
@@ -83,17 +83,17 @@ def joined_sums(
     slice = tl.arange(0, SLICES)
     there = slice < slices
     at = sums_ptr + slice
-    tops = tl.load(at + _TOP * slices, mask=there, other=-float("inf"))
-    keys = tl.load(at + _TOKEN * slices, mask=there, other=_NAN * 1.0)
-    sums = tl.load(at + _SUM * slices, mask=there, other=0.0)
-    tilts = tl.load(at + _TILT * slices, mask=there, other=0.0)
-    grads = tl.load(at + _GRAD * slices, mask=there, other=0.0)
-    lost = tl.max(tl.load(at + _LOST * slices, mask=there, other=-float("inf")), axis=0)
+    tops = tl.load(at + TOP * slices, mask=there, other=-float("inf"))
+    keys = tl.load(at + TOKEN * slices, mask=there, other=NAN * 1.0)
+    sums = tl.load(at + SUM * slices, mask=there, other=0.0)
+    tilts = tl.load(at + TILT * slices, mask=there, other=0.0)
+    grads = tl.load(at + GRAD * slices, mask=there, other=0.0)
+    lost = tl.max(tl.load(at + LOST * slices, mask=there, other=-float("inf")), axis=0)
 
     top = tl.max(tops, axis=0)
-    key = tl.min(tl.where((keys < 0) | (tops == top), keys, _NAN * 1.0), axis=0)
+    key = tl.min(tl.where((keys < 0) | (tops == top), keys, NAN * 1.0), axis=0)
     status = _row_status(top, key)
-    token = tl.where(key < 0, key + _NAN, key)
+    token = tl.where(key < 0, key + NAN, key)
     grad = tl.sum(tl.where(there & (keys == key), grads, 0.0), axis=0)
     reference = tl.where(status == 0, top, 0.0)
     share = exp(scaled(tops - reference, inverse, inverse_low))

@@ -43,7 +43,7 @@ def show(row: Row) -> str:
     where = f"{row['target']:<7} {row['op']:<22} {row['dtype']:<9}"
     if row["kernel"] is None:
         return f"{where} {row['launch']}: {row['problem']}"
-    cores = TARGETS[row["target"]].tensor_core if row["tensor_cores"] else "-"
+    cores = "tensor cores" if row["tensor_cores"] else "-"
     line = (
         f"{where} {row['kernel']:<28} {row['registers']:>4} registers {row['stack']:>4} stack "
         f"{row['shared']:>7} shared  {cores}"
@@ -60,12 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", choices=listed(), default=listed())
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--cache", help="keep what is compiled in this directory, where Triton finds it if told of it"
+    )
     arguments = parser.parse_args(argv)
 
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        # Nothing of an earlier run, nothing interpreted, in the processes that compile.
-        cache = stack.enter_context(tempfile.TemporaryDirectory())
+        # Nothing of an earlier run unless asked for, nothing interpreted, in the processes that compile.
+        cache = arguments.cache or stack.enter_context(tempfile.TemporaryDirectory())
         os.environ |= {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
         os.environ.pop("TRITON_INTERPRET", None)
         rows = []

@@ -12,7 +12,8 @@ from pathlib import Path
 from benchmarks.compile_check.targets import Target
 
 # A product of half-precision tiles in Triton's own intermediate language.
-_HALF_PRODUCT = re.compile(r"tt\.dot .*: tensor<[0-9x]+x(bf16|f16)> \*")
+_HALF_PRODUCT = re.compile(r"tt\.dot .*: tensor<([0-9x]+)x(?:bf16|f16)> \*")
+_WIDE = 64  # rows of a product from which several warps take it together
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Resources:
         registers: a thread.
         stack: bytes of local memory a thread; a kernel of ours has some only where registers spill.
         shared: bytes of shared memory a block.
-        tensor_cores: whether the machine code has matrix instructions.
+        tensor_cores: whether the machine code has the matrix instructions that its products call for.
         half_products: whether the kernel multiplies half-precision tiles.
     """
 
@@ -51,7 +52,9 @@ def resources(asm: Mapping[str, str | bytes], shared: int, target: Target) -> Re
         asm: ``CompiledKernel.asm``.
         shared: ``CompiledKernel.metadata.shared``.
     """
-    half_products = bool(_HALF_PRODUCT.search(asm["ttir"]))
+    shapes = [shape.split("x") for shape in _HALF_PRODUCT.findall(asm["ttir"])]
+    half_products = bool(shapes)
+    wide = any(len(shape) == 2 and int(shape[0]) >= _WIDE for shape in shapes)
     if target.backend == "hip":
         registers, stack = amd_usage(asm["amdgcn"])
         code = asm["amdgcn"]
@@ -61,7 +64,8 @@ def resources(asm: Mapping[str, str | bytes], shared: int, target: Target) -> Re
             cubin.write_bytes(asm["cubin"])
             registers, stack = nvidia_usage(_cuobjdump("--dump-resource-usage", cubin))
             code = _cuobjdump("--dump-sass", cubin) if half_products else ""
-    tensor_cores = bool(re.search(rf"\b{target.tensor_core}", code))
+    mnemonic = target.tensor_core if wide else target.warp_tensor_core
+    tensor_cores = bool(re.search(rf"\b{mnemonic}", code))
     return Resources(registers, stack, shared, tensor_cores, half_products)
 
 

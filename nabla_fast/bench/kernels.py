@@ -12,7 +12,7 @@ from torch import Tensor
 from nabla_fast import ops
 from nabla_fast.bench.kernel_cases import Case, Versions
 from nabla_fast.bench.machine import Machine
-from nabla_fast.bench.measure import give_memory_back, interleaved, peak_bytes
+from nabla_fast.bench.measure import give_memory_back, interleaved, peak_bytes, replayed
 from nabla_fast.errors import InputError
 
 _FLOOR = 1e-6  # of the largest value of a row: below it, errors are not compared
@@ -80,7 +80,8 @@ def _row(
         row |= check(versions)
         if row["check"] == "passed":
             row |= limit(case, machine)
-            row |= _times(versions, device, compiled, seconds)
+            graph = row["backend"] == "triton" and versions.in_place and device.type == "cuda"
+            row |= _times(versions, device, compiled, seconds, graph)
     except Exception as error:  # of one case: the others go on
         identity = ("op", "shape", "dtype", "backend", "bytes", "flops")
         return {key: row[key] for key in identity} | {
@@ -139,9 +140,18 @@ def _errors(outputs: list[Tensor], truth: list[Tensor]) -> list[float]:
     return errors
 
 
-def _times(versions: Versions, device: torch.device, compiled: bool, seconds: float) -> dict[str, Any]:
+def _times(
+    versions: Versions, device: torch.device, compiled: bool, seconds: float, graph: bool
+) -> dict[str, Any]:
+    """``graph``: also time ours as a CUDA graph, without what launching costs."""
     functions = {"ours": versions.ours, "naive": versions.naive, "eager": versions.eager}
-    failure = None
+    failure = graph_failure = None
+    if graph:
+        try:
+            versions.reset()
+            functions["graph"] = replayed(versions.ours)
+        except Exception as error:  # ours runs without it
+            graph_failure = _line(error)
     if compiled:
         function = torch.compile(versions.naive)
         try:
@@ -151,7 +161,7 @@ def _times(versions: Versions, device: torch.device, compiled: bool, seconds: fl
         except Exception as error:  # torch.compile's own: ours is measured all the same
             failure = _line(error)
     times = interleaved(functions, device, seconds=seconds, reset=versions.reset)
-    ours, compile_time = times["ours"], times.get("compile")
+    ours, compile_time, graph_time = times["ours"], times.get("compile"), times.get("graph")
     peaks = {}
     for name in ("ours", "naive"):
         versions.reset()
@@ -164,6 +174,8 @@ def _times(versions: Versions, device: torch.device, compiled: bool, seconds: fl
         "naive_ms": times["naive"].median_ms,
         "compile_ms": compile_time.median_ms if compile_time else None,
         **({"compile_error": failure} if failure else {}),
+        **({"graph_ms": graph_time.median_ms} if graph_time else {}),
+        **({"graph_error": graph_failure} if graph_failure else {}),
         "peak_bytes": peaks["ours"],
         "naive_peak_bytes": peaks["naive"],
     }

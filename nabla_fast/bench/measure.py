@@ -67,6 +67,24 @@ def interleaved(
     return {name: Timing.of(milliseconds) for name, milliseconds in runs.items()}
 
 
+def replayed(function: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """The launches of ``function`` as one CUDA graph; its results are those of the last replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # compiles what is compiled at a first call
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return results
+
+    return replay
+
+
 def cache_flush(device: torch.device) -> Callable[[], object]:
     """A function that leaves nothing in the caches of ``device`` that is of use."""
     buffer = torch.zeros(_FLUSH_BYTES // 4, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +20,7 @@ REASONS = {
 }
 
 _pending: list[tuple[str, Tensor]] = []
+_thread = threading.local()  # .gathered: where this thread's reports go instead
 _MOST_PENDING = 64
 
 
@@ -51,12 +54,28 @@ def report(op: str, status: Tensor) -> None:
     Raises:
         RowError: ``status`` is on the CPU and a row is bad.
     """
-    if status.device.type == "cpu":
+    if (elsewhere := getattr(_thread, "gathered", None)) is not None:
+        elsewhere.append((op, status))
+    elif status.device.type == "cpu":
         _raise(op, status)
     elif not (status.is_cuda and torch.cuda.is_current_stream_capturing()):
         _pending.append((op, status))
         if len(_pending) > _MOST_PENDING:
             synchronize()
+
+
+@contextlib.contextmanager
+def gathered() -> Iterator[list[tuple[str, Tensor]]]:
+    """Inside, :func:`report` raises nothing and puts (op, status) in the list instead.
+
+    For who records a graph: its replays write the statuses anew, and no op is there to report them.
+    """
+    former = getattr(_thread, "gathered", None)
+    _thread.gathered = found = []
+    try:
+        yield found
+    finally:
+        _thread.gathered = former
 
 
 def synchronize() -> None:

@@ -22,8 +22,9 @@ from nabla_fast.ops import (
     synchronize,
     use_backend,
 )
+from nabla_fast.triton_kernels import presets
 
-from .cases import F64, Draw
+from .cases import BF16, F32, F64, Draw
 from .cases import dto_descent as arguments_of
 from .harness import DEVICES, map_tensors, to_device, to_float64
 
@@ -170,6 +171,75 @@ def test_a_vocabulary_of_todays_size(draw: Draw):
 def test_latents_of_several_slices_and_splits(draw: Draw):
     arguments = arguments_of(draw, 2, 4500, hidden=7, iters=2, noise=True, tau=0.7)
     follows(descended(arguments), descended(to_float64(arguments), "torch"))
+
+
+def scheduled(draw: Draw, rows: int, **options: Any) -> dict[str, Any]:
+    """Latents whose vocabulary has several splits and, where there is no interpreter, many tiles."""
+    vocabulary = 4500 if DEVICE == "cpu" else 20_011
+    return arguments_of(draw, rows, vocabulary, hidden=140, iters=2, lr=0.05, **options)
+
+
+def in_passes(arguments: dict[str, Any], few: int) -> tuple[Descent, Tensor, AdamState]:
+    """The descent where up to ``few`` rows read the head once a step."""
+    kind = "half" if arguments["head"].dtype == BF16 else "float32"
+    config = presets.config("dto_descent_latents", kind, torch.device(DEVICE))
+    with presets.forced("dto_descent_latents", kind, config | {"FEW": few}):
+        return descended(arguments)
+
+
+@pytest.mark.parametrize("head", [F32, BF16], ids=["float32", "bf16"])
+def test_one_pass_over_the_head_has_the_bits_of_two(head: torch.dtype, draw: Draw):
+    arguments = scheduled(draw, 3, head=head, noise=True, tau=0.7)
+    arguments["until"] = torch.tensor([2, 2, 1])
+    arguments["grad"][1, 40] = torch.nan
+    once, twice = in_passes(arguments, 3), in_passes(arguments, 0)
+    assert (once[2].step > 0).all()
+    assert once[1][1].isnan().all()
+    same_or_nan(once, twice)
+
+
+def same_or_nan(first: tuple, second: tuple) -> None:
+    """Agreement to the bit where a spoiled row is NaN."""
+    plain = [
+        map_tensors(lambda t: t.nan_to_num(7.0) if t.is_floating_point() else t, x) for x in (first, second)
+    ]
+    assert same(*plain)
+    assert all(
+        torch.equal(a.isnan(), b.isnan())
+        for a, b in zip((first[1], *first[2]), (second[1], *second[2]), strict=True)
+    )
+
+
+@pytest.mark.parametrize("head", [F32, BF16], ids=["float32", "bf16"])
+def test_a_latent_alone_has_the_bits_that_it_has_among_seventeen(head: torch.dtype, draw: Draw):
+    arguments = scheduled(draw, 17, head=head)
+    together = descended(arguments)
+    for row in (0, 16):
+        only = slice(row, row + 1)
+        own = map_tensors(lambda t, only=only: t[only] if len(t) == 17 else t, arguments)
+        alone = descended(own)
+        assert same(alone, map_tensors(lambda t, only=only: t[only], together))
+
+
+def test_sums_of_a_few_rows_at_a_time_have_the_same_bits(draw: Draw, monkeypatch: pytest.MonkeyPatch):
+    kernels = importlib.import_module("nabla_fast.triton_kernels.dto_descent_latents")
+    arguments = scheduled(draw, 17, group=True)
+    together = descended(arguments)
+    monkeypatch.setattr(kernels, "_PARTIAL_BYTES", 1)  # 16 rows and 1
+    assert same(together, descended(arguments))
+
+
+def test_latents_without_probability_do_not_matter(draw: Draw):
+    arguments = scheduled(draw, 2)
+    # Logits of −inf by overflow, the head being finite.
+    arguments["h"][:, 0], arguments["head"][7:4000:5, 0] = 1e10, -3e38
+    gone = arguments["grad"].clone()
+    gone[:, 7:4000:5] = torch.tensor([torch.nan, torch.inf])[:, None]
+    ours = descended(arguments)
+    assert ours[1].isfinite().all()
+    assert (ours[2].step > 0).all()
+    assert same(ours, descended(arguments | {"grad": gone}))
+    assert same(ours, in_passes(arguments, 0))
 
 
 def test_rows_more_than_2_31_elements_apart(tmp_path: Path, draw: Draw):

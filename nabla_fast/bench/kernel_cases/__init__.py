@@ -57,7 +57,7 @@ def _gpu_cases(device: torch.device) -> list[Case]:
         onehot_grad(16, _V, h, [h, h_r], bf16, device),
         onehot_grad_norm(n, _V, h, [h, h_r], bf16, device),
         *(dto_descent(rows, _V, _K, device) for rows in (1, n)),
-        *(dto_descent_latents(rows, _V, h, _K, bf16, device) for rows in (1, 16)),
+        *(dto_descent_latents(rows, _V, h, _K, bf16, device) for rows in (1, 2, 16)),
         *_attention(device),
     ]
 

@@ -1,0 +1,269 @@
+"""From hidden states to the sums of a step: Σ e, Σ e (G − c), Σ e w and Σ e (G − c) w over each split.
+
+For few rows one kernel reads the head once: it takes a tile's logits, and then the tile again for what it
+adds to the sums while the L2 cache still holds it (TOKENS · H elements of every program that runs at a
+time). The sums over w, 2·H floats a row, lie in memory and are read and written once a tile. For more rows
+that costs more than a second reading of the head: there one kernel leaves the logits, and another keeps
+the sums of some columns in registers.
+
+On an H100 with a bfloat16 head of 3584 columns, by an estimate that nothing has measured: a tile of 32
+tokens is 229 kB, 9.0 µs of a multiprocessor's share of the memory, or 15,800 cycles. For one row or 16
+alike, its products are 16.5 M multiply-adds in three bfloat16 terms: 5.5 M as mma.sync at 1,270 a cycle and
+11 M as wgmma at 2,048, together 9,700 cycles, and some thousand more of waiting for the short products of
+the second half. The L2 cache moves 458 kB, and 57 kB of sums for each row: at 5.7 TB/s 11.9 µs with one
+row and 13.2 µs with two. So a step reads the head at 75 % and 68 % of the memory's rate at best, where two
+readings cannot pass 50 %, and 50 to 60 % is likelier, as one half waits for the other; about four rows are
+where one reading stops paying.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .latents_tiles import begun, met, moved, pulled, side_by_side, store_met, tile_logits
+
+
+@triton.jit(do_not_specialize=["turn", "rows"])
+def logits_kernel(
+    h_ptr,  # [N, H] float32
+    head_ptr,  # [V, H]
+    noise_ptr,  # [N, V] float32, contiguous, or None
+    y_ptr,  # [N, V] float32, contiguous
+    records_ptr,
+    team_ptr,
+    stopped_ptr,
+    rows,
+    vocabulary,
+    width,  # H
+    tiles_of_rows,
+    turn,
+    h_stride,
+    head_stride_v,
+    head_stride_h,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """y = z + noise of the rows that took step ``turn``; of all rows for turn 0."""
+    # Programs that follow each other share a tile of the head.
+    row = (tl.program_id(0) % tiles_of_rows * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    token = (tl.program_id(0) // tiles_of_rows * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    within = tl.minimum(row, rows - 1)
+    moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
+    if tl.max(moves.to(tl.int32), axis=0) > 0:
+        y = tile_logits(
+            h_ptr,
+            head_ptr,
+            within,
+            moves,
+            token,
+            vocabulary,
+            width,
+            h_stride,
+            head_stride_v,
+            head_stride_h,
+            TOKENS,
+            ROWS,
+            DEPTH,
+            PARTS,
+            UPCAST,
+        )
+        at = within[None, :] * vocabulary + token[:, None]
+        known = moves[None, :] & (token < vocabulary)[:, None]
+        if noise_ptr is not None:
+            y += tl.load(noise_ptr + at, mask=known, other=0.0)
+        tl.store(y_ptr + at, y, mask=known)
+
+
+@triton.jit(do_not_specialize=["turn", "rows"])
+def sums_kernel(
+    y_ptr,  # [N, V] float32, contiguous
+    grad_ptr,  # [N, V]
+    sums_ptr,  # [N, FIELDS, splits] float32
+    records_ptr,
+    team_ptr,
+    stopped_ptr,
+    rows,
+    vocabulary,
+    splits,
+    split_size,  # tokens, a multiple of TOKENS
+    tiles_of_rows,
+    turn,
+    grad_stride,
+    inverse,
+    inverse_low,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The sums of a split without those over w, for the rows that took step ``turn``."""
+    row = (tl.program_id(0) % tiles_of_rows * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    split = tl.program_id(0) // tiles_of_rows
+    within = tl.minimum(row, rows - 1)
+    moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
+    if tl.max(moves.to(tl.int32), axis=0) > 0:
+        top, key, nan_key, base, sums, tilts, lost = begun(TOKENS, ROWS)
+        first = split * split_size
+        # There is no product here for whose sake a compiler would load ahead by itself.
+        for start in tl.range(first, tl.minimum(first + split_size, vocabulary), TOKENS, num_stages=3):
+            token = start + tl.arange(0, TOKENS)
+            known = moves[None, :] & (token < vocabulary)[:, None]
+            y = tl.load(
+                y_ptr + within[None, :] * vocabulary + token[:, None], mask=known, other=-float("inf")
+            )
+            at = grad_ptr + within[None, :] * grad_stride + token[:, None]
+            grad = tl.load(at, mask=known, other=0.0).to(tl.float32)
+            _w, _t, _scale, _shift, top, key, nan_key, base, sums, tilts, lost = met(
+                y, grad, token, top, key, nan_key, base, sums, tilts, lost, inverse, inverse_low
+            )
+        store_met(sums_ptr, row, moves, splits, split, top, key, nan_key, base, sums, tilts, lost)
+
+
+@triton.jit(do_not_specialize=["turn", "rows"])
+def pull_kernel(
+    y_ptr,  # [N, V] float32, contiguous
+    grad_ptr,  # [N, V]
+    head_ptr,  # [V, H]
+    partial_ptr,  # [splits, N, 2, H] float32
+    records_ptr,
+    team_ptr,
+    stopped_ptr,
+    rows,
+    vocabulary,
+    width,  # H
+    splits,
+    split_size,
+    tiles_of_rows,
+    tiles_of_width,
+    turn,
+    grad_stride,
+    head_stride_v,
+    head_stride_h,
+    inverse,
+    inverse_low,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The sums over w of a split and some columns, for the rows that take step ``turn``."""
+    program = tl.program_id(0)
+    row = (program % tiles_of_rows * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = program // tiles_of_rows % tiles_of_width * WIDTH + tl.arange(0, WIDTH)
+    split = program // tiles_of_rows // tiles_of_width
+    within = tl.minimum(row, rows - 1)
+    moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
+    if tl.max(moves.to(tl.int32), axis=0) > 0:
+        top, key, nan_key, base, sums, tilts, lost = begun(TOKENS, ROWS)
+        pulls = tl.zeros((WIDTH, 2 * ROWS), tl.float32)
+        there = column < width
+        first = split * split_size
+        for start in range(first, tl.minimum(first + split_size, vocabulary), TOKENS):
+            token = start + tl.arange(0, TOKENS)
+            known = moves[None, :] & (token < vocabulary)[:, None]
+            y = tl.load(
+                y_ptr + within[None, :] * vocabulary + token[:, None], mask=known, other=-float("inf")
+            )
+            at = grad_ptr + within[None, :] * grad_stride + token[:, None]
+            grad = tl.load(at, mask=known, other=0.0).to(tl.float32)
+            weight, tilt, scale, shift, top, key, nan_key, base, sums, tilts, lost = met(
+                y, grad, token, top, key, nan_key, base, sums, tilts, lost, inverse, inverse_low
+            )
+            at = head_ptr + token.to(tl.int64)[:, None] * head_stride_v
+            at += column.to(tl.int64)[None, :] * head_stride_h
+            head = tl.load(at, mask=(token < vocabulary)[:, None] & there[None, :], other=0.0)
+            pulls = pulled(head, side_by_side(weight, tilt), scale, shift, pulls, UPCAST)
+        lane = tl.program_id(0) % tiles_of_rows * (2 * ROWS) + tl.arange(0, 2 * ROWS)
+        at = partial_ptr + (split.to(tl.int64) * (2 * rows) + lane)[None, :] * width + column[:, None]
+        tl.store(at, pulls, mask=(lane < 2 * rows)[None, :] & there[:, None])
+
+
+@triton.jit(do_not_specialize=["turn", "rows"])
+def one_pass_kernel(
+    h_ptr,  # [N, H] float32
+    head_ptr,  # [V, H]
+    noise_ptr,  # [N, V] float32, contiguous, or None
+    grad_ptr,  # [N, V]
+    sums_ptr,  # [N, FIELDS, splits] float32
+    partial_ptr,  # [splits, N, 2, H] float32, or None for a last look at the tokens
+    records_ptr,
+    team_ptr,
+    stopped_ptr,
+    rows,
+    vocabulary,
+    width,  # H
+    splits,
+    split_size,  # tokens, a multiple of TOKENS
+    tiles_of_rows,
+    turn,
+    h_stride,
+    grad_stride,
+    head_stride_v,
+    head_stride_h,
+    inverse,
+    inverse_low,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """All sums of a split after step ``turn``, for the rows that took it; of all rows for turn 0."""
+    row = (tl.program_id(0) % tiles_of_rows * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    lane = tl.program_id(0) % tiles_of_rows * (2 * ROWS) + tl.arange(0, 2 * ROWS)  # of the sums over w
+    split = tl.program_id(0) // tiles_of_rows
+    within = tl.minimum(row, rows - 1)
+    moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
+    if tl.max(moves.to(tl.int32), axis=0) > 0:
+        top, key, nan_key, base, sums, tilts, lost = begun(TOKENS, ROWS)
+        first = split * split_size
+        for start in range(first, tl.minimum(first + split_size, vocabulary), TOKENS):
+            token = start + tl.arange(0, TOKENS)
+            known = moves[None, :] & (token < vocabulary)[:, None]
+            grad_at = grad_ptr + within[None, :] * grad_stride + token[:, None]
+            grad = tl.load(grad_at, mask=known, other=0.0).to(tl.float32)
+            y = tile_logits(
+                h_ptr,
+                head_ptr,
+                within,
+                moves,
+                token.to(tl.int64),
+                vocabulary,
+                width,
+                h_stride,
+                head_stride_v,
+                head_stride_h,
+                TOKENS,
+                ROWS,
+                DEPTH,
+                PARTS,
+                UPCAST,
+            )
+            if noise_ptr is not None:
+                noise_at = noise_ptr + within[None, :] * vocabulary + token[:, None]
+                y += tl.load(noise_at, mask=known, other=0.0)
+            y = tl.where(known, y, -float("inf"))
+            weight, tilt, scale, shift, top, key, nan_key, base, sums, tilts, lost = met(
+                y, grad, token, top, key, nan_key, base, sums, tilts, lost, inverse, inverse_low
+            )
+            if partial_ptr is not None:
+                of_head = head_ptr + token.to(tl.int64)[:, None] * head_stride_v
+                of_split = partial_ptr + (split.to(tl.int64) * (2 * rows) + lane)[None, :] * width
+                weights = side_by_side(weight, tilt)
+                # The sums are loaded ahead as the head is; no two columns meet.
+                for begin in tl.range(0, width, WIDTH, num_stages=STAGES):
+                    column = begin + tl.arange(0, WIDTH)
+                    there = column < width
+                    ours = (lane < 2 * rows)[None, :] & there[:, None]
+                    at = of_split + column[:, None]
+                    pulls = tl.load(at, mask=ours & (start > first), other=0.0, cache_modifier=".cg")
+                    head_at = of_head + column.to(tl.int64)[None, :] * head_stride_h
+                    head = tl.load(head_at, mask=(token < vocabulary)[:, None] & there[None, :], other=0.0)
+                    tl.store(at, pulled(head, weights, scale, shift, pulls, UPCAST), mask=ours)
+                # Other threads read these sums for the next tile than have written them.
+                tl.debug_barrier()
+        store_met(sums_ptr, row, moves, splits, split, top, key, nan_key, base, sums, tilts, lost)
