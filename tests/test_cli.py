@@ -166,7 +166,13 @@ def test_demo_without_rejection(run):
     assert run("demo", "--problems", "2", "--no-rejection", "--resample-temperature", "1.5")[0] == 0
 
 
-def test_ctrl_c_leaves_what_was_finished(tmp_path: Path):
+def _heed_interrupts() -> None:
+    """In a new process: a shell's background jobs, of which the tests may be one, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_what_was_finished(number: int, tmp_path: Path):
     prompts, written = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     prompts.write_text('"2+2="\n' * 2000)
     options = ["--prompts", str(prompts), "--output", str(written), "--json", "--max-new-tokens", "8"]
@@ -175,13 +181,14 @@ def test_ctrl_c_leaves_what_was_finished(tmp_path: Path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=_heed_interrupts,
     )
     deadline = time.monotonic() + 120
     while not (written.exists() and written.read_text().count("\n") >= 2):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     document = json.loads(out)
@@ -200,6 +207,7 @@ def test_texts_are_printed_as_they_come_and_in_order(tmp_path: Path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=_heed_interrupts,
         bufsize=0,  # communicate() does not see what readline() has buffered
     )
     first = process.stdout.readline() + process.stdout.readline()  # comes long before the last

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from nabla_fast._version import __version__
+from nabla_fast.cli.interrupts import terminated_as_interrupted
 
 INTERRUPTED = 130  # the shell's code for a command ended by Ctrl-C
 
@@ -14,10 +15,11 @@ INTERRUPTED = 130  # the shell's code for a command ended by Ctrl-C
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0 is success, 1 an error met while working, 2 bad input, 130 Ctrl-C.
+    0 is success, 1 an error met while working, 2 bad input, 130 Ctrl-C or a request to terminate.
     """
     try:
-        return _run(argv)
+        with terminated_as_interrupted():
+            return _run(argv)
     except KeyboardInterrupt as interrupt:
         return _fail(interrupt if str(interrupt) else "interrupted", INTERRUPTED)
 

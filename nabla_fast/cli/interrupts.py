@@ -1,4 +1,4 @@
-"""Ctrl-C at moments when something is half done."""
+"""Interrupts: Ctrl-C, a request to terminate, and moments when something is half done."""
 
 from __future__ import annotations
 
@@ -9,26 +9,43 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def postponed() -> Iterator[None]:
-    """Ctrl-C waits until the block is done, so that what it writes is written whole and counted.
-
-    A second one does not wait: the block may hang.
-    """
-    former = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(former):
-        yield  # no Ctrl-C arrives here, or it is ignored
+def terminated_as_interrupted() -> Iterator[None]:
+    """Inside, a request to terminate is a Ctrl-C: a job whose time is up prints what it has."""
+    former = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or former is not signal.SIG_DFL:
+        yield  # no signal arrives here, or somebody else sees to it
         return
-    caught: list[tuple] = []
-
-    def handler(*arguments: object) -> None:
-        caught.append(arguments)
-        if len(caught) > 1:
-            former(*arguments)
-
-    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, former)
+        signal.signal(signal.SIGTERM, former)
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Interrupts wait until the block is done, so that what it writes is written whole and counted.
+
+    A second one does not wait: the block may hang.
+    """
+    formers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    formers = {which: former for which, former in formers.items() if callable(former)}
+    if threading.current_thread() is not threading.main_thread():
+        formers = {}  # none arrives here
+    caught: list[tuple] = []
+
+    def handler(which: int, frame: object) -> None:
+        caught.append((which, frame))
+        if len(caught) > 1:
+            formers[which](which, frame)
+
+    for which in formers:
+        signal.signal(which, handler)
+    try:
+        yield
+    finally:
+        for which, former in formers.items():
+            signal.signal(which, former)
     if caught:
-        former(*caught[0])
+        which, frame = caught[0]
+        formers[which](which, frame)
