@@ -222,23 +222,27 @@ def test_texts_are_printed_as_they_come_and_in_order(tmp_path: Path):
     ]
 
 
-def test_ctrl_c_waits_for_what_is_half_written():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_what_is_half_written(number: int):
+    former = signal.signal(number, signal.default_int_handler)
     done = []
 
     def work(interrupts: int) -> None:
         with postponed():
             for _ in range(interrupts):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             done.append(interrupts)
 
-    work(0)
-    with pytest.raises(KeyboardInterrupt):
-        work(1)
-    with pytest.raises(KeyboardInterrupt):
-        work(2)  # impatience
-    assert done == [0, 1]
-    assert signal.getsignal(signal.SIGINT) is before
+    try:
+        work(0)
+        with pytest.raises(KeyboardInterrupt):
+            work(1)
+        with pytest.raises(KeyboardInterrupt):
+            work(2)  # impatience
+        assert done == [0, 1]
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, former)
 
 
 def test_a_full_disk_loses_no_result(run, tmp_path: Path, monkeypatch):
