@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.config import DTOConfig
-from nabla_fast.errors import InputError
+from nabla_fast.errors import InputError, RowError
 from nabla_fast.ops import (
     AdamState,
     GumbelNoise,
@@ -34,8 +34,14 @@ from nabla_fast.ops import (
     onehot_grad_norm,
     token_stats,
 )
-from nabla_fast.ops.checks import expect, expect_matrix, expect_tables, expect_vocabulary
-from nabla_fast.ops.registry import allowed
+from nabla_fast.ops.checks import (
+    expect,
+    expect_matrix,
+    expect_one_device,
+    expect_tables,
+    expect_vocabulary,
+)
+from nabla_fast.ops.registry import precedes
 from nabla_fast.ops.rows import gathered, report
 
 
@@ -75,6 +81,7 @@ class Round:
             "first". Its thresholds choose the position, ``resample_sampling`` draws.
         head: W [V, H], not copied.
         tables: E [V, H_t] and others that G reads, not copied.
+        token_maps: as of ``onehot_grad``, for tables of another vocabulary.
         positions: L.
         dtype: of hidden states, the head's if None. Cotangents have their tables'.
         draws: rows of exponentials that :meth:`begin` is given: 1 for whichever position is chosen, or
@@ -91,13 +98,16 @@ class Round:
         tables: Sequence[Tensor],
         *,
         positions: int,
+        token_maps: Sequence[Tensor | None] = (),
         dtype: torch.dtype | None = None,
         draws: int = 1,
     ):
-        _check(config, head, tables, positions, draws)
+        _check(config, head, tables, token_maps, positions, draws)
         self.config, self.positions = config, positions
-        self._head, self._tables = head, list(tables)
+        self._head, self._tables = head.detach(), [table.detach() for table in tables]
+        self._token_maps = list(token_maps)
         device, dtype = head.device, dtype or head.dtype
+        expect(dtype.is_floating_point, f"round: dtype must be a floating-point type, got {dtype}")
         (vocabulary, width), wide = head.shape, torch.promote_types(dtype, torch.float32)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -129,6 +139,7 @@ class Round:
         )
         self._replays: dict[str, _Replay] = {}
 
+    @torch.no_grad()
     def begin(
         self,
         rollout: Tensor,
@@ -155,11 +166,13 @@ class Round:
         Raises:
             InputError: a shape, dtype or device does not fit.
             RowError: a row has a NaN or +inf logit, or no finite one; on a device at the next
-                ``nabla_fast.ops.synchronize``. The rounds after it are none the worse.
+                ``nabla_fast.ops.synchronize``, which is called here every few dozen rounds. A row's
+                number is that of its position, or 0 for the one that was chosen. The rounds after it are
+                none the worse.
         """
         n = len(rollout)
         expect(1 <= n <= self.positions, f"round: {n} positions, but it was made for 1 to {self.positions}")
-        expect(0 <= start <= n, f"round: start must be in 0..{n}, got {start}")
+        expect(isinstance(start, int) and 0 <= start <= n, f"round: start must be in 0..{n}, got {start}")
         given = [("rollout", self._rollout, rollout), ("hard", self._hard, hard)]
         expect(
             len(cotangents) == len(self._tables),
@@ -181,14 +194,15 @@ class Round:
 
         for _, buffer, tensor in given:
             buffer[:n].copy_(tensor)
-            # Any state that the models gave: what is left of longer ones might not even be finite.
-            buffer[n:].copy_(tensor[:1].expand_as(buffer[n:]))
+            # What is left of longer ones might not be finite; the logits of 0 are, and name no row.
+            buffer[n:].zero_()
         self._exponentials.copy_(exponentials)
         self._span[0].fill_(start)
         self._span[1].fill_(n)
         self._limit.fill_(limit)
         return self._run("begin")
 
+    @torch.no_grad()
     def go_on(
         self,
         hard: Tensor,
@@ -225,12 +239,17 @@ class Round:
         self._limit.fill_(limit)
         if since is not None:
             for ours, theirs in zip(_flat(self.outcome), _flat(since), strict=True):
+                _expect_like("since", theirs, ours.shape, ours)
+            for ours, theirs in zip(_flat(self.outcome), _flat(since), strict=True):
                 ours.copy_(theirs)
         return self._run("go_on")
 
     def _steps(self, until: int | None) -> int:
         iters = self.config.iters
-        expect(until is None or 0 <= until <= iters, f"round: until must be in 0..{iters}, got {until}")
+        expect(
+            until is None or (isinstance(until, int) and 0 <= until <= iters),
+            f"round: until must be in 0..{iters}, got {until}",
+        )
         return iters if until is None else until
 
     # -- what is replayed --------------------------------------------------------------------------
@@ -239,7 +258,7 @@ class Round:
         if not self._replays:
             parts = {"begin": self._begin, "go_on": self._move}
             record = _Graph.record if self._records() else _Eager
-            self._replays = {part: record(function) for part, function in parts.items()}
+            self._replays = {part: record(function, self._head.device) for part, function in parts.items()}
         self._replays[name].replay()
         return self.outcome
 
@@ -248,8 +267,8 @@ class Round:
         return (
             self._head.is_cuda
             and backend_status()["triton"] is None
-            and allowed("triton")
-            and all(tensor.dtype != torch.float64 for tensor in (self._rollout, *self._tables))
+            and precedes("triton", "torch")
+            and all(tensor.dtype != torch.float64 for tensor in (self._rollout, self._head, *self._tables))
         )
 
     def _begin(self) -> None:
@@ -263,7 +282,12 @@ class Round:
             meets &= stats.entropy >= config.entropy_threshold
         if config.grad_threshold is not None:
             norms = onehot_grad_norm(
-                self._cotangents, self._tables, self._hard, self._head, nll_coeff=config.nll_coeff
+                self._cotangents,
+                self._tables,
+                self._hard,
+                self._head,
+                nll_coeff=config.nll_coeff,
+                token_maps=self._token_maps,
             )
             meets &= norms >= config.grad_threshold
         first = torch.where(meets, places, self.positions).amin(dim=0, keepdim=True)
@@ -288,6 +312,7 @@ class Round:
             self._chosen_hard,
             self._head,
             nll_coeff=config.nll_coeff,
+            token_maps=self._token_maps,
         )
         options = {"until": torch.where(outcome.found, self._limit, 0), "tau": config.tau, "noise": None}
         if config.relaxation == "gumbel":
@@ -318,33 +343,45 @@ class Round:
 class _Eager:
     """A part of a round that runs op by op."""
 
-    def __init__(self, function: Callable[[], None]):
+    def __init__(self, function: Callable[[], None], device: torch.device):
         self.replay = function
 
 
 class _Graph:
     """A part of a round as a graph, with the row statuses that its replay leaves."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, statuses: list[tuple[str, Tensor]]):
-        self._graph, self._statuses = graph, statuses
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, statuses: list[tuple[str, Tensor]], device: torch.device
+    ):
+        self._graph, self._statuses, self._device = graph, statuses, device
 
     @classmethod
-    def record(cls, function: Callable[[], None]) -> _Graph:
+    def record(cls, function: Callable[[], None], device: torch.device) -> _Graph:
         """Run a part once, which compiles what is compiled at a first call, and then record it."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), gathered():
-            function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with gathered() as statuses, torch.cuda.graph(graph):
-            function()
-        return cls(graph, statuses)
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), gathered():
+                function()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with gathered() as statuses, torch.cuda.graph(graph):
+                function()
+        return cls(graph, statuses, device)
 
     def replay(self) -> None:
-        self._graph.replay()
-        for op, status in self._statuses:
-            report(op, status.clone())  # the next replay writes over it
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+            # The next replay writes over them.
+            statuses = [(op, status.clone()) for op, status in self._statuses]
+        failure = None
+        for op, status in statuses:
+            try:
+                report(op, status)
+            except RowError as error:  # of an older round: those of this one are kept all the same
+                failure = failure or error
+        if failure:
+            raise failure
 
 
 _Replay = _Eager | _Graph
@@ -365,7 +402,14 @@ def _expect_like(name: str, tensor: Tensor, shape: Sequence[int], buffer: Tensor
     )
 
 
-def _check(config: DTOConfig, head: Tensor, tables: Sequence[Tensor], positions: int, draws: int) -> None:
+def _check(
+    config: DTOConfig,
+    head: Tensor,
+    tables: Sequence[Tensor],
+    token_maps: Sequence[Tensor | None],
+    positions: int,
+    draws: int,
+) -> None:
     if config.relaxation == "soft":
         raise InputError(
             "round: the relaxation 'soft' has a new G at every step, which only the models give"
@@ -373,6 +417,10 @@ def _check(config: DTOConfig, head: Tensor, tables: Sequence[Tensor], positions:
     expect(config.update == "first", "round: update='all' moves more than one position")
     expect_matrix("round", "head", head)
     expect_vocabulary("round", head.shape[0])
-    expect_tables("round", tables, head.shape[0])
-    expect(positions >= 1, f"round: positions must be at least 1, got {positions}")
+    expect_tables("round", tables, head.shape[0], token_maps)
+    expect_one_device("round", head, *tables, *token_maps)
+    expect(
+        isinstance(positions, int) and positions >= 1,
+        f"round: positions must be at least 1, got {positions}",
+    )
     expect(draws in (1, positions), f"round: draws must be 1 or positions={positions}, got {draws}")

@@ -232,6 +232,39 @@ def test_shorter_trajectories_after_longer_ones():
     assert not nowhere.found.item()
 
 
+def test_a_bad_row_is_named_though_there_are_fewer_than_the_round_holds():
+    given = Given(4)
+    arguments = given.arguments(config_of(confidence_threshold=0.5), 2)
+    arguments["rollout"] = arguments["rollout"].clone()
+    arguments["rollout"][0] = torch.nan
+    with pytest.raises(RowError) as error:
+        given.round(config_of(confidence_threshold=0.5)).begin(**arguments)
+    assert [row for row, _ in error.value.rows] == [0]
+
+
+def test_parameters_and_inputs_that_require_grad():
+    config, given = config_of(), Given(5)
+    expected = given.round(config).begin(**given.arguments(config))
+    given.head = torch.nn.Parameter(given.head)
+    given.tables = [torch.nn.Parameter(table) for table in given.tables]
+    rounds, arguments = given.round(config), given.arguments(config)
+    arguments["rollout"] = arguments["rollout"].requires_grad_()
+    outcome = rounds.begin(**arguments)
+    assert all(torch.equal(a, b) for a, b in zip(_flat(outcome), _flat(expected), strict=True))
+    assert not any(tensor.requires_grad for tensor in _flat(outcome))
+    rounds.go_on(*given.at(int(outcome.position)))
+
+
+def test_a_table_of_another_vocabulary():
+    config, given = config_of(grad_threshold=1e-6), Given(6)
+    expected = given.round(config).begin(**given.arguments(config)).copy()
+    order = torch.randperm(VOCABULARY)
+    given.tables[1] = given.tables[1][order]
+    maps = [None, order.argsort()]
+    outcome = given.round(config, token_maps=maps).begin(**given.arguments(config))
+    assert all(torch.equal(a, b) for a, b in zip(_flat(outcome), _flat(expected), strict=True))
+
+
 def test_a_draw_of_each_position():
     config = config_of()
     given = Given(5)
@@ -301,7 +334,14 @@ def test_the_choices_and_draws_of_the_sequential_loop(parameter: str, relaxation
     stats = Stats()
     dict(loop.decode([problem], [stats]))
     assert loop.drawn
-    rounds = Round(config, lm.head, loop._gradients._tables, positions=6)
+    tables = loop._gradients._tables
+    rounds = Round(
+        config,
+        lm.head,
+        [table.rows for table in tables],
+        token_maps=[table.token_map for table in tables],
+        positions=6,
+    )
     flips = 0
 
     def begun(committed: list[int], current: Any) -> Outcome:
@@ -337,8 +377,8 @@ class FakeGraph(_Eager):
 
     made: list[FakeGraph]
 
-    def __init__(self, function: Any):
-        super().__init__(self._counted)
+    def __init__(self, function: Any, device: torch.device):
+        super().__init__(self._counted, device)
         self.function, self.replays = function, 0
         function()
         FakeGraph.made.append(self)

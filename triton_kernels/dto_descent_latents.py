@@ -207,7 +207,9 @@ def dto_descent_latents(
     sums = torch.empty(rows, FIELDS.value, splits, device=device, dtype=torch.float32)
     steps = torch.empty(rows, _STEP_FIELDS.value, device=device, dtype=torch.float32)
     records = torch.zeros(rows, RECORD.value, device=device, dtype=torch.int32)
-    most = rows if one_pass else min(rows, max(1, _PARTIAL_BYTES // (8 * splits * width * tile)) * tile)
+    most, tile_bytes = rows, max(1, 8 * splits * width * tile)
+    if not one_pass:
+        most = min(rows, max(1, _PARTIAL_BYTES // tile_bytes) * tile)
     partial = torch.empty(splits, most, 2, width, device=device, dtype=torch.float32)
     y = None if one_pass else torch.empty(rows, vocabulary, device=device, dtype=torch.float32)
     team = stopped = None

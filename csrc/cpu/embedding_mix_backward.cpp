@@ -172,6 +172,26 @@ void move_sums(Sums& sums, int row, double scale, double shift) {
   sums.e[row] *= scale;
 }
 
+// A row's <p, G> over the tokens so far and those of a tile that holds their maximum. Relative to it
+// the sums are smallest, whether p is flat or not, and so is what they lose to rounding.
+float mean_so_far(const float* y, const float* grad, int row, int rows, int tokens, double tau,
+                  float factor, const MixSums& part) {
+  const int lanes = lanes_of(rows);
+  const float max = part.tops.max[row], inverse_tau = static_cast<float>(1 / tau);
+  double sum = factor * part.sums.e[row];
+  double weighted = factor * part.sums.tilt[row] + sum * part.centre[row];
+  float of_max = 0;
+  for (int t = 0; t < tokens; ++t) {
+    const float e = std::exp((y[t * lanes + row] - max) * inverse_tau);
+    if (!(e > 0)) continue;  // G may be infinite there
+    sum += e;
+    weighted += static_cast<double>(e) * grad[t * lanes + row];
+    if (y[t * lanes + row] == max) of_max = grad[t * lanes + row];
+  }
+  const auto mean = static_cast<float>(weighted / sum);
+  return std::isfinite(mean) ? mean : of_max;
+}
+
 void add_segment(const Group& group, const Cotangents& cotangents, int64_t segment, MixSums& part) {
   const nabla_fast_mix& call = group.call;
   const Table head = table_of(call.head, call.vocab);
@@ -185,10 +205,10 @@ void add_segment(const Group& group, const Cotangents& cotangents, int64_t segme
     cotangents.gradient(token, tokens, grad);
     if (raise(y, rows, token, tokens, call.tau, part.tops, factor)) {
       for (int r = 0; r < rows; ++r) {
-        const int64_t t = part.tops.token[r] - token;
-        if (t < 0) continue;  // moved in an earlier tile
-        const float shift = grad[t * lanes + r] - part.centre[r];
-        part.centre[r] = grad[t * lanes + r];
+        if (part.tops.token[r] < token) continue;  // moved in an earlier tile
+        const float centre = mean_so_far(y, grad, r, rows, tokens, call.tau, factor[r], part);
+        const float shift = centre - part.centre[r];
+        part.centre[r] = centre;
         if (part.sums.e[r] == 0) continue;  // nothing has been added yet
         move_sums(part.sums, r, factor[r], shift);
         RowMixes(part, rows, r, width).move(factor[r], shift, width);

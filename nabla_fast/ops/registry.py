@@ -93,6 +93,12 @@ def allowed(name: str) -> bool:
     return not forced or name in forced
 
 
+def precedes(name: str, other: str) -> bool:
+    """Whether a backend may be used, and is not asked for after another."""
+    forced = _forced_backends()
+    return allowed(name) and not (other in forced and forced.index(other) < forced.index(name))
+
+
 def forced(name: str) -> bool:
     """Whether a backend is asked for by name."""
     return name in _forced_backends()

@@ -174,3 +174,27 @@ def test_an_infinite_entry_of_a_half_precision_table_spoils_its_column_alone(val
         (ours,) = ops.embedding_mix(z, [table], hard=False)
     expected = ((table[5].float() + table[70].float()) / 2).to(BF16).expand(18, -1)
     torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_the_gradient_of_a_flat_softmax_over_a_large_vocabulary(dtype: torch.dtype, draw: Draw):
+    # G has a mean that is large beside what is left of it: sums of G itself would lose four digits.
+    def gradient(backend: str, wide: torch.dtype | None) -> torch.Tensor:
+        hidden, head, table, cotangent = (x if wide is None else x.to(wide) for x in given)
+        hidden = hidden.clone().requires_grad_()
+        with ops.use_backend(backend):
+            (mix,) = ops.linear_embedding_mix(hidden, head, [table], hard=False)
+            return torch.autograd.grad(mix, hidden, cotangent)[0].double()
+
+    def error(backend: str) -> float:
+        difference = (gradient(backend, None) - exact).abs().amax(dim=1)
+        return float((difference / exact.abs().amax(dim=1)).max())
+
+    errors: dict[str, list[float]] = {"cpu": [], "torch": []}
+    for _ in range(4):
+        head, table = draw.normal(151_936, 8).to(dtype), draw.normal(151_936, 3).to(dtype)
+        given = draw.normal(2, 8, scale=8**-0.5), head, table, draw.normal(2, 3).to(dtype)
+        exact = gradient("torch", torch.float64)
+        for backend, found in errors.items():
+            found.append(error(backend))
+    assert max(errors["cpu"]) <= 2 * max(errors["torch"]) + 1e-7
