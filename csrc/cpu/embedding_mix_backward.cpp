@@ -192,6 +192,22 @@ float mean_so_far(const float* y, const float* grad, int row, int rows, int toke
   return std::isfinite(mean) ? mean : of_max;
 }
 
+// Turns the sums to <p, G> of what has been added up: as they grow, so does what an old one costs.
+void centre_rows(int rows, int64_t width, MixSums& part) {
+  for (int r = 0; r < rows; ++r) {
+    const auto centre = static_cast<float>(part.centre[r] + part.sums.tilt[r] / part.sums.e[r]);
+    if (!std::isfinite(centre)) continue;
+    const float shift = centre - part.centre[r];
+    part.centre[r] = centre;
+    move_sums(part.sums, r, 1, shift);
+    RowMixes(part, rows, r, width).move(1, shift, width);
+  }
+}
+
+// Tiles after which rows are centred anew.
+constexpr int64_t kCentredTiles = 8;
+static_assert(kSegment % (kCentredTiles * kTileTokens) == 0);
+
 void add_segment(const Group& group, const Cotangents& cotangents, int64_t segment, MixSums& part) {
   const nabla_fast_mix& call = group.call;
   const Table head = table_of(call.head, call.vocab);
@@ -217,6 +233,9 @@ void add_segment(const Group& group, const Cotangents& cotangents, int64_t segme
     tilt(y, grad, rows, tokens, part.tops.max, part.centre, call.tau, Tilted::kWeighted, part.sums);
     mix(grad, lanes, rows, head.from(token), tokens, part.mixes());
     mix(y, lanes, rows, head.from(token), tokens, part.mixes() + rows * width);
+    const int64_t end = token + tokens;
+    if (end % (kCentredTiles * kTileTokens) == 0 || end == call.vocab)
+      centre_rows(rows, width, part);
   });
 }
 
