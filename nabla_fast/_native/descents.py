@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from nabla_fast._native.loading import check, extension
+
+
+class Found(NamedTuple):
+    """How a descent left its rows."""
+
+    token: Tensor  # [N] int64, the hard tokens
+    flipped: Tensor  # [N] bool, which of them the last step moved
+    status: Tensor | None  # [N] int32 as of token_stats if one is not 0: then nothing has changed
+
+    @classmethod
+    def of(cls, rows: int) -> Found:
+        """Room for N rows, in the order in which kernels take it."""
+        dtypes = (torch.int64, torch.bool, torch.int32)
+        return cls(*(torch.empty(rows, dtype=dtype, device="cpu") for dtype in dtypes))
+
+
+def _steps(
+    schedule: Tensor,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: tuple[Tensor, Tensor] | None,
+) -> tuple[int | float, ...]:
+    """What both kernels take of a descent's options, in their order."""
+    return (
+        schedule.data_ptr(),
+        schedule.shape[-1],
+        schedule.stride(0) if schedule.ndim == 2 else 0,
+        0 if until is None else until.data_ptr(),
+        # A row alone has nothing to wait for.
+        0 if group is None or len(group) == 1 else group.data_ptr(),
+        tau,
+        *((0, 0) if noise is None else (key.data_ptr() for key in noise)),
+    )
 
 
 def dto_descent_(
@@ -20,21 +56,15 @@ def dto_descent_(
     group: Tensor | None = None,  # [N]
     tau: float = 1.0,
     noise: tuple[Tensor, Tensor] | None = None,  # seed [N] and position [N]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Found:
     """Steps of ``nabla_fast.ops.dto_descent`` in place; arguments as of the op, right as they are.
-
-    Returns the hard tokens [N] int64; which of them the last step moved, [N] bool; and None, or the
-    status [N] int32 of the rows as of :func:`token_stats`, if one is not 0: then nothing has changed.
 
     Raises ValueError for a step beyond the schedule or a tau not in [2^-64, 2^64]; RuntimeError where
     the extension is missing.
     """
     native = extension()
     rows, vocab = z.shape
-    token = torch.empty(rows, dtype=torch.int64, device="cpu")
-    flipped = torch.empty(rows, dtype=torch.bool, device="cpu")
-    status = torch.empty(rows, dtype=torch.int32, device="cpu")
-    seed, position = (0, 0) if noise is None else (noise[0].data_ptr(), noise[1].data_ptr())
+    found = Found.of(rows)
     code = native.dto_descent(
         z.data_ptr(),
         grad.data_ptr(),
@@ -47,24 +77,14 @@ def dto_descent_(
         grad.stride(0),
         exp_avg.stride(0),
         exp_avg_sq.stride(0),
-        schedule.data_ptr(),
-        schedule.shape[-1],
-        schedule.stride(0) if schedule.ndim == 2 else 0,
-        0 if until is None else until.data_ptr(),
-        # A row alone has nothing to wait for.
-        0 if group is None or rows == 1 else group.data_ptr(),
-        tau,
-        seed,
-        position,
-        token.data_ptr(),
-        flipped.data_ptr(),
-        status.data_ptr(),
+        *_steps(schedule, until, group, tau, noise),
+        *(tensor.data_ptr() for tensor in found),
         torch.get_num_threads(),
     )
     if code == native.BAD_ROWS:
-        return token, flipped, status
+        return found
     check(code)
-    return token, flipped, None
+    return found._replace(status=None)
 
 
 def dto_descent_latents_(
@@ -80,16 +100,13 @@ def dto_descent_latents_(
     group: Tensor | None = None,  # [N]
     tau: float = 1.0,
     noise: tuple[Tensor, Tensor] | None = None,  # seed [N] and position [N]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Found:
     """Steps of ``nabla_fast.ops.dto_descent_latents`` in place; returns and raises as
     :func:`dto_descent_` does.
     """
     native = extension()
     (rows, width), vocab = h.shape, head.shape[0]
-    token = torch.empty(rows, dtype=torch.int64, device="cpu")
-    flipped = torch.empty(rows, dtype=torch.bool, device="cpu")
-    status = torch.empty(rows, dtype=torch.int32, device="cpu")
-    seed, position = (0, 0) if noise is None else (noise[0].data_ptr(), noise[1].data_ptr())
+    found = Found.of(rows)
     size = native.dto_descent_latents_workspace(rows, vocab, width)
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     code = native.dto_descent_latents(
@@ -108,22 +125,13 @@ def dto_descent_latents_(
         grad.stride(0),
         exp_avg.stride(0),
         exp_avg_sq.stride(0),
-        schedule.data_ptr(),
-        schedule.shape[-1],
-        schedule.stride(0) if schedule.ndim == 2 else 0,
-        0 if until is None else until.data_ptr(),
-        0 if group is None else group.data_ptr(),
-        tau,
-        seed,
-        position,
-        token.data_ptr(),
-        flipped.data_ptr(),
-        status.data_ptr(),
+        *_steps(schedule, until, group, tau, noise),
+        *(tensor.data_ptr() for tensor in found),
         workspace.data_ptr(),
         size,
         torch.get_num_threads(),
     )
     if code == native.BAD_ROWS:
-        return token, flipped, status
+        return found
     check(code)
-    return token, flipped, None
+    return found._replace(status=None)

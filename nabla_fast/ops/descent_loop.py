@@ -10,7 +10,9 @@ from torch import Tensor
 
 from nabla_fast.errors import InputError
 from nabla_fast.ops.adam import AdamState, adam_step_
-from nabla_fast.ops.checks import expect_noise, expect_tau
+from nabla_fast.ops.checks import expect_noise, expect_tau, native_matrix, native_tau
+from nabla_fast.ops.rows import report
+from nabla_fast.ops.triton_backend import takes
 
 
 class Descent(NamedTuple):
@@ -114,3 +116,44 @@ def check_descent(
     expect_tau(name, tau)
     if noise is not None:
         expect_noise(name, noise, rows)
+
+
+def native_descends(
+    parameter: Tensor,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    *,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: tuple[Tensor, Tensor] | None,
+) -> bool:
+    """Whether the C++ kernels move rows of ``parameter`` [N, D] like these."""
+    vectors = (state.step, until, group, *(noise or ()))
+    return (
+        parameter.dtype == grad.dtype == torch.float32
+        and all(native_matrix(tensor) for tensor in (parameter, grad, state.exp_avg, state.exp_avg_sq))
+        and all(tensor is None or tensor.is_contiguous() for tensor in vectors)
+        and schedule.stride(-1) == 1
+        and native_tau(tau)
+    )
+
+
+def triton_descends(parameter: Tensor, grad: Tensor, state: AdamState, *, tau: float) -> bool:
+    """Whether the Triton kernels move rows of ``parameter`` [N, D] like these."""
+    rows = (parameter, grad, state.exp_avg, state.exp_avg_sq)
+    return (
+        takes(*rows)
+        and parameter.dtype == torch.float32
+        and all(tensor.stride(1) == 1 for tensor in rows)
+        and state.step.is_contiguous()
+        and 2**-64 <= tau <= 2**64
+    )
+
+
+def reported(name: str, token: Tensor, flipped: Tensor, status: Tensor | None) -> Descent:
+    """What a kernel returns, its status [N] int32 reported; None stands for rows that are all good."""
+    if status is not None:
+        report(name, status)
+    return Descent(token, flipped)

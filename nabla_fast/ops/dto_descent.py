@@ -10,12 +10,18 @@ from torch import Tensor
 from nabla_fast import _native
 from nabla_fast.ops.adam import AdamState
 from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
-from nabla_fast.ops.descent_loop import Descent, check_descent, descend
+from nabla_fast.ops.descent_loop import (
+    Descent,
+    check_descent,
+    descend,
+    native_descends,
+    reported,
+    triton_descends,
+)
 from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.softmax import softmax_gradient
-from nabla_fast.ops.triton_backend import takes
 
 
 @op(mutates=("z", "state"))
@@ -73,22 +79,13 @@ def dto_descent(
 
 
 @dto_descent.check
-def _(
-    z: Tensor,
-    grad: Tensor,
-    state: AdamState,
-    schedule: Tensor,
-    *,
-    until: Tensor | None,
-    group: Tensor | None,
-    tau: float,
-    noise: GumbelNoise | None,
-) -> None:
+def _(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> None:
+    until, group, noise = options["until"], options["group"], options["noise"]
     expect_matrix("dto_descent", "z", z)
     expect_vocabulary("dto_descent", z.shape[1])
     expect_matrix("dto_descent", "grad", grad, rows=z.shape[0], columns=z.shape[1])
     expect_one_device("dto_descent", z, grad, *state, schedule, until, group, *(noise or ()))
-    check_descent("dto_descent", z, grad, state, schedule, until, group, tau, noise)
+    check_descent("dto_descent", z, grad, state, schedule, **options)
 
 
 @dto_descent.fake
@@ -96,77 +93,15 @@ def _(z: Tensor, *_: Any, **__: Any) -> Descent:
     return Descent(z.new_empty(z.shape[0], dtype=torch.int64), z.new_empty(z.shape[0], dtype=torch.bool))
 
 
-def _native_takes(
-    z: Tensor,
-    grad: Tensor,
-    state: AdamState,
-    schedule: Tensor,
-    *,
-    until: Tensor | None,
-    group: Tensor | None,
-    tau: float,
-    noise: GumbelNoise | None,
-) -> bool:
-    vectors = (state.step, until, group, *(noise or ()))
-    return (
-        z.device.type == "cpu"
-        and z.dtype == grad.dtype == torch.float32
-        and all(tensor.stride(1) == 1 for tensor in (z, grad, state.exp_avg, state.exp_avg_sq))
-        and all(tensor is None or tensor.is_contiguous() for tensor in vectors)
-        and schedule.stride(-1) == 1
-        and 2**-64 <= tau <= 2**64
-    )
+@dto_descent.backend("cpu", when=native_descends)
+def _(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
+    return reported("dto_descent", *_native.dto_descent_(z, grad, *state, schedule, **options))
 
 
-@dto_descent.backend("cpu", when=_native_takes)
-def _(
-    z: Tensor,
-    grad: Tensor,
-    state: AdamState,
-    schedule: Tensor,
-    *,
-    until: Tensor | None,
-    group: Tensor | None,
-    tau: float,
-    noise: GumbelNoise | None,
-) -> Descent:
-    token, flipped, status = _native.dto_descent_(
-        z, grad, *state, schedule, until=until, group=group, tau=tau, noise=noise
-    )
-    if status is not None:
-        report("dto_descent", status)
-    return Descent(token, flipped)
-
-
-def _triton_takes(
-    z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, *, tau: float, **_: Any
-) -> bool:
-    rows = (z, grad, state.exp_avg, state.exp_avg_sq)
-    return (
-        takes(*rows)
-        and z.dtype == torch.float32
-        and all(tensor.stride(1) == 1 for tensor in rows)
-        and state.step.is_contiguous()
-        and 2**-64 <= tau <= 2**64
-    )
-
-
-@dto_descent.backend("triton", when=_triton_takes)
-def _(
-    z: Tensor,
-    grad: Tensor,
-    state: AdamState,
-    schedule: Tensor,
-    *,
-    until: Tensor | None,
-    group: Tensor | None,
-    tau: float,
-    noise: GumbelNoise | None,
-) -> Descent:
+@dto_descent.backend(
+    "triton", when=lambda z, grad, state, schedule, *, tau, **_: triton_descends(z, grad, state, tau=tau)
+)
+def _(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
     from nabla_fast.triton_kernels import dto_descent as kernels
 
-    *result, status = kernels.dto_descent(
-        z, grad, *state, schedule, until=until, group=group, tau=tau, noise=noise
-    )
-    report("dto_descent", status)
-    return Descent(*result)
+    return reported("dto_descent", *kernels.dto_descent(z, grad, *state, schedule, **options))

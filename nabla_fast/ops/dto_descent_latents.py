@@ -9,14 +9,15 @@ from torch import Tensor
 
 from nabla_fast import _native
 from nabla_fast.ops.adam import AdamState
-from nabla_fast.ops.checks import (
-    expect_matrix,
-    expect_one_device,
-    expect_vocabulary,
-    native_matrix,
-    native_tau,
+from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary, native_matrix
+from nabla_fast.ops.descent_loop import (
+    Descent,
+    check_descent,
+    descend,
+    native_descends,
+    reported,
+    triton_descends,
 )
-from nabla_fast.ops.descent_loop import Descent, check_descent, descend
 from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
 from nabla_fast.ops.logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
@@ -71,25 +72,15 @@ def dto_descent_latents(
 
 
 @dto_descent_latents.check
-def _(
-    h: Tensor,
-    head: Tensor,
-    grad: Tensor,
-    state: AdamState,
-    schedule: Tensor,
-    *,
-    until: Tensor | None,
-    group: Tensor | None,
-    tau: float,
-    noise: GumbelNoise | None,
-) -> None:
+def _(h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> None:
     name = "dto_descent_latents"
+    until, group, noise = options["until"], options["group"], options["noise"]
     expect_matrix(name, "h", h)
     expect_matrix(name, "head", head, columns=h.shape[1])
     expect_vocabulary(name, head.shape[0])
     expect_matrix(name, "grad", grad, rows=h.shape[0], columns=head.shape[0])
     expect_one_device(name, h, head, grad, *state, schedule, until, group, *(noise or ()))
-    check_descent(name, h, grad, state, schedule, until, group, tau, noise)
+    check_descent(name, h, grad, state, schedule, **options)
 
 
 @dto_descent_latents.fake
@@ -97,79 +88,23 @@ def _(h: Tensor, *_: Any, **__: Any) -> Descent:
     return Descent(h.new_empty(h.shape[0], dtype=torch.int64), h.new_empty(h.shape[0], dtype=torch.bool))
 
 
-def _native_takes(
-    h: Tensor,
-    head: Tensor,
-    grad: Tensor,
-    state: AdamState,
-    schedule: Tensor,
-    *,
-    until: Tensor | None,
-    group: Tensor | None,
-    tau: float,
-    noise: GumbelNoise | None,
-) -> bool:
-    vectors = (state.step, until, group, *(noise or ()))
-    return (
-        h.dtype == grad.dtype == torch.float32
-        and all(native_matrix(tensor) for tensor in (h, head, grad, state.exp_avg, state.exp_avg_sq))
-        and all(tensor is None or tensor.is_contiguous() for tensor in vectors)
-        and schedule.stride(-1) == 1
-        and native_tau(tau)
-    )
+@dto_descent_latents.backend(
+    "cpu",
+    when=lambda h, head, *others, **options: native_matrix(head) and native_descends(h, *others, **options),
+)
+def _(h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
+    found = _native.dto_descent_latents_(h, head, grad, *state, schedule, **options)
+    return reported("dto_descent_latents", *found)
 
 
-@dto_descent_latents.backend("cpu", when=_native_takes)
-def _(
-    h: Tensor,
-    head: Tensor,
-    grad: Tensor,
-    state: AdamState,
-    schedule: Tensor,
-    *,
-    until: Tensor | None,
-    group: Tensor | None,
-    tau: float,
-    noise: GumbelNoise | None,
-) -> Descent:
-    token, flipped, status = _native.dto_descent_latents_(
-        h, head, grad, *state, schedule, until=until, group=group, tau=tau, noise=noise
-    )
-    if status is not None:
-        report("dto_descent_latents", status)
-    return Descent(token, flipped)
-
-
-def _triton_takes(
-    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, *, tau: float, **_: Any
-) -> bool:
-    rows = (h, grad, state.exp_avg, state.exp_avg_sq)
-    return (
-        takes(*rows, head)
-        and h.dtype == torch.float32
-        and all(tensor.stride(1) == 1 for tensor in rows)
-        and state.step.is_contiguous()
-        and 2**-64 <= tau <= 2**64
-    )
-
-
-@dto_descent_latents.backend("triton", when=_triton_takes)
-def _(
-    h: Tensor,
-    head: Tensor,
-    grad: Tensor,
-    state: AdamState,
-    schedule: Tensor,
-    *,
-    until: Tensor | None,
-    group: Tensor | None,
-    tau: float,
-    noise: GumbelNoise | None,
-) -> Descent:
+@dto_descent_latents.backend(
+    "triton",
+    when=lambda h, head, grad, state, schedule, *, tau, **_: (
+        takes(h, head) and triton_descends(h, grad, state, tau=tau)
+    ),
+)
+def _(h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
     from nabla_fast.triton_kernels import dto_descent_latents as kernels
 
-    *result, status = kernels.dto_descent_latents(
-        h, head, grad, *state, schedule, until=until, group=group, tau=tau, noise=noise
-    )
-    report("dto_descent_latents", status)
-    return Descent(*result)
+    found = kernels.dto_descent_latents(h, head, grad, *state, schedule, **options)
+    return reported("dto_descent_latents", *found)

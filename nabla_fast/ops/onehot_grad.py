@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -121,8 +121,15 @@ def contiguous_maps(token_maps: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [token_map if token_map is None else token_map.contiguous() for token_map in token_maps]
 
 
-@onehot_grad.backend("cpu", when=native_takes_onehot)
-def _(
+def triton_takes_onehot(
+    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
+) -> bool:
+    """Whether the Triton kernels take small tensors, tables and a head like these."""
+    return takes(*cotangents, *tables, hidden, head)
+
+
+def run_native(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
     cotangents: Sequence[Tensor],
     tables: Sequence[Tensor],
     hidden: Tensor,
@@ -130,32 +137,37 @@ def _(
     *,
     nll_coeff: float,
     token_maps: Sequence[Tensor | None],
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Result and status [N] int32 of a C++ kernel on an op's arguments."""
     small = [as_native(cotangent) for cotangent in cotangents]
-    grad, status = _native.onehot_grad(
-        small, tables, as_native(hidden), head, nll_coeff, contiguous_maps(token_maps)
-    )
+    return kernel(small, tables, as_native(hidden), head, nll_coeff, contiguous_maps(token_maps))
+
+
+def run_triton(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    nll_coeff: float,
+    token_maps: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """The same of a Triton kernel."""
+    return kernel(list(cotangents), list(tables), hidden, head, nll_coeff, contiguous_maps(token_maps))
+
+
+@onehot_grad.backend("cpu", when=native_takes_onehot)
+def _(*inputs: Any, **options: Any) -> Tensor:
+    grad, status = run_native(_native.onehot_grad, *inputs, **options)
     report("onehot_grad", status)
     return grad
 
 
-@onehot_grad.backend(
-    "triton",
-    when=lambda cotangents, tables, hidden, head, **_: takes(*cotangents, *tables, hidden, head),
-)
-def _(
-    cotangents: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    hidden: Tensor,
-    head: Tensor,
-    *,
-    nll_coeff: float,
-    token_maps: Sequence[Tensor | None],
-) -> Tensor:
+@onehot_grad.backend("triton", when=triton_takes_onehot)
+def _(*inputs: Any, **options: Any) -> Tensor:
     from nabla_fast.triton_kernels import onehot_grad as kernels
 
-    grad, status = kernels.onehot_grad(
-        list(cotangents), list(tables), hidden, head, nll_coeff, contiguous_maps(token_maps)
-    )
+    grad, status = run_triton(kernels.onehot_grad, *inputs, **options)
     report("onehot_grad", status)
     return grad

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
-from nabla_fast.ops.checks import as_native
 from nabla_fast.ops.onehot_grad import (
     check_onehot_inputs,
-    contiguous_maps,
     native_takes_onehot,
     onehot_rows,
+    run_native,
+    run_triton,
+    triton_takes_onehot,
 )
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, blocks, report
-from nabla_fast.ops.triton_backend import takes
 
 
 @op
@@ -65,40 +65,16 @@ def _(
 
 
 @onehot_grad_norm.backend("cpu", when=native_takes_onehot)
-def _(
-    cotangents: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    hidden: Tensor,
-    head: Tensor,
-    *,
-    nll_coeff: float,
-    token_maps: Sequence[Tensor | None],
-) -> Tensor:
-    small = [as_native(cotangent) for cotangent in cotangents]
-    norm, status = _native.onehot_grad_norm(
-        small, tables, as_native(hidden), head, nll_coeff, contiguous_maps(token_maps)
-    )
+def _(*inputs: Any, **options: Any) -> Tensor:
+    norm, status = run_native(_native.onehot_grad_norm, *inputs, **options)
     report("onehot_grad_norm", status)
     return norm
 
 
-@onehot_grad_norm.backend(
-    "triton",
-    when=lambda cotangents, tables, hidden, head, **_: takes(*cotangents, *tables, hidden, head),
-)
-def _(
-    cotangents: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    hidden: Tensor,
-    head: Tensor,
-    *,
-    nll_coeff: float,
-    token_maps: Sequence[Tensor | None],
-) -> Tensor:
+@onehot_grad_norm.backend("triton", when=triton_takes_onehot)
+def _(*inputs: Any, **options: Any) -> Tensor:
     from nabla_fast.triton_kernels import onehot_grad as kernels
 
-    norms, status = kernels.onehot_grad_norm(
-        list(cotangents), list(tables), hidden, head, nll_coeff, contiguous_maps(token_maps)
-    )
+    norm, status = run_triton(kernels.onehot_grad_norm, *inputs, **options)
     report("onehot_grad_norm", status)
-    return norms
+    return norm
