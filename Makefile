@@ -36,7 +36,7 @@ sanitize:
 
 # Every Triton kernel for GPUs that are not there; a spill or too much shared memory fails.
 compile-check: $(INSTALLED)
-	$(BIN)/python -m benchmarks.compile_check $(COMPILE_ARGS)
+	$(BIN)/python -m tools.compile_check $(COMPILE_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -50,7 +50,7 @@ format: $(INSTALLED)
 
 # For a machine with a GPU, its own torch and no network: nothing is downloaded, no .venv is used.
 gpu:
-	$(PYTHON) benchmarks/gpu_run.py $(GPU_ARGS)
+	$(PYTHON) tools/gpu_run.py $(GPU_ARGS)
 
 # The stamp is written last: after a broken-off installation the next call starts again, and anew
 # where even pip is missing. The constraints keep pip from a CUDA build of torch of several GB.
@@ -61,5 +61,5 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(CSRC)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find nabla_fast triton_kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+	find nabla_fast triton_kernels benchmarks tools tests -name __pycache__ -prune -exec rm -rf {} +
 	rm -f nabla_fast/*.so $(INSTALLED)

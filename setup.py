@@ -23,6 +23,7 @@ MAPPED = {
     "nabla_fast.include": "csrc/include",
     "nabla_fast.pkgconfig": "csrc/pkgconfig",
     "nabla_fast.triton_kernels": "triton_kernels",
+    "nabla_fast.triton_kernels.common": "triton_kernels/common",
 }
 
 
@@ -85,7 +86,7 @@ def extension(name: str, sources: list[str], link: list[str]) -> Extension:
     )
 
 
-EXTENSIONS = [extension("nabla_fast._C", files("*.cpp") + files("cpu/*.cpp"), [])]
+EXTENSIONS = [extension("nabla_fast._C", files("python/*.cpp") + files("cpu/*.cpp"), [])]
 # What is linked as a module elsewhere than on Linux, programs cannot link with.
 if sys.platform == "linux":
     EXTENSIONS += [extension(LIBRARY, files("cpu/*.cpp"), LINK_LIBRARY)]

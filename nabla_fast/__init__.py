@@ -7,6 +7,7 @@ token logits through the language model and a reward model. This package compute
 from nabla_fast._native.library import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
 from nabla_fast._version import __version__
 from nabla_fast.config import DTOConfig, SamplingConfig
+from nabla_fast.decode.stream import ResultStream
 from nabla_fast.decoder import NablaDecoder
 from nabla_fast.errors import (
     BackendUnavailable,
@@ -19,7 +20,6 @@ from nabla_fast.errors import (
 from nabla_fast.models import VocabularyAlignment
 from nabla_fast.ops import use_backend
 from nabla_fast.results import Result, Revision, Stats
-from nabla_fast.stream import ResultStream
 
 __all__ = [
     "BackendUnavailable",

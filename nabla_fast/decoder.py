@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from nabla_fast.config import DTOConfig
-from nabla_fast.decode.batched import BatchedLoop
-from nabla_fast.decode.pools import BLOCK
+from nabla_fast.decode.batched.loop import BatchedLoop
+from nabla_fast.decode.batched.pools import BLOCK
+from nabla_fast.decode.failures import Struck
 from nabla_fast.decode.problem import Problem
-from nabla_fast.decode.sequential import Decoded, SequentialLoop
-from nabla_fast.decode.struck import Struck
+from nabla_fast.decode.prompts import Prompt, PromptReader, RewardContext
+from nabla_fast.decode.reference.loop import Decoded, SequentialLoop
+from nabla_fast.decode.stream import ResultStream
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError
-from nabla_fast.frozen import frozen
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
+from nabla_fast.models.frozen import frozen
 from nabla_fast.models.language import eos_ids
-from nabla_fast.prompts import Prompt, PromptReader, RewardContext
 from nabla_fast.results import Result, Stats
-from nabla_fast.stream import ResultStream
 
 
 class NablaDecoder:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from nabla_fast.paged_kv import BlockPool, PagedSequence, SequenceGroup
+from nabla_fast.models.paged_kv import BlockPool, PagedSequence, SequenceGroup
 
 
 class Watch:

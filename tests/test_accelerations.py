@@ -12,10 +12,10 @@ from test_decoder import LMS, make_case
 from tiny_models import shared_lm, shared_reward_model
 
 from nabla_fast import SamplingConfig, VocabularyAlignment
-from nabla_fast.decode.accelerations import Accelerations
-from nabla_fast.decode.batched import BatchedLoop
-from nabla_fast.decode.drafting import Drafting
-from nabla_fast.decode.walk import Walk
+from nabla_fast.decode.batched.accelerations import Accelerations
+from nabla_fast.decode.batched.drafting import Drafting
+from nabla_fast.decode.batched.loop import BatchedLoop
+from nabla_fast.decode.batched.problem_state import Walk
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.results import Stats
 

@@ -12,10 +12,10 @@ from tokenizers import decoders
 
 from nabla_fast import DTOConfig, InputError, NablaDecoder, SamplingConfig, VocabularyAlignment
 from nabla_fast.decode.problem import Problem
+from nabla_fast.decode.reference.gradient import GradientModel
+from nabla_fast.decode.stop import StopStrings
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.results import Stats
-from nabla_fast.stop import StopStrings
-from nabla_fast.trajectory import GradientModel
 
 OURS = word_tokenizer()
 WORDS = [OURS.decode([n]) for n in range(3, VOCABULARY)]

@@ -19,7 +19,7 @@ from transformers import (  # noqa: E402
     TopPLogitsWarper,
 )
 
-from nabla_fast.countdown import check, held_out, render, solutions, vote_key  # noqa: E402
+from nabla_fast.demo.countdown import check, held_out, render, solutions, vote_key  # noqa: E402
 
 ASSETS = Path(str(files("nabla_fast") / "assets"))
 CLASSES = {"lm": Qwen2ForCausalLM, "rm": Qwen2ForSequenceClassification}

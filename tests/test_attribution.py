@@ -19,8 +19,8 @@ from nabla_fast import (
     RowError,
     SamplingConfig,
 )
-from nabla_fast.decode.executor import Executor
-from nabla_fast.decode.requests import Gradient
+from nabla_fast.decode.batched.executor import Executor
+from nabla_fast.decode.batched.requests import Gradient
 
 NAN = float("nan")
 GREEDY = SamplingConfig(temperature=0.0)
@@ -294,7 +294,7 @@ def test_pools_that_cannot_be_had(monkeypatch):
     def refuse(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("nabla_fast.models.paged.BlockPool", refuse)
+    monkeypatch.setattr("nabla_fast.models.reader.BlockPool", refuse)
     with failing("prompts 0 to 2, decoded together: out of memory"):
         d.generate(PROMPTS)
 

@@ -28,7 +28,7 @@ from nabla_fast import (
     RowError,
     SamplingConfig,
 )
-from nabla_fast.paged_kv import PoolExhausted
+from nabla_fast.models.paged_kv import PoolExhausted
 
 TOKENIZER = word_tokenizer()
 PROMPT = [5, 9, 3]

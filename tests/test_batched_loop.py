@@ -14,12 +14,12 @@ from test_golden_decode import EOS, _cases, _config
 from tiny_models import VOCABULARY, causal_lm, reward_model, shared_lm, shared_reward_model
 
 from nabla_fast import ModelError, NablaDecoder, Result, VocabularyAlignment, _native
-from nabla_fast.decode.batched import BatchedLoop
+from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.problem import Problem
-from nabla_fast.decode.sequential import SequentialLoop
+from nabla_fast.decode.reference.loop import SequentialLoop
+from nabla_fast.decode.stop import StopStrings
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.results import Stats
-from nabla_fast.stop import StopStrings
 
 PAGED_REWARD_MODELS = tuple(name for name in REWARD_MODELS if name != "bert")
 
@@ -220,7 +220,7 @@ def test_random_problems_in_float32():
             expected = dict(SequentialLoop(*models, case.config).decode(given, expected_stats))
             loop = BatchedLoop(*models, case.config, batch_size=batch_size, proposals=proposals)
             found = dict(loop.decode(given, stats))
-            native = loop._executor.lm_reader._lean._native
+            native = loop._executor.lm_reader._llama_forward._native
             assert (native is not None) == (dtype == torch.float32 and _native.available())
             if all(found[i].tokens == expected[i].tokens for i in expected):
                 seen["problems"] += len(given)

@@ -378,7 +378,7 @@ def document(command) -> dict:
 
 
 def kernels_table(document: dict) -> str:
-    readme = pytest.importorskip("benchmarks.readme", reason="not run from a checkout")
+    readme = pytest.importorskip("tools.tables", reason="not run from a checkout")
     return readme.kernels_table(document)
 
 

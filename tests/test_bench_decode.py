@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 
-from nabla_fast import countdown
 from nabla_fast.bench import decode as bench
 from nabla_fast.bench.decode_cases import (
     GREEDY,
@@ -26,9 +25,10 @@ from nabla_fast.bench.rollout_speed import measure_rollouts
 from nabla_fast.checkpoints import bundled, load_tokenizer
 from nabla_fast.cli import main
 from nabla_fast.config import DTOConfig
-from nabla_fast.decode.accelerations import Accelerations
-from nabla_fast.decode.batched import BatchedLoop
-from nabla_fast.prompts import render_chat
+from nabla_fast.decode.batched.accelerations import Accelerations
+from nabla_fast.decode.batched.loop import BatchedLoop
+from nabla_fast.decode.prompts import render_chat
+from nabla_fast.demo import countdown
 
 CPU = torch.device("cpu")
 
@@ -144,7 +144,7 @@ def test_command_prints_one_object(capsys):
     assert results["environment"]["threads"] >= 1
     assert entry["name"] in captured.err
 
-    readme = pytest.importorskip("benchmarks.readme", reason="not run from a checkout")
+    readme = pytest.importorskip("tools.tables", reason="not run from a checkout")
     with pytest.raises(SystemExit, match="quick"):
         readme.decode_tables(results)
     text = readme.decode_tables(results | {"quick": False})

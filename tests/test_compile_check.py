@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compile_check.resources import Resources, amd_usage, nvidia_usage
-from benchmarks.compile_check.targets import TARGETS
+from tools.compile_check.resources import Resources, amd_usage, nvidia_usage
+from tools.compile_check.targets import TARGETS
 
 PRINTED = """
 Resource usage:
@@ -56,7 +56,7 @@ def test_problems(used: Resources, problem: str | None):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_one_kernel():
-    command = [sys.executable, "-m", "benchmarks.compile_check", "--json", "--workers", "1"]
+    command = [sys.executable, "-m", "tools.compile_check", "--json", "--workers", "1"]
     command += ["--ops", "gumbel_noise", "--dtypes", "float32", "--targets", "sm_90", "gfx942"]
     process = subprocess.run(
         command,

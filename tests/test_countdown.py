@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from nabla_fast import countdown
-from nabla_fast.countdown import Problem, check, held_out, majority, sample, solutions, vote_key
+from nabla_fast.demo import countdown
+from nabla_fast.demo.countdown import Problem, check, held_out, majority, sample, solutions, vote_key
 
 PROBLEM = Problem((4, 7, 2, 9), 61)
 

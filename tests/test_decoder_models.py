@@ -9,11 +9,11 @@ from torch import nn
 
 from nabla_fast import DTOConfig, NablaDecoder, Result, VocabularyAlignment
 from nabla_fast.decode.problem import Problem
-from nabla_fast.descent import TextualOptimizer
+from nabla_fast.decode.reference.gradient import GradientModel
+from nabla_fast.decode.reference.optimizer import TextualOptimizer
+from nabla_fast.decode.stop import StopStrings
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.results import Stats
-from nabla_fast.stop import StopStrings
-from nabla_fast.trajectory import GradientModel
 
 CONFIG = DTOConfig(iters=3, lr=1.0, nll_coeff=0.1, confidence_threshold=None, max_generations=4)
 PROMPT, CONTEXT = [5, 9, 3, 14], ([7, 4, 11], [8])

@@ -13,7 +13,7 @@ DOCUMENTS = ("README.md", "nabla_fast/assets/README.md")
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_tables_are_those_of_the_results(name: str):
-    readme = pytest.importorskip("benchmarks.readme", reason="not run from a checkout")
+    readme = pytest.importorskip("tools.tables", reason="not run from a checkout")
     document = ROOT / name
     assert readme.updated(document) == document.read_text()
 

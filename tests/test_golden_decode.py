@@ -6,8 +6,8 @@ import pytest
 from golden_data import golden_json
 
 from nabla_fast import DTOConfig, NablaDecoder, Result, SamplingConfig, VocabularyAlignment
+from nabla_fast.decode.prompts import PromptReader
 from nabla_fast.models import LanguageModel, RewardModel
-from nabla_fast.prompts import PromptReader
 
 EOS = 0
 

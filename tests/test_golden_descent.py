@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from nabla_fast import DTOConfig, VocabularyAlignment
 from nabla_fast.decode.problem import Problem
-from nabla_fast.descent import TextualOptimizer
+from nabla_fast.decode.reference.gradient import GradientModel
+from nabla_fast.decode.reference.optimizer import TextualOptimizer
+from nabla_fast.decode.stop import StopStrings
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.results import Stats
-from nabla_fast.stop import StopStrings
-from nabla_fast.trajectory import GradientModel
 
 CASES = golden_json("descent")
 

@@ -9,8 +9,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassifi
 
 from nabla_fast.bench.decode_cases import random_problem
 from nabla_fast.config import DTOConfig, SamplingConfig
-from nabla_fast.decode.accelerations import Accelerations
-from nabla_fast.decode.batched import BatchedLoop
+from nabla_fast.decode.batched.accelerations import Accelerations
+from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
 from nabla_fast.results import Stats
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from nabla_fast import NablaDecoder, _native
-from nabla_fast.models.lean import LeanBackbone
-from nabla_fast.models.paged import PagedReader
+from nabla_fast.models.llama_layers import can_read
+from nabla_fast.models.reader import PagedReader
 from nabla_fast.ops import use_backend
 
 KNOWN = ("qwen2", "qwen2_tied", "qwen3", "llama", "mistral")
@@ -34,14 +34,14 @@ def read(paged: PagedReader, ids: torch.Tensor) -> torch.Tensor:
 def test_known_layers_are_read_flat(kind):
     model = tiny_models.causal_lm(kind)
     paged = reader(model)
-    assert paged._lean is not None
+    assert paged._llama_forward is not None
     ids = torch.randint(3, tiny_models.VOCABULARY, (1, 13))
     torch.testing.assert_close(read(paged, ids), whole(model, ids), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gpt2", "phi", "cohere", "granite"])
 def test_other_layers_run_through_their_own_modules(kind):
-    assert reader(tiny_models.causal_lm(kind))._lean is None
+    assert reader(tiny_models.causal_lm(kind))._llama_forward is None
 
 
 @pytest.mark.parametrize("kind", KNOWN)
@@ -68,7 +68,7 @@ def test_the_written_backward_is_autograds(kind, window):
     paged = reader(model)
     if not _native.available():
         pytest.skip("no C++ extension")
-    assert paged._lean._native is not None
+    assert paged._llama_forward._native is not None
     table = model.get_input_embeddings().weight
     ids = torch.randint(3, tiny_models.VOCABULARY, (1, 17))
     sequence = paged.pool(40, block_size=4).sequence()
@@ -109,14 +109,14 @@ def test_the_written_backward_is_autograds(kind, window):
 def test_rotary_embeddings_of_fixed_frequencies_are_read_flat(scaling):
     model = tiny_models.causal_lm("llama", rope_parameters=scaling | {"rope_theta": 10000.0})
     paged = reader(model)
-    assert paged._lean is not None
+    assert paged._llama_forward is not None
     ids = torch.randint(3, tiny_models.VOCABULARY, (1, 40))
     torch.testing.assert_close(read(paged, ids), whole(model, ids), rtol=1e-12, atol=1e-12)
 
 
 def test_frequencies_that_follow_the_length_are_left_to_the_module():
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    assert not LeanBackbone.can_read(tiny_models.causal_lm("llama", rope_parameters=scaling).base_model)
+    assert not can_read(tiny_models.causal_lm("llama", rope_parameters=scaling).base_model)
 
 
 def test_positions_behind_the_first_table():
@@ -151,9 +151,9 @@ def replaced(model: nn.Module) -> None:
 @pytest.mark.parametrize("change", [hooked, wrapped, replaced], ids=lambda f: f.__name__)
 def test_changed_modules_are_left_to_themselves(change):
     model = tiny_models.causal_lm("qwen2")
-    assert LeanBackbone.can_read(model.base_model)
+    assert can_read(model.base_model)
     change(model)
-    assert not LeanBackbone.can_read(model.base_model)
+    assert not can_read(model.base_model)
 
 
 def test_weights_changed_in_place_are_followed_once_renewed():
@@ -187,10 +187,10 @@ def test_a_callers_default_dtype_changes_nothing(default):
 def test_modules_changed_behind_a_decoders_back_are_seen(change):
     model = tiny_models.causal_lm("qwen2")
     paged = reader(model)
-    assert paged._lean is not None
+    assert paged._llama_forward is not None
     change(model)
     paged.renew()
-    assert paged._lean is None
+    assert paged._llama_forward is None
 
 
 def foreign_norm(model: nn.Module) -> None:
@@ -205,7 +205,7 @@ def foreign_mlp(model: nn.Module) -> None:
 def test_known_layers_with_foreign_parts_run_through_their_modules(change):
     model = tiny_models.causal_lm("llama", dtype=torch.float32)
     change(model)
-    assert not LeanBackbone.can_read(model.base_model)
+    assert not can_read(model.base_model)
     ids = torch.randint(3, tiny_models.VOCABULARY, (1, 6))
     torch.testing.assert_close(read(reader(model), ids), whole(model, ids), rtol=1e-4, atol=1e-4)
 

@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from nabla_fast.paged_kv import (
+from nabla_fast.models.paged_kv import (
     BlockPool,
     PagedSequence,
     PoolExhausted,

@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from nabla_fast.errors import InputError, ModelError
-from nabla_fast.models.paged import PagedReader
-from nabla_fast.paged_kv import PoolExhausted
+from nabla_fast.models.paged_kv import PoolExhausted
+from nabla_fast.models.reader import PagedReader
 
 EXACT = ("qwen2", "qwen2_tied", "qwen3", "llama", "mistral", "gemma3", "phi", "gpt2", "granite", "cohere")
 TOTALS, PREFIXES = (7, 12, 9), (3, 10, 5)

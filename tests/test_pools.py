@@ -12,15 +12,15 @@ from pool_watch import watched_pools
 from tiny_models import VOCABULARY, shared_lm, shared_reward_model
 
 from nabla_fast import DTOConfig
-from nabla_fast.decode.batched import BatchedLoop
-from nabla_fast.decode.executor import Executor
-from nabla_fast.decode.pools import BLOCK
+from nabla_fast.decode.batched.executor import Executor
+from nabla_fast.decode.batched.loop import BatchedLoop
+from nabla_fast.decode.batched.pools import BLOCK
+from nabla_fast.decode.failures import Struck
 from nabla_fast.decode.problem import Problem
-from nabla_fast.decode.struck import Struck
+from nabla_fast.decode.stop import StopStrings
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
-from nabla_fast.paged_kv import BlockPool, PagedSequence, PoolExhausted
+from nabla_fast.models.paged_kv import BlockPool, PagedSequence, PoolExhausted
 from nabla_fast.results import Stats
-from nabla_fast.stop import StopStrings
 
 # Large steps, no selector and several proposals at once: much is held at any time.
 CONFIG = DTOConfig(iters=3, lr=1.0, confidence_threshold=None, max_generations=6)
@@ -112,7 +112,7 @@ class Trap:
                     readers = [executor.lm_reader, executor.rm_reader]
                     for reader in readers:
                         inner.setattr(reader, "read", self._raise)
-                    inner.setattr("nabla_fast.decode.executor.dto_descent", self._raise)
+                    inner.setattr("nabla_fast.decode.batched.executor.dto_descent", self._raise)
                     original(executor, requests)
             original(executor, requests)
             if calls == count and when == "behind":

@@ -11,10 +11,10 @@ from nabla_fast import InputError, VocabularyAlignment
 from nabla_fast.bench.release_form import ReleaseFormLoop
 from nabla_fast.config import DTOConfig, SamplingConfig
 from nabla_fast.decode.problem import Problem
-from nabla_fast.decode.sequential import SequentialLoop
+from nabla_fast.decode.reference.loop import SequentialLoop
+from nabla_fast.decode.stop import StopStrings
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.results import Stats
-from nabla_fast.stop import StopStrings
 
 LMS = ("qwen2", "llama", "gpt2", "qwen2_tied")
 

@@ -7,8 +7,8 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nabla_fast import SamplingConfig
-from nabla_fast import sampling as sampling_module
-from nabla_fast.sampling import draw, filtered_probabilities, next_token, next_tokens, seeded
+from nabla_fast.decode import sampling as sampling_module
+from nabla_fast.decode.sampling import draw, filtered_probabilities, next_token, next_tokens, seeded
 
 SETTINGS = [
     SamplingConfig(temperature, top_k, top_p)

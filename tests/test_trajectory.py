@@ -10,10 +10,11 @@ from torch import Tensor
 
 from nabla_fast import DTOConfig, VocabularyAlignment
 from nabla_fast.decode.problem import Problem
+from nabla_fast.decode.reference.gradient import GradientModel
+from nabla_fast.decode.stop import StopStrings
+from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.results import Stats
-from nabla_fast.stop import StopStrings
-from nabla_fast.trajectory import GradientModel, TrajectoryGradient
 
 PROMPT, PREFIX, SUFFIX = [5, 9, 3, 20], [7, 4, 11], [8, 6]
 COMMITTED = [12, 3, 17]

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tune
 from nabla_fast.ops.registry import backend_status
-from nabla_fast.triton_kernels import presets
+from nabla_fast.triton_kernels.common import presets
+from tools import tune
 
 
 @pytest.mark.skipif(bool(backend_status()["triton"]), reason="needs Triton or its interpreter")
 def test_measured_or_left_out():
-    from nabla_fast.triton_kernels.vocabulary_product import vocabulary_product
+    from nabla_fast.triton_kernels.common.vocabulary_product import vocabulary_product
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hidden, head = torch.randn(3, 16, device=device), torch.randn(40, 16, device=device)

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .exponential import exp, inverse_parts, scaled
-from .gumbel import gumbel_noise
-from .row_sums import FIELDS, joined_sums, store_sums
+from .common.exponential import exp, inverse_parts, scaled
+from .common.gumbel import gumbel_noise
+from .common.row_sums import FIELDS, joined_sums, store_sums
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 _SHARE1, _BETA2, _SHARE2, _EPSILON = (tl.constexpr(x) for x in (1 - BETA1, BETA2, 1 - BETA2, EPSILON))

@@ -17,14 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import presets
+from .common import presets
+from .common.exponential import exp, inverse_parts, scaled
+from .common.gumbel import gumbel_noise
+from .common.latents_passes import logits_kernel, one_pass_kernel, pull_kernel, sums_kernel
+from .common.latents_tiles import RECORD, moved
+from .common.products import upcast
+from .common.row_sums import FIELDS, GRAD, TOP, joined_sums
 from .dto_descent import _DONE, _FLIPPED, _STATUS_SHIFT, adam_rates, adam_step, teams_of
-from .exponential import exp, inverse_parts, scaled
-from .gumbel import gumbel_noise
-from .latents_passes import logits_kernel, one_pass_kernel, pull_kernel, sums_kernel
-from .latents_tiles import RECORD, moved
-from .products import upcast
-from .row_sums import FIELDS, GRAD, TOP, joined_sums
 
 _PART = 64  # of a row of h, for one program
 _SPLITS = 64  # whose sums over w are joined at a time

@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .exponential import inverse_parts
-from .gumbel import add_gumbel_noise
-from .products import tile_arguments
-from .row_totals import row_totals
-from .scratch import row_blocks, share
-from .softmax_sums import SoftmaxSums, exp_tile, perturbed_tile, softmax_sums
-from .vocabulary_product import vocabulary_product
-from .weighted_rows import weighted_rows
+from .common.exponential import inverse_parts
+from .common.gumbel import add_gumbel_noise
+from .common.products import tile_arguments
+from .common.row_totals import row_totals
+from .common.scratch import row_blocks, share
+from .common.softmax_sums import SoftmaxSums, exp_tile, perturbed_tile, softmax_sums
+from .common.vocabulary_product import vocabulary_product
+from .common.weighted_rows import weighted_rows
 
 
 @triton.jit

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .common.gumbel import add_gumbel_noise
+from .common.scratch import row_blocks, share
+from .common.softmax_sums import softmax_sums
+from .common.vocabulary_product import vocabulary_product
+from .common.weighted_rows import weighted_rows
 from .embedding_mix import embedding_mix_backward, mix_rows
-from .gumbel import add_gumbel_noise
-from .scratch import row_blocks, share
-from .softmax_sums import softmax_sums
-from .vocabulary_product import vocabulary_product
-from .weighted_rows import weighted_rows
 
 Noise = tuple[Tensor, Tensor] | None
 

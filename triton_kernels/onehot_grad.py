@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .products import map_arguments, tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
-from .row_totals import row_totals
-from .scratch import row_blocks, share
-from .softmax_sums import softmax_sums
-from .vocabulary_product import vocabulary_product
+from .common.products import map_arguments, tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
+from .common.row_totals import row_totals
+from .common.scratch import row_blocks, share
+from .common.softmax_sums import softmax_sums
+from .common.vocabulary_product import vocabulary_product
 
 
 @triton.jit(do_not_specialize=["rows", "tiles_of_rows", "slices"])

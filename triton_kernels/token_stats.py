@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .exponential import exp, inverse_parts, scaled
-from .products import operands, tile_arguments, tile_of, upcast, vocabulary_tile
+from .common.exponential import exp, inverse_parts, scaled
+from .common.products import operands, tile_arguments, tile_of, upcast, vocabulary_tile
 
 _TILE = 4096  # tokens of a slice of logits
 # What follows a product holds several tiles in registers: smaller ones than of a product alone.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.training.tokenizer import CHARACTERS, END, PAD, ROLES, SPECIAL_TOKENS
-from nabla_fast.countdown import (
+from nabla_fast.demo.countdown import (
     FOUR_NUMBER_SHARE,
     Problem,
     Split,

@@ -13,7 +13,7 @@ from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification
 from benchmarks.training.data import encode_answer, encode_prompt
 from benchmarks.training.rm import Group, corrupt, score, score_rows
 from benchmarks.training.sample import decode
-from nabla_fast.countdown import Problem, check, majority
+from nabla_fast.demo.countdown import Problem, check, majority
 
 SAMPLES = 8
 CONFIDENCE_THRESHOLD = 0.97  # DTOConfig's default

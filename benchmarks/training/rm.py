@@ -27,7 +27,7 @@ from benchmarks.training.data import (
     random_solution,
 )
 from benchmarks.training.lm import Optimizer, config, learning_rate
-from nabla_fast.countdown import LARGEST_NUMBER, SMALLEST_NUMBER, Problem, check
+from nabla_fast.demo.countdown import LARGEST_NUMBER, SMALLEST_NUMBER, Problem, check
 
 GROUPS, POSITIVES, NEGATIVES = 16, 2, 6  # a batch: groups of responses to one problem each
 SAMPLED_NEGATIVES = 4  # at most; the other negatives are corruptions

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.training.data import END_ID, MAX_NEW_TOKENS, decode_answer, encode_prompt
-from nabla_fast.countdown import Problem
+from nabla_fast.demo.countdown import Problem
 
 TEMPERATURE, TOP_K, TOP_P = 0.7, 20, 0.8  # the sampling of `nabla-fast demo`
 _ROWS_AT_ONCE = 1024

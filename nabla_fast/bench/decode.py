@@ -17,9 +17,9 @@ import torch
 from nabla_fast.bench.decode_cases import Case, describe
 from nabla_fast.bench.decode_runs import CountingLoop, Run, best_of_n, decode
 from nabla_fast.bench.release_form import ReleaseFormLoop
-from nabla_fast.decode.accelerations import Accelerations
-from nabla_fast.decode.batched import BatchedLoop
-from nabla_fast.decode.sequential import SequentialLoop
+from nabla_fast.decode.batched.accelerations import Accelerations
+from nabla_fast.decode.batched.loop import BatchedLoop
+from nabla_fast.decode.reference.loop import SequentialLoop
 
 # A side slower than the first is timed once, and one slower than the second by its first run.
 _SLOW_SECONDS, _SLOWEST_SECONDS = 8.0, 30.0

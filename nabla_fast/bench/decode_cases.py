@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
-from nabla_fast import countdown
 from nabla_fast.checkpoints import bundled, load_language_model, load_reward_model, load_tokenizer
 from nabla_fast.config import DTOConfig, SamplingConfig
 from nabla_fast.decode.problem import Problem
-from nabla_fast.decode.sequential import SequentialLoop
+from nabla_fast.decode.prompts import render_chat, response_tail
+from nabla_fast.decode.reference.gradient import GradientModel
+from nabla_fast.decode.reference.loop import SequentialLoop
+from nabla_fast.decode.stop import StopStrings
+from nabla_fast.demo import countdown
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
-from nabla_fast.prompts import render_chat, response_tail
 from nabla_fast.results import Stats
-from nabla_fast.stop import StopStrings
-from nabla_fast.trajectory import GradientModel
 
 # Found on problems of seed 1000: with steps of this size the bundled LM's tokens move often enough for
 # more than 5 generations a prompt; with the default of 0.01 its prompts end after 3.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nabla_fast.bench.decode_cases import Case
-from nabla_fast.decode.batched import BatchedLoop
+from nabla_fast.best_of_n import sample_batch
+from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.problem import Problem
-from nabla_fast.decode.sequential import SequentialLoop
+from nabla_fast.decode.reference.loop import SequentialLoop
 from nabla_fast.results import Stats
-from nabla_fast.rollout.batched import sample_batch
 
 
 @dataclass

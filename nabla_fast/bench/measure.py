@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nabla_fast.timing import PeakMemory
+from nabla_fast.decode.timing import PeakMemory
 
 _FLUSH_BYTES = 256 << 20  # several times the last-level cache of a GPU or a CPU of today
 _SLOW_S = 0.5  # a function that takes so long is warm after one run

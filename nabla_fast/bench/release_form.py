@@ -14,16 +14,16 @@ from torch import Tensor
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.problem import Problem
-from nabla_fast.decode.sequential import SequentialLoop
+from nabla_fast.decode.reference.gradient import GradientModel, TrajectoryGradient
+from nabla_fast.decode.reference.loop import SequentialLoop
+from nabla_fast.decode.relaxed import Relaxed
+from nabla_fast.decode.sampling import draw, seeded
+from nabla_fast.decode.timing import timed
 from nabla_fast.errors import InputError
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.ops import cosine_schedule
 from nabla_fast.ops.adam import BETA1, BETA2, EPSILON
-from nabla_fast.relaxed import Relaxed
 from nabla_fast.results import Stats
-from nabla_fast.sampling import draw, seeded
-from nabla_fast.timing import timed
-from nabla_fast.trajectory import GradientModel, TrajectoryGradient
 
 # What the release's inner loop is known for; the other settings would be another program.
 _ONLY = {"parameter": "logits", "update": "first", "relaxation": "straight_through"}

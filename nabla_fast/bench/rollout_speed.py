@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from nabla_fast.bench.decode_cases import bundled_models, bundled_problems
 from nabla_fast.config import DTOConfig, SamplingConfig
-from nabla_fast.decode.batched import BatchedLoop
+from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.problem import Problem
 from nabla_fast.models import LanguageModel
 from nabla_fast.results import Stats

@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from nabla_fast import countdown
+    from nabla_fast.demo import countdown
     from nabla_fast.demo.methods import Demo, MethodReport
     from nabla_fast.demo.show import TITLES, agreement, most_telling, revised_answer, table
 

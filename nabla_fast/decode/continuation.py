@@ -11,7 +11,7 @@ from nabla_fast.config import DTOConfig
 from nabla_fast.decode.problem import Problem
 from nabla_fast.models import LanguageModel
 from nabla_fast.ops import GumbelNoise, TokenStats, synchronize, token_stats
-from nabla_fast.ops.gumbel import perturbed
+from nabla_fast.ops.gumbel_noise import perturbed
 from nabla_fast.ops.rows import blocks
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nabla_fast.stop import StopStrings
+from nabla_fast.decode.stop import StopStrings
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nabla_fast import countdown
+from nabla_fast.best_of_n import sample_batch
 from nabla_fast.checkpoints import bundled, load_language_model, load_reward_model, load_tokenizer
 from nabla_fast.config import DTOConfig, SamplingConfig
+from nabla_fast.decode.prompts import render_chat, response_tail
+from nabla_fast.decode.timing import PeakMemory
 from nabla_fast.decoder import NablaDecoder
+from nabla_fast.demo import countdown
 from nabla_fast.demo.statistics import wilson
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
-from nabla_fast.prompts import render_chat, response_tail
 from nabla_fast.results import Result, Stats
-from nabla_fast.rollout.batched import sample_batch
-from nabla_fast.timing import PeakMemory
 
 SAMPLES = 8  # of self-consistency and Best-of-N, and the generations ∇ may use
 MAX_NEW_TOKENS = 40  # the longest answer has 26 characters and an EOS

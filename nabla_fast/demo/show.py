@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from nabla_fast import countdown
+from nabla_fast.demo import countdown
 from nabla_fast.demo.methods import SAMPLES, MethodReport
 from nabla_fast.results import Result
 

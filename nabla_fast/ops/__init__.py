@@ -11,9 +11,9 @@ from nabla_fast.ops.draw_tokens import draw_tokens
 from nabla_fast.ops.dto_descent import dto_descent
 from nabla_fast.ops.dto_descent_latents import dto_descent_latents
 from nabla_fast.ops.embedding_mix import embedding_mix
-from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
+from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
 from nabla_fast.ops.linear_embedding_mix import linear_embedding_mix
-from nabla_fast.ops.logits import lm_logits, logits_backward
+from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.nll_grad import nll_grad
 from nabla_fast.ops.onehot_grad import onehot_grad
 from nabla_fast.ops.onehot_grad_norm import onehot_grad_norm

@@ -118,3 +118,24 @@ def native_noise(noise: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] |
 def native_tau(tau: float) -> bool:
     """Whether C++ kernels take this temperature: 1/τ and τ are normal float32."""
     return 2**-64 <= tau <= 2**64
+
+
+def expect_mix(
+    op: str,
+    rows: int,
+    vocabulary: int,
+    tables: Sequence[Tensor],
+    *inputs: Tensor,
+    tau: float,
+    noise: tuple[Tensor, Tensor] | None,
+    direct: Tensor | None,
+) -> None:
+    """Arguments of a mix of N rows over V tokens beside its ``inputs``, all on one device."""
+    expect_vocabulary(op, vocabulary)
+    expect_tables(op, tables, vocabulary)
+    expect_one_device(op, *inputs, *tables, *(noise or ()), direct)
+    expect_tau(op, tau)
+    expect_noise(op, noise, rows)
+    if direct is not None:
+        expect_matrix(op, "direct", direct, rows=rows, columns=vocabulary)
+        expect(not direct.requires_grad, f"{op}: direct is a constant and must not require grad")

@@ -18,7 +18,7 @@ def draw_tokens(
     Top-k keeps every token that ties with the k-th; top-p drops the least likely of what it left whose
     cumulative mass is ≤ 1 − p, of equally likely ones those of lower index first, never the last. Given
     the exponentials that a generator draws for a row, the token is the one that
-    ``nabla_fast.sampling.draw`` gives with that generator, but where rounding decides.
+    ``nabla_fast.decode.sampling.draw`` gives with that generator, but where rounding decides.
 
     What is dropped is known from the k largest values and from how many tokens tie with the least of
     them: shapes do not depend on the data, nothing waits for the device, and a CUDA graph can hold it.

@@ -18,7 +18,7 @@ from nabla_fast.ops.descent_loop import (
     reported,
     triton_descends,
 )
-from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
+from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.softmax import softmax_gradient

@@ -18,8 +18,8 @@ from nabla_fast.ops.descent_loop import (
     reported,
     triton_descends,
 )
-from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
-from nabla_fast.ops.logits import lm_logits, logits_backward
+from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
+from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.softmax import softmax_gradient

@@ -11,18 +11,13 @@ from torch import Tensor
 from nabla_fast import _native
 from nabla_fast.ops.checks import (
     as_native,
-    expect,
     expect_matrix,
-    expect_noise,
-    expect_one_device,
-    expect_tables,
-    expect_tau,
-    expect_vocabulary,
+    expect_mix,
     native_matrix,
     native_noise,
     native_tau,
 )
-from nabla_fast.ops.gumbel import GumbelNoise, perturbed
+from nabla_fast.ops.gumbel_noise import GumbelNoise, perturbed
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.softmax import onehot_gradient, softmax_gradient
@@ -95,26 +90,9 @@ def embedding_mix_backward(
 
 
 @embedding_mix.check
-def _(
-    logits: Tensor,
-    tables: Sequence[Tensor],
-    *,
-    tau: float,
-    hard: bool,
-    noise: GumbelNoise | None,
-    direct: Tensor | None,
-) -> None:
-    name = "embedding_mix"
-    expect_matrix(name, "logits", logits)
-    rows, vocabulary = logits.shape
-    expect_vocabulary(name, vocabulary)
-    expect_tables(name, tables, vocabulary)
-    expect_one_device(name, logits, *tables, *(noise or ()), direct)
-    expect_tau(name, tau)
-    expect_noise(name, noise, rows)
-    if direct is not None:
-        expect_matrix(name, "direct", direct, rows=rows, columns=vocabulary)
-        expect(not direct.requires_grad, f"{name}: direct is a constant and must not require grad")
+def _(logits: Tensor, tables: Sequence[Tensor], *, hard: bool, **options: Any) -> None:
+    expect_matrix("embedding_mix", "logits", logits)
+    expect_mix("embedding_mix", *logits.shape, tables, logits, **options)
 
 
 @embedding_mix.fake
@@ -217,12 +195,11 @@ def _(
     logits: Tensor,
     tables: Sequence[Tensor],
     *,
-    tau: float,
     noise: GumbelNoise | None,
-    direct: Tensor | None,
+    **options: Any,
 ) -> Tensor:
     from nabla_fast.triton_kernels import embedding_mix as kernels
 
     return kernels.embedding_mix_backward(
-        list(cotangents), logits, list(tables), tau=tau, noise=contiguous(noise), direct=direct
+        list(cotangents), logits, list(tables), noise=contiguous(noise), **options
     )

@@ -8,25 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from nabla_fast import _native
-from nabla_fast.ops.checks import (
-    as_native,
-    expect,
-    expect_matrix,
-    expect_noise,
-    expect_one_device,
-    expect_tables,
-    expect_tau,
-    expect_vocabulary,
-    native_noise,
-)
+from nabla_fast.ops.checks import as_native, expect_matrix, expect_mix, native_noise
 from nabla_fast.ops.embedding_mix import (
     embedding_mix,
     embedding_mix_backward,
     native_takes_mix,
     triton_takes,
 )
-from nabla_fast.ops.gumbel import GumbelNoise
-from nabla_fast.ops.logits import lm_logits, logits_backward
+from nabla_fast.ops.gumbel_noise import GumbelNoise
+from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.triton_backend import contiguous
@@ -80,28 +70,11 @@ def linear_embedding_mix_backward(
 
 
 @linear_embedding_mix.check
-def _(
-    hidden: Tensor,
-    head: Tensor,
-    tables: Sequence[Tensor],
-    *,
-    tau: float,
-    hard: bool,
-    noise: GumbelNoise | None,
-    direct: Tensor | None,
-) -> None:
+def _(hidden: Tensor, head: Tensor, tables: Sequence[Tensor], *, hard: bool, **options: Any) -> None:
     name = "linear_embedding_mix"
     expect_matrix(name, "hidden", hidden)
     expect_matrix(name, "head", head, columns=hidden.shape[1])
-    rows, vocabulary = hidden.shape[0], head.shape[0]
-    expect_vocabulary(name, vocabulary)
-    expect_tables(name, tables, vocabulary)
-    expect_one_device(name, hidden, head, *tables, *(noise or ()), direct)
-    expect_tau(name, tau)
-    expect_noise(name, noise, rows)
-    if direct is not None:
-        expect_matrix(name, "direct", direct, rows=rows, columns=vocabulary)
-        expect(not direct.requires_grad, f"{name}: direct is a constant and must not require grad")
+    expect_mix(name, len(hidden), len(head), tables, hidden, head, **options)
 
 
 @linear_embedding_mix.fake
@@ -198,12 +171,11 @@ def _(
     head: Tensor,
     tables: Sequence[Tensor],
     *,
-    tau: float,
     noise: GumbelNoise | None,
-    direct: Tensor | None,
+    **options: Any,
 ) -> Tensor:
     from nabla_fast.triton_kernels import linear_embedding_mix as kernels
 
     return kernels.linear_embedding_mix_backward(
-        list(cotangents), hidden, head, list(tables), tau=tau, noise=contiguous(noise), direct=direct
+        list(cotangents), hidden, head, list(tables), noise=contiguous(noise), **options
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nabla_fast import _native
 from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_vocabulary
-from nabla_fast.ops.logits import lm_logits, logits_backward, native_takes
+from nabla_fast.ops.lm_logits import lm_logits, logits_backward, native_takes
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, blocks, report, row_status
 

@@ -17,7 +17,7 @@ from nabla_fast.ops.checks import (
     expect_tables,
     expect_vocabulary,
 )
-from nabla_fast.ops.logits import lm_logits, native_takes
+from nabla_fast.ops.lm_logits import lm_logits, native_takes
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.softmax import onehot_gradient
@@ -128,7 +128,7 @@ def triton_takes_onehot(
     return takes(*cotangents, *tables, hidden, head)
 
 
-def run_native(
+def run_kernel(
     kernel: Callable[..., tuple[Tensor, Tensor]],
     cotangents: Sequence[Tensor],
     tables: Sequence[Tensor],
@@ -137,29 +137,16 @@ def run_native(
     *,
     nll_coeff: float,
     token_maps: Sequence[Tensor | None],
+    read: Callable[[Tensor], Tensor] = lambda small: small,
 ) -> tuple[Tensor, Tensor]:
-    """Result and status [N] int32 of a C++ kernel on an op's arguments."""
-    small = [as_native(cotangent) for cotangent in cotangents]
-    return kernel(small, tables, as_native(hidden), head, nll_coeff, contiguous_maps(token_maps))
-
-
-def run_triton(
-    kernel: Callable[..., tuple[Tensor, Tensor]],
-    cotangents: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    hidden: Tensor,
-    head: Tensor,
-    *,
-    nll_coeff: float,
-    token_maps: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor]:
-    """The same of a Triton kernel."""
-    return kernel(list(cotangents), list(tables), hidden, head, nll_coeff, contiguous_maps(token_maps))
+    """Result and status [N] int32 of a kernel; small tensors pass through ``read`` first."""
+    small = [read(cotangent) for cotangent in cotangents]
+    return kernel(small, list(tables), read(hidden), head, nll_coeff, contiguous_maps(token_maps))
 
 
 @onehot_grad.backend("cpu", when=native_takes_onehot)
 def _(*inputs: Any, **options: Any) -> Tensor:
-    grad, status = run_native(_native.onehot_grad, *inputs, **options)
+    grad, status = run_kernel(_native.onehot_grad, *inputs, **options, read=as_native)
     report("onehot_grad", status)
     return grad
 
@@ -168,6 +155,6 @@ def _(*inputs: Any, **options: Any) -> Tensor:
 def _(*inputs: Any, **options: Any) -> Tensor:
     from nabla_fast.triton_kernels import onehot_grad as kernels
 
-    grad, status = run_triton(kernels.onehot_grad, *inputs, **options)
+    grad, status = run_kernel(kernels.onehot_grad, *inputs, **options)
     report("onehot_grad", status)
     return grad

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
+from nabla_fast.ops.checks import as_native
 from nabla_fast.ops.onehot_grad import (
     check_onehot_inputs,
     native_takes_onehot,
     onehot_rows,
-    run_native,
-    run_triton,
+    run_kernel,
     triton_takes_onehot,
 )
 from nabla_fast.ops.registry import op
@@ -66,7 +66,7 @@ def _(
 
 @onehot_grad_norm.backend("cpu", when=native_takes_onehot)
 def _(*inputs: Any, **options: Any) -> Tensor:
-    norm, status = run_native(_native.onehot_grad_norm, *inputs, **options)
+    norm, status = run_kernel(_native.onehot_grad_norm, *inputs, **options, read=as_native)
     report("onehot_grad_norm", status)
     return norm
 
@@ -75,6 +75,6 @@ def _(*inputs: Any, **options: Any) -> Tensor:
 def _(*inputs: Any, **options: Any) -> Tensor:
     from nabla_fast.triton_kernels import onehot_grad as kernels
 
-    norm, status = run_triton(kernels.onehot_grad_norm, *inputs, **options)
+    norm, status = run_kernel(kernels.onehot_grad_norm, *inputs, **options)
     report("onehot_grad_norm", status)
     return norm

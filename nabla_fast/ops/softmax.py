@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.logits import mapped_logits
+from nabla_fast.ops.lm_logits import mapped_logits
 
 
 def softmax_gradient(p: Tensor, grad: Tensor, token: Tensor, tau: float) -> Tensor:

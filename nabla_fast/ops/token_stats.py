@@ -17,7 +17,7 @@ from nabla_fast.ops.checks import (
     expect_vocabulary,
     native_tau,
 )
-from nabla_fast.ops.logits import lm_logits, native_takes
+from nabla_fast.ops.lm_logits import lm_logits, native_takes
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.triton_backend import takes

@@ -9,17 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nabla_fast.ops.checks import (
-    expect,
-    expect_matrix,
-    expect_noise,
-    expect_one_device,
-    expect_tables,
-    expect_tau,
-    expect_vocabulary,
-)
-from nabla_fast.ops.gumbel import GumbelNoise, gumbel_noise
-from nabla_fast.ops.logits import logits_backward
+from nabla_fast.ops.checks import expect, expect_matrix, expect_mix, expect_vocabulary
+from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
+from nabla_fast.ops.lm_logits import logits_backward
 from nabla_fast.ops.rows import ALL_MASKED, HAS_INF, HAS_NAN, OK, accumulation_dtype, blocks, report
 from nabla_fast.ops.softmax import onehot_gradient
 
@@ -63,15 +55,8 @@ def vocab_parallel_embedding_mix(
     expect_matrix(_NAME, "logits", logits)
     rows, vocabulary = logits.shape
     expect(first >= 0, f"{_NAME}: first must be at least 0, got {first}")
-    expect_vocabulary(_NAME, vocabulary)
     expect_vocabulary(_NAME, first + vocabulary)
-    expect_tables(_NAME, tables, vocabulary)
-    expect_one_device(_NAME, logits, *tables, *(noise or ()), direct)
-    expect_tau(_NAME, tau)
-    expect_noise(_NAME, noise, rows)
-    if direct is not None:
-        expect_matrix(_NAME, "direct", direct, rows=rows, columns=vocabulary)
-        expect(not direct.requires_grad, f"{_NAME}: direct is a constant and must not require grad")
+    expect_mix(_NAME, rows, vocabulary, tables, logits, tau=tau, noise=noise, direct=direct)
     part = _Slice([table.detach() for table in tables], first, group, tau, noise, direct)
     return list(_Mix.apply(logits, part, hard))
 

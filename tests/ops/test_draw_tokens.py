@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nabla_fast import SamplingConfig
+from nabla_fast.decode.sampling import TokenRows, seeded
 from nabla_fast.errors import InputError
 from nabla_fast.ops import draw_tokens
-from nabla_fast.sampling import TokenRows, seeded
 
 from .cases import F32, F64, Draw
 from .harness import DEVICES, device_parameter

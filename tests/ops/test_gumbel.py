@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nabla_fast.ops import GumbelNoise, gumbel_noise
-from nabla_fast.ops.gumbel import philox_4x32_10
+from nabla_fast.ops.gumbel_noise import philox_4x32_10
 
 from . import reference
 from .cases import Draw

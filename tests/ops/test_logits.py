@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nabla_fast.ops import lm_logits, logits, logits_backward, use_backend
+from nabla_fast.ops import lm_logits, logits_backward, use_backend
+from nabla_fast.ops.lm_logits import HEAD_ROWS
 
 from .cases import BF16, F16, F32, F64, Draw
 
-# Rows of the head that are converted at a time.
-BLOCK = logits._BLOCK
+BLOCK = HEAD_ROWS
 
 DTYPES = pytest.mark.parametrize(
     ("hidden_dtype", "head_dtype", "result"),

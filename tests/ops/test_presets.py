@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from nabla_fast.triton_kernels import presets
+from nabla_fast.triton_kernels.common import presets
 
 ENTRIES = json.loads(presets.PATH.read_text())
 KERNELS = ENTRIES["default"]["kernels"]

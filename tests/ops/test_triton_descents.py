@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import nabla_fast.descent
+import nabla_fast.decode.reference.optimizer
 from nabla_fast.errors import RowError
 from nabla_fast.ops import (
     AdamState,
@@ -22,7 +22,7 @@ from nabla_fast.ops import (
     synchronize,
     use_backend,
 )
-from nabla_fast.triton_kernels import presets
+from nabla_fast.triton_kernels.common import presets
 
 from .cases import BF16, F32, F64, Draw
 from .cases import dto_descent as arguments_of
@@ -94,7 +94,7 @@ def test_golden_descent(n: int, golden_models, golden_models_64, monkeypatch: py
         return call
 
     for name in ("dto_descent", "dto_descent_latents"):
-        monkeypatch.setattr(nabla_fast.descent, name, by_triton(name))
+        monkeypatch.setattr(nabla_fast.decode.reference.optimizer, name, by_triton(name))
     numbers = golden.load_file(golden.GOLDEN / "descent.safetensors")
     golden.test_descent(n, golden_models, golden_models_64, numbers)
     assert len(calls) == golden.CASES[n]["grad_steps"]

@@ -29,8 +29,8 @@ if why := backend_status()["triton"]:
 from nabla_fast.triton_kernels import embedding_mix as embedding_kernels
 from nabla_fast.triton_kernels import linear_embedding_mix as linear_kernels
 from nabla_fast.triton_kernels import onehot_grad as onehot_kernels
-from nabla_fast.triton_kernels import presets, scratch, weighted_rows
-from nabla_fast.triton_kernels.softmax_sums import softmax_sums
+from nabla_fast.triton_kernels.common import presets, scratch, weighted_rows
+from nabla_fast.triton_kernels.common.softmax_sums import softmax_sums
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,0 +1,235 @@
+"""Runs the requests of many walks as batches over paged keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from nabla_fast.config import DTOConfig
+from nabla_fast.decode.batched.accelerations import Accelerations
+from nabla_fast.decode.batched.drafting import Drafting
+from nabla_fast.decode.batched.requests import Descend, Gradient, RollOut, Score
+from nabla_fast.decode.batched.rollout import roll_out
+from nabla_fast.decode.relaxed import Relaxed
+from nabla_fast.decode.trajectory import TrajectoryGradient
+from nabla_fast.errors import ModelError
+from nabla_fast.models import LanguageModel, RewardModel
+from nabla_fast.models.paged_kv import PagedSequence
+from nabla_fast.models.reader import PagedReader
+from nabla_fast.models.tables import TokenTable
+from nabla_fast.ops import (
+    AdamState,
+    GumbelNoise,
+    cosine_schedule,
+    dto_descent,
+    dto_descent_latents,
+    synchronize,
+)
+
+
+class Executor:
+    """The models, and one method a kind of request.
+
+    Raises:
+        ModelError: a model cannot read from a paged prefix, or does not score its last token.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rm: RewardModel | None,
+        config: DTOConfig,
+        accelerations: Accelerations,
+    ):
+        if rm is not None and not rm.scores_last:
+            raise ModelError(f"{type(rm.model).__name__} does not score its last token's state")
+        self.lm, self.rm, self.config, self.accelerations = lm, rm, config, accelerations
+        self.drafting = Drafting(accelerations.drafting)
+        self.lm_reader = PagedReader(lm.model)
+        self.rm_reader = None if rm is None else PagedReader(rm.model)
+        self._tables = [TokenTable(lm.table)]
+        if rm and config.reward_coeff > 0:
+            self._tables.append(rm.table.to(lm.device))
+        self.schedule = cosine_schedule(
+            config.iters, config.lr, min_ratio=config.min_lr_ratio, warmup_steps=config.warmup_steps
+        ).to(lm.device)
+
+    def roll_out(self, requests: Sequence[RollOut]) -> None:
+        """Roll out all requests together; each draws from its own generator."""
+        roll_out(self.lm, self.lm_reader, self.config, self.drafting, requests)
+
+    # -- rewards -----------------------------------------------------------------------------------
+
+    def score(self, requests: Sequence[Score]) -> None:
+        """Rewards of all requests as one batch."""
+        sequences, unread, kept = [], [], []
+        for request in requests:
+            problem = request.problem
+            tokens = [*problem.reward_prefix, *self.rm.read(request.response)]
+            sequence = request.base.fork(request.shared)
+            sequences.append(sequence)
+            unread.append([*tokens, *problem.reward_suffix][sequence.length :])
+            kept.append(len(tokens))
+            request.count("rm", len(unread[-1]))
+        lengths = list(map(len, unread))
+        ids = pad_sequence([torch.tensor(part) for part in unread], batch_first=True).to(self.rm.device)
+        hidden = self.rm_reader.read(sequences, lengths, ids=ids, store=True)
+        last = hidden[torch.arange(len(requests)), torch.tensor(lengths) - 1]
+        rewards = self.rm.model.score(last)[:, 0].double().tolist()
+        for request, sequence, length, reward in zip(requests, sequences, kept, rewards, strict=True):
+            sequence.truncate(length)
+            request.reward, request.sequence = reward, sequence
+
+    # -- gradients ---------------------------------------------------------------------------------
+
+    def gradient(self, requests: Sequence[Gradient]) -> None:
+        """G of all requests from one forward+backward of each model over the suffixes."""
+        mixes = [request.relaxed.mixes(self._tables) for request in requests]
+        lm_cotangents, hidden = self._lm_gradient(requests, [mix[0] for mix in mixes])
+        cotangents = [[gradient] for gradient in lm_cotangents]
+        if len(self._tables) > 1:
+            for parts, gradient in zip(
+                cotangents, self._rm_gradient(requests, [m[1] for m in mixes]), strict=True
+            ):
+                parts.append(gradient)
+        for request, parts, states in zip(requests, cotangents, hidden, strict=True):
+            request.stats.gradient_passes += 1
+            request.gradient = TrajectoryGradient(
+                parts, self._tables, states, self.lm.head, self.config.nll_coeff
+            )
+
+    def _lm_gradient(
+        self, requests: Sequence[Gradient], mixes: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        cotangents = [torch.zeros_like(mix) for mix in mixes]
+        hidden = [request.hidden for request in requests]
+        rows = [n for n, mix in enumerate(mixes) if len(mix) > 1]
+        if not rows:
+            return cotangents, hidden
+        asked = [requests[n] for n in rows]
+        before = [[*request.problem.prompt_ids, *request.response] for request in asked]
+        read = [mixes[n][:-1].detach().requires_grad_() for n in rows]
+        with torch.enable_grad():
+            states = self._behind(self.lm_reader, self.lm.table, [r.lm_base for r in asked], before, read)
+        own = [part.detach() for part in states]
+        directions = 1  # forward, and backward where the likelihood counts
+        if self.config.nll_coeff > 0:
+            directions = 2
+            upstream = self._likelihood_gradients(asked, own)
+            for n, gradient in zip(rows, torch.autograd.grad(states, read, upstream), strict=True):
+                cotangents[n][:-1] = gradient
+        for n, request, part, ids in zip(rows, asked, own, before, strict=True):
+            hidden[n] = torch.cat([hidden[n], part])
+            request.count("lm", directions * self._read(len(ids), len(part)))
+        return cotangents, hidden
+
+    def _read(self, before: int, suffix: int) -> int:
+        """Tokens that a pass over a suffix goes through."""
+        return suffix if self.accelerations.frozen_prefix else before + suffix
+
+    def _behind(
+        self,
+        reader: PagedReader,
+        table: Tensor,
+        bases: Sequence[PagedSequence],
+        before: Sequence[Sequence[int]],
+        suffixes: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Hidden states [L, H] of suffixes of embeddings [L, H] behind what has been read before them."""
+        heads = [base.head(len(ids)) for base, ids in zip(bases, before, strict=True)]
+        if not self.accelerations.frozen_prefix:
+            heads = [base.head(0) for base in bases]
+            suffixes = [
+                torch.cat([table[torch.tensor(ids, device=table.device)], suffix])
+                for ids, suffix in zip(before, suffixes, strict=True)
+            ]
+        lengths = list(map(len, suffixes))
+        states = reader.read(heads, lengths, embeddings=pad_sequence(suffixes, batch_first=True))
+        skipped = [0 if self.accelerations.frozen_prefix else len(ids) for ids in before]
+        return [part[skip:length] for part, skip, length in zip(states, skipped, lengths, strict=True)]
+
+    def _likelihood_gradients(self, requests: Sequence[Gradient], states: Sequence[Tensor]) -> list[Tensor]:
+        """∂ℒ/∂states of the likelihood of all positions but the first, which nothing relaxed precedes."""
+        head, lengths = self.lm.head, list(map(len, states))
+        if all(request.relaxed.tokens is not None for request in requests):
+            relaxed = Relaxed(tokens=torch.cat([request.relaxed.tokens[1:] for request in requests]))
+            gradients = relaxed.likelihood_gradient(torch.cat(list(states)), head).split(lengths)
+        else:
+            gradients = [
+                request.relaxed.likelihood_gradient(part, head, start=1)
+                for request, part in zip(requests, states, strict=True)
+            ]
+        return [self.config.nll_coeff * gradient for gradient in gradients]
+
+    def _rm_gradient(self, requests: Sequence[Gradient], mixes: Sequence[Tensor]) -> list[Tensor]:
+        read = [mix.detach().to(self.rm.device).requires_grad_() for mix in mixes]
+        before = [[*r.problem.reward_prefix, *self.rm.read(r.response)] for r in requests]
+        with torch.enable_grad():
+            suffixes = [
+                torch.cat([part, self.rm.embed(r.problem.reward_suffix)])
+                if r.problem.reward_suffix
+                else part
+                for part, r in zip(read, requests, strict=True)
+            ]
+            states = self._behind(
+                self.rm_reader, self.rm.own_table, [r.rm_base for r in requests], before, suffixes
+            )
+            last = torch.stack([part[-1] for part in states])
+            loss = -self.config.reward_coeff * self.rm.model.score(last).sum()
+        for request, ids, suffix in zip(requests, before, suffixes, strict=True):
+            request.count("rm", 2 * self._read(len(ids), len(suffix)))
+        return [gradient.to(self.lm.device) for gradient in torch.autograd.grad(loss, read)]
+
+    def norms(self, gradient: TrajectoryGradient) -> Tensor:
+        """‖G_i‖₂ of all positions, [L]."""
+        if self.accelerations.small_gradients:
+            return gradient.norms()
+        rows = gradient.rows(len(gradient.hidden))
+        return rows.masked_fill(rows.isinf(), 0).norm(dim=-1)
+
+    # -- descent -----------------------------------------------------------------------------------
+
+    def descend(self, requests: Sequence[Descend]) -> None:
+        """Adam steps on the rows of all requests; the rows of one stop together."""
+        counts = [len(request.parameter) for request in requests]
+        parameter = torch.cat([request.parameter for request in requests])
+        state = AdamState(*(torch.cat(parts) for parts in zip(*(r.state for r in requests), strict=True)))
+        device = parameter.device
+        group = noise = None
+        if max(counts) > 1:
+            group = torch.repeat_interleave(torch.arange(len(requests)), torch.tensor(counts)).to(device)
+        if requests[0].noise is not None:
+            noise = GumbelNoise(
+                *(torch.cat(parts) for parts in zip(*(r.noise for r in requests), strict=True))
+            )
+        until = torch.tensor(
+            [r.until for r, count in zip(requests, counts, strict=True) for _ in range(count)]
+        )
+        options = {"until": until.to(device), "group": group, "tau": self.config.tau, "noise": noise}
+        grad = self._rows([request.gradient for request in requests], counts)
+        if self.config.parameter == "logits":
+            done = dto_descent(parameter, grad, state, self.schedule, **options)
+        else:
+            done = dto_descent_latents(parameter, self.lm.head, grad, state, self.schedule, **options)
+        synchronize()
+        parts = zip(
+            requests,
+            parameter.split(counts),
+            done.token.split(counts),
+            *(tensor.split(counts) for tensor in state),
+            state.step.cpu().split(counts),
+            strict=True,
+        )
+        for request, rows, token, *moments, steps in parts:
+            request.parameter, request.token, request.state = rows, token, AdamState(*moments)
+            request.steps = int(steps[0])
+
+    def _rows(self, gradients: Sequence[TrajectoryGradient], counts: Sequence[int]) -> Tensor:
+        """G of the first rows of several trajectories, from one pass over the tables."""
+        if not self.accelerations.small_gradients:
+            parts = [gradient.rows(len(gradient.hidden)) for gradient in gradients]
+            return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return TrajectoryGradient.joined(gradients, counts).rows(sum(counts))

@@ -1,0 +1,63 @@
+"""The key-value pools of one decode call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nabla_fast.decode.problem import Problem
+from nabla_fast.models.paged_kv import BlockPool, SequenceGroup
+from nabla_fast.models.reader import PagedReader
+
+BLOCK = 16  # tokens a block of keys and values holds
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one walk holds of the pools: a group of sequences a model."""
+
+    lm: SequenceGroup
+    rm: SequenceGroup | None
+
+    def free(self) -> None:
+        """Give everything back, however far the walk has come."""
+        for group in (self.lm, self.rm):
+            if group is not None:
+                group.free()
+
+
+class Pools:
+    """A pool a model.
+
+    They begin with what the first problems' prompts need and grow with what is rolled out: how long
+    responses become, and how many are proposed at once, is not known before.
+
+    Args:
+        lm, rm: readers of the models; ``rm`` may be None.
+        first: the problems that walk first, at least one.
+        max_tokens: most tokens that each pool may hold, ≥ ``BLOCK``; None for no limit.
+    """
+
+    def __init__(
+        self, lm: PagedReader, rm: PagedReader | None, first: Sequence[Problem], max_tokens: int | None
+    ):
+        limit = None if max_tokens is None else max_tokens // BLOCK
+
+        def pool(reader: PagedReader, lengths: list[int]) -> BlockPool:
+            blocks = sum(length // BLOCK + 2 for length in lengths)
+            return reader.pool(blocks if limit is None else min(blocks, limit), BLOCK, limit)
+
+        self._lm = pool(lm, [len(p.prompt_ids) for p in first])
+        self._rm = (
+            None if rm is None else pool(rm, [len(p.reward_prefix) + len(p.reward_suffix) for p in first])
+        )
+
+    def hold(self) -> Held:
+        """What a new walk holds: nothing yet."""
+        return Held(self._lm.group(), None if self._rm is None else self._rm.group())
+
+    def close(self) -> None:
+        """Drop the memory; no walk may hold anything any more."""
+        for pool in (self._lm, self._rm):
+            if pool is not None:
+                pool.close()

@@ -1,0 +1,124 @@
+"""What a problem's walk asks for, so that the same asks of many problems run as one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nabla_fast.decode.continuation import Continuation
+from nabla_fast.decode.problem import Problem
+from nabla_fast.decode.relaxed import Relaxed
+from nabla_fast.decode.trajectory import TrajectoryGradient
+from nabla_fast.models.paged_kv import PagedSequence
+from nabla_fast.ops import AdamState, GumbelNoise
+from nabla_fast.results import Stats
+
+
+@dataclass(eq=False)
+class _Request:
+    problem: Problem
+    stats: Stats
+
+    purpose = ""  # in Stats.passes_for
+    passes = 0  # token passes it took
+
+    def count(self, model: str, tokens: int) -> None:
+        """Tokens that a model's forward read or its backward went through for this request."""
+        self.passes += tokens
+        self.stats.token_passes[model] += tokens
+        self.stats.passes_for[self.purpose] = self.stats.passes_for.get(self.purpose, 0) + tokens
+
+    def discard(self) -> None:
+        """Count what it took as spent in vain."""
+        counts = self.stats.passes_for
+        counts[self.purpose] = counts.get(self.purpose, 0) - self.passes
+        counts["discarded"] = counts.get("discarded", 0) + self.passes
+
+
+@dataclass(eq=False)
+class RollOut(_Request):
+    """Roll out behind ``response``.
+
+    Attributes:
+        base: what has been read of prompt and response; a fork of it is extended.
+        shared: tokens of ``base`` that hold for this rollout.
+        response: tokens of the response before the first free one.
+        seed: of the rollout's generator.
+        draft: what the tokens may be: those of the trajectory to be replaced, position by position.
+        continuation: the answer.
+        sequence: the answer: the LM's keys and values of all but the last token.
+    """
+
+    base: PagedSequence
+    shared: int
+    response: list[int]
+    seed: int
+    draft: list[int]
+    purpose = "rollout"
+    continuation: Continuation | None = None
+    sequence: PagedSequence | None = None
+
+
+@dataclass(eq=False)
+class Score(_Request):
+    """Reward of a response.
+
+    Attributes:
+        base: what the reward model has read of prefix and response; a fork of it is extended.
+        shared: tokens of ``base`` that hold for this response.
+        response: all its tokens.
+        reward: the answer.
+        sequence: the answer: the reward model's keys and values of prefix and response, without tail.
+    """
+
+    base: PagedSequence
+    shared: int
+    response: list[int]
+    purpose = "score"
+    reward: float | None = None
+    sequence: PagedSequence | None = None
+
+
+@dataclass(eq=False)
+class Gradient(_Request):
+    """G of the positions of a relaxed continuation of ``response``.
+
+    Attributes:
+        response: tokens before the first relaxed position.
+        hidden: [1, H], the LM's state that predicts the first position.
+        lm_base, rm_base: what the models have read; prefixes of them are read as constants.
+        relaxed: y of the L positions.
+        purpose: "gradient" or "flip".
+        gradient: the answer.
+    """
+
+    response: list[int]
+    hidden: Tensor
+    lm_base: PagedSequence
+    rm_base: PagedSequence | None
+    relaxed: Relaxed
+    purpose: str = "gradient"
+    gradient: TrajectoryGradient | None = None
+
+
+@dataclass(eq=False)
+class Descend:
+    """Adam steps on rows until one of them flips; changes ``parameter`` and ``state``.
+
+    Attributes:
+        parameter: [n, V or H].
+        gradient: G; its first n rows are descended along.
+        noise: keys of the n rows, or None.
+        until: the step to stop at without a flip.
+        token: the answer: hard tokens [n] now.
+        steps: the answer: steps taken in all.
+    """
+
+    parameter: Tensor
+    gradient: TrajectoryGradient
+    state: AdamState
+    noise: GumbelNoise | None
+    until: int
+    token: Tensor | None = None
+    steps: int = 0

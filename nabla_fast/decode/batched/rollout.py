@@ -1,0 +1,197 @@
+"""Rollouts of many sequences together over paged keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from nabla_fast.config import DTOConfig
+from nabla_fast.decode.batched.drafting import Drafting
+from nabla_fast.decode.batched.requests import RollOut
+from nabla_fast.decode.continuation import Continuation
+from nabla_fast.decode.failures import concerning
+from nabla_fast.decode.sampling import Generator, next_tokens, seeded
+from nabla_fast.models import LanguageModel
+from nabla_fast.models.paged_kv import PagedSequence
+from nabla_fast.models.reader import PagedReader
+from nabla_fast.ops import TokenStats, lm_logits, token_stats
+from nabla_fast.ops.rows import report, row_status
+
+# Logits that wait for their statistics: many rows of a small vocabulary, few of a large one.
+_WAITING = 1 << 20
+
+
+@dataclass
+class _Row:
+    """One rollout under way."""
+
+    request: RollOut
+    sequence: PagedSequence
+    generator: Generator
+    unread: list[int]
+    matched: bool = True
+    tokens: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)  # of its states among all
+
+    def draft(self, width: int) -> list[int]:
+        drawn = len(self.tokens)
+        return self.request.draft[drawn : drawn + width] if width else []
+
+
+class _Drawn:
+    """Logits and states of the positions drawn from, in the order of reading."""
+
+    def __init__(self) -> None:
+        self.hidden: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.count = self._waiting = 0
+        self._stats: list[TokenStats] = []
+        self._product: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def logits_of(self, states: Tensor, head: Tensor) -> Tensor:
+        """lm_logits by the backend that the first step's states got: all steps are alike."""
+        if self._product is None:
+            self._product = lm_logits.chosen(states, head)
+        return self._product(states, head)
+
+    def add(self, states: Tensor, logits: Tensor) -> None:
+        self.hidden.append(states)
+        self.logits.append(logits)
+        self.count += len(states)
+        self._waiting += logits.numel()
+        if self._waiting >= _WAITING:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.logits:
+            self._stats.append(token_stats(torch.cat(self.logits)))
+            self.logits, self._waiting = [], 0
+
+    def stats(self) -> TokenStats:
+        """Of all positions."""
+        self._flush()
+        return TokenStats(*(torch.cat(parts) for parts in zip(*self._stats, strict=True)))
+
+
+def roll_out(
+    lm: LanguageModel,
+    reader: PagedReader,
+    config: DTOConfig,
+    drafting: Drafting,
+    requests: Sequence[RollOut],
+) -> None:
+    """Answer all requests together; each draws from its own generator.
+
+    A step reads the token drawn last and, where drafting pays, what the replaced trajectory has behind
+    it: a draft's token stays if it is the one the row's generator draws there.
+
+    Raises:
+        RequestFailed: a request's logits are not finite; its cause is a RowError.
+    """
+    rows = [_row(request) for request in requests]
+    try:
+        drawn = _Drawn()
+        alive = rows
+        while alive:
+            alive = _step(lm, reader, config, drafting, alive, drawn)
+        stats, hidden = drawn.stats(), torch.cat(drawn.hidden)
+        for row in rows:
+            request, places = row.request, torch.tensor(row.places, device=lm.device)
+            request.continuation = Continuation.of(
+                lm,
+                config,
+                request.problem,
+                request.response,
+                row.tokens,
+                hidden[places],
+                TokenStats(*(value[places] for value in stats)),
+            )
+            request.stats.llm_calls += len(row.tokens)
+            request.stats.generated_tokens += len(row.tokens)
+    except BaseException:
+        for row in rows:
+            row.sequence.free()
+        raise
+    for row in rows:
+        row.request.sequence = row.sequence
+
+
+def _row(request: RollOut) -> _Row:
+    sequence = request.base.fork(request.shared)
+    unread = [*request.problem.prompt_ids, *request.response][sequence.length :]
+    return _Row(request, sequence, seeded(request.seed), unread)
+
+
+def _step(
+    lm: LanguageModel,
+    reader: PagedReader,
+    config: DTOConfig,
+    drafting: Drafting,
+    rows: list[_Row],
+    drawn: _Drawn,
+) -> list[_Row]:
+    """Read and draw once in every row; the rows that go on."""
+    # Rows of a large vocabulary's logits are few at a time.
+    most = _WAITING * 16 // (lm.vocabulary * len(rows)) - 1
+    drafts = [
+        row.draft(max(0, min(most, drafting.width(row.matched)))) if row.request.draft else []
+        for row in rows
+    ]
+    parts = [row.unread + draft for row, draft in zip(rows, drafts, strict=True)]
+    lengths = list(map(len, parts))
+    if max(lengths) == 1:
+        hidden = reader.read([r.sequence for r in rows], lengths, ids=_ids(parts, lm), store=True)[:, 0]
+    else:
+        hidden = reader.read([r.sequence for r in rows], lengths, ids=_ids(parts, lm), store=True)
+        # The last unread token and the draft behind it predict.
+        wanted = [
+            (n, position)
+            for n, (row, length) in enumerate(zip(rows, lengths, strict=True))
+            for position in range(len(row.unread) - 1, length)
+        ]
+        n, position = torch.tensor(wanted, device=lm.device).T
+        hidden = hidden[n, position]
+    logits = drawn.logits_of(hidden, lm.head)
+    start, place = 0, drawn.count
+    drawn.add(hidden, logits)
+    logits = logits.cpu()
+    bad = not bool(logits.amax(dim=-1).isfinite().all())
+    next_token = next_tokens(logits, config.rollout_sampling)
+    going = []
+    for row, draft, length in zip(rows, drafts, lengths, strict=True):
+        request, former = row.request, row.sequence.length - length
+        request.count("lm", length)
+        kept = 0
+        while True:
+            if bad:
+                with concerning(request):
+                    report("rollout", row_status(logits[start + kept : start + kept + 1]))
+            token = next_token.draw(start + kept, row.generator)
+            if len(row.tokens) < len(request.draft):
+                matches = token == request.draft[len(row.tokens)]
+                drafting.saw(row.matched, matches)
+                row.matched = matches
+            row.tokens.append(token)
+            row.places.append(place + start + kept)
+            ended = request.problem.finish_reason(request.response + row.tokens) is not None
+            if ended or kept == len(draft) or token != draft[kept]:
+                break
+            kept += 1
+        request.stats.drafted += len(draft)
+        request.stats.draft_hits += kept
+        row.sequence.truncate(former + len(row.unread) + kept)
+        row.unread = [token]
+        start += len(draft) + 1
+        if not ended:
+            going.append(row)
+    return going
+
+
+def _ids(parts: list[list[int]], lm: LanguageModel) -> Tensor:
+    if len({len(part) for part in parts}) == 1:
+        return torch.tensor(parts, device=lm.device)
+    return pad_sequence([torch.tensor(part) for part in parts], batch_first=True).to(lm.device)

@@ -1,0 +1,236 @@
+"""Prompts as strings, chats or token ids, turned into problems."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nabla_fast.decode.problem import Problem
+from nabla_fast.decode.stop import StopStrings
+from nabla_fast.errors import InputError, one_line
+from nabla_fast.models import LanguageModel, RewardModel
+
+Chat = Sequence[Mapping[str, str]]
+Prompt = str | Chat | Sequence[int]
+RewardContext = tuple[Sequence[int], Sequence[int]]
+
+# Stands for a response while a chat template is asked what it puts behind one.
+_RESPONSE = "nabla response placeholder"
+
+
+class PromptReader:
+    """Turns prompts into problems for one pair of models.
+
+    Args:
+        lm, rm: the models; ``rm`` may be None.
+        tokenizer: the LM's, or None if prompts are token ids.
+        reward_tokenizer: the reward model's.
+    """
+
+    def __init__(self, lm: LanguageModel, rm: RewardModel | None, tokenizer: Any, reward_tokenizer: Any):
+        self._lm, self._rm = lm, rm
+        self._tokenizer, self._reward_tokenizer = tokenizer, reward_tokenizer
+
+    def read(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int | Sequence[int],
+        max_new_tokens: int,
+        system_prompt: str | None,
+        stop: Sequence[str],
+        reward_context: Sequence[RewardContext] | None,
+    ) -> list[Problem]:
+        """Check and tokenize everything before anything is decoded; arguments as of ``generate``.
+
+        Raises:
+            InputError: a prompt or an option is wrong; the line names the prompt.
+        """
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Sequence):
+            raise InputError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
+        if not _whole(max_new_tokens) or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be a whole number ≥ 1, got {max_new_tokens!r}")
+        if system_prompt is not None and not isinstance(system_prompt, str):
+            raise InputError(f"system_prompt must be a string, got {type(system_prompt).__name__}")
+        seeds = _seeds(seed, len(prompts))
+        stop_strings = StopStrings(stop, self._tokenizer)
+        if reward_context is not None:
+            if not isinstance(reward_context, Sequence):
+                raise InputError(
+                    "reward_context must be a list of (prefix ids, suffix ids), "
+                    f"got {type(reward_context).__name__}"
+                )
+            if len(reward_context) != len(prompts):
+                raise InputError(
+                    "reward_context must have one (prefix ids, suffix ids) a prompt, "
+                    f"got {len(reward_context)} for {len(prompts)} prompts"
+                )
+        problems = []
+        for n, prompt in enumerate(prompts):
+            try:
+                context = None if reward_context is None else reward_context[n]
+                ids, prefix, suffix = self._tokens(prompt, system_prompt, context)
+                room = self._room(ids, prefix, suffix)
+            except InputError as error:
+                raise InputError(f"prompt {n}: {error}") from None
+            length = max_new_tokens if room is None else min(max_new_tokens, room)
+            problems.append(Problem(ids, prefix, suffix, seeds[n], length, self._lm.eos_ids, stop_strings))
+        return problems
+
+    def _tokens(
+        self, prompt: Prompt, system_prompt: str | None, context: RewardContext | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The LM's prompt, and the reward model's tokens before and after a response."""
+        chat = _as_chat(prompt, system_prompt)
+        if chat is None:
+            ids = _checked_ids(
+                prompt,
+                self._lm.vocabulary,
+                "token id",
+                "a prompt must be a string, a chat or a list of token ids",
+            )
+            if not ids:
+                raise InputError("the prompt is empty")
+        else:
+            ids = render_chat(self._tokenizer, chat)
+            if not ids:
+                raise InputError("the chat template renders nothing")
+        if self._rm is None:
+            return ids, (), ()
+        if context is not None:
+            expected = "its reward_context must be a pair of lists of token ids (prefix, suffix)"
+            if not isinstance(context, Sequence) or len(context) != 2:
+                raise InputError(f"{expected}, got {context!r}")
+            prefix, suffix = (
+                _checked_ids(part, self._rm.vocabulary, "reward token id", expected) for part in context
+            )
+        elif chat is None:
+            prefix, suffix = tuple(self._rm.read(ids)), self._tail()
+        else:
+            prefix = self._reward_ids(render_chat(self._reward_tokenizer, chat, "reward tokenizer"))
+            suffix = self._tail()
+        if not prefix:
+            raise InputError("the reward model's prefix is empty")
+        return ids, prefix, suffix
+
+    def _tail(self) -> tuple[int, ...]:
+        tokenizer = self._reward_tokenizer
+        if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+            return ()
+        return self._reward_ids(response_tail(tokenizer))
+
+    def _reward_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The reward model's own ids of what its tokenizer gave, which may be the LM's."""
+        return tuple(self._rm.read(ids)) if self._reward_tokenizer is self._tokenizer else ids
+
+    def _room(self, ids: Sequence[int], prefix: Sequence[int], suffix: Sequence[int]) -> int | None:
+        """Tokens that fit between a prompt and the end of either model's context; None: no limit."""
+        rooms = []
+        for name, model, used in (
+            ("language", self._lm, len(ids)),
+            ("reward", self._rm, len(prefix) + len(suffix)),
+        ):
+            if model is None or model.context is None:
+                continue
+            if used >= model.context:
+                raise InputError(
+                    f"{used} tokens leave no room for a response in the {name} model's context "
+                    f"of {model.context}"
+                )
+            rooms.append(model.context - used)
+        return min(rooms, default=None)
+
+
+def render_chat(tokenizer: Any, chat: Chat, name: str = "tokenizer") -> tuple[int, ...]:
+    """Token ids of a chat up to where the assistant's response begins, a doubled BOS made one.
+
+    Args:
+        name: what messages call the tokenizer.
+    Raises:
+        InputError: there is no tokenizer or chat template, or the template refuses the chat.
+    """
+    _require_template(tokenizer, name)
+    try:
+        text = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise their own errors for roles they do not know
+        raise InputError(f"the {name}'s chat template refuses the chat: {one_line(error)}") from error
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    return tuple(ids)
+
+
+def response_tail(tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that a chat template puts after an assistant's response.
+
+    Raises:
+        InputError: the template does not show the response it is given.
+    """
+    _require_template(tokenizer, "reward tokenizer")
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _RESPONSE}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as error:
+        raise InputError(
+            f"the reward tokenizer's chat template refuses an assistant's response: {one_line(error)}"
+        ) from error
+    _, found, tail = text.rpartition(_RESPONSE)
+    if not found:
+        raise InputError("the chat template drops the assistant's response: pass reward_context")
+    return tuple(tokenizer(tail, add_special_tokens=False).input_ids)
+
+
+def _require_template(tokenizer: Any, name: str) -> None:
+    if tokenizer is None:
+        raise InputError(f"text needs a {name}; without one, pass token ids")
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"the {name} has no chat template; set its chat_template or pass token ids")
+
+
+def _as_chat(prompt: Prompt, system_prompt: str | None) -> Chat | None:
+    """A string or chat as messages; None for token ids."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InputError("the prompt is empty")
+        return [*system, {"role": "user", "content": prompt}]
+    if isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
+        for m, message in enumerate(prompt):
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise InputError(f"message {m} must have a 'role' and a 'content' string")
+        if not any(message["content"].strip() for message in prompt):
+            raise InputError("the prompt is empty")
+        if system and any(message["role"] == "system" for message in prompt):
+            raise InputError("the chat has a system message of its own beside system_prompt")
+        return [*system, *prompt]
+    if system:
+        raise InputError("system_prompt goes with strings and chats, not with token ids")
+    return None
+
+
+def _checked_ids(ids: Any, vocabulary: int, name: str, expected: str) -> tuple[int, ...]:
+    if isinstance(ids, torch.Tensor):
+        ids = ids.tolist()
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence) or not all(map(_whole, ids)):
+        raise InputError(f"{expected}, got {type(ids).__name__}")
+    for position, i in enumerate(ids):
+        if not 0 <= i < vocabulary:
+            raise InputError(f"{name} {i} at position {position} is outside the vocabulary of {vocabulary}")
+    return tuple(ids)
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * max(count, 1)
+    for s in seeds:
+        if not _whole(s) or not 0 <= s < 2**62:
+            raise InputError(f"a seed must be a whole number from 0 to 2**62 - 1, got {s!r}")
+    if isinstance(seed, Sequence) and len(seeds) != count:
+        raise InputError(f"seed must be one number or one a prompt, got {len(seeds)} for {count} prompts")
+    return seeds
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,184 @@
+"""The sequential decode loop: the definition of the result.
+
+One position after another, one rollout after another, one forward+backward of both models over the
+whole sequence each time a gradient is asked for. It has the accelerations of the published algorithm
+(one gradient serves until a hard token moves, a rollout is reused until it is replaced, positions are
+selected, rollouts keep their keys and values) and no other: every faster path must return its tokens,
+and every speed-up is measured against it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nabla_fast.config import DTOConfig
+from nabla_fast.decode.continuation import Continuation
+from nabla_fast.decode.problem import Problem
+from nabla_fast.decode.reference.gradient import GradientModel
+from nabla_fast.decode.reference.optimizer import TextualOptimizer
+from nabla_fast.decode.reference.rollout import Roller
+from nabla_fast.decode.sampling import draw, seeded
+from nabla_fast.decode.timing import PeakMemory, timed
+from nabla_fast.errors import ModelError
+from nabla_fast.models import LanguageModel, RewardModel
+from nabla_fast.ops import synchronize
+from nabla_fast.results import Revision, Stats
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A finished response.
+
+    Attributes:
+        tokens: with an EOS where it ended in one.
+        reward: of prompt and response, or None without a reward model.
+        revisions: every proposal, in order.
+    """
+
+    tokens: list[int]
+    reward: float | None
+    revisions: list[Revision]
+
+
+class SequentialLoop:
+    """Decodes one problem at a time."""
+
+    def __init__(self, lm: LanguageModel, rm: RewardModel | None, config: DTOConfig):
+        self._lm, self._rm, self._config = lm, rm, config
+        self._gradients = GradientModel(lm, rm, config)
+        self._optimizer = TextualOptimizer(self._gradients, config)
+        self._rejection = config.rejection and rm is not None
+
+    def decode(self, problems: Sequence[Problem], stats: Sequence[Stats]) -> Iterator[tuple[int, Decoded]]:
+        """Yield (index, response) of one problem after another; ``stats`` receive what each cost.
+
+        Raises:
+            RowError: the LM's logits are not finite.
+            ModelError: a reward is not finite.
+        """
+        for index, (problem, own) in enumerate(zip(problems, stats, strict=True)):
+            peak = PeakMemory(self._lm.device)
+            with timed(own, "total"):
+                decoded = self._decode(problem, own)
+            own.peak_bytes = peak.bytes()
+            yield index, decoded
+
+    @torch.no_grad()
+    def _decode(self, problem: Problem, stats: Stats) -> Decoded:
+        config, roller = self._config, Roller(self._lm)
+        committed: list[int] = []
+        revisions: list[Revision] = []
+        reward: float | None = None
+        current = self._roll_out(roller, problem, committed, stats)
+        while current.tokens and stats.generations < config.max_generations:
+            with timed(stats, "selection"):
+                position = self._first_selected(problem, committed, current, stats)
+            if position is None:
+                break
+            committed += current.tokens[:position]
+            current = current.after(position)
+            old, new = current.tokens[0], self._resample(problem, committed, current, stats)
+            accepted = False
+            if new != old:
+                proposed = self._propose(roller, problem, committed, new, stats)
+                reward_after = None
+                if self._rejection:
+                    if reward is None:
+                        reward = self._reward(problem, committed + current.tokens, stats)
+                    reward_after = self._reward(problem, [*committed, new, *proposed.tokens], stats)
+                    stats.llm_calls += 2
+                accepted = not self._rejection or reward_after > reward
+                revisions.append(Revision(len(committed), old, new, reward, reward_after, accepted))
+                stats.rejections += not accepted
+            if accepted:
+                committed.append(new)
+                current, reward = proposed, reward_after
+            else:
+                committed.append(old)
+                current = current.after(1)
+            if problem.finish_reason(committed):
+                break
+        committed += current.tokens
+        if reward is None and self._rm is not None:
+            reward = self._reward(problem, committed, stats)
+        return Decoded(committed, reward, revisions)
+
+    def _roll_out(
+        self, roller: Roller, problem: Problem, committed: list[int], stats: Stats
+    ) -> Continuation:
+        """A new rollout after ``committed``, seeded by what precedes its first free token."""
+        return self._continuation(roller, problem, committed, len(committed), stats)
+
+    def _propose(
+        self, roller: Roller, problem: Problem, committed: list[int], token: int, stats: Stats
+    ) -> Continuation:
+        """The rollout that a new token starts; empty if the token ends the response."""
+        return self._continuation(roller, problem, [*committed, token], len(committed), stats)
+
+    def _continuation(
+        self, roller: Roller, problem: Problem, response: list[int], offset: int, stats: Stats
+    ) -> Continuation:
+        stats.generations += 1
+        stats.rounds += 1
+        if response and problem.finish_reason(response):
+            return Continuation.empty(self._lm)
+        with timed(stats, "rollout"):
+            rollout = roller.roll(
+                [*problem.prompt_ids, *response],
+                self._config.rollout_sampling,
+                seeded(problem.seed + offset),
+                lambda tokens: problem.finish_reason(response + tokens) is not None,
+                stats,
+            )
+        with timed(stats, "selection"):
+            return Continuation.of(
+                self._lm, self._config, problem, response, rollout.tokens, rollout.hidden
+            )
+
+    def _first_selected(
+        self, problem: Problem, committed: list[int], current: Continuation, stats: Stats
+    ) -> int | None:
+        """Index of the first position that meets every condition set, or None."""
+        config = self._config
+        selected = torch.ones_like(current.hard, dtype=torch.bool)
+        if config.confidence_threshold is not None:
+            selected &= current.stats.confidence <= config.confidence_threshold
+        if config.entropy_threshold is not None:
+            selected &= current.stats.entropy >= config.entropy_threshold
+        # The gradient is the dear condition: asked for only where the others leave something.
+        if config.grad_threshold is not None and bool(selected.any()):
+            if config.relaxation == "soft":
+                gradient = self._gradients.soft(problem, committed, self._lm.logits(current.hidden), stats)
+            else:
+                gradient = self._gradients.hard(problem, committed, current.hard, stats)
+            selected &= gradient.norms() >= config.grad_threshold
+        positions = selected.nonzero()
+        return int(positions[0]) if len(positions) else None
+
+    def _resample(self, problem: Problem, committed: list[int], current: Continuation, stats: Stats) -> int:
+        """Optimize the trajectory from its first position on, and draw that position's token."""
+        count = 1 if self._config.update == "first" else len(current.tokens)
+        parameter = self._optimizer.initial(current.hidden[:count])
+        if self._config.relaxation == "soft":
+            logits = self._lm.logits(current.hidden)
+            self._optimizer.optimize_soft_(problem, committed, parameter, logits, stats)
+        else:
+            self._optimizer.optimize_hard_(
+                problem, committed, parameter, current.hard.clone(), current.noise, stats
+            )
+        synchronize()
+        logits = self._optimizer.logits(parameter[:1])[0].cpu()
+        return draw(logits, self._config.resample_sampling, seeded(problem.seed + len(committed)))
+
+    def _reward(self, problem: Problem, response: list[int], stats: Stats) -> float:
+        sequence = [*problem.reward_prefix, *self._rm.read(response), *problem.reward_suffix]
+        stats.token_passes["rm"] += len(sequence)
+        with timed(stats, "reward"):
+            reward = float(self._rm.score([sequence])[0])
+        if not math.isfinite(reward):
+            raise ModelError(f"the reward model scores a response of {len(response)} tokens as {reward}")
+        return reward

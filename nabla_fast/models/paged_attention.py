@@ -1,0 +1,106 @@
+"""Attention over a paged prefix as transformers' models call it, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from nabla_fast.errors import ModelError
+from nabla_fast.models.paged_kv import BlockPool
+from nabla_fast.ops.prefix_attention import (
+    SuffixGradient,
+    prefix_attention,
+    prefix_attention_backward,
+)
+
+IMPLEMENTATION = "nabla_paged"
+
+# What models pass to an attention function and what it can do without.
+_HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
+
+
+@dataclass
+class PagedPass:
+    """What the attention of every layer needs to know of a pass."""
+
+    pool: BlockPool
+    tables: Tensor  # [B, M] int64
+    lengths: Tensor  # [B] int64, of the prefixes
+    slots: Tensor | None  # [T] int64, where the suffixes' keys and values are put; None: nowhere
+    tokens: Tensor | None  # [2, T] row and position of each of these in the batch; None: no padding
+    # Of the ops, chosen in the layer that asks first.
+    backend: Callable[..., Tensor] | None = None
+    backward_backend: Callable[..., SuffixGradient] | None = None
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """[B, Hq, S, D] of q [B, Hq, S, D] over the prefixes and k, v [B, Hkv, S, D]; stores k and v."""
+        pool = self.pool
+        arguments = (q, k, v, pool.keys[layer], pool.values[layer], self.tables, self.lengths)
+        if q.requires_grad and torch.is_grad_enabled():
+            output = prefix_attention(*arguments, scale=scale, window=window)
+        else:
+            if self.backend is None:
+                self.backend = prefix_attention.chosen(*arguments, scale=scale, window=window)
+            output = self.backend(*arguments, scale=scale, window=window)
+        if self.slots is not None:
+            pool.write(layer, self.slots, self._tokens_of(k), self._tokens_of(v))
+        return output
+
+    def _tokens_of(self, x: Tensor) -> Tensor:
+        """[T, Hkv, D] of [B, Hkv, S, D], padding left out."""
+        if self.tokens is None:
+            return x.transpose(1, 2).flatten(0, 1)
+        row, position = self.tokens
+        return x[row, :, position]
+
+    def attend_backward(
+        self,
+        layer: int,
+        cotangent: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> SuffixGradient:
+        """∂/∂q, ∂/∂k and ∂/∂v of :meth:`attend`."""
+        pool = self.pool
+        arguments = (cotangent, q, k, v, pool.keys[layer], pool.values[layer], self.tables, self.lengths)
+        if self.backward_backend is None:
+            self.backward_backend = prefix_attention_backward.chosen(*arguments, scale=scale, window=window)
+        return self.backward_backend(*arguments, scale=scale, window=window)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    paged: PagedPass,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in each layer."""
+    unknown = sorted(k for k, v in others.items() if v is not None and k not in _HARMLESS)
+    if unknown:
+        raise ModelError(
+            f"{type(module).__name__} needs {', '.join(unknown)}, which paged attention does not have"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = paged.attend(module.layer_idx, query, key, value, scale, sliding_window)
+    return output.transpose(1, 2), None
+
+
+# Without a mask function of its own, transformers would cut the keys to the suffix without a word.
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, lambda *_, **__: None)

@@ -1,0 +1,98 @@
+"""Gumbel noise that is a pure function of (seed, absolute position, token)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nabla_fast.ops.checks import expect_noise, expect_vocabulary
+from nabla_fast.ops.registry import op
+from nabla_fast.ops.triton_backend import takes
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+class GumbelNoise(NamedTuple):
+    """The key of a row's noise; the noise itself is recomputed wherever it is needed."""
+
+    seed: Tensor  # [N] int64
+    position: Tensor  # [N] int64, the row's absolute position in its sequence
+
+
+def philox_4x32_10(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The Philox-4x32-10 generator (Salmon et al., SC'11): four 32-bit words from a counter and a key.
+
+    Args:
+        counter: four int64 tensors holding 32-bit words, broadcastable.
+        key: two such tensors.
+    Returns:
+        Four int64 tensors of 32-bit words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap modulo 2^64, so both 32-bit halves come out right.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _LOW) ^ c1 ^ k0,
+            p1 & _LOW,
+            ((p0 >> 32) & _LOW) ^ c3 ^ k1,
+            p0 & _LOW,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+@op
+def gumbel_noise(noise: GumbelNoise, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise, −log(−log u).
+
+    Token v of a row takes word v mod 4 of Philox-4x32-10 at counter (v div 4, position low word,
+    position high word, 0) under the key (seed low word, seed high word); u = (word div 2⁹ + ½)/2²³
+    is exact in float32, so that backends differ by the rounding of two logarithms at most.
+
+    Args:
+        noise: seed [N] int64 and position [N] int64.
+        vocabulary: V.
+    Returns:
+        [N, V] float64.
+    Raises:
+        InputError: a dtype, a shape or V is wrong.
+    """
+    token = torch.arange(vocabulary, device=noise.seed.device)
+    seed, position = noise.seed[:, None], noise.position[:, None]
+    block = torch.arange((vocabulary + 3) // 4, device=noise.seed.device)[None]
+    words = philox_4x32_10(
+        (block, position & _LOW, (position >> 32) & _LOW, torch.zeros_like(position)),
+        (seed & _LOW, (seed >> 32) & _LOW),
+    )
+    word = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, token]
+    uniform = ((word >> 9).double() + 0.5) / 2**23
+    return -torch.log(-torch.log(uniform))
+
+
+@gumbel_noise.check
+def _(noise: GumbelNoise, vocabulary: int) -> None:
+    expect_noise("gumbel_noise", noise, noise.seed.numel())
+    expect_vocabulary("gumbel_noise", vocabulary)
+
+
+@gumbel_noise.fake
+def _(noise: GumbelNoise, vocabulary: int) -> Tensor:
+    return noise.seed.new_empty((noise.seed.shape[0], vocabulary), dtype=torch.float64)
+
+
+@gumbel_noise.backend("triton", when=lambda noise, vocabulary: takes(*noise))
+def _(noise: GumbelNoise, vocabulary: int) -> Tensor:
+    from nabla_fast.triton_kernels.common import gumbel as kernels
+
+    return kernels.gumbel_noise(*noise, vocabulary, torch.float64)
+
+
+def perturbed(logits: Tensor, noise: GumbelNoise | None) -> Tensor:
+    """``logits`` [N, V] plus the rows' noise, if there is any, in the dtype of ``logits``."""
+    return logits if noise is None else logits + gumbel_noise(noise, logits.shape[1]).to(logits.dtype)
