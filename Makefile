@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
-C_TESTS := $(shell find tests -name '*.cpp' -o -name '*.c' -o -name '*.h')
+C_TESTS := $(shell find tests examples -name '*.cpp' -o -name '*.c' -o -name '*.h')
 
 # One thread for numpy's BLAS beside torch's own. Threads that spin while they wait make every parallel
 # loop milliseconds slower on cores that are shared with other programs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ if not torch.cuda.is_available():
 import transformers
 from golden_data import GOLDEN, golden_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from nabla_fast import _native
 
 
 def pytest_configure() -> None:
@@ -48,3 +51,17 @@ def golden_models_64() -> dict[str, PreTrainedModel]:
 def tokenizer() -> PreTrainedTokenizerFast:
     """The golden models' tokenizer: one token a character, a chat template, EOS 0."""
     return PreTrainedTokenizerFast.from_pretrained(GOLDEN / "tokenizer")
+
+
+@pytest.fixture(params=_native.ISA_NAMES)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each instruction set that this CPU has."""
+    if not _native.available():
+        pytest.skip(_native.why_missing())
+    native = _native.extension()
+    best, level = native.cpu_isa(), _native.ISA_NAMES.index(request.param)
+    if level > best:
+        pytest.skip(f"this CPU has no {request.param}")
+    assert native.limit_cpu_isa(level) == 0
+    yield request.param
+    native.limit_cpu_isa(best)

@@ -16,7 +16,7 @@ BUILD := build/sanitize
 PYTHON_ONLY := decoder exponential_race token_filter vec_exp_array
 KERNELS := $(filter-out $(PYTHON_ONLY:%=csrc/cpu/%.cpp),$(wildcard csrc/cpu/*.cpp))
 DRIVER := $(filter-out tests/fuzz/openmp_threads.cpp,$(wildcard tests/fuzz/*.cpp))
-EXAMPLE := tests/c_example/linked.c tests/c_example/descend.c
+EXAMPLE := examples/c/linked.c examples/c/descend.c
 
 # As setup.py has them, but for less optimization and no -fwrapv.
 FLAGS := -O1 -g1 -fopenmp -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -Icsrc -Icsrc/include

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from nabla_fast import _native
-
 from .cases import Draw
 
 # Inputs are new in every run; a failure prints the number that brings its own back.
@@ -39,20 +37,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=_native.ISA_NAMES)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with each instruction set that this CPU has."""
-    if not _native.available():
-        pytest.skip(_native.why_missing())
-    native = _native.extension()
-    best, level = native.cpu_isa(), _native.ISA_NAMES.index(request.param)
-    if level > best:
-        pytest.skip(f"this CPU has no {request.param}")
-    assert native.limit_cpu_isa(level) == 0
-    yield request.param
-    native.limit_cpu_isa(best)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_chat_template(tokenizer):
 @pytest.fixture
 def training(monkeypatch):
     """The training package, which is in the repository but not in an installed package."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
     return pytest.importorskip("benchmarks.training")
 
 

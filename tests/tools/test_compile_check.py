@@ -60,7 +60,7 @@ def test_one_kernel():
     command += ["--ops", "gumbel_noise", "--dtypes", "float32", "--targets", "sm_90", "gfx942"]
     process = subprocess.run(
         command,
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=Path(__file__).resolve().parents[2],
         env=os.environ | {"TRITON_INTERPRET": "1"},  # which it must not heed
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ import pytest
 import nabla_fast
 from nabla_fast import _native
 
-EXAMPLE = Path(__file__).parent / "c_example"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "c"
 C99 = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror"]
 
 
