@@ -1,4 +1,4 @@
-"""What a decode returns."""
+"""Results of a decode: tokens, proposals and costs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,25 @@ class Revision:
     reward_after: float | None
     accepted: bool
 
+    @property
+    def reason(self) -> str:
+        """One line that says why the proposal was accepted or rejected."""
+        if self.reward_before is None:
+            return "accepted: there is no rejection step"
+        if self.accepted:
+            return f"accepted: its reward {self.reward_after:.6g} is above {self.reward_before:.6g}"
+        return f"rejected: its reward {self.reward_after:.6g} is not above {self.reward_before:.6g}"
+
 
 @dataclass
 class Stats:
-    """What a decode cost.
+    """Cost of a decode.
 
     Attributes:
         generations: rollouts, as the sequential loop counts them.
         rejections: proposals that were scored and turned down.
+        unchanged: optimized positions whose redraw gave the token already there, so that there was
+            nothing to propose; as the sequential loop counts them.
         speculated: rollouts made ahead of need and dropped.
         rounds: rollouts that had to wait for one another.
         generated_tokens: tokens drawn in rollouts, those of dropped ones included.
@@ -58,6 +69,7 @@ class Stats:
 
     generations: int = 0
     rejections: int = 0
+    unchanged: int = 0
     speculated: int = 0
     rounds: int = 0
     generated_tokens: int = 0
@@ -82,7 +94,7 @@ class Result:
         reward: the reward model's score of the answer, or None without one.
         finish_reason: "eos", "stop" (a stop string) or "length".
         revisions: every proposal, in order.
-        stats: what it cost.
+        stats: its cost.
     """
 
     text: str | None

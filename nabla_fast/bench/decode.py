@@ -163,7 +163,7 @@ def _sides(case: Case, samples: int) -> Sides:
         loops["release_form"] = ReleaseFormLoop(*given)
     for name in LETTERS if case.ablated else ():
         # Company is other prompts' too.
-        batch_size = 1 if name == "company" else case.batch_size
+        batch_size = 1 if name == "batching" else case.batch_size
         without = replace(Accelerations(), **{name: False})
         loops[_WITHOUT + name] = BatchedLoop(*given, batch_size=batch_size, accelerations=without)
     sides: Sides = {name: lambda loop=loop: decode(loop, case.problems) for name, loop in loops.items()}

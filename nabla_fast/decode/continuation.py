@@ -1,4 +1,4 @@
-"""A rollout with what selection and descent ask of it, shared by both loops."""
+"""A rollout with its statistics and hard tokens, shared by both loops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nabla_fast.ops.rows import blocks
 
 @dataclass(frozen=True)
 class Continuation:
-    """Tokens rolled out behind a response.
+    """Tokens rolled out after a response.
 
     Attributes:
         tokens: a_1..a_L.
@@ -35,7 +35,7 @@ class Continuation:
 
     @classmethod
     def empty(cls, lm: LanguageModel) -> Continuation:
-        """L = 0: behind a token that ends the response."""
+        """L = 0: after a token that ends the response."""
         hidden = lm.head.new_empty(0, lm.head.shape[1])
         nothing = hidden.new_empty(0)
         tokens = nothing.long()
@@ -52,7 +52,7 @@ class Continuation:
         hidden: Tensor,
         stats: TokenStats | None = None,
     ) -> Continuation:
-        """What was rolled out behind ``response``, L ≥ 1; its statistics are computed if not given.
+        """The continuation rolled out after ``response``, L ≥ 1; statistics are computed if not given.
 
         Raises:
             RowError: the LM's logits are not finite.
@@ -76,7 +76,7 @@ class Continuation:
         return cls(tokens, hidden, stats, hard, noise)
 
     def after(self, count: int) -> Continuation:
-        """What is left behind the first ``count`` tokens."""
+        """The continuation after the first ``count`` tokens."""
         rest = slice(count, None)
         return Continuation(
             self.tokens[rest],

@@ -1,4 +1,4 @@
-"""Which prompts an error in a decode concerns."""
+"""Errors of a decode with the prompts they concern."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
-class Struck(Exception):
+class DecodeFailure(Exception):
     """An error in a decode; the error itself is ``__cause__``.
 
     Attributes:
@@ -18,7 +18,7 @@ class Struck(Exception):
         super().__init__(f"problems {self.problems}")
 
 
-class RequestFailed(Exception):
+class RequestFailure(Exception):
     """An error in the answer to one request of a batch; the error itself is ``__cause__``."""
 
     def __init__(self, request: object):
@@ -27,9 +27,9 @@ class RequestFailed(Exception):
 
 
 @contextmanager
-def concerning(request: object) -> Iterator[None]:
-    """What goes wrong inside concerns this request and no other of its batch."""
+def attributed_to(request: object) -> Iterator[None]:
+    """Errors inside concern this request and no other of its batch."""
     try:
         yield
     except Exception as error:
-        raise RequestFailed(request) from error
+        raise RequestFailure(request) from error

@@ -1,4 +1,4 @@
-"""One prompt, ready to be decoded."""
+"""A prompt that is ready to be decoded, and its finished response."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nabla_fast.decode.stop import StopStrings
+from nabla_fast.results import Revision
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a decode of one prompt starts from.
+    """One prompt as both loops take it.
 
     Attributes:
         prompt_ids: the LM's tokens of the prompt.
@@ -36,3 +37,18 @@ class Problem:
         if response and self.stop.completed_by_last(response):
             return "stop"
         return "length" if len(response) >= self.max_new_tokens else None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A finished response.
+
+    Attributes:
+        tokens: with an EOS where it ended in one.
+        reward: of prompt and response, or None without a reward model.
+        revisions: every proposal, in order.
+    """
+
+    tokens: list[int]
+    reward: float | None
+    revisions: list[Revision]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from nabla_fast.decode.failures import Struck
+from nabla_fast.decode.failures import DecodeFailure
 from nabla_fast.decode.problem import Problem
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted
 from nabla_fast.models.frozen import frozen
@@ -74,9 +74,9 @@ class ResultStream(Iterator[tuple[int, Result]]):
                 self._decoding = self._decode(self._left)
             index, result = next(self._decoding)
             self._weights = self._fingerprint()
-        except Struck as struck:
+        except DecodeFailure as failure:
             self.close()
-            raise DecodingFailed(struck.problems, self.results, struck.__cause__) from struck.__cause__
+            raise DecodingFailed(failure.problems, self.results, failure.__cause__) from failure.__cause__
         except Exception as error:
             # From the loop that decodes one problem after another: from the first that is left.
             first = min(self._left)

@@ -48,7 +48,7 @@ class TrajectoryGradient:
         return onehot_grad(**self._arguments() | {"cotangents": cotangents, "hidden": self.hidden[:count]})
 
     def after(self, count: int) -> TrajectoryGradient:
-        """G of what is left behind the first ``count`` positions."""
+        """G of the positions after the first ``count``."""
         cotangents = [part[count:] for part in self.cotangents]
         return TrajectoryGradient(cotangents, self.tables, self.hidden[count:], self.head, self.nll_coeff)
 

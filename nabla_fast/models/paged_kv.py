@@ -239,14 +239,14 @@ class PagedSequence:
         fork.length = length
         return fork
 
-    def head(self, length: int) -> PagedSequence:
+    def prefix(self, length: int) -> PagedSequence:
         """The first ``length`` tokens, borrowed: to be read while this sequence lives, nothing else."""
         # In a group of its own, which nobody gives back.
         group = SequenceGroup(self.pool)
         return PagedSequence(group, self.blocks[: -(-length // self.pool.block_size)], length)
 
     def truncate(self, length: int) -> None:
-        """Drop the tokens behind the first ``length``."""
+        """Drop the tokens after the first ``length``."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut a sequence of {self.length} tokens to {length}")
         kept = -(-length // self.pool.block_size)

@@ -15,7 +15,7 @@ from nabla_fast import SamplingConfig, VocabularyAlignment
 from nabla_fast.decode.batched.accelerations import Accelerations
 from nabla_fast.decode.batched.drafting import Drafting
 from nabla_fast.decode.batched.loop import BatchedLoop
-from nabla_fast.decode.batched.problem_state import Walk
+from nabla_fast.decode.batched.problem_state import ProblemState
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.results import Stats
 
@@ -60,7 +60,7 @@ def test_each_switched_off_alone(name):
             seen["speculated"] += b.speculated
     if name == "gradient_store":
         assert seen["gradients"] > 0
-    if name in ("gradient_store", "frozen_prefix", "company"):
+    if name in ("gradient_store", "frozen_prefix", "batching"):
         assert seen["passes"] > 0
     if name == "speculation":
         assert seen["speculated"] == 0
@@ -135,7 +135,7 @@ def test_greedy_rollouts_without_flips_take_one_gradient_a_trajectory():
 
 def test_sampled_rollouts_take_one_gradient_a_distinct_sequence(monkeypatch):
     asked: list[tuple] = []
-    original = Walk._gradients
+    original = ProblemState._gradients
 
     def recording(self, wanted, purpose="gradient"):
         for offset, relaxed in wanted:
@@ -143,7 +143,7 @@ def test_sampled_rollouts_take_one_gradient_a_distinct_sequence(monkeypatch):
             asked.append((self._problem.seed, *before, *relaxed.tokens.tolist()))
         return original(self, wanted, purpose)
 
-    monkeypatch.setattr(Walk, "_gradients", recording)
+    monkeypatch.setattr(ProblemState, "_gradients", recording)
     total = 0
     for n in range(60):
         # Without acceptance there is one trajectory, and its store is never emptied.

@@ -88,6 +88,7 @@ def compare(n: int, seen: Counter) -> None:
         assert ours.tokens == theirs.tokens
         assert stats[index].generations == expected_stats[index].generations
         assert stats[index].rejections == expected_stats[index].rejections
+        assert stats[index].unchanged == expected_stats[index].unchanged
         kept = [(r.position, r.old_token, r.new_token, r.accepted) for r in ours.revisions]
         assert kept == [(r.position, r.old_token, r.new_token, r.accepted) for r in theirs.revisions]
         assert ours.reward == pytest.approx(theirs.reward, abs=1e-9)

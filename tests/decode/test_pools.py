@@ -15,7 +15,7 @@ from nabla_fast import DTOConfig
 from nabla_fast.decode.batched.executor import Executor
 from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.batched.pools import BLOCK
-from nabla_fast.decode.failures import Struck
+from nabla_fast.decode.failures import DecodeFailure
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.stop import StopStrings
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
@@ -112,7 +112,7 @@ class Trap:
                     readers = [executor.lm_reader, executor.rm_reader]
                     for reader in readers:
                         inner.setattr(reader, "read", self._raise)
-                    inner.setattr("nabla_fast.decode.batched.executor.dto_descent", self._raise)
+                    inner.setattr("nabla_fast.decode.batched.executor.hard_descent_", self._raise)
                     original(executor, requests)
             original(executor, requests)
             if calls == count and when == "behind":
@@ -132,7 +132,7 @@ class Trap:
 def test_whatever_strikes_everything_is_given_back(monkeypatch, stage, when, count, error):
     loop = make_loop()
     trap = Trap(monkeypatch, stage, when, count, error)
-    with watched_pools() as watch, pytest.raises((Struck, KeyboardInterrupt)) as caught:
+    with watched_pools() as watch, pytest.raises((DecodeFailure, KeyboardInterrupt)) as caught:
         list(decode(loop))
     assert trap.error in (caught.value, caught.value.__cause__)
     assert len(watch.made) == 2
@@ -154,7 +154,7 @@ def test_a_reward_that_is_not_finite_gives_everything_back():
         requests[0].reward = float("nan") if calls == 2 else requests[0].reward
 
     loop._executor.score = spoilt
-    with watched_pools() as watch, pytest.raises(Struck) as caught:
+    with watched_pools() as watch, pytest.raises(DecodeFailure) as caught:
         list(decode(loop))
     assert "as nan" in str(caught.value.__cause__)
     assert watch.all_given_back()
@@ -187,7 +187,7 @@ def test_a_limit_that_suffices_changes_no_token():
 
 def test_a_limit_that_does_not_suffice_is_named():
     loop = make_loop(max_kv_tokens=5 * BLOCK + 3)
-    with watched_pools() as watch, pytest.raises(Struck) as caught:
+    with watched_pools() as watch, pytest.raises(DecodeFailure) as caught:
         list(decode(loop))
     assert isinstance(caught.value.__cause__, PoolExhausted)
     message = str(caught.value.__cause__)

@@ -1,4 +1,4 @@
-"""What the batched loop saves, each part to be switched off alone: for measurement."""
+"""Parts of the batched loop that save work, each to be switched off alone: for measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Accelerations:
         whole_descents: the steps up to a flip are one call; off: one call a step.
         frozen_prefix: keys and values of what is committed are read from a cache; off: read anew.
         speculation: proposals are made ahead of their acceptance.
-        company: many prompts run as one batch, and a trajectory's reward is kept.
+        batching: many prompts run as one batch, and a trajectory's reward is kept.
         drafting: the trajectory being replaced drafts the new one.
     """
 
@@ -24,5 +24,5 @@ class Accelerations:
     whole_descents: bool = True
     frozen_prefix: bool = True
     speculation: bool = True
-    company: bool = True
+    batching: bool = True
     drafting: bool = True

@@ -1,4 +1,4 @@
-"""Runs the requests of many walks as batches over paged keys and values."""
+"""Runs the requests of many problems as batches over paged keys and values."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from nabla_fast.decode.batched.accelerations import Accelerations
 from nabla_fast.decode.batched.drafting import Drafting
 from nabla_fast.decode.batched.requests import Descend, Gradient, RollOut, Score
 from nabla_fast.decode.batched.rollout import roll_out
+from nabla_fast.decode.descent import hard_descent_, learning_rates
 from nabla_fast.decode.relaxed import Relaxed
 from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.errors import ModelError
@@ -20,14 +21,7 @@ from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.models.paged_kv import PagedSequence
 from nabla_fast.models.reader import PagedReader
 from nabla_fast.models.tables import TokenTable
-from nabla_fast.ops import (
-    AdamState,
-    GumbelNoise,
-    cosine_schedule,
-    dto_descent,
-    dto_descent_latents,
-    synchronize,
-)
+from nabla_fast.ops import AdamState, GumbelNoise, synchronize
 
 
 class Executor:
@@ -53,9 +47,7 @@ class Executor:
         self._tables = [TokenTable(lm.table)]
         if rm and config.reward_coeff > 0:
             self._tables.append(rm.table.to(lm.device))
-        self.schedule = cosine_schedule(
-            config.iters, config.lr, min_ratio=config.min_lr_ratio, warmup_steps=config.warmup_steps
-        ).to(lm.device)
+        self.schedule = learning_rates(config, lm.device)
 
     def roll_out(self, requests: Sequence[RollOut]) -> None:
         """Roll out all requests together; each draws from its own generator."""
@@ -113,7 +105,9 @@ class Executor:
         before = [[*request.problem.prompt_ids, *request.response] for request in asked]
         read = [mixes[n][:-1].detach().requires_grad_() for n in rows]
         with torch.enable_grad():
-            states = self._behind(self.lm_reader, self.lm.table, [r.lm_base for r in asked], before, read)
+            states = self._suffix_states(
+                self.lm_reader, self.lm.table, [r.lm_base for r in asked], before, read
+            )
         own = [part.detach() for part in states]
         directions = 1  # forward, and backward where the likelihood counts
         if self.config.nll_coeff > 0:
@@ -130,7 +124,7 @@ class Executor:
         """Tokens that a pass over a suffix goes through."""
         return suffix if self.accelerations.frozen_prefix else before + suffix
 
-    def _behind(
+    def _suffix_states(
         self,
         reader: PagedReader,
         table: Tensor,
@@ -138,16 +132,16 @@ class Executor:
         before: Sequence[Sequence[int]],
         suffixes: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Hidden states [L, H] of suffixes of embeddings [L, H] behind what has been read before them."""
-        heads = [base.head(len(ids)) for base, ids in zip(bases, before, strict=True)]
+        """Hidden states [L, H] of suffixes of embeddings [L, H] that follow the tokens ``before`` them."""
+        prefixes = [base.prefix(len(ids)) for base, ids in zip(bases, before, strict=True)]
         if not self.accelerations.frozen_prefix:
-            heads = [base.head(0) for base in bases]
+            prefixes = [base.prefix(0) for base in bases]
             suffixes = [
                 torch.cat([table[torch.tensor(ids, device=table.device)], suffix])
                 for ids, suffix in zip(before, suffixes, strict=True)
             ]
         lengths = list(map(len, suffixes))
-        states = reader.read(heads, lengths, embeddings=pad_sequence(suffixes, batch_first=True))
+        states = reader.read(prefixes, lengths, embeddings=pad_sequence(suffixes, batch_first=True))
         skipped = [0 if self.accelerations.frozen_prefix else len(ids) for ids in before]
         return [part[skip:length] for part, skip, length in zip(states, skipped, lengths, strict=True)]
 
@@ -174,7 +168,7 @@ class Executor:
                 else part
                 for part, r in zip(read, requests, strict=True)
             ]
-            states = self._behind(
+            states = self._suffix_states(
                 self.rm_reader, self.rm.own_table, [r.rm_base for r in requests], before, suffixes
             )
             last = torch.stack([part[-1] for part in states])
@@ -208,12 +202,18 @@ class Executor:
         until = torch.tensor(
             [r.until for r, count in zip(requests, counts, strict=True) for _ in range(count)]
         )
-        options = {"until": until.to(device), "group": group, "tau": self.config.tau, "noise": noise}
         grad = self._rows([request.gradient for request in requests], counts)
-        if self.config.parameter == "logits":
-            done = dto_descent(parameter, grad, state, self.schedule, **options)
-        else:
-            done = dto_descent_latents(parameter, self.lm.head, grad, state, self.schedule, **options)
+        done = hard_descent_(
+            self.config,
+            parameter,
+            grad,
+            state,
+            self.schedule,
+            self.lm.head,
+            until=until.to(device),
+            group=group,
+            noise=noise,
+        )
         synchronize()
         parts = zip(
             requests,

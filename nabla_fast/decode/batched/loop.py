@@ -1,8 +1,8 @@
 """The batched decode loop: the tokens of the sequential loop from far fewer token passes.
 
-Many problems walk at once and their requests run as batches; a trajectory's gradient is computed once
-and kept; the models read what follows a frozen, paged prefix and nothing before it; proposals are rolled
-out and scored ahead of their acceptance.
+Many problems are decoded at once and their requests run as batches; a trajectory's gradient is computed
+once and kept; the models read the suffix of a frozen, paged prefix and nothing before it; proposals are
+rolled out and scored ahead of their acceptance.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import torch
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched.accelerations import Accelerations
 from nabla_fast.decode.batched.executor import Executor
-from nabla_fast.decode.batched.pools import Held, Pools
-from nabla_fast.decode.batched.problem_state import Request, Walk
+from nabla_fast.decode.batched.pools import Pools, SequenceGroups
+from nabla_fast.decode.batched.problem_state import ProblemState, Request
 from nabla_fast.decode.batched.requests import Descend, Gradient, RollOut, Score
-from nabla_fast.decode.failures import RequestFailed, Struck
-from nabla_fast.decode.problem import Problem
-from nabla_fast.decode.reference.loop import Decoded
+from nabla_fast.decode.failures import DecodeFailure, RequestFailure
+from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.timing import PeakMemory
 from nabla_fast.errors import RowError
 from nabla_fast.models import LanguageModel, RewardModel
@@ -30,34 +29,35 @@ from nabla_fast.models.paged_kv import PoolExhausted
 from nabla_fast.ops import synchronize
 from nabla_fast.results import Stats
 
-# Rollouts are the dearest and gain most from company: they wait until nobody asks for anything else.
+# Kinds of requests in the order in which they are served. Rollouts are the most expensive and gain most
+# from a full batch: they wait until no problem asks for anything else.
 _STAGES = {Gradient: "gradient", Descend: "descent", Score: "reward", RollOut: "rollout"}
 
 
 @dataclass(eq=False)
-class _Running:
-    """A walk, what it holds, and what it is waiting for."""
+class _ActiveProblem:
+    """A problem that is being decoded, its sequences, and the requests it is waiting for."""
 
     index: int
-    walk: Generator[list[Request], None, Decoded]
-    held: Held
+    steps: Generator[list[Request], None, Decoded]
+    groups: SequenceGroups
     started: float
-    asked: list[Request] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
 
     def step(self) -> Decoded | None:
-        """Go on with what was asked for; the response, if that was all."""
+        """Go on after the requests were answered; the response, if it is finished."""
         try:
-            self.asked = next(self.walk)
+            self.requests = next(self.steps)
         except StopIteration as done:
             return done.value
         except Exception as error:
-            raise Struck([self.index]) from error
+            raise DecodeFailure([self.index]) from error
         return None
 
     def close(self) -> None:
-        """Give everything back, wherever the walk stands."""
-        self.walk.close()
-        self.held.free()
+        """Give all blocks back, wherever the decode stands."""
+        self.steps.close()
+        self.groups.free()
 
 
 class BatchedLoop:
@@ -65,7 +65,7 @@ class BatchedLoop:
 
     Args:
         lm, rm, config: as of the sequential loop.
-        batch_size: problems that walk at once.
+        batch_size: problems decoded at once.
         proposals: made at once along a trajectory; None follows the acceptance rate seen and how many
             problems share the batch.
         max_kv_tokens: most tokens whose keys and values are held at once, a model; None for no limit.
@@ -95,7 +95,7 @@ class BatchedLoop:
         Keys and values belong to the iteration: they are gone when it ends, fails or is closed.
 
         Raises:
-            Struck: whatever went wrong, with the problems it concerns. Its cause is a RowError where the
+            DecodeFailure: an error, with the problems it concerns. Its cause is a RowError where the
                 LM's logits are not finite, a ModelError where a reward is not, PoolExhausted where more
                 keys and values are needed than ``max_kv_tokens``.
         """
@@ -104,25 +104,25 @@ class BatchedLoop:
         peak = PeakMemory(self._executor.lm.device)
         pools = self._begin(problems[: self._batch_size])
         waiting = iter(range(len(problems)))
-        running: list[_Running] = []
+        active: list[_ActiveProblem] = []
         try:
             while True:
-                for index in islice(waiting, self._batch_size - len(running)):
-                    held = pools.hold()
-                    walk = Walk(
+                for index in islice(waiting, self._batch_size - len(active)):
+                    groups = pools.groups()
+                    state = ProblemState(
                         self._executor,
-                        held,
+                        groups,
                         problems[index],
                         stats[index],
                         self._proposals,
-                        company=lambda: len(running),
+                        active_problems=lambda: len(active),
                     )
-                    running.append(_Running(index, walk.steps(), held, time.perf_counter()))
-                    running[-1].step()
-                if not running:
+                    active.append(_ActiveProblem(index, state.steps(), groups, time.perf_counter()))
+                    active[-1].step()
+                if not active:
                     return
-                kind = next(k for k in _STAGES if any(isinstance(r.asked[0], k) for r in running))
-                chosen = [r for r in running if isinstance(r.asked[0], kind)]
+                kind = next(k for k in _STAGES if any(isinstance(r.requests[0], k) for r in active))
+                chosen = [r for r in active if isinstance(r.requests[0], kind)]
                 start = time.perf_counter()
                 self._serve(kind, chosen)
                 share = (time.perf_counter() - start) / len(chosen)
@@ -131,18 +131,18 @@ class BatchedLoop:
                     seconds[_STAGES[kind]] = seconds.get(_STAGES[kind], 0.0) + share
                     decoded = r.step()
                     if decoded is not None:
-                        running.remove(r)
+                        active.remove(r)
                         r.close()
                         seconds["total"] = time.perf_counter() - r.started
                         stats[r.index].peak_bytes = peak.bytes()
                         left = time.perf_counter()
                         yield r.index, decoded
-                        # What the caller did meanwhile is no part of what the others cost.
+                        # Time that the caller took meanwhile is no part of the others' cost.
                         away = time.perf_counter() - left
-                        for other in running:
+                        for other in active:
                             other.started += away
         finally:
-            for r in running:
+            for r in active:
                 r.close()
             pools.close()
 
@@ -154,24 +154,24 @@ class BatchedLoop:
                     reader.renew()
             return Pools(*readers, first, self._max_kv_tokens)
         except Exception as error:
-            raise Struck(range(len(first))) from error
+            raise DecodeFailure(range(len(first))) from error
 
-    def _serve(self, kind: type, chosen: Sequence[_Running]) -> None:
-        """Answer what the chosen ask for, as one batch."""
+    def _serve(self, kind: type, chosen: Sequence[_ActiveProblem]) -> None:
+        """Answer the requests of the chosen problems as one batch."""
         together = [r.index for r in chosen]
         try:
             self._answer(kind, chosen)
-        except RequestFailed as failed:
-            owner = next(r.index for r in chosen if failed.request in r.asked)
-            raise Struck([owner]) from failed.__cause__
+        except RequestFailure as failure:
+            owner = next(r.index for r in chosen if failure.request in r.requests)
+            raise DecodeFailure([owner]) from failure.__cause__
         except RowError as error:
-            raise Struck(self._refused_alone(kind, chosen) or together) from error
+            raise DecodeFailure(self._refused_alone(kind, chosen) or together) from error
         except PoolExhausted as error:
-            raise Struck(together) from PoolExhausted(f"max_kv_tokens: {error}")
+            raise DecodeFailure(together) from PoolExhausted(f"max_kv_tokens: {error}")
         except Exception as error:
-            raise Struck(together) from error
+            raise DecodeFailure(together) from error
 
-    def _answer(self, kind: type, chosen: Sequence[_Running]) -> None:
+    def _answer(self, kind: type, chosen: Sequence[_ActiveProblem]) -> None:
         executor = self._executor
         serve = {
             Gradient: executor.gradient,
@@ -179,12 +179,12 @@ class BatchedLoop:
             Score: executor.score,
             RollOut: executor.roll_out,
         }
-        serve[kind]([request for r in chosen for request in r.asked])
+        serve[kind]([request for r in chosen for request in r.requests])
 
-    def _refused_alone(self, kind: type, chosen: Sequence[_Running]) -> list[int]:
+    def _refused_alone(self, kind: type, chosen: Sequence[_ActiveProblem]) -> list[int]:
         """The first problem whose own requests meet a bad row when they are asked for alone, if any.
 
-        A row of a batch does not say whose it is. Rollouts, dear to repeat, tell by themselves.
+        A row of a batch does not say whose it is. Rollouts, expensive to repeat, tell by themselves.
         """
         for r in chosen if kind is not RollOut else ():
             try:

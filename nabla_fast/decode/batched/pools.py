@@ -13,14 +13,14 @@ BLOCK = 16  # tokens a block of keys and values holds
 
 
 @dataclass(frozen=True)
-class Held:
-    """What one walk holds of the pools: a group of sequences a model."""
+class SequenceGroups:
+    """The paged sequences of one problem: a group in each model's pool."""
 
     lm: SequenceGroup
     rm: SequenceGroup | None
 
     def free(self) -> None:
-        """Give everything back, however far the walk has come."""
+        """Give all blocks back, wherever the problem's decode stands."""
         for group in (self.lm, self.rm):
             if group is not None:
                 group.free()
@@ -34,7 +34,7 @@ class Pools:
 
     Args:
         lm, rm: readers of the models; ``rm`` may be None.
-        first: the problems that walk first, at least one.
+        first: the problems that are decoded first, at least one.
         max_tokens: most tokens that each pool may hold, ≥ ``BLOCK``; None for no limit.
     """
 
@@ -52,12 +52,12 @@ class Pools:
             None if rm is None else pool(rm, [len(p.reward_prefix) + len(p.reward_suffix) for p in first])
         )
 
-    def hold(self) -> Held:
-        """What a new walk holds: nothing yet."""
-        return Held(self._lm.group(), None if self._rm is None else self._rm.group())
+    def groups(self) -> SequenceGroups:
+        """Groups for a new problem, empty as yet."""
+        return SequenceGroups(self._lm.group(), None if self._rm is None else self._rm.group())
 
     def close(self) -> None:
-        """Drop the memory; no walk may hold anything any more."""
+        """Drop the memory; no problem may use its sequences any more."""
         for pool in (self._lm, self._rm):
             if pool is not None:
                 pool.close()

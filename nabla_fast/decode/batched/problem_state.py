@@ -1,6 +1,6 @@
-"""One problem's walk through the decode loop, with proposals made ahead of their acceptance.
+"""The decode of one problem, with proposals made ahead of their acceptance.
 
-The walk yields lists of requests and goes on when they are answered. Along one trajectory neither a
+It yields lists of requests and goes on when they are answered. Along one trajectory neither a
 position's descent nor its draw depends on anything later, and a rejection changes nothing for the next
 position: so several proposals are rolled out and scored together, and the first accepted in order wins.
 """
@@ -9,53 +9,67 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
+from typing import NamedTuple
 
 import torch
 
 from nabla_fast.decode.batched.executor import Executor
-from nabla_fast.decode.batched.pools import Held
+from nabla_fast.decode.batched.pools import SequenceGroups
 from nabla_fast.decode.batched.requests import Descend, Gradient, RollOut, Score
 from nabla_fast.decode.continuation import Continuation
-from nabla_fast.decode.problem import Problem
-from nabla_fast.decode.reference.loop import Decoded
+from nabla_fast.decode.descent import initial_parameter, parameter_logits, soft_step_
+from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.relaxed import Relaxed
 from nabla_fast.decode.sampling import TokenRows, seeded
+from nabla_fast.decode.selection import (
+    first_position,
+    needs_gradient,
+    selected_by_norm,
+    selected_by_statistics,
+)
 from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.errors import ModelError
 from nabla_fast.models.paged_kv import PagedSequence
-from nabla_fast.ops import AdamState, GumbelNoise, logits_backward
-from nabla_fast.ops.adam import adam_step_
-from nabla_fast.ops.softmax import softmax_gradient
+from nabla_fast.ops import AdamState, GumbelNoise, TokenStats
 from nabla_fast.results import Revision, Stats
 
 Request = RollOut | Score | Gradient | Descend
 Ask = Generator[list[Request], None, None]
 
-MOST_AHEAD = 8
+MOST_PROPOSALS = 8  # at once along one trajectory
 
 
-class Walk:
-    """The state of one problem; its sequences are of the groups in ``held``, whose owner frees them.
+class Proposal(NamedTuple):
+    """A token that would change the current trajectory."""
+
+    offset: int  # in the current continuation
+    token: int
+
+
+class ProblemState:
+    """The state of one problem.
 
     Args:
-        ahead: proposals to make at once; None follows the acceptance rate seen, and
-        company: how many walks there are just now: many fill a batch without guesses.
+        groups: where its sequences come from; the caller frees them.
+        proposals: how many to make at once; None follows the acceptance rate seen.
+        active_problems: how many problems are decoded just now: many fill a batch without guesses.
     """
 
     def __init__(
         self,
         executor: Executor,
-        held: Held,
+        groups: SequenceGroups,
         problem: Problem,
         stats: Stats,
-        ahead: int | None = None,
-        company: Callable[[], int] = lambda: 1,
+        proposals: int | None = None,
+        active_problems: Callable[[], int] = lambda: 1,
     ):
-        self._run, self._config, self._held = executor, executor.config, held
+        self._run, self._config, self._groups = executor, executor.config, groups
         self._problem, self._stats = problem, stats
-        self._ahead, self._company = ahead, company
+        self._proposals, self._active_problems = proposals, active_problems
         self._has_reward = executor.rm is not None
         self._rejection = self._config.rejection and self._has_reward
+        self._frozen_prefix = executor.accelerations.frozen_prefix
         self._response: list[int] = []  # committed tokens
         self._current: Continuation | None = None
         self._sequence: PagedSequence | None = None  # the LM's, of prompt, response and continuation
@@ -68,17 +82,18 @@ class Walk:
     def steps(self) -> Generator[list[Request], None, Decoded]:
         """Yield requests until the response is decoded."""
         config, stats, problem = self._config, self._stats, self._problem
-        lm = self._held.lm.sequence()
+        lm = self._groups.lm.sequence()
         first = RollOut(problem, stats, lm, 0, [], problem.seed, [])
         stats.generations = stats.rounds = 1
         yield [first]
         lm.free()
         self._current, self._sequence = first.continuation, first.sequence
         while self._current.tokens and stats.generations < config.max_generations:
-            proposals, examined = yield from self._propose()
+            proposals, unchanged, examined = yield from self._propose()
             if not proposals:
+                stats.unchanged += len(unchanged)
                 break
-            yield from self._judge(proposals, examined)
+            yield from self._judge(proposals, unchanged, examined)
             if problem.finish_reason(self._response):
                 break
         response = self._response + self._current.tokens
@@ -98,19 +113,22 @@ class Walk:
             return 1
         if not self._run.accelerations.speculation:
             return 1
-        if self._ahead is not None:
-            return min(self._ahead, left)
+        if self._proposals is not None:
+            return min(self._proposals, left)
         rate = (self._accepted + 1) / (self._proposed + 3)
-        most = MOST_AHEAD // self._company()
+        most = MOST_PROPOSALS // self._active_problems()
         return max(1, min(left, most, 1 + int(math.log(0.5) / math.log1p(-rate))))
 
-    def _propose(self) -> Generator[list[Request], None, tuple[list[tuple[int, int]], int]]:
-        """The next (offset, token) pairs along the current trajectory that would change a token.
+    def _propose(self) -> Generator[list[Request], None, tuple[list[Proposal], list[int], int]]:
+        """The next proposals along the current trajectory.
 
-        And the offset up to which every other position keeps its token if all of them are rejected.
+        Returns:
+            The proposals; the offsets whose redraw gave the token already there; and the offset up to
+            which the current trajectory stays if all proposals are rejected.
         """
         wanted = self._width()
-        proposals: list[tuple[int, int]] = []
+        proposals: list[Proposal] = []
+        unchanged: list[int] = []
         start = 0
         while len(proposals) < wanted:
             offsets = []
@@ -129,29 +147,28 @@ class Walk:
             tokens = yield from self._resample(offsets)
             for offset, token in zip(offsets, tokens, strict=True):
                 if token != self._current.tokens[offset]:
-                    proposals.append((offset, token))
-        return proposals, start
+                    proposals.append(Proposal(offset, token))
+                else:
+                    unchanged.append(offset)
+        return proposals, unchanged, start
 
     def _next_selected(self, start: int) -> Generator[list[Request], None, int | None]:
         """The first offset from ``start`` on that meets every condition set."""
         config, current = self._config, self._current
         if start >= len(current.tokens):
             return None
-        selected = torch.ones(len(current.tokens) - start, dtype=torch.bool, device=current.hard.device)
-        if config.confidence_threshold is not None:
-            selected &= current.stats.confidence[start:] <= config.confidence_threshold
-        if config.entropy_threshold is not None:
-            selected &= current.stats.entropy[start:] >= config.entropy_threshold
-        if config.grad_threshold is not None and bool(selected.any()):
+        part = TokenStats(*(values[start:] for values in current.stats))
+        selected = selected_by_statistics(config, part)
+        if needs_gradient(config, selected):
             if self._reward is None and self._has_reward:
                 yield from self._score_current()
             gradient = (yield from self._gradients([(start, self._relaxed(start))]))[0]
-            selected &= self._run.norms(gradient) >= config.grad_threshold
-        offsets = selected.nonzero()
-        return start + int(offsets[0]) if len(offsets) else None
+            selected = selected_by_norm(config, selected, self._run.norms(gradient))
+        offset = first_position(selected)
+        return None if offset is None else start + offset
 
     def _relaxed(self, offset: int) -> Relaxed:
-        """What is relaxed from an offset on, before any step."""
+        """y of the positions from an offset on, before any step."""
         if self._config.relaxation == "soft":
             return Relaxed(logits=self._run.lm.logits(self._current.hidden[offset:]), tau=self._config.tau)
         return Relaxed(tokens=self._current.hard[offset:])
@@ -159,10 +176,10 @@ class Walk:
     def _gradients(
         self, asked: list[tuple[int, Relaxed]], purpose: str = "gradient"
     ) -> Generator[list[Request], None, list[TrajectoryGradient]]:
-        """G of what is relaxed from each offset on, from the store where it is there.
+        """G of the relaxed positions from each offset on, from the store where it is there.
 
-        With hard tokens ℒ depends on the sequence alone, and what stands before a position does not
-        depend on it: one gradient serves every position behind the one it was computed from.
+        With hard tokens ℒ depends on the sequence alone, and the terms before a position do not
+        depend on it: one gradient serves every position after the one it was computed from.
         """
         found: list[TrajectoryGradient | None] = [None] * len(asked)
         needed: list[tuple[int, tuple[int, ...], Gradient]] = []
@@ -209,19 +226,15 @@ class Walk:
         hidden = torch.cat(
             [current.hidden[offset : offset + count] for offset, count in zip(offsets, counts, strict=True)]
         )
-        if config.parameter == "logits":
-            parameter = lm.logits(hidden)
-        else:
-            parameter = hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True)
+        parameter = initial_parameter(config, hidden, lm.head)
         parameters = list(parameter.split(counts))
         if config.relaxation == "soft":
             yield from self._descend_soft(offsets, parameters)
         else:
             yield from self._descend_hard(offsets, parameters)
         rows = torch.cat([parameter[:1] for parameter in parameters])
-        if config.parameter == "latents":
-            rows = lm.logits(rows)
-        drawn_from = TokenRows(rows.cpu(), config.resample_sampling)
+        logits = parameter_logits(config, rows, lm.head)
+        drawn_from = TokenRows(logits.cpu(), config.resample_sampling)
         start = self._problem.seed + len(self._response)
         return [drawn_from.draw(n, seeded(start + offset)) for n, offset in enumerate(offsets)]
 
@@ -264,29 +277,19 @@ class Walk:
         config, run = self._config, self._run
         logits = [self._relaxed(offset).logits.clone() for offset in offsets]
         states = [AdamState.zeros(parameter) for parameter in parameters]
-        for step in range(config.iters):
+        for rate in run.schedule:
             asked = [(o, Relaxed(logits=z, tau=config.tau)) for o, z in zip(offsets, logits, strict=True)]
             gradients = yield from self._gradients(asked)
             self._stats.llm_calls += 4 * len(offsets)
-            for n, gradient in enumerate(gradients):
-                count = len(parameters[n])
-                z = logits[n][:count]
-                dz = softmax_gradient(
-                    torch.softmax(z / config.tau, dim=-1),
-                    gradient.rows(count),
-                    z.argmax(dim=-1),
-                    config.tau,
-                )
-                if config.parameter == "latents":
-                    dz = logits_backward(dz, run.lm.head)
-                adam_step_(parameters[n], dz, states[n], run.schedule[step].expand(count))
-                moved = parameters[n] if config.parameter == "logits" else run.lm.logits(parameters[n])
-                logits[n][:count] = moved
+            for parameter, z, state, gradient in zip(parameters, logits, states, gradients, strict=True):
+                count = len(parameter)
+                rows = gradient.rows(count)
+                soft_step_(config, parameter, z[:count], rows, state, rate, run.lm.head)
 
     # -- judgement ---------------------------------------------------------------------------------
 
     def _score_current(self) -> Ask:
-        base = self._rm_sequence or self._held.rm.sequence()
+        base = self._rm_sequence or self._groups.rm.sequence()
         request = Score(self._problem, self._stats, base, 0, self._response + self._current.tokens)
         yield [request]
         base.free()
@@ -299,62 +302,80 @@ class Walk:
             )
         return request.reward
 
-    def _judge(self, proposals: list[tuple[int, int]], examined: int) -> Ask:
+    def _judge(self, proposals: list[Proposal], unchanged: list[int], examined: int) -> Ask:
         """Roll out and score proposals; commit up to the first accepted, or all that was examined."""
-        problem, stats, current = self._problem, self._stats, self._current
-        frozen = self._run.accelerations.frozen_prefix
-        befores = [self._response + current.tokens[:offset] for offset, _ in proposals]
-        responses = [[*before, token] for before, (_, token) in zip(befores, proposals, strict=True)]
-        rolls = [
-            RollOut(
-                problem,
-                stats,
-                self._sequence,
-                len(problem.prompt_ids) + len(before) if frozen else 0,
-                response,
-                problem.seed + len(before),
-                current.tokens[offset + 1 :],
-            )
-            for (offset, _), before, response in zip(proposals, befores, responses, strict=True)
-        ]
-        going = [roll for roll in rolls if problem.finish_reason(roll.response) is None]
-        if going:
-            yield going
-        for roll in rolls:
-            if roll.continuation is None:
-                roll.continuation = Continuation.empty(self._run.lm)
-        stats.rounds += 1
-        scores: list[Score | None] = [None] * len(rolls)
-        if self._rejection:
-            if not self._run.accelerations.company:
-                yield from self._score_current()
-            scores = [
-                Score(
-                    problem,
-                    stats,
-                    self._rm_sequence,
-                    len(problem.reward_prefix) + len(before) if frozen else 0,
-                    roll.response + roll.continuation.tokens,
-                )
-                for before, roll in zip(befores, rolls, strict=True)
-            ]
-            yield scores
-            stats.llm_calls += 2 * len(scores)
+        stats, committed = self._stats, len(self._response)
+        rolls = yield from self._roll_out(proposals)
+        scores = yield from self._score(rolls)
         winner = None
-        for n, ((offset, token), score) in enumerate(zip(proposals, scores, strict=True)):
+        for n, (proposal, score) in enumerate(zip(proposals, scores, strict=True)):
             stats.generations += 1
             self._proposed += 1
-            after = None if score is None else self._finite(score)
-            accepted = score is None or after > self._reward
-            before = self._reward if score is not None else None
-            old = current.tokens[offset]
-            self.revisions.append(Revision(len(befores[n]), old, token, before, after, accepted))
+            reward_before = None if score is None else self._reward
+            reward_after = None if score is None else self._finite(score)
+            accepted = score is None or reward_after > reward_before
+            old = self._current.tokens[proposal.offset]
+            position = committed + proposal.offset
+            self.revisions.append(
+                Revision(position, old, proposal.token, reward_before, reward_after, accepted)
+            )
             if accepted:
                 winner = n
                 self._accepted += 1
                 break
             stats.rejections += 1
+        # Redraws after the accepted proposal are of positions that the sequential loop never optimized.
+        end = examined if winner is None else proposals[winner].offset
+        stats.unchanged += sum(offset < end for offset in unchanged)
         self._commit(rolls, scores, winner, examined)
+
+    def _roll_out(self, proposals: list[Proposal]) -> Generator[list[Request], None, list[RollOut]]:
+        """Rollouts of the proposals, each from the prefix that it shares with the current trajectory."""
+        problem, current = self._problem, self._current
+        rolls = []
+        for offset, token in proposals:
+            before = self._response + current.tokens[:offset]
+            frozen = len(problem.prompt_ids) + len(before) if self._frozen_prefix else 0
+            rolls.append(
+                RollOut(
+                    problem,
+                    self._stats,
+                    self._sequence,
+                    frozen,
+                    [*before, token],
+                    problem.seed + len(before),
+                    current.tokens[offset + 1 :],
+                )
+            )
+        unfinished = [roll for roll in rolls if problem.finish_reason(roll.response) is None]
+        if unfinished:
+            yield unfinished
+        for roll in rolls:
+            if roll.continuation is None:
+                roll.continuation = Continuation.empty(self._run.lm)
+        self._stats.rounds += 1
+        return rolls
+
+    def _score(self, rolls: list[RollOut]) -> Generator[list[Request], None, list[Score | None]]:
+        """Scores of the rollouts; None without a rejection step."""
+        if not self._rejection:
+            return [None] * len(rolls)
+        if not self._run.accelerations.batching:
+            yield from self._score_current()
+        problem = self._problem
+        scores = [
+            Score(
+                problem,
+                self._stats,
+                self._rm_sequence,
+                len(problem.reward_prefix) + len(roll.response) - 1 if self._frozen_prefix else 0,
+                roll.response + roll.continuation.tokens,
+            )
+            for roll in rolls
+        ]
+        yield scores
+        self._stats.llm_calls += 2 * len(scores)
+        return scores
 
     def _commit(
         self, rolls: list[RollOut], scores: list[Score | None], winner: int | None, examined: int
@@ -383,5 +404,5 @@ class Walk:
         score = scores[winner]
         self._reward = None if score is None else score.reward
         self._rm_sequence = None if score is None else score.sequence
-        # What was computed along the old trajectory is not asked for again.
+        # Gradients along the old trajectory are not asked for again.
         self._store.clear()

@@ -1,4 +1,4 @@
-"""What a problem's walk asks for, so that the same asks of many problems run as one batch."""
+"""Requests of one problem, so that requests of the same kind of many problems run as one batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Request:
         self.stats.passes_for[self.purpose] = self.stats.passes_for.get(self.purpose, 0) + tokens
 
     def discard(self) -> None:
-        """Count what it took as spent in vain."""
+        """Count the token passes that it took as discarded."""
         counts = self.stats.passes_for
         counts[self.purpose] = counts.get(self.purpose, 0) - self.passes
         counts["discarded"] = counts.get("discarded", 0) + self.passes
@@ -38,14 +38,14 @@ class _Request:
 
 @dataclass(eq=False)
 class RollOut(_Request):
-    """Roll out behind ``response``.
+    """A rollout after ``response``.
 
     Attributes:
-        base: what has been read of prompt and response; a fork of it is extended.
+        base: the LM's sequence over prompt and response; a fork of it is extended.
         shared: tokens of ``base`` that hold for this rollout.
         response: tokens of the response before the first free one.
         seed: of the rollout's generator.
-        draft: what the tokens may be: those of the trajectory to be replaced, position by position.
+        draft: likely tokens, position by position: those of the trajectory to be replaced.
         continuation: the answer.
         sequence: the answer: the LM's keys and values of all but the last token.
     """
@@ -62,10 +62,10 @@ class RollOut(_Request):
 
 @dataclass(eq=False)
 class Score(_Request):
-    """Reward of a response.
+    """A response to be scored.
 
     Attributes:
-        base: what the reward model has read of prefix and response; a fork of it is extended.
+        base: the reward model's sequence over prefix and response; a fork of it is extended.
         shared: tokens of ``base`` that hold for this response.
         response: all its tokens.
         reward: the answer.
@@ -87,7 +87,7 @@ class Gradient(_Request):
     Attributes:
         response: tokens before the first relaxed position.
         hidden: [1, H], the LM's state that predicts the first position.
-        lm_base, rm_base: what the models have read; prefixes of them are read as constants.
+        lm_base, rm_base: the models' sequences; their first tokens are the frozen prefix.
         relaxed: y of the L positions.
         purpose: "gradient" or "flip".
         gradient: the answer.

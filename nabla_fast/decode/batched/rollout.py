@@ -13,7 +13,7 @@ from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched.drafting import Drafting
 from nabla_fast.decode.batched.requests import RollOut
 from nabla_fast.decode.continuation import Continuation
-from nabla_fast.decode.failures import concerning
+from nabla_fast.decode.failures import attributed_to
 from nabla_fast.decode.sampling import Generator, next_tokens, seeded
 from nabla_fast.models import LanguageModel
 from nabla_fast.models.paged_kv import PagedSequence
@@ -90,7 +90,7 @@ def roll_out(
     it: a draft's token stays if it is the one the row's generator draws there.
 
     Raises:
-        RequestFailed: a request's logits are not finite; its cause is a RowError.
+        RequestFailure: a request's logits are not finite; its cause is a RowError.
     """
     rows = [_row(request) for request in requests]
     try:
@@ -168,7 +168,7 @@ def _step(
         kept = 0
         while True:
             if bad:
-                with concerning(request):
+                with attributed_to(request):
                     report("rollout", row_status(logits[start + kept : start + kept + 1]))
             token = next_token.draw(start + kept, row.generator)
             if len(row.tokens) < len(request.draft):

@@ -11,37 +11,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.continuation import Continuation
-from nabla_fast.decode.problem import Problem
+from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.reference.gradient import GradientModel
 from nabla_fast.decode.reference.optimizer import TextualOptimizer
 from nabla_fast.decode.reference.rollout import Roller
 from nabla_fast.decode.sampling import draw, seeded
+from nabla_fast.decode.selection import (
+    first_position,
+    needs_gradient,
+    selected_by_norm,
+    selected_by_statistics,
+)
 from nabla_fast.decode.timing import PeakMemory, timed
 from nabla_fast.errors import ModelError
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.ops import synchronize
 from nabla_fast.results import Revision, Stats
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A finished response.
-
-    Attributes:
-        tokens: with an EOS where it ended in one.
-        reward: of prompt and response, or None without a reward model.
-        revisions: every proposal, in order.
-    """
-
-    tokens: list[int]
-    reward: float | None
-    revisions: list[Revision]
 
 
 class SequentialLoop:
@@ -94,6 +84,8 @@ class SequentialLoop:
                 accepted = not self._rejection or reward_after > reward
                 revisions.append(Revision(len(committed), old, new, reward, reward_after, accepted))
                 stats.rejections += not accepted
+            else:
+                stats.unchanged += 1
             if accepted:
                 committed.append(new)
                 current, reward = proposed, reward_after
@@ -144,20 +136,14 @@ class SequentialLoop:
     ) -> int | None:
         """Index of the first position that meets every condition set, or None."""
         config = self._config
-        selected = torch.ones_like(current.hard, dtype=torch.bool)
-        if config.confidence_threshold is not None:
-            selected &= current.stats.confidence <= config.confidence_threshold
-        if config.entropy_threshold is not None:
-            selected &= current.stats.entropy >= config.entropy_threshold
-        # The gradient is the dear condition: asked for only where the others leave something.
-        if config.grad_threshold is not None and bool(selected.any()):
+        selected = selected_by_statistics(config, current.stats)
+        if needs_gradient(config, selected):
             if config.relaxation == "soft":
                 gradient = self._gradients.soft(problem, committed, self._lm.logits(current.hidden), stats)
             else:
                 gradient = self._gradients.hard(problem, committed, current.hard, stats)
-            selected &= gradient.norms() >= config.grad_threshold
-        positions = selected.nonzero()
-        return int(positions[0]) if len(positions) else None
+            selected = selected_by_norm(config, selected, gradient.norms())
+        return first_position(selected)
 
     def _resample(self, problem: Problem, committed: list[int], current: Continuation, stats: Stats) -> int:
         """Optimize the trajectory from its first position on, and draw that position's token."""

@@ -1,4 +1,4 @@
-"""Gradient descent on the relaxed tokens of a trajectory: DTO."""
+"""Gradient descent on the relaxed tokens of one trajectory: DTO."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import torch
 from torch import Tensor
 
 from nabla_fast.config import DTOConfig
+from nabla_fast.decode.descent import (
+    hard_descent_,
+    initial_parameter,
+    learning_rates,
+    parameter_logits,
+    soft_step_,
+)
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.reference.gradient import GradientModel
 from nabla_fast.decode.timing import timed
-from nabla_fast.ops import (
-    AdamState,
-    Descent,
-    GumbelNoise,
-    cosine_schedule,
-    dto_descent,
-    dto_descent_latents,
-    lm_logits,
-    logits_backward,
-)
-from nabla_fast.ops.adam import adam_step_
-from nabla_fast.ops.softmax import softmax_gradient
+from nabla_fast.ops import AdamState, GumbelNoise
 from nabla_fast.results import Stats
 
 
@@ -31,25 +27,15 @@ class TextualOptimizer:
         self._gradients = gradients
         self._config = config
         self._head = gradients.lm.head
-        self._schedule = cosine_schedule(
-            config.iters, config.lr, min_ratio=config.min_lr_ratio, warmup_steps=config.warmup_steps
-        ).to(gradients.lm.device)
+        self._schedule = learning_rates(config, gradients.lm.device)
 
     def initial(self, hidden: Tensor) -> Tensor:
-        """The parameter of rollout positions whose predicting hidden states are given, fp32 or wider.
-
-        Args:
-            hidden: [n, H] in the model's dtype.
-        Returns:
-            [n, V] logits or [n, H] latents, a new tensor.
-        """
-        if self._config.parameter == "logits":
-            return lm_logits(hidden, self._head)
-        return hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True)
+        """The parameter [n, V or H] of positions that hidden states [n, H] predict, a new tensor."""
+        return initial_parameter(self._config, hidden, self._head)
 
     def logits(self, parameter: Tensor) -> Tensor:
-        """z of a parameter, [n, V]."""
-        return parameter if self._config.parameter == "logits" else lm_logits(parameter, self._head)
+        """z [n, V] of a parameter."""
+        return parameter_logits(self._config, parameter, self._head)
 
     @torch.no_grad()
     def optimize_hard_(
@@ -74,29 +60,25 @@ class TextualOptimizer:
         count = parameter.shape[0]
         state = AdamState.zeros(parameter)
         group = torch.zeros_like(state.step)
-        part = None if noise is None else GumbelNoise(noise.seed[:count], noise.position[:count])
+        rows_noise = None if noise is None else GumbelNoise(noise.seed[:count], noise.position[:count])
         while True:
             with timed(stats, "gradient"):
                 gradient = self._gradients.hard(problem, committed, tokens, stats).rows(count)
                 stats.llm_calls += 4
             with timed(stats, "descent"):
-                descent = self._descend(parameter, gradient, state, group, part)
+                descent = hard_descent_(
+                    self._config,
+                    parameter,
+                    gradient,
+                    state,
+                    self._schedule,
+                    self._head,
+                    group=group,
+                    noise=rows_noise,
+                )
                 tokens[:count] = descent.token
                 if int(state.step[0]) == self._config.iters:
                     return
-
-    def _descend(
-        self,
-        parameter: Tensor,
-        gradient: Tensor,
-        state: AdamState,
-        group: Tensor,
-        noise: GumbelNoise | None,
-    ) -> Descent:
-        options = {"group": group, "tau": self._config.tau, "noise": noise}
-        if self._config.parameter == "logits":
-            return dto_descent(parameter, gradient, state, self._schedule, **options)
-        return dto_descent_latents(parameter, self._head, gradient, state, self._schedule, **options)
 
     @torch.no_grad()
     def optimize_soft_(
@@ -115,19 +97,10 @@ class TextualOptimizer:
         """
         count = parameter.shape[0]
         state = AdamState.zeros(parameter)
-        for step in range(self._config.iters):
+        for rate in self._schedule:
             with timed(stats, "gradient"):
                 trajectory = self._gradients.soft(problem, committed, logits, stats)
                 stats.llm_calls += 4
             with timed(stats, "descent"):
-                z = logits[:count]
-                gradient = self._softmax_gradient(z, trajectory.rows(count))
-                if self._config.parameter == "latents":
-                    gradient = logits_backward(gradient, self._head)
-                adam_step_(parameter, gradient, state, self._schedule[step].expand(count))
-                logits[:count] = self.logits(parameter)
-
-    def _softmax_gradient(self, z: Tensor, grad: Tensor) -> Tensor:
-        return softmax_gradient(
-            torch.softmax(z / self._config.tau, dim=-1), grad, z.argmax(dim=-1), self._config.tau
-        )
+                rows = trajectory.rows(count)
+                soft_step_(self._config, parameter, logits[:count], rows, state, rate, self._head)
