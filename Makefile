@@ -17,13 +17,17 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(INSTALLED)
 	$(BIN)/nabla-fast demo
 
-# With a compiler at hand a missing extension is a failure, not a reason to skip its tests.
-test: $(INSTALLED)
-	$(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),NABLA_FAST_REQUIRE_NATIVE=1) $(BIN)/pytest
+# Tests run in WORKERS processes of one thread each. With a compiler at hand a missing extension is a
+# failure, not a reason to skip its tests.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
-# Hundreds of random decodes through both loops; about ten minutes.
+test: $(INSTALLED)
+	$(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),NABLA_FAST_REQUIRE_NATIVE=1) $(PYTEST)
+
+# Hundreds of random decodes through both loops, kernels at large sizes in Triton's interpreter.
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 bench: $(INSTALLED)
 	$(BIN)/nabla-fast bench kernels

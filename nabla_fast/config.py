@@ -1,4 +1,4 @@
-"""What a decode can be told: frozen, validated at construction."""
+"""Settings of a decode: frozen, validated at construction."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def run_process(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_SECONDS)
         finally:
-            # What it started may outlive it, and hold memory of the GPU.
+            # Its children may outlive it, and hold memory of the GPU.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

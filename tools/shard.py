@@ -14,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Behind the selection by marks, so that what is left is shared evenly.
+    # After the selection by marks, so that the tests left are shared evenly.
     number, shards = map(int, config.getoption("--shard").split("/"))
     others = [item for n, item in enumerate(items) if n % shards != number]
     config.hook.pytest_deselected(items=others)

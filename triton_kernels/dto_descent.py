@@ -26,7 +26,7 @@ _SHARE1, _BETA2, _SHARE2, _EPSILON = (tl.constexpr(x) for x in (1 - BETA1, BETA2
 
 TILE = 2048  # tokens of a slice; results depend on it
 _WARPS = 16
-# What is known of a row: its token, steps taken in this call, and flags; a bad row's code stands
+# A row's record: its token, steps taken in this call, and flags; a bad row's code stands
 # above the flags.
 _RECORD = tl.constexpr(3)
 _DONE, _FLIPPED = tl.constexpr(1), tl.constexpr(2)

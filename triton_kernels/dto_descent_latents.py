@@ -29,7 +29,7 @@ from .dto_descent import _DONE, _FLIPPED, _STATUS_SHIFT, adam_rates, adam_step, 
 _PART = 64  # of a row of h, for one program
 _SPLITS = 64  # whose sums over w are joined at a time
 _PARTIAL_BYTES = 1 << 28  # of sums over w that exist at a time
-# Of a row's next step: largest y, G[token], 1/(S τ), ⟨p, G⟩ − G[token], Adam's two factors.
+# A row's next step: largest y, G[token], 1/(S τ), ⟨p, G⟩ − G[token], Adam's two factors.
 _STEP_FIELDS = tl.constexpr(6)
 _NEVER = 1 << 30  # when a team stops that has not
 

@@ -15,14 +15,14 @@ from .common.exponential import exp, inverse_parts, scaled
 from .common.products import operands, tile_arguments, tile_of, upcast, vocabulary_tile
 
 _TILE = 4096  # tokens of a slice of logits
-# What follows a product holds several tiles in registers: smaller ones than of a product alone.
+# Statistics after a product hold several tiles in registers: smaller ones than of a product alone.
 _TILES = {
     "half": {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
     "split": {"ROWS": 64, "COLUMNS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
     "float32": {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
 }
 _JOINED = 1024  # slices joined at a time
-# Of a slice: the largest logit; its token, less _NAN if a logit is NaN; how many tokens are at the
+# Sums of a slice: the largest logit; its token, less _NAN if a logit is NaN; how many tokens are at the
 # largest; over the others Σ exp(x) and Σ x exp(x), x = (z − largest)/τ. Tokens at the largest are
 # counted apart: added to 1, a sum below 2⁻²⁴ would be lost, and with it the entropy of a peaked row.
 _FIELDS = tl.constexpr(5)

@@ -38,7 +38,7 @@ def encode_text(text: str) -> bytes:
 
 
 def encode_prompt(problem: Problem) -> bytes:
-    """What the chat template makes of the problem, up to the assistant's first token."""
+    """The chat template's rendering of the problem, up to the assistant's first token."""
     return bytes([USER_ID]) + encode_text(render(problem)) + bytes([END_ID, ASSISTANT_ID])
 
 

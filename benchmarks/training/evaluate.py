@@ -1,4 +1,4 @@
-"""What the model card reports: accuracy of the policy, ranking by the reward model."""
+"""Figures of the model card: accuracy of the policy, ranking by the reward model."""
 
 from __future__ import annotations
 

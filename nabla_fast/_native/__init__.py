@@ -1,4 +1,4 @@
-"""The C++ kernels (``nabla_fast._C``) behind plain functions on CPU tensors.
+"""The C++ kernels (``nabla_fast._C``) as plain functions on CPU tensors.
 
 The extension is optional and loaded at the first call. Each function takes tensors that are right for
 it, as the ops that call it have checked, and raises ValueError for what the C interface refuses.

@@ -31,7 +31,7 @@ def _steps(
     tau: float,
     noise: tuple[Tensor, Tensor] | None,
 ) -> tuple[int | float, ...]:
-    """What both kernels take of a descent's options, in their order."""
+    """A descent's options as both kernels take them, in their order."""
     return (
         schedule.data_ptr(),
         schedule.shape[-1],

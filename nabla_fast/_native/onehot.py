@@ -109,7 +109,7 @@ def linear_token_stats(
     head: Tensor,  # [V, H]
     tau: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`token_stats` returns for the logits hidden·headᵀ, which are not stored.
+    """Statistics as of :func:`token_stats` of the logits hidden·headᵀ, which are not stored.
 
     Raises ValueError for a tau not in [2^-64, 2^64]; RuntimeError where the extension is missing.
     """

@@ -24,7 +24,7 @@ from nabla_fast.decode.reference.loop import SequentialLoop
 # A side slower than the first is timed once, and one slower than the second by its first run.
 _SLOW_SECONDS, _SLOWEST_SECONDS = 8.0, 30.0
 
-# Of the accelerations, in the order of their fields.
+# Letters of the accelerations, in the order of their fields.
 LETTERS = dict(zip((field.name for field in fields(Accelerations)), "ABCDEFG", strict=True))
 
 OnSide = Callable[[str], None]
@@ -133,7 +133,7 @@ def measure(case: Case, repeats: int = 3, on_side: OnSide = lambda name: None) -
     if "release_form" in seconds:
         entry["speedup_over_release_form"] = seconds["release_form"] / fast
         done = runs["release_form"]
-        # Of the passes over [L, V] alone: to be compared with the release's own.
+        # The passes over [L, V] alone, to be compared with the release's own.
         step = statistics.median(run.stages()["descent"] / run.steps for run in done if run.steps)
         entry["release_form"] |= {"steps": done[0].steps, "seconds_a_step": step}
     entry["stage_seconds"] = {

@@ -1,4 +1,4 @@
-"""What the decode benchmark decodes: prompts, a pair of models, a configuration."""
+"""Cases of the decode benchmark: prompts, a pair of models, a configuration."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Run:
         seconds: wall-clock.
         stats: one a problem, or one a batch of Best-of-N.
         tokens: responses by problem; None for Best-of-N.
-        trajectories: continuations that were walked along: the first of each problem, and the accepted.
+        trajectories: continuations that were followed: the first of each problem, and the accepted.
         steps: of descents, where the loop counts them.
     """
 
@@ -41,11 +41,11 @@ class Run:
         return sum(getattr(s, name) for s in self.stats)
 
     def token_passes(self) -> int:
-        """Of both models, of all problems."""
+        """Token passes of both models, of all problems."""
         return sum(sum(s.token_passes.values()) for s in self.stats)
 
     def shares(self) -> dict[str, float]:
-        """Of the token passes, by what they served."""
+        """Shares of the token passes, by what they served."""
         counts: dict[str, int] = {}
         for s in self.stats:
             for purpose, count in s.passes_for.items():

@@ -28,7 +28,7 @@ class Timing:
 
     @classmethod
     def of(cls, milliseconds: list[float]) -> Timing:
-        """Of at least one run."""
+        """Statistics of at least one run."""
         ordered = sorted(milliseconds)
         last = len(ordered) - 1
         return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
@@ -120,7 +120,7 @@ def give_memory_back() -> None:
 
 
 def _bytes_of(results: list[Tensor]) -> int:
-    """Of the memory behind ``results``, what several share counted once."""
+    """Bytes of the memory of ``results``, shared memory counted once."""
     storages = {result.untyped_storage().data_ptr(): result.untyped_storage() for result in results}
     return sum(storage.nbytes() for storage in storages.values())
 

@@ -25,7 +25,7 @@ from nabla_fast.ops import cosine_schedule
 from nabla_fast.ops.adam import BETA1, BETA2, EPSILON
 from nabla_fast.results import Stats
 
-# What the release's inner loop is known for; the other settings would be another program.
+# Settings that the release's inner loop is known for; others would be another program.
 _ONLY = {"parameter": "logits", "update": "first", "relaxation": "straight_through"}
 
 

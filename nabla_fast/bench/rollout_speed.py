@@ -82,7 +82,7 @@ def _generate(
     seconds = 0.0
     with torch.random.fork_rng(devices=[]):
         try:
-            # What generate() finds missing in its argument it takes from the model's own: an EOS, say.
+            # Fields missing from generate()'s argument are taken from the model's own: an EOS, say.
             model.generation_config = config
             for problem in problems:
                 torch.manual_seed(problem.seed)

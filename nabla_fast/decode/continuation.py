@@ -12,7 +12,7 @@ from nabla_fast.decode.problem import Problem
 from nabla_fast.models import LanguageModel
 from nabla_fast.ops import GumbelNoise, TokenStats, synchronize, token_stats
 from nabla_fast.ops.gumbel_noise import perturbed
-from nabla_fast.ops.rows import blocks
+from nabla_fast.ops.rows import row_slices
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Continuation:
                 perturbed(lm.logits(hidden[rows]), GumbelNoise(*(key[rows] for key in noise))).argmax(
                     dim=-1
                 )
-                for rows in blocks(len(tokens), lm.vocabulary)
+                for rows in row_slices(len(tokens), lm.vocabulary)
             ]
         )
         return cls(tokens, hidden, stats, hard, noise)

@@ -16,7 +16,7 @@ Chat = Sequence[Mapping[str, str]]
 Prompt = str | Chat | Sequence[int]
 RewardContext = tuple[Sequence[int], Sequence[int]]
 
-# Stands for a response while a chat template is asked what it puts behind one.
+# Placeholder for a response, to see what a chat template puts after one.
 _RESPONSE = "nabla response placeholder"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nabla_fast.models.tables import TokenTable
 from nabla_fast.ops import embedding_mix, lm_logits, logits_backward, nll_grad
-from nabla_fast.ops.rows import blocks
+from nabla_fast.ops.rows import row_slices
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Relaxed:
             tokens = self.tokens[start : start + len(states)]
             return nll_grad(states, head, tokens).to(states.dtype)
         gradients = []
-        for block in blocks(len(states), head.shape[0]):
+        for block in row_slices(len(states), head.shape[0]):
             part, rows = states[block], slice(start + block.start, start + block.stop)
             pi = lm_logits(part, head).softmax(dim=-1)
             pi -= torch.softmax(self.logits[rows] / self.tau, dim=-1)

@@ -72,7 +72,7 @@ def _races() -> bool:
 
 
 class TokenRows:
-    """What next tokens are drawn from: rows of softmax(top_p(top_k(z / T))), or their argmax.
+    """Distributions of next tokens: rows of softmax(top_p(top_k(z / T))), or their argmax.
 
     Top-k keeps every token that ties with the k-th; top-p works on what top-k left and drops the
     least likely tokens whose cumulative mass is ≤ 1 − p, never the last one left; of equally likely
@@ -163,7 +163,7 @@ def _without_tail(tokens: Tensor, values: Tensor, top_p: float) -> list[tuple[Te
 
 
 def _softmax(values: Tensor) -> Tensor:
-    """Of rows of few tokens, for which torch's own would wake all threads."""
+    """Softmax of rows of few tokens, for which torch's own would wake all threads."""
     shares = (values - values.amax(dim=1, keepdim=True)).exp_()
     return shares.div_(shares.sum(dim=1, keepdim=True))
 

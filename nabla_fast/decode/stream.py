@@ -85,7 +85,7 @@ class ResultStream(Iterator[tuple[int, Result]]):
         return index, result
 
     def _fingerprint(self) -> list[tuple[int, int]]:
-        """What changes with any weight: where it lies, and how often it has been written to."""
+        """A value that changes with any weight: where each lies, and how often it has been written to."""
         return [(_address(p), p._version) for model in self._models for p in model.parameters()]
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ MAX_VALUE = 99
 FOUR_NUMBER_SHARE = 0.7  # of a split's sampled problems; the others have three numbers
 MAX_ANSWER_CHARS = 26  # three steps of dd+dd=dd and two commas
 
-# Of 100 hash buckets: the first 60 train the language model, the next 30 the reward model.
+# Hash buckets, of 100: the first 60 train the language model, the next 30 the reward model.
 _LM_BUCKETS, _RM_BUCKETS = 60, 30
 
 _STEP = re.compile(r"([1-9][0-9]?)([-+*])([1-9][0-9]?)=([1-9][0-9]?)")
@@ -172,7 +172,7 @@ def check(problem: Problem, answer: str) -> bool:
 
 
 def vote_key(answer: str) -> str | None:
-    """What self-consistency counts: the answer without the accidents of its order.
+    """The answer as self-consistency counts it, without the accidents of its order.
 
     Operands of ``+`` and ``*`` and the steps themselves are sorted, so two ways of writing the
     same computation are one vote. ``None``, no vote, for text that is not a list of steps; wrong

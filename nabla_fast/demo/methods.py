@@ -30,7 +30,7 @@ Advance = Callable[[int], None]
 
 @dataclass
 class MethodReport:
-    """What a method reached on the problems it has done, and what that cost.
+    """Answers, accuracy and cost of one method on the problems it has done.
 
     Attributes:
         correct: one flag a problem done.

@@ -1,4 +1,4 @@
-"""The language model and the reward model, each behind one face."""
+"""The language model and the reward model, each with one interface."""
 
 from nabla_fast.models.alignment import VocabularyAlignment
 from nabla_fast.models.language import LanguageModel

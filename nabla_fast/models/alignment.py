@@ -50,7 +50,7 @@ class VocabularyAlignment:
     ) -> VocabularyAlignment:
         """Match tokens by role (EOS, BOS, padding, unknown), then by decoded text, then by spelling.
 
-        The text of a token is what it adds behind a word: a leading space counts.
+        The text of a token is what it adds after a word: a leading space counts.
 
         Args:
             tokenizer: the LM's.
@@ -113,7 +113,7 @@ class VocabularyAlignment:
 
 
 def _text(tokenizer: Any, token: str) -> str:
-    """What a token adds to a text that ends in a word; alone, it might lose a leading space."""
+    """The text that a token adds after a word; alone, it might lose a leading space."""
     before = tokenizer.convert_tokens_to_string([_WORD])
     text = tokenizer.convert_tokens_to_string([_WORD, token])
     return text.removeprefix(before) if text.startswith(before) else ""

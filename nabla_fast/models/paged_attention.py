@@ -20,20 +20,20 @@ from nabla_fast.ops.prefix_attention import (
 
 IMPLEMENTATION = "nabla_paged"
 
-# What models pass to an attention function and what it can do without.
+# Arguments that models pass to an attention function and that do not change its result.
 _HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
 
 
 @dataclass
 class PagedPass:
-    """What the attention of every layer needs to know of a pass."""
+    """One pass over suffixes of paged prefixes, as the attention of every layer needs it."""
 
     pool: BlockPool
     tables: Tensor  # [B, M] int64
     lengths: Tensor  # [B] int64, of the prefixes
     slots: Tensor | None  # [T] int64, where the suffixes' keys and values are put; None: nowhere
     tokens: Tensor | None  # [2, T] row and position of each of these in the batch; None: no padding
-    # Of the ops, chosen in the layer that asks first.
+    # The ops' backends, chosen in the layer that asks first.
     backend: Callable[..., Tensor] | None = None
     backward_backend: Callable[..., SuffixGradient] | None = None
 

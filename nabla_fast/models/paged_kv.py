@@ -183,7 +183,7 @@ class PagedSequence:
         group.holding.add(self)
 
     def extend(self, count: int) -> list[int]:
-        """Make room for ``count`` tokens behind the last.
+        """Make room for ``count`` tokens after the last.
 
         A partly filled last block that another sequence shares is copied first: shared tokens are
         never written to.

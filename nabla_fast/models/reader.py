@@ -18,7 +18,7 @@ from nabla_fast.models.paged_kv import BlockPool, PagedSequence, block_tables, e
 
 
 class PagedReader:
-    """Reads suffixes behind frozen prefixes with the backbone of a transformers model.
+    """Reads suffixes of frozen prefixes with the backbone of a transformers model.
 
     Args:
         model: a decoder-only model whose attention goes through transformers' AttentionInterface.
@@ -28,7 +28,7 @@ class PagedReader:
         """Probe the model once on four tokens.
 
         Raises:
-            ModelError: what it reads behind a paged prefix is not what it reads at once.
+            ModelError: its states after a paged prefix are not those of one pass over everything.
         """
         self._model = model
         self._backbone = model.base_model
@@ -81,7 +81,7 @@ class PagedReader:
             lengths: tokens of each suffix; the rest of a row, on the right, is padding.
             ids: [B, S] int64, or
             embeddings: [B, S, H].
-            store: put the suffixes' keys and values behind the prefixes, which grow by them.
+            store: put the suffixes' keys and values after the prefixes, which grow by them.
         Returns:
             [B, S, H]; rows of padding mean nothing.
         Raises:
@@ -138,7 +138,7 @@ class PagedReader:
         tolerance = 1e-4 if table.dtype in (torch.float32, torch.float64) else 5e-2
         difference = (torch.cat(pieces, dim=1) - whole).abs().amax()
         if not difference <= tolerance * whole.abs().amax():
-            raise ModelError(f"{name} reads something else behind a paged prefix than at once")
+            raise ModelError(f"{name} reads something else after a paged prefix than in one pass")
         return whole
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from dataclasses import fields, replace
@@ -20,6 +21,7 @@ from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.results import Stats
 
 NAMES = [field.name for field in fields(Accelerations)]
+DRAFTED = 16  # random problems whose drafts get random lengths
 
 
 def decode(n: int, accelerations: Accelerations, greedy: bool | None = None) -> tuple[list, list[Stats]]:
@@ -37,6 +39,12 @@ def decode(n: int, accelerations: Accelerations, greedy: bool | None = None) -> 
     return [(found[i].tokens, found[i].reward, found[i].revisions) for i in sorted(found)], stats
 
 
+@functools.cache
+def decode_with_all(n: int, greedy: bool | None = None) -> tuple[list, list[Stats]]:
+    """The same with every acceleration, for tests that compare it with something else."""
+    return decode(n, Accelerations(), greedy)
+
+
 def assert_same(ours: list, theirs: list) -> None:
     for (tokens, reward, revisions), (tokens_, reward_, revisions_) in zip(ours, theirs, strict=True):
         assert tokens == tokens_
@@ -50,7 +58,7 @@ def assert_same(ours: list, theirs: list) -> None:
 def test_each_switched_off_alone(name):
     seen: Counter[str] = Counter()
     for n in range(12):
-        ours, with_it = decode(n, Accelerations())
+        ours, with_it = decode_with_all(n)
         theirs, without = decode(n, Accelerations(**{name: False}))
         assert_same(ours, theirs)
         for a, b in zip(with_it, without, strict=True):
@@ -68,7 +76,8 @@ def test_each_switched_off_alone(name):
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_drafts_of_any_length(monkeypatch, greedy):
-    expected = [decode(n, Accelerations(drafting=False), greedy)[0] for n in range(24)]
+    # Without drafts the tokens are the same, as test_each_switched_off_alone has it.
+    expected = [decode_with_all(n, greedy)[0] for n in range(DRAFTED)]
     chance = random.Random(0)
     monkeypatch.setattr(Drafting, "width", lambda self, matched: chance.randrange(7))
     drafted = hits = 0
@@ -96,7 +105,7 @@ def test_drafts_follow_what_they_gain():
 def test_passes_are_counted_once_for_what_they_served():
     total: Counter[str] = Counter()
     for n in range(24):
-        _, stats = decode(n, Accelerations())
+        _, stats = decode_with_all(n)
         for own in stats:
             assert sum(own.passes_for.values()) == sum(own.token_passes.values())
             assert min(own.passes_for.values()) >= 0

@@ -104,16 +104,16 @@ def compare(n: int, seen: Counter) -> None:
 
 def test_random_problems_in_float64():
     seen: Counter[str] = Counter()
-    for n in range(48):
+    for n in range(24):
         compare(n, seen)
-    assert seen["problems"] >= 150
-    assert min(seen["speculated"], seen["fewer rounds"], seen["accepted"]) >= 10, seen
+    assert seen["problems"] >= 75
+    assert min(seen["speculated"], seen["fewer rounds"], seen["accepted"]) >= 5, seen
 
 
 @pytest.mark.slow
 def test_many_random_problems_in_float64():
     seen: Counter[str] = Counter()
-    for n in range(48, 400):
+    for n in range(24, 400):
         compare(n, seen)
     assert seen["problems"] >= 1000, seen
 
@@ -201,12 +201,13 @@ def test_a_bfloat16_model_decodes(golden_models):
     assert all(result.reward is not None for result in results)
 
 
-def test_random_problems_in_float32():
+@pytest.mark.parametrize("cases", [range(24), pytest.param(range(24, 60), marks=pytest.mark.slow)], ids=str)
+def test_random_problems_in_float32(cases):
     """Through the C++ passes of both models; a mismatch is settled in float64, where none is allowed."""
     seen: Counter[str] = Counter()
     wide = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "num_attention_heads": 2}
     kinds = ("qwen2", "qwen3", "llama", "mistral")
-    for n in range(60):
+    for n in cases:
         case, chance = make_case(n), random.Random(n)
         given = problems(case, chance, chance.choice([1, 2, 5]))
         batch_size, proposals = chance.choice([1, 16]), chance.choice([None, 1, 4])
@@ -228,5 +229,5 @@ def test_random_problems_in_float32():
                 break
             assert dtype == torch.float32, f"case {n} differs in float64"
             seen["mismatches"] += 1
-    assert seen["problems"] >= 120
+    assert seen["problems"] >= 2 * len(cases) - 4
     assert seen["mismatches"] <= 3, seen

@@ -15,7 +15,7 @@ from tools.compile_check.targets import TARGETS, Target
 
 
 class _AbsentDevice:
-    """What Triton asks of a driver in order to compile."""
+    """The part of a driver that Triton needs in order to compile."""
 
     def __init__(self, target: Target):
         self._target = GPUTarget(target.backend, target.arch, target.warp_size)

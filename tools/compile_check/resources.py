@@ -1,4 +1,4 @@
-"""What a compiled kernel uses: registers, stack, shared memory, tensor cores."""
+"""Resources of a compiled kernel: registers, stack, shared memory, tensor cores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WIDE = 64  # rows of a product from which several warps take it together
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel on one target.
+    """Resources of one kernel on one target.
 
     Attributes:
         registers: a thread.

@@ -104,7 +104,7 @@ def tile_logits(
 
 @triton.jit
 def begun(TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """What :func:`met` has met before the first tile: (top, key, nan, base, sums, tilts, lost)."""
+    """The state of :func:`met` before the first tile: (top, key, nan, base, sums, tilts, lost)."""
     nothing = tl.full((ROWS,), -float("inf"), tl.float32)
     none = tl.full((ROWS,), _NO_TOKEN, tl.int32)
     lanes = tl.zeros((TOKENS, ROWS), tl.float32)
@@ -185,7 +185,7 @@ def pulled(head, weights, scale, shift, sums, UPCAST: tl.constexpr):
 
 @triton.jit
 def store_met(sums_ptr, row, there, splits, split, top, key, nan_key, base, sums, tilts, lost):
-    """What a split has met, where and as :func:`~.row_sums.joined_sums` reads it.
+    """The sums of a split, where and as :func:`~.row_sums.joined_sums` reads it.
 
     Args:
         sums_ptr: [N, FIELDS, splits] float32.

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .exponential import exp, scaled
 
-# Of a slice: largest y; its token, less NAN if y is NaN there; S; T; G of the token; largest y at
+# Sums of a slice: largest y; its token, less NAN if y is NaN there; S; T; G of the token; largest y at
 # which G is not finite.
 FIELDS = tl.constexpr(6)
 TOP, TOKEN, SUM, TILT, GRAD, LOST = (tl.constexpr(n) for n in range(6))

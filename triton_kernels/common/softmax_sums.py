@@ -17,7 +17,7 @@ _COLUMNS = 4096  # of a slice: fixed, so that a row's sums do not depend on the 
 
 
 class SoftmaxSums(NamedTuple):
-    """What p = exp((z − top)/τ) / total needs of each row of z, and the row's hard token."""
+    """Sums of each row of z that p = exp((z − top)/τ) / total needs, and the row's hard token."""
 
     top: Tensor  # [N] float32; NaN in a bad row
     total: Tensor  # [N] float32; 1 in a bad row

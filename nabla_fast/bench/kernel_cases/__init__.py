@@ -1,4 +1,4 @@
-"""What the kernel benchmark runs: inputs, versions of each op, the least work there is."""
+"""Cases of the kernel benchmark: inputs, versions of each op, the least work there is."""
 
 from __future__ import annotations
 

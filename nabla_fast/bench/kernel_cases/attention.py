@@ -25,7 +25,7 @@ def prefix_attention(
     backward: bool,
     device: torch.device,
 ) -> Case:
-    """Suffixes [B, H, S, D] behind paged prefixes of one length; with ``backward`` gradients as well."""
+    """Suffixes [B, H, S, D] after paged prefixes of one length; with ``backward`` gradients as well."""
 
     def prepare() -> Versions:
         return _versions(batch, prefix, suffix, heads, kv_heads, dim, backward, device)
@@ -95,7 +95,7 @@ def _versions(
             torch.float32,
         )
 
-    # Room for the suffix behind each prefix, so that one gather brings every prefix to its place.
+    # Room for the suffix after each prefix, so that one gather brings every prefix to its place.
     width = -(-(prefix + suffix) // _BLOCK_SIZE)
     padded_tables = F.pad(block_tables, (0, width - tables)).flatten()
     room = [torch.empty(batch * width, *pool[2:], device=device) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What a case of the kernel benchmark is."""
+"""A case of the kernel benchmark."""
 
 from __future__ import annotations
 

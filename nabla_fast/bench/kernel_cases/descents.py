@@ -191,7 +191,7 @@ def _latents_versions(start: Tensor, head: Tensor, grad: Tensor, steps: int) -> 
 
 
 class _Parameter:
-    """What a descent changes, and how it was."""
+    """Tensors that a descent changes, and their former values."""
 
     def __init__(self, start: Tensor):
         self._start = start

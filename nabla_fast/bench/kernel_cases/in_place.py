@@ -69,7 +69,7 @@ def softmax_gradient_(p: Tensor, grad: Tensor, work: Tensor) -> Tensor:
 
 
 def adam_step_(parameter: Tensor, grad: Tensor, moments: Sequence[Tensor], step: int, lr: float) -> None:
-    """Step ``step`` (from 1) of Adam by the kernel behind ``torch.optim.Adam(fused=True)``."""
+    """Step ``step`` (from 1) of Adam by the kernel of ``torch.optim.Adam(fused=True)``."""
     count = torch.tensor(float(step), device=parameter.device)
     torch._fused_adam_(
         [parameter],

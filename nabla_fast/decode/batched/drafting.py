@@ -18,11 +18,11 @@ class Drafting:
 
     def __init__(self, enabled: bool = True):
         self._enabled = enabled
-        # Draws, and those of the draft's token: behind a token that was not the draft's, and one that was.
+        # Draws, and those of the draft's token: after a token that was not the draft's, and one that was.
         self._seen = {False: [2, 0], True: [2, 0]}
 
     def saw(self, matched: bool, matches: bool) -> None:
-        """A draw behind a token that matched the draft, or did not, matches it or does not."""
+        """Record a draw: whether the token before it matched the draft, and whether this one does."""
         self._seen[matched][0] += 1
         self._seen[matched][1] += matches
 

@@ -72,7 +72,7 @@ class _Drawn:
             self.logits, self._waiting = [], 0
 
     def stats(self) -> TokenStats:
-        """Of all positions."""
+        """Statistics of all positions."""
         self._flush()
         return TokenStats(*(torch.cat(parts) for parts in zip(*self._stats, strict=True)))
 
@@ -86,7 +86,7 @@ def roll_out(
 ) -> None:
     """Answer all requests together; each draws from its own generator.
 
-    A step reads the token drawn last and, where drafting pays, what the replaced trajectory has behind
+    A step reads the token drawn last and, where drafting pays, the replaced trajectory's tokens after
     it: a draft's token stays if it is the one the row's generator draws there.
 
     Raises:
@@ -147,7 +147,7 @@ def _step(
         hidden = reader.read([r.sequence for r in rows], lengths, ids=_ids(parts, lm), store=True)[:, 0]
     else:
         hidden = reader.read([r.sequence for r in rows], lengths, ids=_ids(parts, lm), store=True)
-        # The last unread token and the draft behind it predict.
+        # The last unread token and the draft after it predict.
         wanted = [
             (n, position)
             for n, (row, length) in enumerate(zip(rows, lengths, strict=True))

@@ -50,7 +50,7 @@ class GradientModel:
     def at(
         self, problem: Problem, committed: list[int], relaxed: Relaxed, stats: Stats
     ) -> TrajectoryGradient:
-        """G at relaxed positions behind the tokens c of the response so far."""
+        """G at relaxed positions after the tokens c of the response so far."""
         mixes = relaxed.mixes(self._tables)
         hidden, lm_cotangent = self._lm_pass(problem, committed, relaxed, mixes[0], stats)
         cotangents = [lm_cotangent]

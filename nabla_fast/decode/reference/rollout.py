@@ -89,7 +89,7 @@ class Roller:
 
 
 def _croppable(layer: CacheLayerMixin) -> bool:
-    """Whether a cache layer has what a cut leaves behind; recurrent states and full windows do not."""
+    """Whether a cache layer can be cut back; recurrent states and full windows cannot."""
     window = getattr(layer, "sliding_window", None)
     if window is not None and layer.get_seq_length() >= window:
         return False

@@ -1,1 +1,1 @@
-"""What is launched, by op, at the shapes that matter."""
+"""Launches by op, at the shapes that matter."""
