@@ -1,4 +1,8 @@
-"""Write the figures of the documents from committed results: ``python -m tools.tables [--check]``."""
+"""Write the tables of the documents: ``python -m tools.tables [--check]``.
+
+Figures come from committed results, the table of backends from the ops themselves. Each stands between
+the markers ``<!-- name:begin -->`` and ``<!-- name:end -->`` of a document.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,60 @@ from typing import Any
 
 from nabla_fast.bench.decode_tables import tables
 from nabla_fast.demo.show import TITLES
+from nabla_fast.ops.registry import BACKENDS, all_ops
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DECODE, DEMO, DEMO_500, KERNELS = (
+    RESULTS / "cpu" / f"{name}.json" for name in ("decode", "demo", "demo_500", "kernels")
+)
+GPU_KERNELS = RESULTS / "gpu" / "kernels.json"
+NO_FIGURES = "There are no figures of this release yet."
+
+# The demo's methods, for a reader who has not met them.
+_METHODS = {
+    "greedy": "greedy decoding",
+    "self_consistency": "self-consistency: the most frequent of 8 samples",
+    "best_of_n": "Best-of-8: the sample that the reward model likes best",
+    "nabla": "nabla_fast, at most 8 rollouts",
+    "nabla_sequential": 'the same answers by `loop="sequential"`',
+}
+
+
+def summary_table(demo: dict[str, Any], decode: dict[str, Any]) -> str:
+    """The README's table: accuracy and cost of the demo's methods, and the decode benchmark in a line."""
+    rows = [
+        "| method | problems solved (95% interval) | rollouts | tokens through the models | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in demo["methods"].items():
+        low, high = entry["ci95"]
+        rows.append(
+            f"| {_METHODS[name]} | {entry['accuracy']:.0%} ({low:.0%} to {high:.0%}) "
+            f"| {entry['rollouts']:,} | {sum(entry['token_passes'].values()):,} | {entry['seconds']:.1f} |"
+        )
+    speedups = [entry["speedup"] for entry in decode["cases"]]
+    shares = [entry["seconds_to_best_of_n"] for entry in decode["cases"]]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"{demo['problems']} held-out problems, seed {demo['seed']}; {_machine(demo['environment'])}. "
+            f"Over the {len(speedups)} workloads of the decode benchmark the batched loop is "
+            f"{min(speedups):.1f} to {max(speedups):.1f} times as fast as the sequential one (median "
+            f"{decode['median_speedup']:.1f}) and takes {min(shares):.1f} to {max(shares):.1f} times "
+            "Best-of-N's time at equal rollouts.",
+        ]
+    )
+
+
+def backends_table() -> str:
+    """A Markdown table of the ops and the backends registered on each."""
+    rows = [f"| op | {' | '.join(f'`{name}`' for name in BACKENDS)} |", "|---|" + "---|" * len(BACKENDS)]
+    for op in sorted(all_ops().values(), key=lambda op: op.name):
+        cells = ("yes" if name in op.backends() else "–" for name in BACKENDS)
+        rows.append(f"| `{op.name}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def demo_table(results: dict[str, Any]) -> str:
@@ -65,7 +120,8 @@ def kernels_table(results: dict[str, Any]) -> str:
     if not whole:
         raise SystemExit("the kernel benchmark's results are of a run that was interrupted or that failed")
     rows = [
-        "| op | shape | dtype | ms | eager | naive | compile | of the limit | memory |",
+        "| op | shape | dtype | ours, ms | PyTorch in place ÷ ours | PyTorch as one would write it ÷ ours "
+        "| torch.compile ÷ ours | share of the machine's limit | extra memory (share of PyTorch's) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     rows += [f"| {' | '.join(_kernel_cells(row))} |" for row in results["rows"]]
@@ -82,10 +138,11 @@ def kernels_table(results: dict[str, Any]) -> str:
         [
             *rows,
             "",
-            "Medians of one interleaved run with cold caches, each result checked against float64 first. "
-            "Eager, naive, compile: how many times ours they take. Naive is the straightforward "
-            "expression, eager PyTorch in place in memory that is there, compile torch.compile of naive. "
-            "Memory: the peak beyond inputs and results, and its share of naive's.",
+            "Medians of one interleaved run with cold caches; each result was checked against float64 "
+            "first. Ratios say how many times our time the others take: PyTorch as one would write it, "
+            "the same written with care, in place in memory that is there, and torch.compile of the "
+            "former. The limit is the time that the op's bytes or products need at the rates below, "
+            "whichever is longer. Extra memory is the peak beyond inputs and results.",
             "",
             f"{where}; limits measured in the same run: {limits}.",
         ]
@@ -127,55 +184,37 @@ def _machine(environment: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """Where figures stand in a document, and what they come from.
+    """A table of a document, and its sources.
 
     Attributes:
-        name: of the markers ``<!-- name:begin -->`` and ``<!-- name:end -->``.
-        results: a JSON file.
-        text: Markdown of it.
-        missing: what stands there as long as there is no such file; None where there must be one.
+        name: name in the markers ``<!-- name:begin -->`` and ``<!-- name:end -->``.
+        text: function from the contents of the results to Markdown.
+        results: JSON files.
+        missing: text in the table's place as long as a file is not there.
     """
 
     name: str
-    results: Path
-    text: Callable[[dict[str, Any]], str]
-    missing: str | None = None
+    text: Callable[..., str]
+    results: tuple[Path, ...] = ()
+    missing: str = NO_FIGURES
 
     def made(self) -> str:
         """The Markdown between the markers."""
-        if self.missing is not None and not self.results.exists():
+        if not all(path.exists() for path in self.results):
             return self.missing
-        return self.text(json.loads(self.results.read_text()))
+        return self.text(*(json.loads(path.read_text()) for path in self.results))
 
 
-_DECODE = Section(
-    "decode",
-    RESULTS / "cpu" / "decode.json",
-    decode_tables,
-    missing="There are no figures of this release yet.",
-)
-KERNELS = Section(
-    "kernels",
-    RESULTS / "cpu" / "kernels.json",
-    kernels_table,
-    missing="There are no figures of this release yet.",
-)
-GPU_KERNELS = Section(
-    "gpu-kernels",
-    RESULTS / "gpu" / "kernels.json",
-    kernels_table,
-    missing="The GPU kernels are unmeasured.",
-)
 DOCUMENTS = {
-    ROOT / "README.md": [
-        Section("demo", RESULTS / "cpu" / "demo.json", demo_table),
-        _DECODE,
-        KERNELS,
-        GPU_KERNELS,
+    ROOT / "README.md": [Section("results", summary_table, (DEMO, DECODE))],
+    ROOT / "docs" / "backends.md": [Section("backends", backends_table)],
+    ROOT / "docs" / "benchmarks.md": [
+        Section("demo", demo_table, (DEMO,)),
+        Section("decode", decode_tables, (DECODE,)),
+        Section("kernels", kernels_table, (KERNELS,)),
+        Section("gpu-kernels", kernels_table, (GPU_KERNELS,), "The GPU kernels are unmeasured."),
     ],
-    ROOT / "nabla_fast" / "assets" / "README.md": [
-        Section("demo", RESULTS / "cpu" / "demo_500.json", demo_table)
-    ],
+    ROOT / "nabla_fast" / "assets" / "README.md": [Section("demo", demo_table, (DEMO_500,))],
 }
 
 

@@ -1,4 +1,4 @@
-"""The decode benchmark's JSON as tables of text, for the terminal and for the README."""
+"""The decode benchmark's JSON as tables of text, for the terminal and for the documents."""
 
 from __future__ import annotations
 
@@ -6,16 +6,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nabla_fast.bench.decode import LETTERS
-
+# Headers of token passes by what they served, and of accelerations switched off.
 _PURPOSES = {
-    "rollout": "rollout",
-    "gradient": "gradient",
-    "flip": "flip",
-    "score": "score",
-    "discarded": "lost",
+    "rollout": "on rollouts",
+    "gradient": "on a trajectory's gradient",
+    "flip": "on gradients after a token moved",
+    "score": "on rewards",
+    "discarded": "on rollouts dropped",
 }
-_LOOPS = ("seq.", "batched", "one")
+_ACCELERATIONS = {
+    "gradient_store": "without one gradient a trajectory",
+    "small_gradients": "without small gradients",
+    "whole_descents": "without whole descents",
+    "frozen_prefix": "without frozen prefix",
+    "speculation": "without proposals ahead",
+    "batching": "without prompts together",
+    "drafting": "without drafting",
+}
+_LOOPS = (
+    "sequential ÷ Best-of-N",
+    "batched ÷ Best-of-N",
+    "batched, one proposal at a time ÷ Best-of-N",
+)
 Cases = dict[int, dict[str, Any]]
 _STAGES = ("rollout", "selection", "gradient", "descent", "reward")
 
@@ -25,7 +37,7 @@ class TextTable:
     """A titled table; the first column names its rows.
 
     Attributes:
-        note: what a reader needs to know, below the table.
+        note: text below the table.
     """
 
     title: str
@@ -68,12 +80,22 @@ def _cases(cases: Cases) -> TextTable:
         ]
         for n, entry in cases.items()
     ]
-    note = "Tokens: of the batched loop, compared with the sequential one's before anything is timed."
-    return TextTable("Decoding: the cases", ["#", "case", "settings", "tokens"], rows, note)
+    note = "Tokens of the batched loop are compared with the sequential one's before anything is timed."
+    header = ["#", "case", "settings", "tokens of the two loops"]
+    return TextTable("Decoding: the cases", header, rows, note)
 
 
 def _times(cases: Cases) -> TextTable:
-    header = ["#", "sequential", "batched", "speed-up", "Best-of-N", "of it", "release's form", "speed-up"]
+    header = [
+        "#",
+        "sequential loop, s",
+        "batched loop, s",
+        "sequential ÷ batched",
+        "Best-of-N, s",
+        "batched ÷ Best-of-N",
+        "release's form, s",
+        "release's form ÷ batched",
+    ]
     rows = []
     for n, entry in cases.items():
         seconds = entry.get("seconds", {})
@@ -90,15 +112,24 @@ def _times(cases: Cases) -> TextTable:
             ]
         )
     note = (
-        "Of all prompts, medians; speed-ups are the batched loop's, and its seconds are also given as a "
-        "multiple of Best-of-N's, where N is the mean of the generations a prompt used, rounded. The "
-        "release's form is a reconstruction of the published release's inner loop, not its code."
+        "Seconds for all prompts of a case, medians. Best-of-N has as many samples a prompt as the decode "
+        "used rollouts, on the mean and rounded. The release's form is a reconstruction of the published "
+        "release's inner loop, which passes over all rows of logits at every step; it is not its code."
     )
     return TextTable("Decoding: seconds", header, rows, note)
 
 
 def _counts(cases: Cases) -> TextTable:
-    header = ["#", "gen.", "gradients", "walked", "dropped", "drafted", "left out", "drawn again"]
+    header = [
+        "#",
+        "rollouts a prompt",
+        "gradient passes (sequential)",
+        "trajectories followed",
+        "rollouts dropped a prompt",
+        "draft tokens read (kept)",
+        "positions not selected",
+        "optimized, token unchanged",
+    ]
     rows = []
     for n, entry in cases.items():
         passes, positions = entry["gradient_passes"], entry["positions"]
@@ -115,10 +146,11 @@ def _counts(cases: Cases) -> TextTable:
             ]
         )
     note = (
-        "Mean generations a prompt; forward+backward passes, the sequential loop's in brackets; "
-        "trajectories walked along; rollouts made ahead of need and dropped, a prompt; tokens read ahead "
-        "from the replaced trajectory, those then drawn in brackets; positions that the conditions left "
-        "out; optimized positions whose token was drawn again."
+        "Of the batched loop, in brackets of the sequential one. A gradient pass is one forward and one "
+        "backward of both models. A trajectory is a rollout from the first to its replacement. Rollouts "
+        "dropped were made ahead of need. Draft tokens are read ahead from the trajectory to be replaced; "
+        "those kept were then drawn. A position is not selected if a threshold leaves it out; of those "
+        "optimized, the last column drew the token that was there already."
     )
     return TextTable("Decoding: counts", header, rows, note)
 
@@ -126,9 +158,9 @@ def _counts(cases: Cases) -> TextTable:
 def _passes(cases: Cases) -> TextTable:
     rows = [[str(n), *_ratios(entry), *_shares(entry)] for n, entry in cases.items()]
     note = (
-        "First against those of Best-of-N, for the sequential loop, the batched loop, and the batched loop "
-        "with one proposal at a time; then what the batched loop's served, and what those with one "
-        "proposal. Lost are those of dropped rollouts."
+        "A token pass is a token that a model's forward reads or its backward goes through. The first "
+        "three columns are multiples of Best-of-N's token passes. The others say on what the batched "
+        "loop's were spent, followed by the shares with one proposal at a time."
     )
     header = ["#", *_LOOPS, *_PURPOSES.values()]
     return TextTable("Decoding: token passes of both models", header, rows, note)
@@ -139,12 +171,12 @@ def _ablation(cases: Cases) -> TextTable:
     for n, entry in cases.items():
         passes = entry["token_passes"]["fast"]
         rows.append([str(n), *(_ablated(row, passes) for row in entry["ablation"])])
-    names = ", ".join(f"{letter} {name.replace('_', ' ')}" for name, letter in LETTERS.items())
     note = (
         "Each acceleration switched off alone: seconds, and in brackets token passes, as multiples of "
-        f"those with all of them. {names}; without F prompts are taken one at a time."
+        "those with all of them. Without prompts together, they are decoded one at a time."
     )
-    header = ["#", *LETTERS.values()]
+    off = [row["off"] for row in next(iter(cases.values()))["ablation"]]
+    header = ["#", *(_ACCELERATIONS[name] for name in off)]
     return TextTable("Decoding: what each acceleration is worth", header, rows, note)
 
 
@@ -162,18 +194,20 @@ def _stages(cases: Cases) -> TextTable:
         pairs = [f"{_short(fast.get(s))} / {_short(sequential.get(s))}" for s in _STAGES]
         rows.append([str(n), *pairs])
     note = (
-        "Batched / sequential, in seconds. The batched loop counts selection among the others, and rows of "
-        "G with the descents, where the sequential loop counts them with the gradients."
+        "Seconds of the batched / of the sequential loop. The batched loop counts selection among the "
+        "others, and rows of the one-hot gradient with the descent, where the sequential loop counts them "
+        "with the gradient."
     )
-    return TextTable("Decoding: seconds by stage", ["#", *_STAGES], rows, note)
+    header = ["#", *(f"{stage}, s" for stage in _STAGES)]
+    return TextTable("Decoding: seconds by stage", header, rows, note)
 
 
 def _lengths(lengths: list[dict[str, Any]]) -> TextTable:
-    header = ["length", "gen.", *_LOOPS, *_PURPOSES.values()]
+    header = ["tokens of an answer", "rollouts a prompt", *_LOOPS, *_PURPOSES.values()]
     rows = [[_length(row), f"{row['generations']:.1f}", *_ratios(row), *_shares(row)] for row in lengths]
     note = (
         "Random models of two layers and a vocabulary of 512 without EOS, two prompts of 32 tokens "
-        "together, default settings; columns as of the token passes above."
+        "together, default settings; columns as in the table of token passes."
     )
     return TextTable("Decoding: token passes by length of the answer", header, rows, note)
 
@@ -192,7 +226,7 @@ def _generate(entry: dict[str, Any]) -> TextTable:
         f"The bundled LM, {entry['prompts']} prompts answered with {entry['tokens']} tokens each; the "
         f"tokens drawn are {'the same' if entry['same_tokens'] else 'NOT the same'}."
     )
-    return TextTable("Rollouts: milliseconds a token", ["", "ms", "of generate's"], rows, note)
+    return TextTable("Rollouts: milliseconds a token", ["", "ms a token", "of generate's time"], rows, note)
 
 
 def _tokens(entry: dict[str, Any]) -> str:
