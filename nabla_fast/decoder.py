@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Literal
@@ -12,12 +14,12 @@ from torch import nn
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.batched.pools import BLOCK
-from nabla_fast.decode.failures import Struck
-from nabla_fast.decode.problem import Problem
+from nabla_fast.decode.failures import DecodeFailure
+from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.prompts import Prompt, PromptReader, RewardContext
-from nabla_fast.decode.reference.loop import Decoded, SequentialLoop
+from nabla_fast.decode.reference.loop import SequentialLoop
 from nabla_fast.decode.stream import ResultStream
-from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError
+from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError, one_line
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
 from nabla_fast.models.frozen import frozen
 from nabla_fast.models.language import eos_ids
@@ -37,11 +39,13 @@ class NablaDecoder:
         tokenizer: the LM's, with a chat template for prompts that are text; None if all are token ids.
         reward_tokenizer: the reward model's, where it differs.
         config: a :class:`DTOConfig`.
-        loop: "sequential", the loop that defines the result, on any model; or "batched", which returns
-            the same tokens from far fewer token passes, for decoders that read from a paged prefix.
+        loop: "sequential" defines the result and runs with any model. "batched" returns the same tokens
+            from far fewer token passes; the models must be able to read from a paged prefix. "auto" is
+            the batched loop where the models allow it, else the sequential one, with a warning.
         batch_size: prompts that the batched loop decodes at once.
         max_kv_tokens: most tokens whose keys and values the batched loop holds at once, a model; None for
-            no limit. Memory is taken as it is needed; a decode that needs more fails with what would do.
+            no limit. Memory is taken as it is needed; a decode that needs more fails, and the error says
+            how many tokens would do.
         alignment: how the reward model reads the LM's tokens, where their vocabularies differ.
     Raises:
         ModelError: a model has a feature that is not supported, which the line names.
@@ -56,20 +60,22 @@ class NablaDecoder:
         reward_tokenizer: Any = None,
         config: DTOConfig | None = None,
         *,
-        loop: Literal["sequential", "batched"] = "sequential",
+        loop: Literal["auto", "batched", "sequential"] = "auto",
         batch_size: int = 16,
         max_kv_tokens: int | None = None,
         alignment: VocabularyAlignment | None = None,
     ):
         self.config = DTOConfig() if config is None else config
-        if loop not in ("sequential", "batched"):
-            raise InputError(f"loop must be 'sequential' or 'batched', got {loop!r}")
+        if loop not in ("auto", "batched", "sequential"):
+            raise InputError(f"loop must be 'auto', 'batched' or 'sequential', got {loop!r}")
         if not _at_least(1, batch_size):
             raise InputError(f"batch_size must be a whole number ≥ 1, got {batch_size!r}")
         if max_kv_tokens is not None and not _at_least(BLOCK, max_kv_tokens):
             raise InputError(f"max_kv_tokens must be a whole number ≥ {BLOCK}, got {max_kv_tokens!r}")
-        if max_kv_tokens is not None and loop != "batched":
-            raise InputError("max_kv_tokens goes with loop='batched'; the other holds no pools")
+        if max_kv_tokens is not None and loop == "sequential":
+            raise InputError(
+                "max_kv_tokens goes with loop='batched' or loop='auto'; the sequential loop holds no pools"
+            )
         if not isinstance(self.config, DTOConfig):
             raise InputError(f"config must be a DTOConfig, got {type(self.config).__name__}")
         _check_model("lm", lm)
@@ -79,11 +85,18 @@ class NablaDecoder:
         self._tokenizer = tokenizer
         self._reward_tokenizer = tokenizer if reward_tokenizer is None else reward_tokenizer
         self._alignment = alignment
-        self._loop_name, self._batch_size, self._max_kv_tokens = loop, batch_size, max_kv_tokens
+        self._asked_loop, self._batch_size, self._max_kv_tokens = loop, batch_size, max_kv_tokens
+        self._loop: BatchedLoop | SequentialLoop
+        self._warned: set[str] = set()  # reasons that a warning has named
         self._key: tuple = ()
         self._models = [model for model in (lm, reward_model) if model is not None]
         with frozen(self._models):
             self._prepare()
+
+    @property
+    def loop(self) -> Literal["batched", "sequential"]:
+        """The loop in use. With ``loop="auto"`` it is chosen anew when the models' weights change."""
+        return "batched" if isinstance(self._loop, BatchedLoop) else "sequential"
 
     def generate(
         self,
@@ -171,20 +184,20 @@ class NablaDecoder:
         """(index, result) of each problem as it is done.
 
         Raises:
-            Struck: whatever went wrong, with the problems it concerns.
+            DecodeFailure: an error, with the problems it concerns.
         """
         indices, asked = list(problems), list(problems.values())
         try:
             self._prepare()
         except Exception as error:
-            raise Struck(indices) from error
+            raise DecodeFailure(indices) from error
         stats = [Stats() for _ in asked]
         with closing(self._loop.decode(asked, stats)) as decoding, _renumbered(indices):
             for n, decoded in decoding:
                 try:
                     result = self._result(asked[n], decoded, stats[n])
                 except Exception as error:
-                    raise Struck([n]) from error
+                    raise DecodeFailure([n]) from error
                 yield indices[n], result
 
     def _result(self, problem: Problem, decoded: Decoded, stats: Stats) -> Result:
@@ -196,7 +209,7 @@ class NablaDecoder:
         return Result(text, tokens, decoded.reward, reason, decoded.revisions, stats)
 
     def _prepare(self) -> None:
-        """Read the models' tables, again if the weights behind them were moved or replaced."""
+        """Read the models' tables, again if their weights were moved or replaced."""
         tables = [w for m in self._models for w in (m.get_input_embeddings().weight, _head_weight(m))]
         weights = [w for w in tables if w is not None]
         key = (eos_ids(self._lm), *((w.data_ptr(), w.dtype, w._version) for w in weights))
@@ -205,14 +218,41 @@ class NablaDecoder:
         lm, rm = LanguageModel(self._lm), None
         if self._reward_model is not None:
             rm = RewardModel(self._reward_model, self._checked_alignment(lm.vocabulary))
-        if self._loop_name == "batched":
-            self._loop = BatchedLoop(
-                lm, rm, self.config, batch_size=self._batch_size, max_kv_tokens=self._max_kv_tokens
-            )
-        else:
-            self._loop = SequentialLoop(lm, rm, self.config)
+        self._loop = self._chosen_loop(lm, rm)
         self._reader = PromptReader(lm, rm, self._tokenizer, self._reward_tokenizer)
         self._key = key
+
+    def _chosen_loop(self, lm: LanguageModel, rm: RewardModel | None) -> BatchedLoop | SequentialLoop:
+        """The loop that was asked for; with "auto", the sequential one where the models need it.
+
+        Raises:
+            ModelError: the batched loop was asked for, and a model cannot be used with it.
+        """
+        if self._asked_loop != "sequential":
+            try:
+                return BatchedLoop(
+                    lm, rm, self.config, batch_size=self._batch_size, max_kv_tokens=self._max_kv_tokens
+                )
+            except ModelError as error:
+                if self._asked_loop == "batched":
+                    raise
+                self._warn_of_the_sequential_loop(one_line(error))
+        return SequentialLoop(lm, rm, self.config)
+
+    def _warn_of_the_sequential_loop(self, reason: str) -> None:
+        """Warn the caller, once for each reason."""
+        if reason in self._warned:
+            return
+        names = [type(model).__name__ for model in self._models]
+        subject = "" if any(name in reason for name in names) else f"{' with '.join(names)}: "
+        limit = ", and max_kv_tokens has no effect" if self._max_kv_tokens is not None else ""
+        warnings.warn(
+            f"{subject}{reason}: the sequential loop is used, several times slower{limit} "
+            "(loop='sequential' silences this warning)",
+            UserWarning,
+            stacklevel=1 + _frames_to_the_caller(),
+        )
+        self._warned.add(reason)
 
     def _checked_alignment(self, ours: int) -> VocabularyAlignment:
         if self._alignment is not None and self._alignment.token_map is not None:
@@ -246,8 +286,8 @@ def _renumbered(indices: Sequence[int]) -> Iterator[None]:
     """Errors name problems by these indices."""
     try:
         yield
-    except Struck as struck:
-        raise Struck([indices[n] for n in struck.problems]) from struck.__cause__
+    except DecodeFailure as failure:
+        raise DecodeFailure([indices[n] for n in failure.problems]) from failure.__cause__
 
 
 def _call(
@@ -257,6 +297,14 @@ def _call(
         on_result(n, result)
     except Exception as error:
         raise DecodingFailed([n], results, error) from error
+
+
+def _frames_to_the_caller() -> int:
+    """How many frames above the function that calls this the first one outside the package is."""
+    frames, frame = 0, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "nabla_fast":
+        frames, frame = frames + 1, frame.f_back
+    return frames
 
 
 def _at_least(least: int, value: object) -> bool:

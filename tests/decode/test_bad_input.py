@@ -37,7 +37,7 @@ PROMPT = [5, 9, 3]
 def decoder(lm="qwen2", rm="qwen2", tokenizer=TOKENIZER, **options) -> NablaDecoder:
     lm = shared_lm(lm) if isinstance(lm, str) else lm
     rm = shared_reward_model(rm) if isinstance(rm, str) else rm
-    return NablaDecoder(lm, rm, tokenizer, **options)
+    return NablaDecoder(lm, rm, tokenizer, **{"loop": "sequential", **options})
 
 
 class refused:

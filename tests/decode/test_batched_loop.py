@@ -139,7 +139,7 @@ def test_token_passes_are_those_of_the_models_and_far_fewer(golden_models, monke
 
         monkeypatch.setattr(model.model, "forward", wrapped)
 
-    slow = greedy_decode(golden_models)
+    slow = greedy_decode(golden_models, loop="sequential")
     decoder_options = {"loop": "batched", "batch_size": 1}
     for name in ("lm", "rm"):
         counting(golden_models[name], name)

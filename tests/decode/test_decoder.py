@@ -89,7 +89,7 @@ def models(case: Case) -> tuple:
 def decoded(n: int) -> Result:
     """The decoder's answer to case n."""
     case = make_case(n)
-    decoder = NablaDecoder(*models(case), TOKENIZER, config=case.config)
+    decoder = NablaDecoder(*models(case), TOKENIZER, config=case.config, loop="sequential")
     (result,) = decoder.generate([case.prompt], reward_context=[case.context], **case.options)
     return result
 

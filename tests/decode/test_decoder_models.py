@@ -27,7 +27,7 @@ def decode(decoder: NablaDecoder) -> Result:
 
 def fresh(lm: nn.Module, rm: nn.Module, **options) -> Result:
     """What a decoder made just now returns."""
-    return decode(NablaDecoder(lm, rm, None, config=CONFIG, **options))
+    return decode(NablaDecoder(lm, rm, None, config=CONFIG, loop="sequential", **options))
 
 
 def same(ours: Result, theirs: Result) -> bool:
@@ -57,7 +57,7 @@ def test_models_are_left_as_found(fails):
     before = state_of(lm), state_of(rm)
     weights = [value.clone() for model in (lm, rm) for value in model.state_dict().values()]
 
-    decoder = NablaDecoder(lm, rm, None, config=CONFIG)
+    decoder = NablaDecoder(lm, rm, None, config=CONFIG, loop="sequential")
     assert (state_of(lm), state_of(rm)) == before
     if fails:
         with pytest.raises(ValueError, match="empty"):
@@ -77,7 +77,9 @@ def test_models_in_training_mode_decode_as_in_evaluation_mode():
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_any_gradient_mode_around_a_decode(context):
-    decoder = NablaDecoder(shared_lm("qwen2"), shared_reward_model("qwen2"), None, config=CONFIG)
+    decoder = NablaDecoder(
+        shared_lm("qwen2"), shared_reward_model("qwen2"), None, config=CONFIG, loop="sequential"
+    )
     expected = decode(decoder)
     assert expected.revisions
     with context():
@@ -107,7 +109,9 @@ CHANGES = {
 @pytest.mark.parametrize("which", ["lm", "rm"])
 def test_changed_weights_are_followed(which, alignment, change):
     models = {"lm": causal_lm("llama"), "rm": reward_model("llama")}
-    decoder = NablaDecoder(models["lm"], models["rm"], None, config=CONFIG, alignment=alignment)
+    decoder = NablaDecoder(
+        models["lm"], models["rm"], None, config=CONFIG, loop="sequential", alignment=alignment
+    )
     before = decode(decoder)
     with torch.no_grad():
         CHANGES[change](models[which])
@@ -118,7 +122,7 @@ def test_changed_weights_are_followed(which, alignment, change):
 
 def test_scaled_embeddings_are_followed():
     lm, rm = causal_lm("gemma3"), reward_model("gemma3")
-    decoder = NablaDecoder(lm, rm, None, config=CONFIG)
+    decoder = NablaDecoder(lm, rm, None, config=CONFIG, loop="sequential")
     before = decode(decoder)
     with torch.no_grad():
         lm.get_input_embeddings().weight.mul_(-1)
@@ -131,7 +135,7 @@ def test_scaled_embeddings_are_followed():
 @pytest.mark.parametrize("which", ["lm", "rm", "both"])
 def test_float64_after_float32(which):
     lm, rm = causal_lm("qwen2", dtype=torch.float32), reward_model("qwen2", dtype=torch.float32)
-    decoder = NablaDecoder(lm, rm, None, config=CONFIG)
+    decoder = NablaDecoder(lm, rm, None, config=CONFIG, loop="sequential")
     before = decode(decoder)
     for name, model in (("lm", lm), ("rm", rm)):
         if which in (name, "both"):
@@ -149,7 +153,7 @@ def test_float64_after_float32(which):
 def test_half_precision_models_decode(dtype, relaxation):
     config = DTOConfig(iters=3, lr=1.0, confidence_threshold=None, relaxation=relaxation)
     lm, rm = causal_lm("qwen2", dtype=dtype), reward_model("qwen2", dtype=dtype)
-    decoder = NablaDecoder(lm, rm, None, config=config)
+    decoder = NablaDecoder(lm, rm, None, config=config, loop="sequential")
     result = decode(decoder)
     assert result.revisions
     assert same(result, decode(decoder))

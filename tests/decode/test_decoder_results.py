@@ -21,7 +21,7 @@ TOKENIZER = word_tokenizer()
 def decoder(config: DTOConfig = CONFIG, *, eos=(EOS,), **options) -> NablaDecoder:
     lm = shared_lm("qwen2", eos_token_id=eos or None)
     options = {"reward_model": shared_reward_model("qwen2"), "tokenizer": TOKENIZER, **options}
-    return NablaDecoder(lm, config=config, **options)
+    return NablaDecoder(lm, config=config, loop="sequential", **options)
 
 
 def outcome(result: Result) -> tuple:
@@ -246,7 +246,8 @@ def test_a_position_at_the_thresholds_is_selected():
         lm.lm_head.weight.mul_(1e4)
     selectors = {"confidence_threshold": 1.0, "entropy_threshold": 0.0, "grad_threshold": 0.0}
     config = DTOConfig(iters=2, nll_coeff=0.0, reward_coeff=0.0, **selectors)
-    (result,) = NablaDecoder(lm, None, None, config=config).generate([PROMPTS[0]], max_new_tokens=4)
+    decoder = NablaDecoder(lm, None, None, config=config, loop="sequential")
+    (result,) = decoder.generate([PROMPTS[0]], max_new_tokens=4)
     assert result.stats.gradient_passes == 2 * 4  # at each position one to select, one to descend
 
 

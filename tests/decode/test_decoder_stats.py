@@ -66,7 +66,7 @@ def counted(model: nn.Module) -> Iterator[Passes]:
 def test_token_passes_are_what_the_models_read(lm, rm, settings):
     config = DTOConfig(**{"iters": 3, "lr": 1.0, "confidence_threshold": None, **settings})
     lm, rm = shared_lm(lm, eos_token_id=None), shared_reward_model(rm)
-    decoder = NablaDecoder(lm, rm, None, config=config)
+    decoder = NablaDecoder(lm, rm, None, config=config, loop="sequential")
     with counted(lm) as read, counted(rm) as scored:
         (result,) = decoder.generate([PROMPT], max_new_tokens=7, reward_context=[CONTEXT])
     assert result.stats.token_passes == {"lm": read.total, "rm": scored.total}
@@ -76,7 +76,7 @@ def test_token_passes_are_what_the_models_read(lm, rm, settings):
 
 def test_rollouts_read_no_token_twice():
     lm = shared_lm("qwen2", eos_token_id=None)
-    decoder = NablaDecoder(lm, None, None, config=DTOConfig(max_generations=1))
+    decoder = NablaDecoder(lm, None, None, config=DTOConfig(max_generations=1), loop="sequential")
     with counted(lm) as read:
         decoder.generate([PROMPT], max_new_tokens=7)
     assert read.total == len(PROMPT) + 7 - 1  # the last token is drawn and not read
@@ -86,7 +86,7 @@ def test_rollouts_share_their_prefix():
     hot = SamplingConfig(temperature=9.0)
     config = DTOConfig(iters=3, confidence_threshold=None, max_generations=4, resample_sampling=hot)
     lm, rm = shared_lm("qwen2", eos_token_id=None), shared_reward_model("qwen2")
-    decoder, prompt = NablaDecoder(lm, rm, None, config=config), [3, 4] * 25
+    decoder, prompt = NablaDecoder(lm, rm, None, config=config, loop="sequential"), [3, 4] * 25
     with counted(lm) as read:
         (result,) = decoder.generate([prompt], max_new_tokens=9)
     assert result.stats.generations == 4
@@ -97,7 +97,7 @@ def test_rollouts_share_their_prefix():
 def test_no_trajectory_is_scored_twice(max_generations):
     config = DTOConfig(iters=3, lr=1.0, confidence_threshold=None, max_generations=max_generations)
     lm, rm = shared_lm("qwen2", eos_token_id=None), shared_reward_model("qwen2")
-    decoder = NablaDecoder(lm, rm, None, config=config)
+    decoder = NablaDecoder(lm, rm, None, config=config, loop="sequential")
     with counted(rm) as scored:
         (result,) = decoder.generate([PROMPT], max_new_tokens=9, reward_context=[CONTEXT])
     assert len({revision.accepted for revision in result.revisions}) == (max_generations > 1) * 2
@@ -107,7 +107,11 @@ def test_no_trajectory_is_scored_twice(max_generations):
 def test_fields_are_filled():
     config = DTOConfig(iters=3, lr=1.0, confidence_threshold=None, grad_threshold=0.0, max_generations=4)
     decoder = NablaDecoder(
-        shared_lm("qwen2", eos_token_id=None), shared_reward_model("qwen2"), None, config=config
+        shared_lm("qwen2", eos_token_id=None),
+        shared_reward_model("qwen2"),
+        None,
+        config=config,
+        loop="sequential",
     )
     (result,) = decoder.generate([PROMPT], max_new_tokens=7, reward_context=[CONTEXT])
     stats = result.stats
@@ -127,6 +131,8 @@ def test_peak_bytes_see_a_large_pass():
     size = {"vocab_size": 20_000, "hidden_size": 64, "max_position_embeddings": 1024}
     lm, rm = causal_lm("llama", **size), reward_model("llama", **size)
     config = DTOConfig(iters=1, confidence_threshold=None, max_generations=2, update="all")
-    (result,) = NablaDecoder(lm, rm, None, config=config).generate([[3] * 500], max_new_tokens=40)
+    (result,) = NablaDecoder(lm, rm, None, config=config, loop="sequential").generate(
+        [[3] * 500], max_new_tokens=40
+    )
     if result.stats.peak_bytes is not None:
         assert 5e6 < result.stats.peak_bytes < 2e9

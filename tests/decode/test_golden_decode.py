@@ -40,7 +40,8 @@ def _config(case: dict) -> DTOConfig:
 
 
 def _decode(case: dict, lm, rm, prompts: list, **options) -> Result:
-    decoder = NablaDecoder(lm, rm, options.pop("tokenizer", None), config=_config(case))
+    tokenizer = options.pop("tokenizer", None)
+    decoder = NablaDecoder(lm, rm, tokenizer, config=_config(case), loop="sequential")
     (result,) = decoder.generate(
         prompts, seed=case["seed"], max_new_tokens=case["max_new_tokens"], **options
     )

@@ -199,7 +199,7 @@ def test_stopping_early_frees_everything(decoder, how: str, finished: int):
             del same
         gc.collect()
     assert watch.all_given_back()
-    assert bool(watch.made) == (decoder._loop_name == "batched" and (finished > 0 or how == "break"))
+    assert bool(watch.made) == (decoder.loop == "batched" and (finished > 0 or how == "break"))
     assert flags(decoder) == before
 
 

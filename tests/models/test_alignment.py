@@ -137,7 +137,12 @@ def test_a_decode_with_hard_tokens_copies_no_table(relaxation, copied):
 
     alignment = Alignment(ALIGNMENT.token_map)
     decoder = NablaDecoder(
-        shared_lm("qwen2"), wide_reward_model(), None, config=config, alignment=alignment
+        shared_lm("qwen2"),
+        wide_reward_model(),
+        None,
+        config=config,
+        loop="sequential",
+        alignment=alignment,
     )
     (result,) = decoder.generate([[5, 9, 3]], max_new_tokens=4, reward_context=[CONTEXT])
     assert result.stats.gradient_passes
@@ -167,8 +172,9 @@ def test_tables_of_different_size_are_not_identical():
 
 def test_mapped_ids_are_scored():
     rm = wide_reward_model()
+    config = DTOConfig(max_generations=1)
     decoder = NablaDecoder(
-        shared_lm("qwen2"), rm, OURS, config=DTOConfig(max_generations=1), alignment=ALIGNMENT
+        shared_lm("qwen2"), rm, OURS, config=config, loop="sequential", alignment=ALIGNMENT
     )
     (result,) = decoder.generate([[5, 9, 3]], max_new_tokens=6, reward_context=[CONTEXT])
     response = result.token_ids + [EOS] * (result.finish_reason == "eos")
@@ -180,7 +186,7 @@ def test_mapped_ids_are_scored():
 
 def test_prompts_of_token_ids_are_mapped():
     rm, prompt = wide_reward_model(), [5, 9, 3]
-    decoder = NablaDecoder(shared_lm("qwen2"), rm, None, alignment=ALIGNMENT)
+    decoder = NablaDecoder(shared_lm("qwen2"), rm, None, loop="sequential", alignment=ALIGNMENT)
     mapped = [(ALIGNMENT.token_map[prompt].tolist(), [])]
     by_hand = decoder.generate([prompt], max_new_tokens=6, reward_context=mapped)
     assert decoder.generate([prompt], max_new_tokens=6)[0].reward == by_hand[0].reward
@@ -188,7 +194,9 @@ def test_prompts_of_token_ids_are_mapped():
 
 def test_text_is_read_by_each_models_tokenizer():
     other = theirs()
-    decoder = NablaDecoder(shared_lm("qwen2"), wide_reward_model(), OURS, other, alignment=ALIGNMENT)
+    decoder = NablaDecoder(
+        shared_lm("qwen2"), wide_reward_model(), OURS, other, loop="sequential", alignment=ALIGNMENT
+    )
     text = OURS.apply_chat_template(
         [{"role": "user", "content": "ab"}], tokenize=False, add_generation_prompt=True
     )
@@ -227,7 +235,7 @@ def test_decode_across_vocabularies(seed):
         resample_sampling=SamplingConfig(1.0, 5, 0.9),
     )
     lm, rm, prompt = shared_lm("qwen2"), wide_reward_model(), [5, 9, 3, seed + 3]
-    decoder = NablaDecoder(lm, rm, None, config=config, alignment=ALIGNMENT)
+    decoder = NablaDecoder(lm, rm, None, config=config, loop="sequential", alignment=ALIGNMENT)
     (result,) = decoder.generate([prompt], seed=seed, max_new_tokens=6, reward_context=[CONTEXT])
     loop = NaiveLoop(
         lm,
@@ -260,7 +268,9 @@ def test_a_leading_space_counts():
 
 
 def test_text_without_a_reward_tokenizer_is_mapped():
-    decoder = NablaDecoder(shared_lm("qwen2"), wide_reward_model(), OURS, alignment=ALIGNMENT)
+    decoder = NablaDecoder(
+        shared_lm("qwen2"), wide_reward_model(), OURS, loop="sequential", alignment=ALIGNMENT
+    )
     ids = OURS.apply_chat_template(
         [{"role": "user", "content": "ab"}], tokenize=True, add_generation_prompt=True
     )["input_ids"]
