@@ -1,7 +1,9 @@
 """Kernels of gradient-guided decoding, callable on plain tensors.
 
-Each op is its plain-PyTorch reference with faster backends registered on it; see
-:mod:`nabla_fast.ops.registry` for how one is chosen and :func:`use_backend` for how to force one.
+Each op is its plain-PyTorch reference with faster backends registered on it;
+:mod:`nabla_fast.ops.registry` says how one is chosen, :func:`set_backend` how to force one, and
+:func:`use_backend` how to force one inside a ``with`` block. Where no forced backend takes an input, a
+call raises BackendUnavailable with the reason of each.
 """
 
 from nabla_fast.errors import BackendUnavailable
@@ -18,7 +20,7 @@ from nabla_fast.ops.nll_grad import nll_grad
 from nabla_fast.ops.onehot_grad import onehot_grad
 from nabla_fast.ops.onehot_grad_norm import onehot_grad_norm
 from nabla_fast.ops.prefix_attention import prefix_attention
-from nabla_fast.ops.registry import backend_status, use_backend
+from nabla_fast.ops.registry import backend_status, set_backend, use_backend
 from nabla_fast.ops.rows import synchronize
 from nabla_fast.ops.token_stats import TokenStats, token_stats
 from nabla_fast.ops.vocab_parallel import vocab_parallel_embedding_mix
@@ -43,6 +45,7 @@ __all__ = [
     "onehot_grad",
     "onehot_grad_norm",
     "prefix_attention",
+    "set_backend",
     "synchronize",
     "token_stats",
     "use_backend",

@@ -1,4 +1,4 @@
-"""Adam and its learning-rate schedule, as the descents use them."""
+"""Adam and its learning-rate schedule, for the descents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 class AdamState(NamedTuple):
-    """Moments and step count of N rows, always float32 or wider; the descents change it in place."""
+    """Moments and step count of N rows, float32 or float64; the descents change it in place.
+
+    Example:
+        >>> AdamState.zeros(torch.ones(2, 3)).step
+        tensor([0, 0])
+    """
 
     exp_avg: Tensor  # [N, V or H]
     exp_avg_sq: Tensor  # [N, V or H]
@@ -43,6 +48,12 @@ def cosine_schedule(iters: int, lr: float, *, min_ratio: float = 0.0, warmup_ste
         warmup_steps: w, at most K.
     Returns:
         [K] float64.
+    Raises:
+        InputError: ``warmup_steps`` is out of its range.
+
+    Example:
+        >>> cosine_schedule(4, 1.0, min_ratio=0.3).tolist()
+        [1.0, 0.8535533905932737, 0.5, 0.3]
     """
     if not 0 <= warmup_steps <= iters:
         raise InputError(f"warmup_steps must be between 0 and iters={iters}, got {warmup_steps}")
@@ -61,7 +72,7 @@ def adam_step_(parameter: Tensor, grad: Tensor, state: AdamState, lr: Tensor) ->
 
     Args:
         parameter, grad: [N, D].
-        state: of N rows; ``step`` may differ from row to row.
+        state: moments [N, D] and steps [N], which may differ from row to row.
         lr: [N] float64.
     """
     state.step.add_(1)

@@ -96,30 +96,6 @@ def expect_noise(op: str, noise: tuple[Tensor, Tensor] | None, rows: int) -> Non
         )
 
 
-def native_matrix(tensor: Tensor) -> bool:
-    """Whether C++ kernels read a matrix as it is: float32 or bfloat16 on the CPU, rows of unit stride."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.dtype in (torch.float32, torch.bfloat16)
-        and (tensor.stride(1) == 1 or tensor.shape[1] <= 1)
-    )
-
-
-def as_native(tensor: Tensor) -> Tensor:
-    """``tensor`` as C++ kernels read it: itself, or a float32 copy."""
-    return tensor if native_matrix(tensor) else tensor.float().contiguous()
-
-
-def native_noise(noise: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-    """``noise`` with contiguous seed and position."""
-    return None if noise is None else (noise[0].contiguous(), noise[1].contiguous())
-
-
-def native_tau(tau: float) -> bool:
-    """Whether C++ kernels take this temperature: 1/τ and τ are normal float32."""
-    return 2**-64 <= tau <= 2**64
-
-
 def expect_mix(
     op: str,
     rows: int,
@@ -130,7 +106,7 @@ def expect_mix(
     noise: tuple[Tensor, Tensor] | None,
     direct: Tensor | None,
 ) -> None:
-    """Arguments of a mix of N rows over V tokens beside its ``inputs``, all on one device."""
+    """A mix of N rows over V tokens has good arguments, all on one device with its ``inputs``."""
     expect_vocabulary(op, vocabulary)
     expect_tables(op, tables, vocabulary)
     expect_one_device(op, *inputs, *tables, *(noise or ()), direct)

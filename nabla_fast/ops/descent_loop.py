@@ -1,4 +1,4 @@
-"""The loop that both descents share: Adam steps on rows until their hard token moves."""
+"""Adam steps on rows until their hard token moves: the loop and the checks of both descents."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from torch import Tensor
 
 from nabla_fast.errors import InputError
 from nabla_fast.ops.adam import AdamState, adam_step_
-from nabla_fast.ops.checks import expect_noise, expect_tau, native_matrix, native_tau
+from nabla_fast.ops.checks import expect_noise, expect_tau
 from nabla_fast.ops.rows import report
-from nabla_fast.ops.triton_backend import takes
 
 
 class Descent(NamedTuple):
-    """How a descent left its rows."""
+    """Hard tokens of N rows after a descent, and whether its last step moved them."""
 
     token: Tensor  # [N] int64, the hard token now
     flipped: Tensor  # [N] bool, whether the last step taken moved it
@@ -31,7 +30,7 @@ def descend(
     gradient: Callable[[Tensor, Tensor | slice], Tensor],
     hard_token: Callable[[Tensor, Tensor | slice], Tensor],
 ) -> Descent:
-    """Take Adam steps on rows of ``parameter`` [N, D] in place; arguments as of ``dto_descent``.
+    """Take Adam steps on rows of ``parameter`` [N, D] in place; arguments as in ``dto_descent``.
 
     Args:
         gradient: (parameter of some rows [n, D], which rows) → ∂ℒ/∂parameter [n, D].
@@ -81,8 +80,14 @@ def check_descent(
     tau: float,
     noise: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Arguments that both descents share."""
-    # Messages are made only where they are needed: a descent of few tokens takes less time than all.
+    """Raise InputError for arguments that no descent takes.
+
+    Args:
+        name: of the op, for the message.
+        parameter: [N, D], z or h.
+        grad, state, schedule, until, group, tau, noise: as in ``dto_descent``.
+    """
+    # Messages are written on failure alone: a descent of few tokens takes less time than to write them.
     rows, columns = parameter.shape
     if parameter.dtype not in (torch.float32, torch.float64):
         raise InputError(
@@ -107,7 +112,7 @@ def check_descent(
             f"{name}: schedule must be float64 [K] or [{rows}, K], "
             f"got {schedule.dtype} {list(schedule.shape)}"
         )
-    # Numbers on a device are not waited for; nothing is read beyond the schedule there.
+    # Values on a device are not checked, as that would wait for it; kernels read nothing past the schedule.
     if rows > 0 and state.step.device.type == "cpu":
         if until is not None and int(until.max()) > schedule.shape[-1]:
             raise InputError(f"{name}: until exceeds the {schedule.shape[-1]} steps of the schedule")
@@ -118,42 +123,8 @@ def check_descent(
         expect_noise(name, noise, rows)
 
 
-def native_descends(
-    parameter: Tensor,
-    grad: Tensor,
-    state: AdamState,
-    schedule: Tensor,
-    *,
-    until: Tensor | None,
-    group: Tensor | None,
-    tau: float,
-    noise: tuple[Tensor, Tensor] | None,
-) -> bool:
-    """Whether the C++ kernels move rows of ``parameter`` [N, D] like these."""
-    vectors = (state.step, until, group, *(noise or ()))
-    return (
-        parameter.dtype == grad.dtype == torch.float32
-        and all(native_matrix(tensor) for tensor in (parameter, grad, state.exp_avg, state.exp_avg_sq))
-        and all(tensor is None or tensor.is_contiguous() for tensor in vectors)
-        and schedule.stride(-1) == 1
-        and native_tau(tau)
-    )
-
-
-def triton_descends(parameter: Tensor, grad: Tensor, state: AdamState, *, tau: float) -> bool:
-    """Whether the Triton kernels move rows of ``parameter`` [N, D] like these."""
-    rows = (parameter, grad, state.exp_avg, state.exp_avg_sq)
-    return (
-        takes(*rows)
-        and parameter.dtype == torch.float32
-        and all(tensor.stride(1) == 1 for tensor in rows)
-        and state.step.is_contiguous()
-        and 2**-64 <= tau <= 2**64
-    )
-
-
 def reported(name: str, token: Tensor, flipped: Tensor, status: Tensor | None) -> Descent:
-    """What a kernel returns, its status [N] int32 reported; None stands for rows that are all good."""
+    """A kernel's result, after its status [N] int32 is reported; None stands for rows that are all good."""
     if status is not None:
         report(name, status)
     return Descent(token, flipped)

@@ -20,8 +20,8 @@ def draw_tokens(
     the exponentials that a generator draws for a row, the token is the one that
     ``nabla_fast.decode.sampling.draw`` gives with that generator, but where rounding decides.
 
-    What is dropped is known from the k largest values and from how many tokens tie with the least of
-    them: shapes do not depend on the data, nothing waits for the device, and a CUDA graph can hold it.
+    The tokens dropped are known from the k largest values and from how many tokens tie with the least of
+    them: shapes do not depend on the data, nothing waits for the device, and a CUDA graph can capture it.
 
     Args:
         logits: z [N, V] float32 or float64.
@@ -34,6 +34,13 @@ def draw_tokens(
         [N] int64. Of a row that holds NaN or +inf, or nothing but −inf, some token.
     Raises:
         InputError: a shape, dtype or device does not fit, or a setting is out of its range.
+
+    Source: the exponential race of ``torch.multinomial``; nucleus sampling from Holtzman et al., ICLR 2020.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 5.0, 1.0]])
+        >>> draw_tokens(logits, torch.empty_like(logits).exponential_(), top_k=1)
+        tensor([1])
     """
     scores = logits / temperature if temperature > 0 else logits
     vocabulary = scores.shape[1]
@@ -52,7 +59,7 @@ def draw_tokens(
 
 
 def _first_kept(ascending: Tensor, equal_least: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Where top-p begins to keep tokens.
+    """The first score that top-p keeps.
 
     Args:
         ascending: the k largest scores of each row [N, k].
@@ -63,26 +70,30 @@ def _first_kept(ascending: Tensor, equal_least: Tensor, limit: float) -> tuple[T
         The least score kept [N, 1], and how many tokens of that score are dropped [N, 1] int64.
     """
     k = ascending.shape[1]
-    beside = equal_least.sum(dim=1, keepdim=True) - (ascending == ascending[:, :1]).sum(dim=1, keepdim=True)
+    outside = equal_least.sum(dim=1, keepdim=True) - (ascending == ascending[:, :1]).sum(
+        dim=1, keepdim=True
+    )
     shares = (ascending - ascending[:, -1:]).exp()
-    shares = shares / (shares.sum(dim=1, keepdim=True) + beside * shares[:, :1])
+    shares = shares / (shares.sum(dim=1, keepdim=True) + outside * shares[:, :1])
     # Masses are added up in double precision and compared in the scores' own.
     share = shares[:, :1].double()
     dtype, bound = ascending.dtype, torch.tensor(limit, dtype=ascending.dtype).item()
     fitting = torch.where(share > 0, bound / share, torch.inf).clamp(max=2.0**24).floor()
     fitting = fitting + (((fitting + 1) * share).to(dtype) <= bound)
-    dropped_beside = torch.minimum(fitting.long(), beside)
-    mass = (beside * share + shares.double().cumsum(dim=1)).to(dtype)
+    dropped_outside = torch.minimum(fitting.long(), outside)
+    mass = (outside * share + shares.double().cumsum(dim=1)).to(dtype)
     dropped = (mass <= bound).sum(dim=1, keepdim=True).clamp(max=k - 1)
-    dropped = torch.where(dropped_beside < beside, 0, dropped)
+    dropped = torch.where(dropped_outside < outside, 0, dropped)
     first = ascending.gather(1, dropped)
     place = torch.arange(k, device=ascending.device)
     before = ((ascending == first) & (place < dropped)).sum(dim=1, keepdim=True)
-    return first, before + torch.where(first == ascending[:, :1], dropped_beside, 0)
+    return first, before + torch.where(first == ascending[:, :1], dropped_outside, 0)
 
 
 @draw_tokens.check
-def _(logits: Tensor, exponentials: Tensor, *, temperature: float, top_k: int, top_p: float) -> None:
+def check_draw_tokens(
+    logits: Tensor, exponentials: Tensor, *, temperature: float, top_k: int, top_p: float
+) -> None:
     expect_matrix("draw_tokens", "logits", logits)
     expect(
         logits.dtype in (torch.float32, torch.float64) and exponentials.dtype == logits.dtype,
@@ -97,5 +108,5 @@ def _(logits: Tensor, exponentials: Tensor, *, temperature: float, top_k: int, t
 
 
 @draw_tokens.fake
-def _(logits: Tensor, exponentials: Tensor, **_: float) -> Tensor:
+def fake_draw_tokens(logits: Tensor, exponentials: Tensor, **_: float) -> Tensor:
     return logits.new_empty(len(logits), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The inner loop of DTO on logits."""
+"""The inner loop of DTO (Differentiable Textual Optimization) on logits."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
+from nabla_fast.ops import native_backend, triton_backend
 from nabla_fast.ops.adam import AdamState
 from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
-from nabla_fast.ops.descent_loop import (
-    Descent,
-    check_descent,
-    descend,
-    native_descends,
-    reported,
-    triton_descends,
-)
+from nabla_fast.ops.descent_loop import Descent, check_descent, descend, reported
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
@@ -46,8 +40,8 @@ def dto_descent(
 
     Args:
         z: [N, V] float32 or float64; −inf marks a masked token and stays.
-        grad: G [N, V].
-        state: of the same rows.
+        grad: G [N, V], floating point.
+        state: Adam moments [N, V] in the dtype of ``z``, and steps [N] int64.
         schedule: learning rates float64 [K], or [N, K] where rows differ.
         until: int64 [N], the step each row stops at, at most K; None for K.
         group: int64 [N], number ≥ 0 of each row's group; rows of a group have equal ``state.step``
@@ -60,6 +54,16 @@ def dto_descent(
         InputError: a shape, dtype or device does not fit.
         RowError: a row of ``z`` has a NaN or +inf logit, or no finite one. Nothing has changed then, but
             on a device, where the error comes later: there a bad row stays and the others move.
+
+    Source: DTO from Wang et al., ICLR 2026 (arXiv:2603.04948); Adam from Kingma & Ba, ICLR 2015.
+
+    Example:
+        >>> z, grad = torch.tensor([[1.0, 0.99]]), torch.tensor([[1.0, -1.0]])
+        >>> state = AdamState.zeros(z)
+        >>> dto_descent(z, grad, state, cosine_schedule(20, 0.01))
+        Descent(token=tensor([1]), flipped=tensor([True]))
+        >>> state.step  # the descent stopped at the flip
+        tensor([1])
     """
     report("dto_descent", row_status(z))
     g = 0 if noise is None else gumbel_noise(noise, z.shape[1]).to(z.dtype)
@@ -79,7 +83,7 @@ def dto_descent(
 
 
 @dto_descent.check
-def _(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> None:
+def check_dto_descent(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> None:
     until, group, noise = options["until"], options["group"], options["noise"]
     expect_matrix("dto_descent", "z", z)
     expect_vocabulary("dto_descent", z.shape[1])
@@ -89,19 +93,26 @@ def _(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: An
 
 
 @dto_descent.fake
-def _(z: Tensor, *_: Any, **__: Any) -> Descent:
+def fake_dto_descent(z: Tensor, *_: Any, **__: Any) -> Descent:
     return Descent(z.new_empty(z.shape[0], dtype=torch.int64), z.new_empty(z.shape[0], dtype=torch.bool))
 
 
-@dto_descent.backend("cpu", when=native_descends)
-def _(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
+@dto_descent.backend(
+    "cpu", refuses=lambda z, *inputs, **options: native_backend.descent_refusal("z", z, *inputs, **options)
+)
+def dto_descent_cpu(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
     return reported("dto_descent", *_native.dto_descent_(z, grad, *state, schedule, **options))
 
 
 @dto_descent.backend(
-    "triton", when=lambda z, grad, state, schedule, *, tau, **_: triton_descends(z, grad, state, tau=tau)
+    "triton",
+    refuses=lambda z, grad, state, schedule, *, tau, **_: triton_backend.descent_refusal(
+        "z", z, grad, state, tau=tau
+    ),
 )
-def _(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
+def dto_descent_triton(
+    z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any
+) -> Descent:
     from nabla_fast.triton_kernels import dto_descent as kernels
 
     return reported("dto_descent", *kernels.dto_descent(z, grad, *state, schedule, **options))

@@ -1,4 +1,4 @@
-"""The inner loop of DTO on hidden states."""
+"""The inner loop of DTO (Differentiable Textual Optimization) on hidden states."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
+from nabla_fast.ops import native_backend, triton_backend
 from nabla_fast.ops.adam import AdamState
-from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary, native_matrix
-from nabla_fast.ops.descent_loop import (
-    Descent,
-    check_descent,
-    descend,
-    native_descends,
-    reported,
-    triton_descends,
-)
+from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
+from nabla_fast.ops.descent_loop import Descent, check_descent, descend, reported
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.softmax import softmax_gradient
-from nabla_fast.ops.triton_backend import takes
 
 
 @op(mutates=("h", "state"))
@@ -43,15 +36,21 @@ def dto_descent_latents(
 
     Args:
         h: [N, H] float32 or float64, changed in place.
-        head: W [V, H], a constant.
-        grad: G [N, V].
-        state: of [N, H] rows, changed in place.
-        schedule, until, group, tau, noise: as of ``dto_descent``.
+        head: the lm_head W [V, H], floating point, a constant.
+        grad: G [N, V], floating point.
+        state: Adam moments [N, H] in the dtype of ``h``, and steps [N] int64; changed in place.
+        schedule, until, group, tau, noise: as in ``dto_descent``.
     Returns:
         The rows' hard tokens now, and which of them the last step moved.
     Raises:
         InputError: a shape, dtype or device does not fit.
-        RowError: a row's logits have a NaN or +inf, or no finite value; as of ``dto_descent``.
+        RowError: a row's logits have a NaN or +inf, or no finite value; as in ``dto_descent``.
+
+    Example:
+        >>> h, head = torch.tensor([[1.0, 0.99]]), torch.eye(2)
+        >>> grad = torch.tensor([[1.0, -1.0]])
+        >>> dto_descent_latents(h, head, grad, AdamState.zeros(h), cosine_schedule(20, 0.01))
+        Descent(token=tensor([1]), flipped=tensor([True]))
     """
     report("dto_descent_latents", row_status(lm_logits(h, head)))
     g = 0 if noise is None else gumbel_noise(noise, head.shape[0]).to(h.dtype)
@@ -72,7 +71,9 @@ def dto_descent_latents(
 
 
 @dto_descent_latents.check
-def _(h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> None:
+def check_dto_descent_latents(
+    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any
+) -> None:
     name = "dto_descent_latents"
     until, group, noise = options["until"], options["group"], options["noise"]
     expect_matrix(name, "h", h)
@@ -84,26 +85,34 @@ def _(h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor,
 
 
 @dto_descent_latents.fake
-def _(h: Tensor, *_: Any, **__: Any) -> Descent:
+def fake_dto_descent_latents(h: Tensor, *_: Any, **__: Any) -> Descent:
     return Descent(h.new_empty(h.shape[0], dtype=torch.int64), h.new_empty(h.shape[0], dtype=torch.bool))
 
 
-@dto_descent_latents.backend(
-    "cpu",
-    when=lambda h, head, *others, **options: native_matrix(head) and native_descends(h, *others, **options),
-)
-def _(h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
+def _cpu_refusal(h: Tensor, head: Tensor, *inputs: Any, **options: Any) -> str | None:
+    return native_backend.matrix_refusal("head", head) or native_backend.descent_refusal(
+        "h", h, *inputs, **options
+    )
+
+
+@dto_descent_latents.backend("cpu", refuses=_cpu_refusal)
+def dto_descent_latents_cpu(
+    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any
+) -> Descent:
     found = _native.dto_descent_latents_(h, head, grad, *state, schedule, **options)
     return reported("dto_descent_latents", *found)
 
 
-@dto_descent_latents.backend(
-    "triton",
-    when=lambda h, head, grad, state, schedule, *, tau, **_: (
-        takes(h, head) and triton_descends(h, grad, state, tau=tau)
-    ),
-)
-def _(h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
+def _triton_refusal(
+    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, *, tau: float, **_: Any
+) -> str | None:
+    return triton_backend.refusal(head=head) or triton_backend.descent_refusal("h", h, grad, state, tau=tau)
+
+
+@dto_descent_latents.backend("triton", refuses=_triton_refusal)
+def dto_descent_latents_triton(
+    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any
+) -> Descent:
     from nabla_fast.triton_kernels import dto_descent_latents as kernels
 
     found = kernels.dto_descent_latents(h, head, grad, *state, schedule, **options)

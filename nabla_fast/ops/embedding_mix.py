@@ -9,19 +9,12 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
-from nabla_fast.ops.checks import (
-    as_native,
-    expect_matrix,
-    expect_mix,
-    native_matrix,
-    native_noise,
-    native_tau,
-)
-from nabla_fast.ops.gumbel_noise import GumbelNoise, perturbed
+from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast.ops.checks import expect_matrix, expect_mix
+from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous, perturbed
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.softmax import onehot_gradient, softmax_gradient
-from nabla_fast.ops.triton_backend import contiguous, takes
 
 
 @op
@@ -43,17 +36,29 @@ def embedding_mix(
     Differentiable once, in ``logits`` alone: tables, noise and ``direct`` are constants.
 
     Args:
-        logits: z [N, V]; −inf marks a masked token, whose gradient is 0.
-        tables: embedding tables [V, H_t].
+        logits: z [N, V], floating point; −inf marks a masked token, whose gradient is 0.
+        tables: embedding tables [V, H_t], floating point.
         tau: temperature τ > 0.
         hard: straight-through if true, soft if false.
         noise: key of the rows' Gumbel noise, or None.
-        direct: [N, V], a gradient with respect to y that does not come through a table.
+        direct: [N, V], a gradient with respect to y that does not come through a table, or None.
     Returns:
         One [N, H_t] a table, in the table's dtype.
     Raises:
         InputError: a shape, dtype or device does not fit.
         RowError: a row has a NaN or +inf logit, or no finite one.
+
+    Source: the straight-through estimator from Bengio et al., arXiv:1308.3432; with Gumbel noise, Jang et
+    al., ICLR 2017.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0]], requires_grad=True)
+        >>> (mix,) = embedding_mix(logits, [torch.tensor([[1.0], [3.0]])])
+        >>> mix.detach()
+        tensor([[3.]])
+        >>> mix.sum().backward()
+        >>> logits.grad
+        tensor([[-0.3932,  0.3932]])
     """
     z = logits.to(accumulation_dtype(logits, *tables))
     report("embedding_mix", row_status(z))
@@ -79,7 +84,7 @@ def embedding_mix_backward(
 
     Args:
         cotangents: ∂ℒ/∂e_t [N, H_t], one a table.
-        logits, tables, tau, noise, direct: as given to the forward.
+        logits, tables, tau, noise, direct: as in the forward.
     Returns:
         [N, V] in the dtype of ``logits``.
     """
@@ -90,46 +95,36 @@ def embedding_mix_backward(
 
 
 @embedding_mix.check
-def _(logits: Tensor, tables: Sequence[Tensor], *, hard: bool, **options: Any) -> None:
+def check_embedding_mix(logits: Tensor, tables: Sequence[Tensor], *, hard: bool, **options: Any) -> None:
     expect_matrix("embedding_mix", "logits", logits)
     expect_mix("embedding_mix", *logits.shape, tables, logits, **options)
 
 
 @embedding_mix.fake
-def _(logits: Tensor, tables: Sequence[Tensor], **_: Any) -> list[Tensor]:
+def fake_embedding_mix(logits: Tensor, tables: Sequence[Tensor], **_: Any) -> list[Tensor]:
     return [table.new_empty((logits.shape[0], table.shape[1])) for table in tables]
 
 
 @embedding_mix_backward.fake
-def _(cotangents: Sequence[Tensor], logits: Tensor, tables: Sequence[Tensor], **_: Any) -> Tensor:
+def fake_embedding_mix_backward(
+    cotangents: Sequence[Tensor], logits: Tensor, tables: Sequence[Tensor], **_: Any
+) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @embedding_mix.gradient("logits")
-def _(arguments: dict[str, Any], outputs: list[Tensor], cotangents: list[Tensor]) -> Tensor:
+def embedding_mix_gradient(
+    arguments: dict[str, Any], outputs: list[Tensor], cotangents: list[Tensor]
+) -> Tensor:
     del arguments["hard"]
     return embedding_mix_backward(cotangents, **arguments)
 
 
-def native_takes_mix(
-    rows: Tensor, head: Tensor | None, tables: Sequence[Tensor], tau: float, *others: Tensor | None
-) -> bool:
-    """Whether the C++ mixes take logits, or hidden states and a head, and tables like these.
-
-    Args:
-        others: cotangents and direct gradient; in float64 they are nothing for float32 kernels.
-    """
-    return (
-        all(native_matrix(tensor) for tensor in (rows, *tables, *([] if head is None else [head])))
-        and native_tau(tau)
-        and all(other is None or other.dtype != torch.float64 for other in others)
-    )
-
-
 @embedding_mix.backend(
-    "cpu", when=lambda logits, tables, *, tau, **_: native_takes_mix(logits, None, tables, tau)
+    "cpu",
+    refuses=lambda logits, tables, *, tau, **_: native_backend.mix_refusal(tables, tau, logits=logits),
 )
-def _(
+def embedding_mix_cpu(
     logits: Tensor,
     tables: Sequence[Tensor],
     *,
@@ -138,18 +133,18 @@ def _(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> list[Tensor]:
-    mixes, status = _native.Mix(logits, None, tables, tau, native_noise(noise)).forward(hard)
+    mixes, status = _native.Mix(logits, None, tables, tau, contiguous(noise)).forward(hard)
     report("embedding_mix", status)
     return mixes
 
 
 @embedding_mix_backward.backend(
     "cpu",
-    when=lambda cotangents, logits, tables, *, tau, direct, **_: native_takes_mix(
-        logits, None, tables, tau, *cotangents, direct
+    refuses=lambda cotangents, logits, tables, *, tau, direct, **_: native_backend.mix_refusal(
+        tables, tau, cotangents=cotangents, direct=direct, logits=logits
     ),
 )
-def _(
+def embedding_mix_backward_cpu(
     cotangents: Sequence[Tensor],
     logits: Tensor,
     tables: Sequence[Tensor],
@@ -158,23 +153,21 @@ def _(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> Tensor:
-    mix = _native.Mix(logits, None, tables, tau, native_noise(noise))
-    return mix.backward([as_native(c) for c in cotangents], None if direct is None else as_native(direct))[
-        0
-    ]
-
-
-def triton_takes(
-    *tensors: Tensor, tau: float, noise: GumbelNoise | None, direct: Tensor | None, **_: Any
-) -> bool:
-    """Whether Triton kernels mix tensors like these."""
-    return takes(*tensors, *(noise or ()), direct) and 2**-64 <= tau <= 2**64
+    mix = _native.Mix(logits, None, tables, tau, contiguous(noise))
+    grad, _ = mix.backward(
+        [native_backend.as_native(cotangent) for cotangent in cotangents],
+        None if direct is None else native_backend.as_native(direct),
+    )
+    return grad
 
 
 @embedding_mix.backend(
-    "triton", when=lambda logits, tables, **options: triton_takes(logits, *tables, **options)
+    "triton",
+    refuses=lambda logits, tables, *, tau, noise, direct, **_: triton_backend.mix_refusal(
+        tau, logits=logits, tables=tables, noise=noise, direct=direct
+    ),
 )
-def _(
+def embedding_mix_triton(
     logits: Tensor, tables: Sequence[Tensor], *, tau: float, hard: bool, noise: GumbelNoise | None, **_: Any
 ) -> list[Tensor]:
     from nabla_fast.triton_kernels import embedding_mix as kernels
@@ -186,11 +179,11 @@ def _(
 
 @embedding_mix_backward.backend(
     "triton",
-    when=lambda cotangents, logits, tables, **options: triton_takes(
-        *cotangents, logits, *tables, **options
+    refuses=lambda cotangents, logits, tables, *, tau, noise, direct: triton_backend.mix_refusal(
+        tau, cotangents=cotangents, logits=logits, tables=tables, noise=noise, direct=direct
     ),
 )
-def _(
+def embedding_mix_backward_triton(
     cotangents: Sequence[Tensor],
     logits: Tensor,
     tables: Sequence[Tensor],

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nabla_fast.ops import triton_backend
 from nabla_fast.ops.checks import expect_noise, expect_vocabulary
 from nabla_fast.ops.registry import op
-from nabla_fast.ops.triton_backend import takes
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -17,7 +17,12 @@ _LOW = 0xFFFFFFFF
 
 
 class GumbelNoise(NamedTuple):
-    """The key of a row's noise; the noise itself is recomputed wherever it is needed."""
+    """The keys of N rows' noise; the noise itself is recomputed wherever it is needed.
+
+    Example:
+        >>> GumbelNoise(seed=torch.tensor([42, 42]), position=torch.tensor([7, 8])).position
+        tensor([7, 8])
+    """
 
     seed: Tensor  # [N] int64
     position: Tensor  # [N] int64, the row's absolute position in its sequence
@@ -62,12 +67,19 @@ def gumbel_noise(noise: GumbelNoise, vocabulary: int) -> Tensor:
         [N, V] float64.
     Raises:
         InputError: a dtype, a shape or V is wrong.
+
+    Source: Philox from Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Example:
+        >>> key = GumbelNoise(torch.tensor([42]), torch.tensor([7]))
+        >>> gumbel_noise(key, 5).shape
+        torch.Size([1, 5])
     """
     token = torch.arange(vocabulary, device=noise.seed.device)
     seed, position = noise.seed[:, None], noise.position[:, None]
-    block = torch.arange((vocabulary + 3) // 4, device=noise.seed.device)[None]
+    counter = torch.arange((vocabulary + 3) // 4, device=noise.seed.device)[None]
     words = philox_4x32_10(
-        (block, position & _LOW, (position >> 32) & _LOW, torch.zeros_like(position)),
+        (counter, position & _LOW, (position >> 32) & _LOW, torch.zeros_like(position)),
         (seed & _LOW, (seed >> 32) & _LOW),
     )
     word = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, token]
@@ -76,21 +88,26 @@ def gumbel_noise(noise: GumbelNoise, vocabulary: int) -> Tensor:
 
 
 @gumbel_noise.check
-def _(noise: GumbelNoise, vocabulary: int) -> None:
+def check_gumbel_noise(noise: GumbelNoise, vocabulary: int) -> None:
     expect_noise("gumbel_noise", noise, noise.seed.numel())
     expect_vocabulary("gumbel_noise", vocabulary)
 
 
 @gumbel_noise.fake
-def _(noise: GumbelNoise, vocabulary: int) -> Tensor:
+def fake_gumbel_noise(noise: GumbelNoise, vocabulary: int) -> Tensor:
     return noise.seed.new_empty((noise.seed.shape[0], vocabulary), dtype=torch.float64)
 
 
-@gumbel_noise.backend("triton", when=lambda noise, vocabulary: takes(*noise))
-def _(noise: GumbelNoise, vocabulary: int) -> Tensor:
+@gumbel_noise.backend("triton", refuses=lambda noise, vocabulary: triton_backend.refusal(noise=noise))
+def gumbel_noise_triton(noise: GumbelNoise, vocabulary: int) -> Tensor:
     from nabla_fast.triton_kernels.common import gumbel as kernels
 
     return kernels.gumbel_noise(*noise, vocabulary, torch.float64)
+
+
+def contiguous(noise: GumbelNoise | None) -> GumbelNoise | None:
+    """The key as kernels read it, with unit strides; None stays None."""
+    return None if noise is None else GumbelNoise(noise.seed.contiguous(), noise.position.contiguous())
 
 
 def perturbed(logits: Tensor, noise: GumbelNoise | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The embedding mix with its logits recomputed from hidden states."""
+"""The softmax-relaxed embedding mix over logits that are recomputed from hidden states."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from nabla_fast import _native
-from nabla_fast.ops.checks import as_native, expect_matrix, expect_mix, native_noise
-from nabla_fast.ops.embedding_mix import (
-    embedding_mix,
-    embedding_mix_backward,
-    native_takes_mix,
-    triton_takes,
-)
-from nabla_fast.ops.gumbel_noise import GumbelNoise
+from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast.ops.checks import expect_matrix, expect_mix
+from nabla_fast.ops.embedding_mix import embedding_mix, embedding_mix_backward
+from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
-from nabla_fast.ops.triton_backend import contiguous
 
 
 @op
@@ -35,17 +30,24 @@ def linear_embedding_mix(
 ) -> list[Tensor]:
     """:func:`~nabla_fast.ops.embedding_mix` of z = hidden·headᵀ, differentiable once, in ``hidden``.
 
-    ∂ℒ/∂h = Wᵀ ∂ℒ/∂z, with W the head.
+    ∂ℒ/∂h = Wᵀ ∂ℒ/∂z, with W the lm_head.
 
     Args:
-        hidden: h [N, H].
-        head: W [V, H], a constant.
-        tables, tau, hard, noise, direct: as of ``embedding_mix``.
+        hidden: h [N, H], floating point.
+        head: W [V, H], floating point, a constant.
+        tables, tau, hard, noise, direct: as in ``embedding_mix``.
     Returns:
         One [N, H_t] a table, in the table's dtype.
     Raises:
         InputError: a shape, dtype or device does not fit.
         RowError: a row's logits have a NaN or +inf, or no finite value.
+
+    Example:
+        >>> hidden, head = torch.tensor([[0.0, 1.0]], requires_grad=True), torch.eye(2)
+        >>> (mix,) = linear_embedding_mix(hidden, head, [torch.tensor([[1.0], [3.0]])])
+        >>> mix.sum().backward()
+        >>> hidden.grad
+        tensor([[-0.3932,  0.3932]])
     """
     z = lm_logits(hidden, head)
     report("linear_embedding_mix", row_status(z))
@@ -63,14 +65,23 @@ def linear_embedding_mix_backward(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> Tensor:
-    """∂ℒ/∂h of :func:`linear_embedding_mix`: [N, H] in the dtype of ``hidden``."""
+    """∂ℒ/∂h of :func:`linear_embedding_mix`.
+
+    Args:
+        cotangents: ∂ℒ/∂e_t [N, H_t], one a table.
+        hidden, head, tables, tau, noise, direct: as in the forward.
+    Returns:
+        [N, H] in the dtype of ``hidden``.
+    """
     z = lm_logits(hidden, head)
     dz = embedding_mix_backward.body(cotangents, z, tables, tau=tau, noise=noise, direct=direct)
     return logits_backward(dz, head).to(hidden.dtype)
 
 
 @linear_embedding_mix.check
-def _(hidden: Tensor, head: Tensor, tables: Sequence[Tensor], *, hard: bool, **options: Any) -> None:
+def check_linear_embedding_mix(
+    hidden: Tensor, head: Tensor, tables: Sequence[Tensor], *, hard: bool, **options: Any
+) -> None:
     name = "linear_embedding_mix"
     expect_matrix(name, "hidden", hidden)
     expect_matrix(name, "head", head, columns=hidden.shape[1])
@@ -78,27 +89,34 @@ def _(hidden: Tensor, head: Tensor, tables: Sequence[Tensor], *, hard: bool, **o
 
 
 @linear_embedding_mix.fake
-def _(hidden: Tensor, head: Tensor, tables: Sequence[Tensor], **_: Any) -> list[Tensor]:
+def fake_linear_embedding_mix(
+    hidden: Tensor, head: Tensor, tables: Sequence[Tensor], **_: Any
+) -> list[Tensor]:
     return [table.new_empty((hidden.shape[0], table.shape[1])) for table in tables]
 
 
 @linear_embedding_mix_backward.fake
-def _(
+def fake_linear_embedding_mix_backward(
     cotangents: Sequence[Tensor], hidden: Tensor, head: Tensor, tables: Sequence[Tensor], **_: Any
 ) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
 @linear_embedding_mix.gradient("hidden")
-def _(arguments: dict[str, Any], outputs: list[Tensor], cotangents: list[Tensor]) -> Tensor:
+def linear_embedding_mix_gradient(
+    arguments: dict[str, Any], outputs: list[Tensor], cotangents: list[Tensor]
+) -> Tensor:
     del arguments["hard"]
     return linear_embedding_mix_backward(cotangents, **arguments)
 
 
 @linear_embedding_mix.backend(
-    "cpu", when=lambda hidden, head, tables, *, tau, **_: native_takes_mix(hidden, head, tables, tau)
+    "cpu",
+    refuses=lambda hidden, head, tables, *, tau, **_: native_backend.mix_refusal(
+        tables, tau, hidden=hidden, head=head
+    ),
 )
-def _(
+def linear_embedding_mix_cpu(
     hidden: Tensor,
     head: Tensor,
     tables: Sequence[Tensor],
@@ -108,18 +126,18 @@ def _(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> list[Tensor]:
-    mixes, status = _native.Mix(hidden, head, tables, tau, native_noise(noise)).forward(hard)
+    mixes, status = _native.Mix(hidden, head, tables, tau, contiguous(noise)).forward(hard)
     report("linear_embedding_mix", status)
     return mixes
 
 
 @linear_embedding_mix_backward.backend(
     "cpu",
-    when=lambda cotangents, hidden, head, tables, *, tau, direct, **_: native_takes_mix(
-        hidden, head, tables, tau, *cotangents, direct
+    refuses=lambda cotangents, hidden, head, tables, *, tau, direct, **_: native_backend.mix_refusal(
+        tables, tau, cotangents=cotangents, direct=direct, hidden=hidden, head=head
     ),
 )
-def _(
+def linear_embedding_mix_backward_cpu(
     cotangents: Sequence[Tensor],
     hidden: Tensor,
     head: Tensor,
@@ -129,18 +147,21 @@ def _(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> Tensor:
-    mix = _native.Mix(hidden, head, tables, tau, native_noise(noise))
+    mix = _native.Mix(hidden, head, tables, tau, contiguous(noise))
     grad, _ = mix.backward(
-        [as_native(c) for c in cotangents], None if direct is None else as_native(direct)
+        [native_backend.as_native(cotangent) for cotangent in cotangents],
+        None if direct is None else native_backend.as_native(direct),
     )
     return grad.to(hidden.dtype)
 
 
 @linear_embedding_mix.backend(
     "triton",
-    when=lambda hidden, head, tables, **options: triton_takes(hidden, head, *tables, **options),
+    refuses=lambda hidden, head, tables, *, tau, noise, direct, **_: triton_backend.mix_refusal(
+        tau, hidden=hidden, head=head, tables=tables, noise=noise, direct=direct
+    ),
 )
-def _(
+def linear_embedding_mix_triton(
     hidden: Tensor,
     head: Tensor,
     tables: Sequence[Tensor],
@@ -161,11 +182,17 @@ def _(
 
 @linear_embedding_mix_backward.backend(
     "triton",
-    when=lambda cotangents, hidden, head, tables, **options: triton_takes(
-        *cotangents, hidden, head, *tables, **options
+    refuses=lambda cotangents, hidden, head, tables, *, tau, noise, direct: triton_backend.mix_refusal(
+        tau,
+        cotangents=cotangents,
+        hidden=hidden,
+        head=head,
+        tables=tables,
+        noise=noise,
+        direct=direct,
     ),
 )
-def _(
+def linear_embedding_mix_backward_triton(
     cotangents: Sequence[Tensor],
     hidden: Tensor,
     head: Tensor,

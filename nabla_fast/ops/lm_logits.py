@@ -1,4 +1,4 @@
-"""The product of hidden states and head that every path shares, and its transpose."""
+"""Logits from hidden states and the lm_head, as every path computes them, and the gradient back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
+from nabla_fast.ops import native_backend, triton_backend
 from nabla_fast.ops.checks import expect_matrix, expect_one_device
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype
-from nabla_fast.ops.triton_backend import takes
 
-HEAD_ROWS = 16384  # rows of a half-precision head that are converted at a time
+# Rows of a half-precision lm_head that are converted at a time.
+HEAD_ROWS = 16384
 
 
 @op
@@ -21,22 +22,28 @@ def lm_logits(hidden: Tensor, head: Tensor) -> Tensor:
     """z = hidden·headᵀ in float32 (float64 if hidden is).
 
     Half-precision logits tie, which makes an argmax depend on chance, so the product is never
-    rounded to the head's dtype. A half-precision head is converted block by block: a float32 copy
-    of a large vocabulary's head would not fit beside the model.
+    rounded to the head's dtype. A half-precision head is converted a few rows at a time: a float32
+    copy of a large vocabulary's head would not fit beside the model.
+
+    Differentiable in ``hidden`` and ``head``.
 
     Args:
-        hidden: [N, H].
-        head: [V, H].
+        hidden: h [N, H], floating point.
+        head: the lm_head W [V, H], floating point.
     Returns:
         [N, V].
     Raises:
         InputError: a shape, dtype or device does not fit.
+
+    Example:
+        >>> lm_logits(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor([[1., 2.]])
     """
     dtype = accumulation_dtype(hidden)
     hidden = hidden.to(dtype)
     if head.dtype == dtype:
         return hidden @ head.T
-    return torch.cat([hidden @ block.to(dtype).T for block in head.split(HEAD_ROWS)], dim=1)
+    return torch.cat([hidden @ part.to(dtype).T for part in head.split(HEAD_ROWS)], dim=1)
 
 
 def mapped_logits(states: Tensor, table: Tensor, token_map: Tensor | None) -> Tensor:
@@ -60,49 +67,44 @@ def logits_backward(grad: Tensor, head: Tensor) -> Tensor:
         head: [V, H].
     Returns:
         [N, H] in the dtype of ``grad``.
+
+    Example:
+        >>> logits_backward(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor([[1., 2.]])
     """
     if head.dtype == grad.dtype:
         return grad @ head
-    blocks = zip(grad.split(HEAD_ROWS, dim=1), head.split(HEAD_ROWS), strict=True)
-    return sum(part @ block.to(grad.dtype) for part, block in blocks)
+    parts = zip(grad.split(HEAD_ROWS, dim=1), head.split(HEAD_ROWS), strict=True)
+    return sum(columns @ rows.to(grad.dtype) for columns, rows in parts)
 
 
 @lm_logits.check
-def _(hidden: Tensor, head: Tensor) -> None:
+def check_lm_logits(hidden: Tensor, head: Tensor) -> None:
     expect_matrix("lm_logits", "hidden", hidden)
     expect_matrix("lm_logits", "head", head, columns=hidden.shape[1])
     expect_one_device("lm_logits", hidden, head)
 
 
 @lm_logits.fake
-def _(hidden: Tensor, head: Tensor) -> Tensor:
+def fake_lm_logits(hidden: Tensor, head: Tensor) -> Tensor:
     return hidden.new_empty((hidden.shape[0], head.shape[0]), dtype=accumulation_dtype(hidden))
 
 
 @lm_logits.gradient("hidden", "head")
-def _(arguments: dict[str, Any], output: Tensor, cotangents: list[Tensor]) -> tuple[Tensor, Tensor]:
+def lm_logits_gradient(
+    arguments: dict[str, Any], output: Tensor, cotangents: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     (dz,), hidden, head = cotangents, arguments["hidden"], arguments["head"]
     return logits_backward(dz, head).to(hidden.dtype), (dz.T @ hidden.to(dz.dtype)).to(head.dtype)
 
 
-def native_takes(hidden: Tensor, head: Tensor) -> bool:
-    """Whether the C++ products take hidden states [N, H] and a head [V, H] like these."""
-    return (
-        hidden.device.type == "cpu"
-        and hidden.dtype != torch.float64
-        and head.dtype in (torch.float32, torch.bfloat16)
-        and head.stride(1) == 1
-    )
+@lm_logits.backend("cpu", refuses=native_backend.hidden_refusal)
+def lm_logits_cpu(hidden: Tensor, head: Tensor) -> Tensor:
+    return _native.lm_logits(native_backend.as_float32(hidden), head)
 
 
-@lm_logits.backend("cpu", when=native_takes)
-def _(hidden: Tensor, head: Tensor) -> Tensor:
-    hidden = hidden.float()
-    return _native.lm_logits(hidden if hidden.stride(1) == 1 else hidden.contiguous(), head)
-
-
-@lm_logits.backend("triton", when=takes)
-def _(hidden: Tensor, head: Tensor) -> Tensor:
+@lm_logits.backend("triton", refuses=lambda hidden, head: triton_backend.refusal(hidden=hidden, head=head))
+def lm_logits_triton(hidden: Tensor, head: Tensor) -> Tensor:
     from nabla_fast.triton_kernels.common.vocabulary_product import vocabulary_product
 
     return vocabulary_product([hidden], [head])

@@ -1,4 +1,4 @@
-"""The gradient of the likelihood with respect to the hidden states that predict."""
+"""The gradient of the negative log-likelihood with respect to the hidden states."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
+from nabla_fast.ops import native_backend
 from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_vocabulary
-from nabla_fast.ops.lm_logits import lm_logits, logits_backward, native_takes
+from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
-from nabla_fast.ops.rows import accumulation_dtype, blocks, report, row_status
+from nabla_fast.ops.rows import accumulation_dtype, report, row_slices, row_status
 
 
 @op
@@ -17,17 +18,21 @@ def nll_grad(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
     """∂/∂h of −Σ_i log π(token_i), with π = softmax(h·headᵀ): (π − onehot(token))·head.
 
     Args:
-        hidden: h [N, H].
-        head: [V, H].
+        hidden: h [N, H], floating point.
+        head: the lm_head W [V, H], floating point.
         tokens: [N] int64.
     Returns:
         [N, H], float32 (float64 if ``hidden`` is).
     Raises:
         InputError: a shape, dtype or device does not fit, or a token is not in the vocabulary.
         RowError: a row's logits have a NaN or +inf, or no finite value.
+
+    Example:
+        >>> nll_grad(torch.zeros(1, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0]))
+        tensor([[-0.5000,  0.5000]])
     """
     gradients = [hidden.new_zeros(0, hidden.shape[1], dtype=accumulation_dtype(hidden))]
-    for rows in blocks(len(hidden), len(head)):
+    for rows in row_slices(len(hidden), len(head)):
         z = lm_logits(hidden[rows], head)
         report("nll_grad", row_status(z))
         pi = z.softmax(dim=-1)
@@ -37,7 +42,7 @@ def nll_grad(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
 
 
 @nll_grad.check
-def _(hidden: Tensor, head: Tensor, tokens: Tensor) -> None:
+def check_nll_grad(hidden: Tensor, head: Tensor, tokens: Tensor) -> None:
     expect_matrix("nll_grad", "hidden", hidden)
     expect_matrix("nll_grad", "head", head, columns=hidden.shape[1])
     expect_vocabulary("nll_grad", head.shape[0])
@@ -46,7 +51,7 @@ def _(hidden: Tensor, head: Tensor, tokens: Tensor) -> None:
         f"nll_grad: tokens must be int64 [{len(hidden)}], got {tokens.dtype} {list(tokens.shape)}",
     )
     expect_one_device("nll_grad", hidden, head, tokens)
-    if tokens.device.type == "cpu" and len(tokens):  # elsewhere the look-up itself complains
+    if tokens.device.type == "cpu" and len(tokens):  # on a device the look-up itself raises
         low, high = int(tokens.min()), int(tokens.max())
         expect(
             low >= 0 and high < len(head),
@@ -55,14 +60,12 @@ def _(hidden: Tensor, head: Tensor, tokens: Tensor) -> None:
 
 
 @nll_grad.fake
-def _(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
+def fake_nll_grad(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape, dtype=accumulation_dtype(hidden))
 
 
-@nll_grad.backend("cpu", when=lambda hidden, head, tokens: native_takes(hidden, head))
-def _(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
-    hidden = hidden.float()
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    grad, status = _native.nll_grad(hidden, head, tokens.contiguous())
+@nll_grad.backend("cpu", refuses=lambda hidden, head, tokens: native_backend.hidden_refusal(hidden, head))
+def nll_grad_cpu(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
+    grad, status = _native.nll_grad(native_backend.as_float32(hidden), head, tokens.contiguous())
     report("nll_grad", status)
     return grad

@@ -1,4 +1,4 @@
-"""Rows of the gradient with respect to the one-hot tokens, from small tensors."""
+"""Rows of the gradient G with respect to the one-hot tokens, from tensors that hold no vocabulary."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
+from nabla_fast.ops import native_backend, triton_backend
 from nabla_fast.ops.checks import (
-    as_native,
     expect,
     expect_matrix,
     expect_one_device,
     expect_tables,
     expect_vocabulary,
 )
-from nabla_fast.ops.lm_logits import lm_logits, native_takes
+from nabla_fast.ops.lm_logits import lm_logits
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.softmax import onehot_gradient
-from nabla_fast.ops.triton_backend import takes
 
 
 @op
@@ -37,14 +36,14 @@ def onehot_grad(
     """G[v] = Σ_t ⟨T_t[v], ∂ℒ/∂e_t⟩ − ν log π(v), with log π = log_softmax(hidden·headᵀ).
 
     Args:
-        cotangents: ∂ℒ/∂e_t [N, H_t], one a table.
+        cotangents: ∂ℒ/∂e_t [N, H_t], one a table; floating point, like the tables.
         tables: [V, H_t] each, or with a map [V_t, H_t], the rows of another vocabulary.
         hidden: final hidden states [N, H] that predict the rows' tokens over the hard sequence.
-        head: [V, H].
+        head: the lm_head W [V, H].
         nll_coeff: ν.
         token_maps: none at all, or one a table: None, or int64 [V], the row of the table that stands for
-            each token. No copy of the table is made. On a device a row that is not there is not found
-            out, but taken for the nearest one.
+            each token. No copy of the table is made. On a device a number out of range is not reported:
+            the nearest row is taken.
     Returns:
         [N, V], float32 (float64 if an input is). A token of probability exactly 0 is masked: its
         gradient is 0.
@@ -52,6 +51,11 @@ def onehot_grad(
         InputError: a shape, dtype or device does not fit; a map on the CPU names a row that its table
             does not have.
         RowError: a row's logits hidden·headᵀ have a NaN or +inf, or no finite value.
+
+    Example:
+        >>> table, hidden, head = torch.eye(3), torch.zeros(1, 2), torch.ones(3, 2)
+        >>> onehot_grad([torch.tensor([[1.0, 2.0, 3.0]])], [table], hidden, head, nll_coeff=0.0)
+        tensor([[1., 2., 3.]])
     """
     grad, status = onehot_rows(cotangents, tables, hidden, head, nll_coeff, token_maps)
     report("onehot_grad", status)
@@ -66,7 +70,7 @@ def onehot_rows(
     nll_coeff: float,
     token_maps: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`onehot_grad` returns, and a status [N] int32 of the logits' rows."""
+    """G [N, V] as :func:`onehot_grad` returns it, and a status [N] int32 of the logits' rows."""
     dtype = accumulation_dtype(hidden, *cotangents)
     grad = onehot_gradient(cotangents, tables, None, dtype, token_maps)
     z = lm_logits(hidden.to(dtype), head)
@@ -82,7 +86,7 @@ def check_onehot_inputs(
     head: Tensor,
     token_maps: Sequence[Tensor | None],
 ) -> None:
-    """Arguments that rows of G and their norms share."""
+    """Raise InputError for arguments that neither rows of G nor their norms can be computed from."""
     expect_matrix(name, "hidden", hidden)
     expect_matrix(name, "head", head, columns=hidden.shape[1])
     expect_vocabulary(name, head.shape[0])
@@ -97,35 +101,15 @@ def check_onehot_inputs(
 
 
 @onehot_grad.check
-def _(*inputs: Any, token_maps: Sequence[Tensor | None], **_: Any) -> None:
+def check_onehot_grad(*inputs: Any, token_maps: Sequence[Tensor | None], **_: Any) -> None:
     check_onehot_inputs("onehot_grad", *inputs, token_maps)
 
 
 @onehot_grad.fake
-def _(
+def fake_onehot_grad(
     cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
 ) -> Tensor:
     return hidden.new_empty((hidden.shape[0], head.shape[0]), dtype=accumulation_dtype(hidden, *cotangents))
-
-
-def native_takes_onehot(
-    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
-) -> bool:
-    """Whether the C++ kernels take small tensors, tables and a head like these."""
-    pairs = zip((*cotangents, hidden), (*tables, head), strict=True)
-    return all(native_takes(rows, table) for rows, table in pairs)
-
-
-def contiguous_maps(token_maps: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The maps as kernels read them, with unit stride."""
-    return [token_map if token_map is None else token_map.contiguous() for token_map in token_maps]
-
-
-def triton_takes_onehot(
-    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
-) -> bool:
-    """Whether the Triton kernels take small tensors, tables and a head like these."""
-    return takes(*cotangents, *tables, hidden, head)
 
 
 def run_kernel(
@@ -137,22 +121,27 @@ def run_kernel(
     *,
     nll_coeff: float,
     token_maps: Sequence[Tensor | None],
-    read: Callable[[Tensor], Tensor] = lambda small: small,
+    convert: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> tuple[Tensor, Tensor]:
-    """Result and status [N] int32 of a kernel; small tensors pass through ``read`` first."""
-    small = [read(cotangent) for cotangent in cotangents]
-    return kernel(small, list(tables), read(hidden), head, nll_coeff, contiguous_maps(token_maps))
+    """Result and status [N] int32 of a kernel of G, given the arguments of the op.
+
+    Args:
+        convert: makes of cotangents [N, H_t] and hidden states [N, H] what the kernel reads.
+    """
+    rows = [convert(cotangent) for cotangent in cotangents]
+    maps = [token_map if token_map is None else token_map.contiguous() for token_map in token_maps]
+    return kernel(rows, list(tables), convert(hidden), head, nll_coeff, maps)
 
 
-@onehot_grad.backend("cpu", when=native_takes_onehot)
-def _(*inputs: Any, **options: Any) -> Tensor:
-    grad, status = run_kernel(_native.onehot_grad, *inputs, **options, read=as_native)
+@onehot_grad.backend("cpu", refuses=native_backend.onehot_refusal)
+def onehot_grad_cpu(*inputs: Any, **options: Any) -> Tensor:
+    grad, status = run_kernel(_native.onehot_grad, *inputs, **options, convert=native_backend.as_native)
     report("onehot_grad", status)
     return grad
 
 
-@onehot_grad.backend("triton", when=triton_takes_onehot)
-def _(*inputs: Any, **options: Any) -> Tensor:
+@onehot_grad.backend("triton", refuses=triton_backend.onehot_refusal)
+def onehot_grad_triton(*inputs: Any, **options: Any) -> Tensor:
     from nabla_fast.triton_kernels import onehot_grad as kernels
 
     grad, status = run_kernel(kernels.onehot_grad, *inputs, **options)

@@ -1,4 +1,4 @@
-"""Norms of the one-hot gradient's rows, without keeping the rows."""
+"""Norms of the rows of the one-hot gradient G, without [N, V] in memory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
-from nabla_fast.ops.checks import as_native
-from nabla_fast.ops.onehot_grad import (
-    check_onehot_inputs,
-    native_takes_onehot,
-    onehot_rows,
-    run_kernel,
-    triton_takes_onehot,
-)
+from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast.ops.onehot_grad import check_onehot_inputs, onehot_rows, run_kernel
 from nabla_fast.ops.registry import op
-from nabla_fast.ops.rows import accumulation_dtype, blocks, report
+from nabla_fast.ops.rows import accumulation_dtype, report, row_slices
 
 
 @op
@@ -34,16 +28,21 @@ def onehot_grad_norm(
     """‖G_i‖₂ of every row of :func:`~nabla_fast.ops.onehot_grad`, masked tokens left out.
 
     Args:
-        cotangents, tables, hidden, head, nll_coeff, token_maps: as of ``onehot_grad``.
+        cotangents, tables, hidden, head, nll_coeff, token_maps: as in ``onehot_grad``.
     Returns:
         [N], float32 (float64 if an input is).
     Raises:
-        InputError: as of ``onehot_grad``.
+        InputError: as in ``onehot_grad``.
         RowError: a row's logits hidden·headᵀ have a NaN or +inf, or no finite value.
+
+    Example:
+        >>> table, hidden, head = torch.eye(3), torch.zeros(1, 2), torch.ones(3, 2)
+        >>> onehot_grad_norm([torch.tensor([[3.0, 0.0, 4.0]])], [table], hidden, head, nll_coeff=0.0)
+        tensor([5.])
     """
     norms = [hidden.new_zeros(0, dtype=accumulation_dtype(hidden, *cotangents))]
     statuses = [torch.zeros(0, dtype=torch.int32, device=hidden.device)]
-    for rows in blocks(len(hidden), len(head)):
+    for rows in row_slices(len(hidden), len(head)):
         parts = [cotangent[rows] for cotangent in cotangents]
         grad, status = onehot_rows(parts, tables, hidden[rows], head, nll_coeff, token_maps)
         norms.append(grad.norm(dim=-1))
@@ -53,26 +52,28 @@ def onehot_grad_norm(
 
 
 @onehot_grad_norm.check
-def _(*inputs: Any, token_maps: Sequence[Tensor | None], **_: Any) -> None:
+def check_onehot_grad_norm(*inputs: Any, token_maps: Sequence[Tensor | None], **_: Any) -> None:
     check_onehot_inputs("onehot_grad_norm", *inputs, token_maps)
 
 
 @onehot_grad_norm.fake
-def _(
+def fake_onehot_grad_norm(
     cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
 ) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden, *cotangents))
 
 
-@onehot_grad_norm.backend("cpu", when=native_takes_onehot)
-def _(*inputs: Any, **options: Any) -> Tensor:
-    norm, status = run_kernel(_native.onehot_grad_norm, *inputs, **options, read=as_native)
+@onehot_grad_norm.backend("cpu", refuses=native_backend.onehot_refusal)
+def onehot_grad_norm_cpu(*inputs: Any, **options: Any) -> Tensor:
+    norm, status = run_kernel(
+        _native.onehot_grad_norm, *inputs, **options, convert=native_backend.as_native
+    )
     report("onehot_grad_norm", status)
     return norm
 
 
-@onehot_grad_norm.backend("triton", when=triton_takes_onehot)
-def _(*inputs: Any, **options: Any) -> Tensor:
+@onehot_grad_norm.backend("triton", refuses=triton_backend.onehot_refusal)
+def onehot_grad_norm_triton(*inputs: Any, **options: Any) -> Tensor:
     from nabla_fast.triton_kernels import onehot_grad as kernels
 
     norm, status = run_kernel(kernels.onehot_grad_norm, *inputs, **options)

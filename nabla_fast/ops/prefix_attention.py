@@ -10,12 +10,16 @@ from torch.nn import functional as F
 
 from nabla_fast import _native
 from nabla_fast.errors import InputError
+from nabla_fast.ops.native_backend import device_refusal
+from nabla_fast.ops.refusals import contiguous_refusal, dtype_refusal, stride_refusal
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype
 
+_FLOAT32 = (torch.float32,)
+
 
 class SuffixGradient(NamedTuple):
-    """Gradients of what the suffix gives; the prefix is constant."""
+    """Gradients of the suffix's queries, keys and values; the prefix is constant."""
 
     q: Tensor  # [B, Hq, S, D]
     k: Tensor  # [B, Hkv, S, D]
@@ -43,17 +47,26 @@ def prefix_attention(
     padding alone. Differentiable once, in q, k and v; the pool is constant.
 
     Args:
-        q: [B, Hq, S, D].
-        k, v: [B, Hkv, S, D], Hq a multiple of Hkv.
+        q: [B, Hq, S, D], floating point.
+        k, v: [B, Hkv, S, D], Hq a multiple of Hkv; floating point.
         key_pool, value_pool: [blocks, block_size, Hkv, D] of one layer.
-        block_tables: [B, M] int64, the blocks of each prefix; entries behind its end are ignored.
+        block_tables: [B, M] int64, the blocks of each prefix; entries after its end are ignored.
         prefix_lengths: [B] int64, from 0 to M · block_size.
-        scale: of the scores.
+        scale: factor of the scores q·k.
         window: positions a token sees, itself included; None for all.
     Returns:
-        [B, Hq, S, D] in the dtype of q; in memory [B, S, Hq, D], as the projection behind it reads it.
+        [B, Hq, S, D] in the dtype of q; in memory [B, S, Hq, D], as the output projection reads it.
     Raises:
         InputError: a shape or dtype does not fit.
+
+    Source: the block table from Kwon et al., "PagedAttention", SOSP 2023.
+
+    Example:
+        >>> q, k, v = torch.ones(3, 1, 2, 1, 4).unbind()
+        >>> pool = torch.zeros(8, 16, 2, 4)  # 8 blocks of 16 tokens
+        >>> block_tables, prefix_lengths = torch.tensor([[5]]), torch.tensor([3])
+        >>> prefix_attention(q, k, v, pool, pool, block_tables, prefix_lengths, scale=0.0)[0, :, 0, 0]
+        tensor([0.2500, 0.2500])
     """
     keys, values = _gathered(key_pool, value_pool, block_tables, k, v)
     seen = _seen(prefix_lengths, keys.shape[2] - k.shape[2], k.shape[2], window)
@@ -81,7 +94,7 @@ def prefix_attention_backward(
 
     Args:
         cotangent: ∂ℒ/∂output [B, Hq, S, D].
-        q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window: as of the forward.
+        q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window: as in the forward.
     Returns:
         ∂ℒ/∂q [B, Hq, S, D], ∂ℒ/∂k and ∂ℒ/∂v [B, Hkv, S, D], in memory by token as the output.
     """
@@ -93,7 +106,7 @@ def prefix_attention_backward(
     p = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1)
     upstream = cotangent.to(p.dtype).unflatten(1, (-1, groups))
     dp = upstream @ values[:, :, None].mT
-    # The softmax's Jacobian over prefix and suffix together: taken apart they would be wrong.
+    # The softmax's Jacobian spans prefix and suffix: its mean is over both.
     ds = scale * p * (dp - (p * dp).sum(dim=-1, keepdim=True))
     dq = (ds @ keys[:, :, None]).flatten(1, 2)
     dk = (ds[..., -suffix:].mT @ queries).sum(dim=2)
@@ -102,7 +115,7 @@ def prefix_attention_backward(
 
 
 def _by_token(heads: Tensor) -> Tensor:
-    """[B, heads, S, D] that lies in memory as [B, S, heads, D], as projections write and read it."""
+    """[B, heads, S, D], laid out in memory as [B, S, heads, D], as projections write and read it."""
     return heads.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -120,11 +133,11 @@ def _gathered(
 
 
 def _seen(prefix_lengths: Tensor, width: int, suffix: int, window: int | None) -> Tensor:
-    """[B, S, width + S] bool: which slots of the table, and which suffix tokens, each query sees."""
+    """Mask [B, S, width + S]: the slots of the block table, then the suffix tokens, that a query sees."""
     lengths = prefix_lengths[:, None, None]
     slot = torch.arange(width, device=prefix_lengths.device)
     own = torch.arange(suffix, device=prefix_lengths.device)
-    distance = own[:, None] - own  # within the suffix
+    distance = own[:, None] - own  # [S, S], from key to query within the suffix
     prefix = (slot < lengths).expand(-1, suffix, -1)
     causal = distance >= 0
     if window is not None:
@@ -134,7 +147,7 @@ def _seen(prefix_lengths: Tensor, width: int, suffix: int, window: int | None) -
 
 
 @prefix_attention.check
-def _(
+def check_prefix_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -146,7 +159,7 @@ def _(
     scale: float,
     window: int | None,
 ) -> None:
-    # Messages are made only where they are needed: an attention of one token takes less time than all.
+    # Messages are written on failure alone: attention of one token takes less time than to write them.
     name = "prefix_attention"
     if not q.ndim == k.ndim == 4:
         raise InputError(f"{name}: q and k must be [B, heads, S, D], got {list(q.shape)}, {list(k.shape)}")
@@ -177,21 +190,25 @@ def _(
 
 
 @prefix_attention.fake
-def _(q: Tensor, *_: Any, **__: Any) -> Tensor:
+def fake_prefix_attention(q: Tensor, *_: Any, **__: Any) -> Tensor:
     return _by_token(q.new_empty(q.shape))
 
 
 @prefix_attention_backward.fake
-def _(cotangent: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> SuffixGradient:
+def fake_prefix_attention_backward(
+    cotangent: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+) -> SuffixGradient:
     return SuffixGradient(*(_by_token(tensor.new_empty(tensor.shape)) for tensor in (q, k, v)))
 
 
 @prefix_attention.gradient("q", "k", "v")
-def _(arguments: dict[str, Any], outputs: Tensor, cotangents: list[Tensor]) -> SuffixGradient:
+def prefix_attention_gradient(
+    arguments: dict[str, Any], outputs: Tensor, cotangents: list[Tensor]
+) -> SuffixGradient:
     return prefix_attention_backward(cotangents[0], **arguments)
 
 
-def _native_takes(
+def _cpu_refusal(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -200,20 +217,31 @@ def _native_takes(
     block_tables: Tensor,
     prefix_lengths: Tensor,
     **_: Any,
-) -> bool:
-    tensors = (q, k, v, key_pool, value_pool)
+) -> str | None:
+    if q.shape[-1] > _native.MOST_HEAD_DIM:
+        return f"q has head dimension {q.shape[-1]} (the C++ kernels take at most {_native.MOST_HEAD_DIM})"
     return (
-        all(
-            tensor.dtype == torch.float32 and tensor.is_cpu and tensor.stride(-1) == 1 for tensor in tensors
-        )
-        and q.shape[-1] <= _native.MOST_HEAD_DIM
-        and block_tables.stride(-1) == 1
-        and prefix_lengths.is_contiguous()
+        _float_refusal("q", q)
+        or _float_refusal("k", k)
+        or _float_refusal("v", v)
+        or _float_refusal("key_pool", key_pool)
+        or _float_refusal("value_pool", value_pool)
+        or stride_refusal("block_tables", block_tables, "C++")
+        or contiguous_refusal("prefix_lengths", prefix_lengths, "C++")
     )
 
 
-@prefix_attention.backend("cpu", when=_native_takes)
-def _(
+def _float_refusal(name: str, tensor: Tensor) -> str | None:
+    """Queries, keys, values and their pools: float32 on the CPU with unit stride along D."""
+    return (
+        device_refusal(name, tensor)
+        or dtype_refusal(name, tensor, _FLOAT32, "C++")
+        or stride_refusal(name, tensor, "C++")
+    )
+
+
+@prefix_attention.backend("cpu", refuses=_cpu_refusal)
+def prefix_attention_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -230,14 +258,12 @@ def _(
     )
 
 
-def _native_takes_backward(cotangent: Tensor, *inputs: Tensor, **options: Any) -> bool:
-    return (
-        cotangent.dtype == torch.float32 and cotangent.stride(-1) == 1 and _native_takes(*inputs, **options)
-    )
+def _cpu_backward_refusal(cotangent: Tensor, *inputs: Tensor, **options: Any) -> str | None:
+    return _cpu_refusal(*inputs, **options) or _float_refusal("cotangent", cotangent)
 
 
-@prefix_attention_backward.backend("cpu", when=_native_takes_backward)
-def _(
+@prefix_attention_backward.backend("cpu", refuses=_cpu_backward_refusal)
+def prefix_attention_backward_cpu(
     cotangent: Tensor,
     q: Tensor,
     k: Tensor,

@@ -1,9 +1,7 @@
-"""What ops say about bad rows, and the arithmetic precision they share."""
+"""Rows of logits: their slices, their errors, and the precision of arithmetic on them."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from nabla_fast.errors import RowError
 
-# Codes that kernels write, one int32 a row; 0 is a good row.
+# Status codes [N] int32 that kernels write; 0 is a good row.
 OK, HAS_NAN, HAS_INF, ALL_MASKED = range(4)
 REASONS = {
     HAS_NAN: "has a NaN logit",
@@ -19,16 +17,16 @@ REASONS = {
     ALL_MASKED: "has no finite logit",
 }
 
+# (op, status [N]) on a device, for synchronize to read.
 _pending: list[tuple[str, Tensor]] = []
-_thread = threading.local()  # .gathered: where this thread's reports go instead
 _MOST_PENDING = 64
 
+# Elements of the largest [n, V] tensor of logits that a slice of rows makes.
+_ELEMENTS = 1 << 22
 
-_ELEMENTS = 1 << 22  # of [n, V] logits that exist at a time
 
-
-def blocks(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Parts of N rows of logits that are few enough for no [N, V] tensor to be large."""
+def row_slices(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Slices that together are N rows, each so short that its logits [n, V] are no large tensor."""
     step = max(1, _ELEMENTS // vocabulary)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -54,9 +52,7 @@ def report(op: str, status: Tensor) -> None:
     Raises:
         RowError: ``status`` is on the CPU and a row is bad.
     """
-    if (elsewhere := getattr(_thread, "gathered", None)) is not None:
-        elsewhere.append((op, status))
-    elif status.device.type == "cpu":
+    if status.device.type == "cpu":
         _raise(op, status)
     elif not (status.is_cuda and torch.cuda.is_current_stream_capturing()):
         _pending.append((op, status))
@@ -64,25 +60,14 @@ def report(op: str, status: Tensor) -> None:
             synchronize()
 
 
-@contextlib.contextmanager
-def gathered() -> Iterator[list[tuple[str, Tensor]]]:
-    """Inside, :func:`report` raises nothing and puts (op, status) in the list instead.
-
-    For who records a graph: its replays write the statuses anew, and no op is there to report them.
-    """
-    former = getattr(_thread, "gathered", None)
-    _thread.gathered = found = []
-    try:
-        yield found
-    finally:
-        _thread.gathered = former
-
-
 def synchronize() -> None:
     """Raise for rows that ops on a device found bad since the last call; waits for the device.
 
     Raises:
         RowError: a row was bad; the first op that met one is named.
+
+    Example:
+        >>> synchronize()
     """
     pending = list(_pending)
     _pending.clear()

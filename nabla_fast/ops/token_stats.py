@@ -8,23 +8,16 @@ import torch
 from torch import Tensor
 
 from nabla_fast import _native
-from nabla_fast.ops.checks import (
-    as_native,
-    expect,
-    expect_matrix,
-    expect_one_device,
-    expect_tau,
-    expect_vocabulary,
-    native_tau,
-)
-from nabla_fast.ops.lm_logits import lm_logits, native_takes
+from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_tau, expect_vocabulary
+from nabla_fast.ops.lm_logits import lm_logits
+from nabla_fast.ops.refusals import stride_refusal, tau_refusal
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
-from nabla_fast.ops.triton_backend import takes
 
 
 class TokenStats(NamedTuple):
-    """What selectors ask of a row of softmax(z/τ)."""
+    """Statistics of N rows of softmax(z/τ), which selectors read."""
 
     logsumexp: Tensor  # [N] of z/τ
     confidence: Tensor  # [N] the largest probability
@@ -37,8 +30,8 @@ def token_stats(rows: Tensor, head: Tensor | None = None, *, tau: float = 1.0) -
     """Statistics of p = softmax(z/τ), row by row.
 
     Args:
-        rows: logits z [N, V]; with ``head``, hidden states h [N, H] and z = h·headᵀ.
-        head: [V, H] or None.
+        rows: logits z [N, V]; with ``head``, hidden states h [N, H] and z = h·headᵀ. Floating point.
+        head: the lm_head W [V, H], floating point, or None.
         tau: temperature τ > 0.
     Returns:
         logsumexp, confidence and entropy [N] in float32 (float64 for float64 input), argmax [N].
@@ -46,6 +39,11 @@ def token_stats(rows: Tensor, head: Tensor | None = None, *, tau: float = 1.0) -
     Raises:
         InputError: a shape, dtype or device does not fit.
         RowError: a row has a NaN or +inf logit, or no finite one.
+
+    Example:
+        >>> stats = token_stats(torch.tensor([[0.0, 0.0, -torch.inf]]))
+        >>> stats.confidence, stats.argmax
+        (tensor([0.5000]), tensor([0]))
     """
     dtype = accumulation_dtype(rows)
     logits = rows.to(dtype) if head is None else lm_logits(rows, head)
@@ -60,7 +58,7 @@ def token_stats(rows: Tensor, head: Tensor | None = None, *, tau: float = 1.0) -
 
 
 @token_stats.check
-def _(rows: Tensor, head: Tensor | None, *, tau: float) -> None:
+def check_token_stats(rows: Tensor, head: Tensor | None, *, tau: float) -> None:
     expect_matrix("token_stats", "rows", rows)
     if head is not None:
         expect_matrix("token_stats", "head", head, columns=rows.shape[1])
@@ -71,34 +69,38 @@ def _(rows: Tensor, head: Tensor | None, *, tau: float) -> None:
 
 
 @token_stats.fake
-def _(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
+def fake_token_stats(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
     n, dtype = rows.shape[0], accumulation_dtype(rows)
     values = [rows.new_empty(n, dtype=dtype) for _ in range(3)]
     return TokenStats(*values, rows.new_empty(n, dtype=torch.int64))
 
 
-def _native_takes(rows: Tensor, head: Tensor | None, *, tau: float) -> bool:
-    if not native_tau(tau):
-        return False
+def _cpu_refusal(rows: Tensor, head: Tensor | None, *, tau: float) -> str | None:
     if head is not None:
-        return native_takes(rows, head)
+        return native_backend.product_refusal("rows", rows, "head", head) or tau_refusal(tau, "C++")
     return (
-        rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16) and rows.stride(1) == 1
+        native_backend.matrix_refusal("rows", rows)
+        or stride_refusal("rows", rows, "C++")
+        or tau_refusal(tau, "C++")
     )
 
 
-@token_stats.backend("cpu", when=_native_takes)
-def _(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
+@token_stats.backend("cpu", refuses=_cpu_refusal)
+def token_stats_cpu(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
     if head is None:
         *values, status = _native.token_stats(rows, tau)
     else:
-        *values, status = _native.linear_token_stats(as_native(rows), head, tau)
+        *values, status = _native.linear_token_stats(native_backend.as_native(rows), head, tau)
     report("token_stats", status)
     return TokenStats(*values)
 
 
-@token_stats.backend("triton", when=lambda rows, head, *, tau: takes(rows, head) and 2**-64 <= tau <= 2**64)
-def _(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
+def _triton_refusal(rows: Tensor, head: Tensor | None, *, tau: float) -> str | None:
+    return triton_backend.refusal(rows=rows, head=head) or tau_refusal(tau, "Triton")
+
+
+@token_stats.backend("triton", refuses=_triton_refusal)
+def token_stats_triton(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
     from nabla_fast.triton_kernels import token_stats as kernels
 
     *values, status = kernels.token_stats(rows, head, tau)

@@ -1,4 +1,4 @@
-"""The embedding mix with the vocabulary spread over processes, each with its slice of logits and tables."""
+"""The embedding mix with its vocabulary sharded over processes: each has a slice of logits and tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from nabla_fast.ops.checks import expect, expect_matrix, expect_mix, expect_vocabulary
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
 from nabla_fast.ops.lm_logits import logits_backward
-from nabla_fast.ops.rows import ALL_MASKED, HAS_INF, HAS_NAN, OK, accumulation_dtype, blocks, report
+from nabla_fast.ops.rows import ALL_MASKED, HAS_INF, HAS_NAN, OK, accumulation_dtype, report, row_slices
 from nabla_fast.ops.softmax import onehot_gradient
 
 _NAME = "vocab_parallel_embedding_mix"
@@ -34,23 +34,34 @@ def vocab_parallel_embedding_mix(
     Every process of the group calls it with the same rows and its own slice of the vocabulary, V' ≥ 1
     tokens from ``first`` on; slices may differ in size, and their order is that of ``first``. Every
     process gets the whole mixes and computes the same loss from them; its gradient is that of its slice
-    of the logits. What is sent does not grow with V: in the forward the rows' largest logits, their
-    tokens, and one sum of mixes; in the backward G[ŷ], and one pair of sums.
+    of the logits. Traffic does not grow with V: the forward sends the rows' largest logits, their tokens,
+    and one sum of mixes; the backward G[ŷ], and one pair of sums.
 
     Differentiable once, in ``logits`` alone.
 
     Args:
-        logits: [N, V'] this slice of z; −inf marks a masked token. A slice may be masked whole.
-        tables: [V', H_t] this slice of each embedding table.
+        logits: [N, V'] this slice of z, floating point; −inf marks a masked token. A slice may be masked
+            whole.
+        tables: [V', H_t] this slice of each embedding table, floating point.
         first: the slice's first token.
         group: the processes; the default group if None.
-        tau, hard, noise: as of ``embedding_mix``, the same in every process.
+        tau, hard, noise: as in ``embedding_mix``, the same in every process.
         direct: [N, V'] this slice of it, or None.
     Returns:
         One [N, H_t] a table, in the table's dtype.
     Raises:
         InputError: a shape, dtype or device does not fit.
         RowError: a row has a NaN or +inf logit, or no finite one, in whatever slice; in every process.
+
+    Source: sharded as Megatron-LM's vocabulary-parallel cross entropy, arXiv:1909.08053.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> logits, table = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0], [3.0]])
+        >>> vocab_parallel_embedding_mix(logits, [table], first=0)
+        [tensor([[3.]])]
+        >>> dist.destroy_process_group()
     """
     expect_matrix(_NAME, "logits", logits)
     rows, vocabulary = logits.shape
@@ -82,7 +93,7 @@ class _Slice:
 
     def reduce(self, tensor: Tensor, operation: str = "SUM") -> Tensor:
         """The sum, or another reduction, over the group; in place."""
-        # By name: where torch is built without distributed, importing this file still works.
+        # ReduceOp is looked up by name: a torch built without distributed has none to import.
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation), group=self.group)
         return tensor
 
@@ -100,7 +111,7 @@ class _Slice:
         Raises RowError as every other op does.
         """
         tops, tokens = [], []
-        for rows in blocks(*logits.shape):
+        for rows in row_slices(*logits.shape):
             top, token = self.perturbed(logits, rows).max(dim=-1)
             tops.append(top)
             tokens.append(token + self.first)
@@ -142,7 +153,7 @@ class _Mix(torch.autograd.Function):
             mixes = part.reduce(sums)
         else:
             sums = logits.new_zeros(len(logits), sum(widths) + 1, dtype=dtype)
-            for rows in blocks(*logits.shape):
+            for rows in row_slices(*logits.shape):
                 e = part.exponentials(logits, top, rows)
                 products = [logits_backward(e, table) for table in part.tables]
                 sums[rows] = torch.cat([*products, e.sum(dim=1, keepdim=True)], dim=1)
@@ -180,12 +191,12 @@ class _Mix(torch.autograd.Function):
             return (grad - hard_grad[rows, None]).masked_fill_(e == 0, 0)
 
         sums = logits.new_zeros(len(logits), 2, dtype=dtype)
-        for rows in blocks(*logits.shape):
+        for rows in row_slices(*logits.shape):
             e = part.exponentials(logits, top, rows)
             sums[rows] = torch.stack([e.sum(dim=1), (e * centred(rows, e)).sum(dim=1)], dim=1)
         part.reduce(sums)
         total, mean = sums[:, :1], sums[:, 1:] / sums[:, :1]
-        for rows in blocks(*logits.shape):
+        for rows in row_slices(*logits.shape):
             e = part.exponentials(logits, top, rows)
             grad = e / total[rows] * (centred(rows, e) - mean[rows]) / part.tau
             result[rows] = grad.to(logits.dtype)

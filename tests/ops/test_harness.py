@@ -118,7 +118,7 @@ def test_notices_a_changed_argument(draw: Draw, monkeypatch: pytest.MonkeyPatch)
         rows[0, 0] += 1
         return body.run(rows, head, tau=tau)
 
-    monkeypatch.setitem(STATS._backends, "torch", type(body)(spoil, body.when))
+    monkeypatch.setitem(STATS._backends, "torch", type(body)(spoil, body.refuses))
     with pytest.raises(AssertionError, match="changed its argument rows"):
         run(STATS, "torch", case_of(STATS, "odd").make(draw))
 

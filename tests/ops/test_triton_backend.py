@@ -1,4 +1,4 @@
-"""When Triton kernels are there, and what they are offered."""
+"""Whether Triton kernels are there, and which arguments they take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from nabla_fast import _triton
 from nabla_fast.ops import use_backend
-from nabla_fast.ops.triton_backend import takes
+from nabla_fast.ops.triton_backend import refusal
 
 
 @pytest.fixture
@@ -49,13 +49,16 @@ def test_old_device(why, capability: tuple[int, int], good: bool, monkeypatch: p
 
 @pytest.mark.skipif(not _triton.interpreted(), reason="the interpreter runs only where there is no GPU")
 def test_the_interpreter_is_never_the_choice_by_input():
-    logits = torch.zeros(1, 2)
-    assert not takes(logits)
+    logits, tokens = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    on_the_cpu = "logits is on the CPU (the Triton kernels run on CUDA devices)"
+    assert refusal(logits=logits) == on_the_cpu
     with use_backend("torch"):
-        assert not takes(logits)
+        assert refusal(logits=logits) == on_the_cpu
     with use_backend("triton", "torch"):
-        assert takes(logits, None, torch.zeros(1, dtype=torch.int64))
-        assert not takes(logits, logits.double())
+        assert refusal(logits=logits, head=None, tokens=tokens) is None
+        assert refusal(logits=logits, tables=[logits, logits.double()]) == (
+            "tables[1] is float64 (the Triton kernels take float32, bfloat16 and float16)"
+        )
 
 
 SCRIPT = """

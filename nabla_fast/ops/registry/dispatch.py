@@ -1,0 +1,266 @@
+"""An op: its registrations, the choice of a backend for a call, and the way through torch or past it."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nabla_fast.errors import BackendUnavailable, InputError
+from nabla_fast.ops.registry.backends import BACKENDS, PREFERENCE, forced_backends, is_available
+from nabla_fast.ops.registry.schema import (
+    is_record,
+    read_parameters,
+    tensors_in,
+    with_tensors,
+    without_tensors,
+    write_schema,
+)
+
+_ops: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an op."""
+
+    run: Callable[..., Any]
+    refuses: Callable[..., str | None]
+
+
+class Op:
+    """A function with backends. Call it like the function it was made from.
+
+    Attributes:
+        body: the function itself, in plain PyTorch.
+        name: its name.
+        parameters: its parameters, as the schema has them.
+        record: the NamedTuple that it returns, or None.
+    """
+
+    def __init__(self, body: Callable[..., Any], mutates: Sequence[str] = ()):
+        self.body = body
+        self.name = body.__name__
+        self.__name__, self.__doc__, self.__module__ = body.__name__, body.__doc__, body.__module__
+        self.__signature__ = inspect.signature(body)
+        self.parameters = read_parameters(body)
+        result = typing.get_type_hints(body)["return"]
+        self.record = result if is_record(result) else None
+
+        self._keywords = [p.name for p in self.parameters if p.keyword]
+        self._positional = len(self.parameters) - len(self._keywords)
+        self._fields = [field for p in self.parameters for field in p.fields]
+        self._mutated = [index for index, p in enumerate(self.parameters) if p.name in mutates]
+        self._check: Callable[..., None] = lambda *_, **__: None
+        self._backends: dict[str, Backend] = {}
+        self._preferred: tuple[str, ...] = ()  # backends of this op, in order of preference
+        self.backend("torch", refuses=lambda *_, **__: None)(body)
+
+        mutated = {field for index in self._mutated for field in self.parameters[index].fields}
+        self._library_op = torch.library.custom_op(
+            f"nabla_fast::{self.name}",
+            self._compute_flat,
+            mutates_args=mutated,
+            schema=write_schema(self.parameters, mutated, result),
+        )
+        _ops[self.name] = self
+
+    # -- registration ------------------------------------------------------------------------------
+
+    def check(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Register the check of a call's arguments, for every backend: it raises InputError."""
+        self._check = function
+        return function
+
+    def backend(
+        self, name: str, *, refuses: Callable[..., str | None]
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register a function that computes the op where ``refuses(*arguments)`` is None.
+
+        Elsewhere ``refuses`` returns one line that names the argument, as in "rows is float64 (the C++
+        kernels take float32 and bfloat16)". Among backends that are there and take an input,
+        ``PREFERENCE`` decides, whatever the order of registration.
+        """
+        if name not in BACKENDS:
+            raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            self._backends[name] = Backend(function, refuses)
+            self._preferred = tuple(known for known in PREFERENCE if known in self._backends)
+            return function
+
+        return register
+
+    def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Register the shapes and dtypes of the results, for tracing."""
+
+        def fake_flat(*flat: Any) -> Any:
+            args, kwargs = self._split(self._gather(flat))
+            return self._flatten_result(function(*args, **kwargs))
+
+        self._library_op.register_fake(fake_flat)
+        return function
+
+    def gradient(self, *wrt: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register ``function(arguments, outputs, cotangents) -> gradient`` of the arguments ``wrt``.
+
+        ``arguments`` is the dict of the call, ``outputs`` the result, ``cotangents`` the list of
+        gradients of its tensors; the function returns a tensor, or one for each of several arguments.
+        Double backward is an error: the gradient is itself an op without one.
+        """
+        indices = [self._fields.index(name) for name in wrt]
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+                ctx.save_for_backward(*tensors_in((inputs, output)))
+                ctx.others = without_tensors((inputs, output))
+
+            def backward(ctx: Any, *cotangents: Any) -> tuple:
+                inputs, output = with_tensors(ctx.others, iter(ctx.saved_tensors))
+                names = (p.name for p in self.parameters)
+                arguments = dict(zip(names, self._gather(inputs), strict=True))
+                outputs = output if isinstance(output, (tuple, list)) else (output,)
+                # A list result has one list of cotangents; a result that nobody used has None.
+                flat = cotangents[0] if isinstance(output, list) else cotangents
+                filled = [
+                    torch.zeros_like(o) if c is None else c for o, c in zip(outputs, flat, strict=True)
+                ]
+                gradients = [[None] * len(value) if isinstance(value, list) else None for value in inputs]
+                result = function(arguments, output, filled)
+                for index, gradient in zip(indices, result if len(wrt) > 1 else (result,), strict=True):
+                    gradients[index] = gradient
+                return tuple(gradients)
+
+            self._library_op.register_autograd(backward, setup_context=setup_context)
+            return function
+
+        return register
+
+    # -- calling -----------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        values = self._bind(args, kwargs)
+        if (
+            self._mutated
+            and torch.is_grad_enabled()
+            and any(tensor.requires_grad for tensor in tensors_in(values))
+        ):
+            raise InputError(
+                f"{self.name} changes tensors in place and has no gradient: detach what requires grad"
+            )
+        if _is_plain(values):
+            result = self._compute(values)
+            if self._mutated:
+                # Kernels write through pointers, which autograd does not see.
+                changed = [values[index] for index in self._mutated]
+                torch.autograd.graph.increment_version(list(tensors_in(changed)))
+        else:
+            pairs = zip(self.parameters, values, strict=True)
+            result = self._library_op(*(flat for p, value in pairs for flat in p.flatten(value)))
+        return self.record(*result) if self.record else result
+
+    def chosen(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """The backend that these arguments get, to be called without checks on others like them.
+
+        For inner loops whose arguments are right by construction: no gradient, no tracing.
+        """
+        return self._choose(args, kwargs)
+
+    def backends(self) -> tuple[str, ...]:
+        """The backends registered on this op, the plain-PyTorch one first."""
+        return tuple(name for name in BACKENDS if name in self._backends)
+
+    def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """The normalized arguments of a call in the order of the parameters; empties ``kwargs``."""
+        if len(args) > self._positional:
+            raise TypeError(f"{self.name}() takes {self._positional} positional arguments, got {len(args)}")
+        values = [p.normalize(value) for p, value in zip(self.parameters, args, strict=False)]
+        for parameter in self.parameters[len(args) :]:
+            value = kwargs.pop(parameter.name, parameter.default)
+            if value is inspect.Parameter.empty:
+                raise TypeError(f"{self.name}() missing argument {parameter.name!r}")
+            values.append(parameter.normalize(value))
+        if kwargs:
+            raise TypeError(f"{self.name}() got an unknown or a second argument {next(iter(kwargs))!r}")
+        return values
+
+    def _split(self, values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments."""
+        keywords = zip(self._keywords, values[self._positional :], strict=True)
+        return values[: self._positional], dict(keywords)
+
+    def _gather(self, flat: Sequence[Any]) -> list[Any]:
+        """The values that the flat arguments of the schema stand for."""
+        values, start = [], 0
+        for parameter in self.parameters:
+            stop = start + len(parameter.fields)
+            values.append(parameter.gather(flat[start:stop]))
+            start = stop
+        return values
+
+    def _flatten_result(self, result: Any) -> Any:
+        """A result as the schema has it."""
+        return result if isinstance(result, Tensor) else (tuple if self.record else list)(result)
+
+    def _compute_flat(self, *flat: Any) -> Any:
+        """The implementation of the ``torch.library`` op."""
+        return self._flatten_result(self._compute(self._gather(flat)))
+
+    def _compute(self, values: list[Any]) -> Any:
+        args, kwargs = self._split(values)
+        self._check(*args, **kwargs)
+        run = self._choose(args, kwargs)
+        device = next(tensors_in(values)).device.type
+        if not torch.is_autocast_enabled(device):
+            return run(*args, **kwargs)
+        # A caller's autocast would round what is promised in float32.
+        with torch.autocast(device, enabled=False):
+            return run(*args, **kwargs)
+
+    def _choose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        names = forced_backends()
+        for name in names or self._preferred:
+            backend = self._backends.get(name)
+            if backend and (names or is_available(name)) and backend.refuses(*args, **kwargs) is None:
+                return backend.run
+        reasons = (f"backend {name}: {self._refusal(name, args, kwargs)}" for name in names)
+        raise BackendUnavailable(f"{self.name}: {'; '.join(reasons)}")
+
+    def _refusal(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
+        if name not in self._backends:
+            return f"no such kernel (this op has: {', '.join(self.backends())})"
+        return self._backends[name].refuses(*args, **kwargs)
+
+
+def op(body: Callable[..., Any] | None = None, *, mutates: Sequence[str] = ()) -> Any:
+    """Make an :class:`Op` of a function; ``mutates`` names the arguments it changes in place."""
+    return Op(body, mutates) if body else lambda body: Op(body, mutates)
+
+
+def all_ops() -> dict[str, Op]:
+    """Every op by name."""
+    return dict(_ops)
+
+
+def _is_plain(values: Iterable[Any]) -> bool:
+    """Whether a call needs nothing of torch's dispatcher: no gradient, no tracing, no other mode.
+
+    A small op costs less than its way through the dispatcher.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    graded = torch.is_grad_enabled()
+    return all(
+        type(tensor) in (Tensor, torch.nn.Parameter) and not (graded and tensor.requires_grad)
+        for tensor in tensors_in(values)
+    )
