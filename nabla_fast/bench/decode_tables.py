@@ -8,25 +8,25 @@ from typing import Any
 
 # Headers of token passes by what they served, and of accelerations switched off.
 _PURPOSES = {
-    "rollout": "on rollouts",
-    "gradient": "on a trajectory's gradient",
-    "flip": "on gradients after a token moved",
-    "score": "on rewards",
-    "discarded": "on rollouts dropped",
+    "rollout": "rollouts",
+    "gradient": "first gradients",
+    "flip": "gradients after a move",
+    "score": "rewards",
+    "discarded": "dropped",
 }
 _ACCELERATIONS = {
-    "gradient_store": "without one gradient a trajectory",
-    "small_gradients": "without small gradients",
-    "whole_descents": "without whole descents",
-    "frozen_prefix": "without frozen prefix",
-    "speculation": "without proposals ahead",
-    "batching": "without prompts together",
-    "drafting": "without drafting",
+    "gradient_store": "one gradient a trajectory",
+    "small_gradients": "small gradients",
+    "whole_descents": "whole descents",
+    "frozen_prefix": "frozen prefix",
+    "speculation": "proposals ahead",
+    "batching": "prompts together",
+    "drafting": "drafting",
 }
 _LOOPS = (
     "sequential ÷ Best-of-N",
     "batched ÷ Best-of-N",
-    "batched, one proposal at a time ÷ Best-of-N",
+    "one at a time ÷ Best-of-N",
 )
 Cases = dict[int, dict[str, Any]]
 _STAGES = ("rollout", "selection", "gradient", "descent", "reward")
@@ -124,11 +124,11 @@ def _counts(cases: Cases) -> TextTable:
         "#",
         "rollouts a prompt",
         "gradient passes (sequential)",
-        "trajectories followed",
-        "rollouts dropped a prompt",
+        "trajectories",
+        "dropped a prompt",
         "draft tokens read (kept)",
-        "positions not selected",
-        "optimized, token unchanged",
+        "not selected",
+        "same token",
     ]
     rows = []
     for n, entry in cases.items():
@@ -146,11 +146,11 @@ def _counts(cases: Cases) -> TextTable:
             ]
         )
     note = (
-        "Of the batched loop, in brackets of the sequential one. A gradient pass is one forward and one "
-        "backward of both models. A trajectory is a rollout from the first to its replacement. Rollouts "
-        "dropped were made ahead of need. Draft tokens are read ahead from the trajectory to be replaced; "
-        "those kept were then drawn. A position is not selected if a threshold leaves it out; of those "
-        "optimized, the last column drew the token that was there already."
+        "Counts of the batched loop, in brackets of the sequential one. A gradient pass is one forward and "
+        "one backward of both models. A trajectory is a rollout from the first to its replacement. Dropped "
+        "are rollouts made ahead of need. Draft tokens are read ahead from the trajectory to be replaced; "
+        "those kept were then drawn. The last columns are the share of positions that a threshold left "
+        "out, and of the optimized ones that drew the token that was there already."
     )
     return TextTable("Decoding: counts", header, rows, note)
 
@@ -159,8 +159,10 @@ def _passes(cases: Cases) -> TextTable:
     rows = [[str(n), *_ratios(entry), *_shares(entry)] for n, entry in cases.items()]
     note = (
         "A token pass is a token that a model's forward reads or its backward goes through. The first "
-        "three columns are multiples of Best-of-N's token passes. The others say on what the batched "
-        "loop's were spent, followed by the shares with one proposal at a time."
+        "three columns are multiples of Best-of-N's token passes: of the sequential loop, of the batched "
+        "loop, and of the batched loop with one proposal at a time. The others are the shares of the "
+        "latter two that went into rollouts, a trajectory's first gradient, gradients after a hard token "
+        "moved, rewards, and rollouts made ahead of need and dropped."
     )
     header = ["#", *_LOOPS, *_PURPOSES.values()]
     return TextTable("Decoding: token passes of both models", header, rows, note)
@@ -172,8 +174,8 @@ def _ablation(cases: Cases) -> TextTable:
         passes = entry["token_passes"]["fast"]
         rows.append([str(n), *(_ablated(row, passes) for row in entry["ablation"])])
     note = (
-        "Each acceleration switched off alone: seconds, and in brackets token passes, as multiples of "
-        "those with all of them. Without prompts together, they are decoded one at a time."
+        "Without this acceleration and with all others: seconds, and in brackets token passes, as "
+        "multiples of those with all of them. Prompts that are not together are decoded one at a time."
     )
     off = [row["off"] for row in next(iter(cases.values()))["ablation"]]
     header = ["#", *(_ACCELERATIONS[name] for name in off)]
