@@ -1,4 +1,4 @@
-"""What a result was computed with: versions, hardware, backends. Every command's JSON carries it."""
+"""The environment of a result: versions, hardware, backends. Every command's JSON carries it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _cpu() -> dict[str, Any]:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
         cpuinfo = ""
-    # Of the first processor; the others repeat it.
+    # The first processor's fields; the others repeat them.
     fields = {
         key.strip(): value.strip()
         for key, _, value in (line.partition(":") for line in cpuinfo.split("\n\n")[0].splitlines())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from nabla_fast._version import __version__
 from nabla_fast.cli.interrupts import terminated_as_interrupted
+from nabla_fast.cli.messages import say
 
 INTERRUPTED = 130  # the shell's code for a command ended by Ctrl-C
 
@@ -24,17 +24,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(interrupt if str(interrupt) else "interrupted", INTERRUPTED)
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    # Imported here, where Ctrl-C during the long import of torch is caught.
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; what it parses has the command as ``run``."""
     from nabla_fast.cli import bench, demo, env, generate
-    from nabla_fast.errors import BackendUnavailable, DecodingFailed, InputError, ModelError
+    from nabla_fast.cli.options import CommandParser
 
-    parser = argparse.ArgumentParser(prog="nabla-fast", description="Gradient-guided decoding, made cheap.")
+    parser = CommandParser(prog="nabla-fast", description="Gradient-guided decoding, made cheap.")
     parser.add_argument("--version", action="version", version=f"nabla-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for module in (demo, generate, bench, env):
         module.add_parser(commands)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    # Imported here, where Ctrl-C during the long import of torch is caught.
+    from nabla_fast.errors import BackendUnavailable, DecodingFailed, InputError, ModelError
+
+    arguments = make_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except (InputError, ModelError, BackendUnavailable) as error:
@@ -44,5 +51,5 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _fail(message: object, status: int) -> int:
-    print(f"nabla-fast: {message}", file=sys.stderr)
+    say(message)
     return status

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nabla_fast.cli import bench_decode
-from nabla_fast.cli.options import check_device, set_threads
+from nabla_fast.cli.options import add_json_option, add_threads_option, check_device, set_threads
 from nabla_fast.errors import InputError
 
 
@@ -18,15 +18,30 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("bench", help="measure kernels and decoding on this machine")
     parts = parser.add_subparsers(dest="part", required=True, metavar="part")
     kernels = parts.add_parser("kernels", help="ops beside plain PyTorch and torch.compile")
-    kernels.add_argument("--backend", choices=("torch", "cpu", "triton", "cuda"), default="cpu")
     kernels.add_argument(
-        "--device", help="a torch device (cpu for the cpu backend, else cuda if there is one)"
+        "--backend",
+        choices=("torch", "cpu", "triton", "cuda"),
+        default="cpu",
+        help="the ops' backend that is measured",
     )
-    kernels.add_argument("--op", nargs="+", metavar="NAME", help="only ops with one of these in their name")
-    kernels.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's choice)")
-    kernels.add_argument("--seconds", type=float, default=3.0, help="measured a row (3)")
-    kernels.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    kernels.add_argument("--json", action="store_true", help="print one JSON object")
+    kernels.add_argument(
+        "--device",
+        help="torch device (default: cpu for the cpu backend, else cuda if there is one)",
+    )
+    kernels.add_argument(
+        "--op", nargs="+", metavar="NAME", help="only ops with one of these in their name (default: all)"
+    )
+    add_threads_option(kernels)
+    kernels.add_argument(
+        "--seconds", type=float, default=3.0, metavar="S", help="time spent on measuring a row"
+    )
+    kernels.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure torch.compile too",
+    )
+    add_json_option(kernels)
     kernels.set_defaults(run=run_kernels)
     bench_decode.add_parser(parts)
 

@@ -1,4 +1,4 @@
-"""``nabla-fast bench decode``: what the batched loop is worth, the tokens compared before any time."""
+"""``nabla-fast bench decode``: time per answer of both loops, after their tokens were compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nabla_fast.cli.options import check_device, set_threads
+from nabla_fast.cli.options import add_json_option, add_threads_option, check_device, set_threads
 from nabla_fast.errors import InputError
 
 _GENERATE, _LENGTHS = "generate", "lengths"  # parts beside the cases
@@ -21,18 +21,18 @@ _GENERATE, _LENGTHS = "generate", "lengths"  # parts beside the cases
 
 def add_parser(parts: argparse._SubParsersAction) -> None:
     parser = parts.add_parser("decode", help="the loops beside Best-of-N with as many samples")
-    parser.add_argument("--device", default="cpu", help="a torch device (cpu)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's choice)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each (3)")
+    parser.add_argument("--device", default="cpu", help="the models' torch device")
+    add_threads_option(parser)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each case")
     parser.add_argument(
         "--cases",
         nargs="+",
         metavar="TEXT",
         help=f"only cases with one of these texts in their name; also '{_GENERATE}' (time per token beside "
-        f"transformers' generate) and '{_LENGTHS}' (of answers)",
+        f"transformers' generate) and '{_LENGTHS}' (of answers) (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="tiny cases and one run: does it work?")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _steps(
     device: Any, arguments: argparse.Namespace, results: dict[str, Any]
 ) -> dict[str, Callable[[Callable[[str], None]], None]]:
-    """What there is to measure, by name; each puts what it found among the results."""
+    """The measurements by name; each adds its entry to the results."""
     from nabla_fast.bench.decode import measure
     from nabla_fast.bench.decode_cases import named_cases
     from nabla_fast.bench.lengths import LENGTHS, QUICK_LENGTHS, measure_length

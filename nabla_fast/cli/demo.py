@@ -8,7 +8,13 @@ import json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from nabla_fast.cli.options import add_config_options, add_device_options, check_device, config_from
+from nabla_fast.cli.options import (
+    add_config_options,
+    add_device_options,
+    add_json_option,
+    check_device,
+    config_from,
+)
 from nabla_fast.errors import InputError
 
 
@@ -20,16 +26,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="solve held-out problems with the bundled models",
         description="Greedy, self-consistency, Best-of-8 and ∇-decoding on held-out problems.",
     )
-    parser.add_argument("--problems", type=int, default=100, metavar="N", help="held-out problems (100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the problems and of all draws (0)")
+    parser.add_argument("--problems", type=int, default=100, metavar="N", help="how many problems")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the problems and of all draws"
+    )
     parser.add_argument(
         "--threads",
         type=int,
         default=1,
         metavar="N",
-        help="CPU threads (1: the bundled models are too small for two to help)",
+        help="CPU threads; the bundled models are too small for two to help",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json_option(parser)
     add_device_options(parser)
     add_config_options(parser, CONFIG)
     parser.set_defaults(run=run)

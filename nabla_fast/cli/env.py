@@ -1,17 +1,25 @@
-"""``nabla-fast env``: versions, hardware, which backends are there, and where the C interface lies."""
+"""``nabla-fast env``: versions, hardware, backends, and the files of the C interface."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from nabla_fast.cli.options import add_json_option
+
+# A section's rows: name, value.
+Rows = list[tuple[str, str]]
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("env", help="versions, hardware, and which backends are there")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -21,20 +29,77 @@ def run(arguments: argparse.Namespace) -> int:
     environment = report() | {"native": _native()}
     if arguments.json:
         print(json.dumps(environment))
-        return 0
-    table = Table(show_header=False, box=None)
-    for key, value in environment.items():
-        if key != "backends":
-            table.add_row(key, value if isinstance(value, str) else json.dumps(value))
-    for name, backend in environment["backends"].items():
-        state = "[green]available[/]" if backend["available"] else f"[red]missing[/]: {backend['why']}"
-        table.add_row(f"backend {name}", state)
-    Console().print(table)
+    else:
+        _show(environment)
     return 0
 
 
+def _show(environment: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for title, rows in _sections(environment):
+        if table.row_count:
+            table.add_row()
+        table.add_row(Text(title, style="bold"))
+        for name, value in rows:
+            style = {"yes": "green", "no:": "red"}.get(value.split(" ")[0], "")
+            table.add_row(f"  {name}", Text(value, style=style if title == "backends" else ""))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 200)  # a file has no edge to wrap at
+    console.print(table)
+
+
+def _sections(environment: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
+    versions, cpu, native = (environment[key] for key in ("versions", "cpu", "native"))
+    cuda = f"CUDA {versions['cuda']}" if versions["cuda"] else "without CUDA"
+    yield (
+        "versions",
+        [
+            *(
+                (name, f"{version} ({cuda})" if name == "torch" else version or "not installed")
+                for name, version in versions.items()
+                if name != "cuda"
+            ),
+            ("commit", environment["commit"] or "unknown: not run from a checkout"),
+        ],
+    )
+    gpus = [
+        f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, "
+        f"compute capability {gpu['compute_capability']}"
+        for gpu in environment["gpus"]
+    ]
+    yield (
+        "hardware",
+        [
+            ("platform", environment["platform"]),
+            ("CPU", f"{cpu['name']}, {cpu['count']} logical processors"),
+            ("instruction sets", ", ".join(cpu["flags"]) or "none of those the kernels use"),
+            ("kernels use", cpu["kernels"] or "none: the extension is not there"),
+            ("threads", str(environment["threads"])),
+            *((f"GPU {n}", text) for n, text in enumerate(gpus)),
+            *([] if gpus else [("GPU", "none")]),
+        ],
+    )
+    yield (
+        "backends",
+        [
+            (name, "yes" if backend["available"] else f"no: {backend['why']}")
+            for name, backend in environment["backends"].items()
+        ],
+    )
+    yield (
+        "C interface",
+        [
+            ("library", native["library"] or f"no: {native['why']}"),
+            *((name, native[name]) for name in ("include", "cmake", "pkgconfig")),
+        ],
+    )
+
+
 def _native() -> dict[str, str | None]:
-    """What other programs build with; ``library`` is null, and ``why`` a line, where it was not built."""
+    """Paths that other programs build with; without the library, ``library`` is null and ``why`` a line."""
     import nabla_fast
 
     try:

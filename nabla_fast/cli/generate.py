@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nabla_fast.cli.interrupts import postponed
-from nabla_fast.cli.options import add_config_options, add_device_options, check_device, config_from
+from nabla_fast.cli.messages import warnings_as_lines
+from nabla_fast.cli.options import (
+    add_config_options,
+    add_device_options,
+    add_json_option,
+    check_device,
+    config_from,
+)
 from nabla_fast.config import DTOConfig
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError
 from nabla_fast.results import Result
@@ -26,37 +33,78 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Decode prompts. Without --model, the bundled Countdown models are used.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="one user message")
+    source.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="one user message (default: none; this or --prompts is required)",
+    )
     source.add_argument(
         "--prompts",
         metavar="FILE.jsonl",
-        help="a prompt a line: a string, a chat, a list of token ids, or an object with one as 'prompt'",
+        help="a prompt a line: a string, a chat, a list of token ids, or an object with one as 'prompt' "
+        "(default: none; this or --prompt is required)",
     )
-    parser.add_argument("--model", metavar="DIR", help="checkpoint folder of the language model")
-    parser.add_argument("--reward-model", metavar="DIR", help="checkpoint folder of the reward model")
-    parser.add_argument("--tokenizer", metavar="DIR", help="default: in, or beside, the model's folder")
-    parser.add_argument("--reward-tokenizer", metavar="DIR", help="where the reward model has its own")
     parser.add_argument(
-        "--min-coverage", type=float, default=0.95, help="of the LM's vocabulary by the reward's"
+        "--model",
+        metavar="DIR",
+        help="checkpoint folder of the language model (default: the bundled models)",
+    )
+    parser.add_argument(
+        "--reward-model",
+        metavar="DIR",
+        help="checkpoint folder of the reward model (default: none; the bundled one without --model)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="the language model's tokenizer (default: in the model's folder or beside it)",
+    )
+    parser.add_argument(
+        "--reward-tokenizer",
+        metavar="DIR",
+        help="the reward model's tokenizer, where it has its own (default: the language model's)",
+    )
+    parser.add_argument(
+        "--min-coverage",
+        type=float,
+        default=0.95,
+        metavar="X",
+        help="least share of the language model's vocabulary that --reward-tokenizer must have",
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="stop string (repeatable)"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text that ends a response; may be given several times",
     )
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of each prompt's draws")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=1024, metavar="N", help="most tokens of a response"
+    )
     parser.add_argument(
         "--loop",
-        choices=("sequential", "batched"),
-        default="sequential",
-        help="batched: the same tokens from fewer token passes, prompts decoded together",
+        choices=("auto", "batched", "sequential"),
+        default="auto",
+        help="sequential: runs any model; batched: the same tokens from far fewer token passes; "
+        "auto: batched where the models allow it",
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="of the batched loop (16)")
     parser.add_argument(
-        "--max-kv-tokens", type=int, metavar="N", help="most tokens that the batched loop's caches hold"
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="prompts that the batched loop decodes at once",
+    )
+    parser.add_argument(
+        "--max-kv-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens whose keys and values the batched loop holds at once (default: no limit)",
     )
     parser.add_argument("--output", metavar="FILE.jsonl", help="write each result as it finishes")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json_option(parser)
     add_device_options(parser)
     add_config_options(parser, DTOConfig())
     parser.set_defaults(run=run)
@@ -75,8 +123,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     texts = _Texts(stream.results, shown=not arguments.json)
     stopped: BaseException | None = None
-    # On a terminal texts go above the bar; standard output that leads elsewhere is left alone.
-    bar = Progress(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
+    # On a terminal texts go above the bar; standard output to a file or a pipe is left alone.
+    console = Console(stderr=True)
+    bar = Progress(
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+        disable=not console.is_interactive,
+    )
     with closing(output), stream, bar as progress:
         task = progress.add_task("decoding", total=len(prompts))
         try:
@@ -92,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
                     output.write(n, result)
         except (DecodingFailed, OSError) as error:
             stopped = error
-    # What is finished is printed even where the rest failed.
+    # Finished texts are printed even where the rest failed.
     with postponed():
         texts.print(gaps=True)
     if arguments.json:
@@ -209,14 +263,15 @@ def _decoder(arguments: argparse.Namespace, config: DTOConfig) -> Any:
             minimum_coverage=arguments.min_coverage,
         )
         print(f"the reward model covers {alignment.coverage:.1%} of the vocabulary", file=sys.stderr)
-    return NablaDecoder(
-        lm,
-        rm,
-        tokenizer,
-        reward_tokenizer,
-        config,
-        loop=arguments.loop,
-        batch_size=arguments.batch_size,
-        max_kv_tokens=arguments.max_kv_tokens,
-        alignment=alignment,
-    )
+    with warnings_as_lines():
+        return NablaDecoder(
+            lm,
+            rm,
+            tokenizer,
+            reward_tokenizer,
+            config,
+            loop=arguments.loop,
+            batch_size=arguments.batch_size,
+            max_kv_tokens=arguments.max_kv_tokens,
+            alignment=alignment,
+        )

@@ -13,7 +13,7 @@ def terminated_as_interrupted() -> Iterator[None]:
     """Inside, a request to terminate is a Ctrl-C: a job whose time is up prints what it has."""
     former = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or former is not signal.SIG_DFL:
-        yield  # no signal arrives here, or somebody else sees to it
+        yield  # no signal arrives here, or the caller handles it
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -24,7 +24,7 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 @contextmanager
 def postponed() -> Iterator[None]:
-    """Interrupts wait until the block is done, so that what it writes is written whole and counted.
+    """Interrupts wait until the block is done, so that its lines are written whole and counted.
 
     A second one does not wait: the block may hang.
     """
