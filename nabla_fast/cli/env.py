@@ -100,16 +100,16 @@ def _sections(environment: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
 
 def _native() -> dict[str, str | None]:
     """Paths that other programs build with; without the library, ``library`` is null and ``why`` a line."""
-    import nabla_fast
+    from nabla_fast._native import library as files
 
     try:
-        library, why = nabla_fast.get_library(), None
+        library, why = files.get_library(), None
     except RuntimeError as error:
         library, why = None, str(error)
     return {
         "library": library,
         "why": why,
-        "include": nabla_fast.get_include(),
-        "cmake": nabla_fast.get_cmake_dir(),
-        "pkgconfig": nabla_fast.get_pkgconfig_dir(),
+        "include": files.get_include(),
+        "cmake": files.get_cmake_dir(),
+        "pkgconfig": files.get_pkgconfig_dir(),
     }
