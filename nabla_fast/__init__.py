@@ -18,7 +18,7 @@ from nabla_fast.errors import (
     RowError,
 )
 from nabla_fast.models import VocabularyAlignment
-from nabla_fast.ops import use_backend
+from nabla_fast.ops import set_backend, use_backend
 from nabla_fast.results import Result, Revision, Stats
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
     "get_include",
     "get_library",
     "get_pkgconfig_dir",
+    "set_backend",
     "use_backend",
 ]
