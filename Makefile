@@ -57,7 +57,7 @@ gpu:
 	$(PYTHON) tools/gpu_run.py $(GPU_ARGS)
 
 # The stamp is written last: after a broken-off installation the next call starts again, and anew
-# where even pip is missing. The constraints keep pip from a CUDA build of torch of several GB.
+# where even pip is missing. The pinned torch is a CPU build where a package index offers one.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(CSRC)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'

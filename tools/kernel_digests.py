@@ -1,4 +1,4 @@
-"""``python -m tools.kernel_digests``: digests of the C++ kernels' results, to compare two builds bit by bit.
+"""``python -m tools.kernel_digests``: digests of the C++ kernels' results, to compare two builds.
 
 Every op with a C++ backend runs on the same random inputs at every instruction set that this CPU has.
 ``--output FILE`` writes the digests; ``--compare FILE`` reads those of another build and exits 1 where a

@@ -39,8 +39,8 @@ def _backend() -> Iterator[None]:
             yield
 
 
-# Scope of the module, so that a case's three versions follow each other and share one set of inputs, which is
-# gone before the next case's is made.
+# The scope is the module's, so that a case's three versions follow each other and share one set of
+# inputs, which is gone before the next case's is made.
 @pytest.fixture(
     scope="module", params=cases(DEVICE), ids=lambda case: f"{case.op} {case.shape} {case.dtype}"
 )

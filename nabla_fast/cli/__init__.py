@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from nabla_fast._version import __version__
 from nabla_fast.cli.interrupts import terminated_as_interrupted
-from nabla_fast.cli.messages import say
+from nabla_fast.cli.output import say
 
 INTERRUPTED = 130  # the shell's code for a command ended by Ctrl-C
 

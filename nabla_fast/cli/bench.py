@@ -11,6 +11,7 @@ from rich.table import Table
 
 from nabla_fast.cli import bench_decode
 from nabla_fast.cli.options import add_json_option, add_threads_option, check_device, set_threads
+from nabla_fast.cli.output import table_console
 from nabla_fast.errors import InputError
 
 
@@ -113,9 +114,7 @@ def _show(rows: list[dict], machine: dict | None) -> None:
         ]
         peaks = [_number(row[key], 1e-6) for key in ("peak_bytes", "naive_peak_bytes")]
         table.add_row(*identity, *times, f"{row['limit_ms'] / row['median_ms']:.0%}", *peaks, error)
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 200)  # a file has no edge to wrap at
+    console = table_console()
     console.print(table)
     if machine:
         rates = {

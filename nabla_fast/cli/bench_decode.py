@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nabla_fast.cli.options import add_json_option, add_threads_option, check_device, set_threads
+from nabla_fast.cli.output import table_console
 from nabla_fast.errors import InputError
 
 _GENERATE, _LENGTHS = "generate", "lengths"  # parts beside the cases
@@ -124,7 +125,7 @@ def _chosen(steps: dict[str, Any], texts: list[str] | None) -> dict[str, Any]:
 def _show(results: dict[str, Any]) -> None:
     from nabla_fast.bench.decode_tables import tables
 
-    console = Console()
+    console = table_console()
     for found in tables(results):
         table = Table(title=found.title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         for name in found.header:

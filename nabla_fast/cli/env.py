@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from nabla_fast.cli.options import add_json_option
+from nabla_fast.cli.output import table_console
 
 # A section's rows: name, value.
 Rows = list[tuple[str, str]]
@@ -45,9 +45,7 @@ def _show(environment: dict[str, Any]) -> None:
         for name, value in rows:
             style = {"yes": "green", "no:": "red"}.get(value.split(" ")[0], "")
             table.add_row(f"  {name}", Text(value, style=style if title == "backends" else ""))
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 200)  # a file has no edge to wrap at
+    console = table_console()
     console.print(table)
 
 

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nabla_fast.cli.interrupts import postponed
-from nabla_fast.cli.messages import warnings_as_lines
 from nabla_fast.cli.options import (
     add_config_options,
     add_device_options,
@@ -21,6 +20,7 @@ from nabla_fast.cli.options import (
     check_device,
     config_from,
 )
+from nabla_fast.cli.output import warnings_as_lines
 from nabla_fast.config import DTOConfig
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError
 from nabla_fast.results import Result
