@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from .cases import Draw
+from .inputs import Draw
 
 # Inputs are new in every run; a failure prints the number that brings its own back.
 _VARIABLE = "NABLA_FAST_TEST_SEED"
@@ -21,7 +21,7 @@ _SEED = int(os.environ.get(_VARIABLE) or secrets.randbelow(2**31))
 def seed(request: pytest.FixtureRequest) -> int:
     """The test's own seed."""
     print(f"{_VARIABLE}={_SEED} repeats this")
-    return _SEED ^ zlib.crc32(request.node.name.encode())
+    return _SEED ^ zlib.crc32(request.node.nodeid.encode())
 
 
 @pytest.fixture

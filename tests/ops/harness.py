@@ -21,7 +21,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -30,10 +29,10 @@ import torch
 from torch import Tensor
 
 from nabla_fast.errors import BackendUnavailable
-from nabla_fast.ops import backend_status, synchronize, use_backend
-from nabla_fast.ops.registry import Op, all_ops
+from nabla_fast.ops import synchronize, use_backend
+from nabla_fast.ops.registry import Op
 
-from .cases import CASES, Case, Draw
+from .inputs import Case, Draw
 
 # Two roundings of a result in float32, one in half precision; in float64, where body and oracle are
 # the same, what sums in another order may differ by.
@@ -57,61 +56,11 @@ def device_parameter(device: str) -> Any:
     return pytest.param(device, marks=pytest.mark.gpu if device == "cuda" else ())
 
 
-def backend_parameters(*names: str) -> list[Any]:
-    """(op, backend) of the named ops, or of all; missing backends are skipped with the reason."""
-    status = backend_status()
-    return [
-        pytest.param(
-            op,
-            backend,
-            id=f"{op.name}-{backend}",
-            marks=pytest.mark.skip(f"{backend}: {status[backend]}") if status[backend] else (),
-        )
-        for op in all_ops().values()
-        if op.name in names or not names
-        for backend in op.backends()
-    ]
-
-
-def run_parameters() -> list[Any]:
-    """(op, backend, device, case) of every run the harness makes."""
-    status = backend_status()
-    return [
-        pytest.param(
-            op,
-            backend,
-            device,
-            case,
-            id=f"{op.name}-{backend}-{device}-{case.name}",
-            marks=pytest.mark.gpu if device == "cuda" else (),
-        )
-        for op in all_ops().values()
-        for backend in op.backends()
-        if not status[backend]
-        for device in DEVICES
-        for case in cases_for(op, backend)
-    ]
-
-
-def cases_for(op: Op, backend: str) -> Sequence[Case]:
-    """The op's cases; in an interpreter, none that is large, and descents of few rows."""
-    cases = CASES.get(op.name, ())
+def cases_for(backend: str, cases: Sequence[Case]) -> list[Case]:
+    """The cases for a backend; in an interpreter none that is large, and some made smaller."""
     if not interpreted(backend):
-        return cases
-    cases = [case for case in cases if not case.large]
-    if op.name in ("dto_descent", "dto_descent_latents"):
-        return [replace(case, make=partial(_few_rows, case.make)) for case in cases]
-    return cases
-
-
-def cases_to_repeat(op: Op, backend: str) -> Sequence[Case]:
-    """Those for tests that run each case many times: in an interpreter, the first few."""
-    return cases_for(op, backend)[: 3 if interpreted(backend) else None]
-
-
-def _few_rows(make: Callable[[Draw], Arguments], draw: Draw) -> Arguments:
-    arguments = make(draw)
-    return arguments if arguments["group"] is not None else rows_of(arguments, slice(0, 3))
+        return list(cases)
+    return [replace(case, make=case.small or case.make) for case in cases if not case.large]
 
 
 def interpreted(backend: str) -> bool:
@@ -121,8 +70,13 @@ def interpreted(backend: str) -> bool:
 
 def takes(op: Op, backend: str, arguments: Arguments) -> bool:
     """Whether the backend runs these inputs."""
+    given = [(p, arguments.get(p.name, p.default)) for p in op.parameters]
     try:
-        run(op, backend, arguments)
+        with use_backend(backend):
+            op.chosen(
+                *(value for p, value in given if not p.keyword),
+                **{p.name: value for p, value in given if p.keyword},
+            )
     except BackendUnavailable:
         return False
     return True
@@ -226,7 +180,7 @@ def _results(op: Op, call: Callable[..., Any], arguments: Arguments) -> Results:
 
 
 def run(op: Op, backend: str, arguments: Arguments) -> Results:
-    """What a backend returns, and the arguments it changed, by name; the others stay as they were.
+    """A backend's results, and the arguments it changed, by name; the others stay as they were.
 
     Raises:
         BackendUnavailable: the backend does not take these inputs.
@@ -357,18 +311,6 @@ def _row_maximum(tensor: Tensor) -> Tensor:
 
 # -- rows by themselves ------------------------------------------------------------------------------
 
-# Ops whose rows must not depend on the rows beside them, nor on the number of threads, to the bit.
-ROW_INDEPENDENT = (
-    "draw_tokens",
-    "dto_descent",
-    "dto_descent_latents",
-    "gumbel_noise",
-    "lm_logits",
-    "nll_grad",
-    "onehot_grad",
-    "onehot_grad_norm",
-    "token_stats",
-)
 _SHARED = ("head", "tables", "token_maps", "group")
 
 

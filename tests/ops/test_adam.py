@@ -13,7 +13,7 @@ from nabla_fast.errors import InputError
 from nabla_fast.ops import AdamState, cosine_schedule
 from nabla_fast.ops.adam import adam_step_
 
-from .cases import F32, F64, Draw
+from .inputs import F32, F64, Draw
 
 
 def test_cosine():

@@ -22,8 +22,8 @@ from nabla_fast.ops import (
     use_backend,
 )
 
-from .cases import F64, Draw
 from .harness import map_tensors, to_float64
+from .inputs import F64, Draw
 
 WHY = backend_status()["triton"]
 pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))

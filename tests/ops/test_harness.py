@@ -1,4 +1,4 @@
-"""The harness itself: what it accepts and what it notices."""
+"""The harness itself: the results it accepts and the mistakes it notices."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.registry import Op, all_ops
+from nabla_fast.ops.registry import Op
 
-from .cases import CASES, Case, Draw, dto_descent
+from .dto_descent.cases import DTO_DESCENT
+from .dto_descent_latents.cases import DTO_DESCENT_LATENTS
+from .embedding_mix.cases import EMBEDDING_MIX
 from .harness import Arguments, Results, check, poisoned, run, run_body
+from .inputs import Case, Draw
+from .shared.descents import descent_arguments
+from .token_stats.cases import TOKEN_STATS
 
 STATS, MIX, DESCENT, LATENTS = (
-    all_ops()[name] for name in ("token_stats", "embedding_mix", "dto_descent", "dto_descent_latents")
+    tested.op for tested in (TOKEN_STATS, EMBEDDING_MIX, DTO_DESCENT, DTO_DESCENT_LATENTS)
 )
+TESTED = {
+    tested.op.name: tested for tested in (TOKEN_STATS, EMBEDDING_MIX, DTO_DESCENT, DTO_DESCENT_LATENTS)
+}
 
 
-FLIPPING = Case("flipping", partial(dto_descent, rows=9, vocabulary=257, gap=0.05))
+FLIPPING = Case("flipping", partial(descent_arguments, rows=9, vocabulary=257, gap=0.05))
 
 
 def case_of(op: Op, name: str) -> Case:
-    return next(case for case in CASES[op.name] if case.name == name)
+    return TESTED[op.name].case(name)
 
 
 def passes(op: Op, case: str | Case, draw: Draw, compute: Callable[[Arguments], Results]) -> bool:

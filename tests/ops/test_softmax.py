@@ -7,11 +7,11 @@ from torch import Tensor
 
 from nabla_fast.ops.softmax import softmax_gradient
 
-from .cases import WHOLE, Draw
+from .inputs import WHOLE, Draw
 
 
 def relative_error(z: Tensor, grad: Tensor, tau: float = 1.0) -> float:
-    """Of ∂ℒ/∂z in float32 against float64, the largest over the tokens, each by its own size."""
+    """Largest error of ∂ℒ/∂z in float32 against float64, each token's by its own size."""
     p, token = torch.softmax(z / tau, dim=-1), z.argmax(dim=-1)
     exact = torch.softmax(z.double() / tau, dim=-1)
     exact = exact * (grad.double() - (exact * grad.double()).sum(dim=-1, keepdim=True)) / tau

@@ -12,7 +12,7 @@ import torch
 
 from nabla_fast import _triton
 from nabla_fast.ops import use_backend
-from nabla_fast.ops.triton_backend import refusal
+from nabla_fast.ops.limits.triton_backend import refusal
 
 
 @pytest.fixture

@@ -1,0 +1,35 @@
+"""Inputs of linear_embedding_mix and its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nabla_fast.ops import linear_embedding_mix
+from nabla_fast.ops.linear_embedding_mix import linear_embedding_mix_backward
+
+from ..contract import OpUnderTest
+from ..shared import arguments
+from ..shared.mixes import mix_cases
+
+
+def good() -> dict[str, Any]:
+    given = arguments.matrices()
+    return {"hidden": given["hidden"], "head": given["head"], **arguments.of_a_mix()}
+
+
+LINEAR_EMBEDDING_MIX = OpUnderTest(
+    linear_embedding_mix,
+    mix_cases(backward=False, hidden=24),
+    checked=("two tables, soft", "noise, hard", "dtypes, hard"),
+    compiled=("two tables, soft", "noise, hard"),
+    differentiable=("hidden",),
+    on_hidden=(lambda hidden, head: linear_embedding_mix(hidden, head, [torch.randn(len(head), 3)]),),
+)
+LINEAR_EMBEDDING_MIX_BACKWARD = OpUnderTest(
+    linear_embedding_mix_backward,
+    mix_cases(backward=True, hidden=24),
+    checked=("two tables", "noise", "bf16"),
+    compiled=("noise",),
+)

@@ -1,0 +1,36 @@
+"""Inputs of nll_grad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nabla_fast.ops import nll_grad
+
+from ..contract import OpUnderTest
+from ..inputs import Draw, cases_of
+from ..shared.products import LOGITS, product_arguments
+
+
+def nll_arguments(
+    draw: Draw, rows: int, vocabulary: int, scale: float = 1.0, **options: Any
+) -> dict[str, Any]:
+    arguments = product_arguments(draw, rows, vocabulary, **options)
+    arguments["hidden"] = arguments["hidden"] * scale
+    return {**arguments, "tokens": draw.integers(0, vocabulary, rows)}
+
+
+NLL_GRAD = OpUnderTest(
+    nll_grad,
+    cases_of(
+        nll_arguments,
+        LOGITS
+        | {
+            "peaked": {"rows": 9, "vocabulary": 257, "scale": 8.0},
+            "flat": {"rows": 9, "vocabulary": 257, "scale": 1e-3},
+            "several segments": {"rows": 65, "vocabulary": 8192 * 2 + 77, "hidden": 20},
+        },
+    ),
+    checked=("odd", "bf16"),
+    compiled=("odd",),
+    rows_alone=True,
+)

@@ -1,0 +1,114 @@
+"""Paged attention against plain attention over a contiguous sequence, and its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nabla_fast.errors import InputError
+from nabla_fast.ops import prefix_attention
+
+from ..contract import BackendContract, LibraryContract
+from ..harness import to_float64
+from ..inputs import F64, Case, Draw
+from .cases import PREFIX_ATTENTION, PREFIX_ATTENTION_BACKWARD, attention_arguments
+
+
+class TestContract(BackendContract):
+    tested, backend = PREFIX_ATTENTION, "torch"
+
+
+class TestBackwardContract(BackendContract):
+    tested, backend = PREFIX_ATTENTION_BACKWARD, "torch"
+
+
+class TestLibrary(LibraryContract):
+    tested = PREFIX_ATTENTION
+
+
+class TestBackwardLibrary(LibraryContract):
+    tested = PREFIX_ATTENTION_BACKWARD
+
+
+def contiguous(a: dict) -> list[torch.Tensor]:
+    """The same by torch's attention, a sequence at a time."""
+    outputs = []
+    groups = a["q"].shape[1] // a["k"].shape[1]
+    for b, length in enumerate(a["prefix_lengths"].tolist()):
+        prefix = [
+            a[pool][a["block_tables"][b]].flatten(0, 1)[:length] for pool in ("key_pool", "value_pool")
+        ]
+        keys, values = (
+            torch.cat([part.transpose(0, 1), own[b]], dim=1).repeat_interleave(groups, dim=0)
+            for part, own in zip(prefix, (a["k"], a["v"]), strict=True)
+        )
+        query = length + torch.arange(a["q"].shape[2])[:, None]
+        distance = query - torch.arange(keys.shape[1])
+        seen = (distance >= 0) & (distance < (a["window"] or keys.shape[1]))
+        outputs.append(F.scaled_dot_product_attention(a["q"][b], keys, values, seen, scale=a["scale"]))
+    return outputs
+
+
+@pytest.mark.parametrize("case", PREFIX_ATTENTION.cases, ids=lambda case: case.name)
+def test_it_is_attention_over_the_whole_sequence(case: Case, draw: Draw):
+    arguments = to_float64(case.make(draw))
+    leaves = [arguments[name].requires_grad_() for name in ("q", "k", "v")]
+    expected = torch.stack(contiguous(arguments))
+    found = prefix_attention(**arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    cotangent = draw.normal(*found.shape, dtype=F64)
+    ours = torch.autograd.grad(found, leaves, cotangent)
+    theirs = torch.autograd.grad(expected, leaves, cotangent)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradcheck(window: int | None, draw: Draw):
+    a = attention_arguments(draw, prefixes=(0, 5), suffix=3, window=window, dtype=F64)
+    leaves = [a.pop(name).requires_grad_() for name in ("q", "k", "v")]
+    assert torch.autograd.gradcheck(lambda q, k, v: prefix_attention(q, k, v, **a), leaves)
+
+
+def test_what_lies_behind_a_prefix_in_its_blocks_does_not_matter(draw: Draw):
+    a = attention_arguments(draw, prefixes=(5, 2), suffix=3)
+    before = prefix_attention(**a)
+    for pool in ("key_pool", "value_pool"):
+        for b, length in enumerate((5, 2)):
+            slots = a[pool].flatten(0, 1)
+            for position in range(length, 4 * a["block_tables"].shape[1]):
+                slots[a["block_tables"][b, position // 4] * 4 + position % 4] = 1e4
+    assert torch.equal(prefix_attention(**a), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"q": torch.zeros(2, 3, 3, 8)}, "query heads must be a multiple of key-value heads, got 3 and 2"),
+        ({"k": torch.zeros(2, 2, 4, 8)}, r"k must be \[2, 2, 3, 8\], got \[2, 2, 4, 8\]"),
+        ({"q": torch.zeros(2, 4, 3)}, r"q and k must be \[B, heads, S, D\]"),
+        ({"key_pool": torch.zeros(4, 4, 2, 7)}, r"key_pool must be \[blocks, block_size, 2, 8\]"),
+        ({"block_tables": torch.zeros(2, 2)}, "block_tables must be int64"),
+        ({"prefix_lengths": torch.zeros(3, dtype=torch.int64)}, "prefix_lengths must be int64"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_get_one_line(change: dict, line: str, draw: Draw):
+    arguments = attention_arguments(draw, prefixes=(5, 2), suffix=3) | change
+    with pytest.raises(InputError, match=line) as caught:
+        prefix_attention(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_pool_is_constant_and_the_rest_differentiated_once(draw: Draw):
+    a = attention_arguments(draw, prefixes=(5, 2), suffix=3)
+    for name in ("q", "k", "v", "key_pool", "value_pool"):
+        a[name].requires_grad_()
+    (grad,) = torch.autograd.grad(prefix_attention(**a).square().sum(), a["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
+    prefix_attention(**a).sum().backward()
+    assert a["k"].grad is not None
+    assert a["key_pool"].grad is None
+    assert a["value_pool"].grad is None

@@ -1,0 +1,1 @@
+"""Inputs and tests that several ops share; each is collected in its op's own folder."""

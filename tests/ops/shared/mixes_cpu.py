@@ -1,0 +1,108 @@
+"""The C++ mixes: sizes around their tiles on every instruction set, threads, alignment."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from nabla_fast.ops import use_backend
+from nabla_fast.ops.registry import Op
+
+from ..harness import check, map_tensors, rows_of, run
+from ..inputs import BF16, F32, Case, Draw
+from .mixes import backward_arguments, mix_arguments
+
+# Rows around a vector, a register's worth of rows and a group of 64; tokens around a tile of 64 and a
+# segment of 2,048; widths around a strip of 64 columns and a chain of 128.
+SIZES = [
+    (1, 1, 1),
+    (1, 4099, 130),
+    (5, 63, 31),
+    (16, 65, 64),
+    (17, 129, 65),
+    (33, 2049, 16),
+    (48, 100, 257),
+    (65, 2112, 33),
+    (130, 300, 96),
+]
+DTYPES = [(F32, F32), (F32, BF16), (BF16, BF16)]  # of the rows and of the tables
+
+
+def arguments(
+    op: Op, draw: Draw, rows: int, vocabulary: int, width: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> dict[str, Any]:
+    recipe = backward_arguments if "backward" in op.name else mix_arguments
+    mode = {} if "backward" in op.name else {"hard": False}
+    return recipe(
+        draw,
+        rows=rows,
+        vocabulary=vocabulary,
+        tables=((width, dtypes[1]), (7, dtypes[1])),
+        dtype=dtypes[0],
+        hidden=width if "linear" in op.name else 0,
+        direct=True,
+        tau=0.8,
+        **mode,
+    )
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers one element off every alignment."""
+    memory = tensor.new_empty(tensor.numel() + 1)
+    memory[1:] = tensor.flatten()
+    return memory[1:].view(tensor.shape)
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+class MixOnCpu:
+    """A mix or its backward."""
+
+    op: ClassVar[Op]
+
+    @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+    @pytest.mark.parametrize("sizes", SIZES, ids=str)
+    def test_sizes(self, dtypes: tuple, sizes: tuple, draw: Draw, isa: str):
+        case = Case(str(sizes), lambda draw: arguments(self.op, draw, *sizes, dtypes))
+        check(self.op, case, draw, "cpu", partial(run, self.op, "cpu"))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("tables", [F32, BF16], ids=str)
+    def test_a_huge_vocabulary(self, tables: torch.dtype, draw: Draw, isa: str):
+        case = Case("huge", lambda draw: arguments(self.op, draw, 3, 300_001, 17, (F32, tables)))
+        check(self.op, case, draw, "cpu", partial(run, self.op, "cpu"))
+
+    @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+    def test_a_row_has_the_same_bits_alone_and_on_any_threads(self, dtypes: tuple, draw: Draw, threads):
+        given = arguments(self.op, draw, 67, 6200, 40, dtypes)
+        together = run(self.op, "cpu", given)
+        threads(3)
+        again = run(self.op, "cpu", given)
+        for name, value in together.items():
+            assert torch.equal(value, again[name])
+        for rows in (slice(0, 1), slice(3, 20), slice(66, 67)):
+            part = run(self.op, "cpu", rows_of(given, rows))
+            for name, value in part.items():
+                assert torch.equal(value, together[name][rows]), f"{name} of rows {rows}"
+
+    def test_noise_and_hard_tokens_on_every_level(self, draw: Draw, isa: str):
+        def make(draw: Draw) -> dict[str, Any]:
+            given = arguments(self.op, draw, 5, 2500, 24, (F32, F32))
+            hard = {} if "backward" in self.op.name else {"hard": True}
+            return given | hard | {"noise": draw.noise(5)}
+
+        check(self.op, Case("noise", make), draw, "cpu", partial(run, self.op, "cpu"))
+
+    @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+    def test_alignment_does_not_matter(self, dtypes: tuple, draw: Draw):
+        given = arguments(self.op, draw, 9, 333, 37, dtypes)
+        moved = {k: v if k in ("tau", "hard") else map_tensors(shifted, v) for k, v in given.items()}
+        with use_backend("cpu"), torch.no_grad():
+            # Not copies, which would be aligned again.
+            for a, b in zip(*(_tensors(self.op(**x)) for x in (given, moved)), strict=True):
+                assert torch.equal(a, b)
