@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from nabla_fast import _native
+import nabla_fast._native as _native
 from nabla_fast._version import __version__
 
 # The flags of /proc/cpuinfo that decide which kernels can run, and how fast.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast import ops
+import nabla_fast.ops as ops
 from nabla_fast.bench.kernel_cases import Case, Versions
 from nabla_fast.bench.machine import Machine
 from nabla_fast.bench.measure import give_memory_back, interleaved, peak_bytes, replayed

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nabla_fast import _native
+import nabla_fast._native as _native
 from nabla_fast.bench.measure import interleaved
 
 _READ_BYTES = 1 << 30  # far beyond any last-level cache

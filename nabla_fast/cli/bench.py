@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nabla_fast.cli import bench_decode
+from nabla_fast.cli.bench_decode import add_parser as add_decode_parser
 from nabla_fast.cli.options import add_json_option, add_threads_option, check_device, set_threads
 from nabla_fast.cli.output import table_console
 from nabla_fast.errors import InputError
@@ -44,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_json_option(kernels)
     kernels.set_defaults(run=run_kernels)
-    bench_decode.add_parser(parts)
+    add_decode_parser(parts)
 
 
 def run_kernels(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from nabla_fast import _native
+from nabla_fast._native import loading as native_loading
 from nabla_fast.config import SamplingConfig
 
 # torch.Generator.get_state(): the seed, then the words that exponential_race.h describes.
@@ -43,7 +43,7 @@ class Generator:
 
 
 def _race(state: Tensor, tokens: Tensor, probabilities: Tensor, vocabulary: int) -> int:
-    return _native.extension().exponential_race(
+    return native_loading.extension().exponential_race(
         state.data_ptr() + _WORDS_OFFSET,
         vocabulary,
         tokens.data_ptr(),
@@ -56,7 +56,7 @@ def _race(state: Tensor, tokens: Tensor, probabilities: Tensor, vocabulary: int)
 @functools.cache
 def _races() -> bool:
     """Whether the C++ draws are those of this release of torch, whose generator they look into."""
-    if not _native.available():
+    if not native_loading.available():
         return False
     theirs = torch.Generator().manual_seed(0)
     ours = theirs.get_state()
@@ -107,7 +107,7 @@ class TokenRows:
 
 def _filtered(logits: Tensor, sampling: SamplingConfig) -> list[tuple[Tensor, Tensor]]:
     """Tokens kept, ascending, and their probabilities, of each row."""
-    if 0 < sampling.top_k < min(logits.shape[1], _MOST_NATIVE) and _native.available():
+    if 0 < sampling.top_k < min(logits.shape[1], _MOST_NATIVE) and native_loading.available():
         return [_filtered_row(row, sampling) for row in logits]
     return _filtered_rows(logits, sampling)
 
@@ -118,7 +118,7 @@ def _filtered_row(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Ten
     capacity = sampling.top_k + 16
     tokens = torch.empty(2 * capacity, dtype=torch.int64, device="cpu")
     probabilities = torch.empty(capacity, dtype=logits.dtype, device="cpu")
-    count = _native.extension().filter_tokens(
+    count = native_loading.extension().filter_tokens(
         logits.data_ptr(),
         logits.dtype == torch.float64,
         len(logits),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.activations import SiLUActivation
 
-from nabla_fast import _native
+from nabla_fast._native import loading as native_loading
 from nabla_fast.models.llama_layers import Layer, Linear, Norm
 from nabla_fast.models.paged_attention import PagedPass
 
@@ -29,7 +29,7 @@ class LlamaNative:
         self._weights = [norm.weight.contiguous()]  # alive as long as their addresses are held
         self._width, self._row = norm.weight.shape[0], (first.heads + 2 * first.kv_heads) * first.head_dim
         self._q_width, self._dim = first.heads * first.head_dim, first.head_dim
-        self._decoder = _native.extension().Decoder(
+        self._decoder = native_loading.extension().Decoder(
             self._width,
             first.heads,
             first.kv_heads,
@@ -46,11 +46,11 @@ class LlamaNative:
         first = layers[0]
         widths = (norm.weight.shape[0], first.head_dim, LlamaNative._inner(first))
         return (
-            _native.available()
+            native_loading.available()
             and norm.weight.dtype == torch.float32
             and norm.weight.device.type == "cpu"
             and all(width % _LANES == 0 for width in widths)
-            and first.head_dim <= _native.MOST_HEAD_DIM
+            and first.head_dim <= native_loading.MOST_HEAD_DIM
             and all(type(layer.act) in (torch.nn.SiLU, SiLUActivation) for layer in layers)
             and all(LlamaNative._shape(layer) == LlamaNative._shape(first) for layer in layers)
         )
@@ -108,7 +108,7 @@ class LlamaNative:
             row, position = paged.tokens
             tokens = row * suffix + position
         pool = paged.pool
-        given = _native.extension().DecoderPass(
+        given = native_loading.extension().DecoderPass(
             batch,
             suffix,
             x.data_ptr(),
@@ -131,7 +131,7 @@ class LlamaNative:
         )
         status = self._decoder.forward(given)
         if status:
-            raise ValueError(_native.extension().status_string(status))
+            raise ValueError(native_loading.extension().status_string(status))
         return states, (given, memory, cos, sin)
 
     def backward(self, cotangent: Tensor, paged: PagedPass, kept: tuple) -> Tensor:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast import _native
-from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast._native.descents import dto_descent_
 from nabla_fast.ops.adam import AdamState
 from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
 from nabla_fast.ops.descent_loop import Descent, check_descent, descend, reported
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
+from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.softmax import softmax_gradient
@@ -101,7 +101,7 @@ def fake_dto_descent(z: Tensor, *_: Any, **__: Any) -> Descent:
     "cpu", refuses=lambda z, *inputs, **options: native_backend.descent_refusal("z", z, *inputs, **options)
 )
 def dto_descent_cpu(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
-    return reported("dto_descent", *_native.dto_descent_(z, grad, *state, schedule, **options))
+    return reported("dto_descent", *dto_descent_(z, grad, *state, schedule, **options))
 
 
 @dto_descent.backend(

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast import _native
-from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast._native.descents import dto_descent_latents_
 from nabla_fast.ops.adam import AdamState
 from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
 from nabla_fast.ops.descent_loop import Descent, check_descent, descend, reported
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
+from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
@@ -99,7 +99,7 @@ def _cpu_refusal(h: Tensor, head: Tensor, *inputs: Any, **options: Any) -> str |
 def dto_descent_latents_cpu(
     h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any
 ) -> Descent:
-    found = _native.dto_descent_latents_(h, head, grad, *state, schedule, **options)
+    found = dto_descent_latents_(h, head, grad, *state, schedule, **options)
     return reported("dto_descent_latents", *found)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast import _native
-from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast._native.mixes import Mix
 from nabla_fast.ops.checks import expect_matrix, expect_mix
 from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous, perturbed
+from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.softmax import onehot_gradient, softmax_gradient
@@ -133,7 +133,7 @@ def embedding_mix_cpu(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> list[Tensor]:
-    mixes, status = _native.Mix(logits, None, tables, tau, contiguous(noise)).forward(hard)
+    mixes, status = Mix(logits, None, tables, tau, contiguous(noise)).forward(hard)
     report("embedding_mix", status)
     return mixes
 
@@ -153,7 +153,7 @@ def embedding_mix_backward_cpu(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> Tensor:
-    mix = _native.Mix(logits, None, tables, tau, contiguous(noise))
+    mix = Mix(logits, None, tables, tau, contiguous(noise))
     grad, _ = mix.backward(
         [native_backend.as_native(cotangent) for cotangent in cotangents],
         None if direct is None else native_backend.as_native(direct),

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nabla_fast.ops import triton_backend
 from nabla_fast.ops.checks import expect_noise, expect_vocabulary
+from nabla_fast.ops.limits import triton_backend
 from nabla_fast.ops.registry import op
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

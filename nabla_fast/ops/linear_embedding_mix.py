@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from nabla_fast import _native
-from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast._native.mixes import Mix
 from nabla_fast.ops.checks import expect_matrix, expect_mix
 from nabla_fast.ops.embedding_mix import embedding_mix, embedding_mix_backward
 from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous
+from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import report, row_status
@@ -126,7 +126,7 @@ def linear_embedding_mix_cpu(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> list[Tensor]:
-    mixes, status = _native.Mix(hidden, head, tables, tau, contiguous(noise)).forward(hard)
+    mixes, status = Mix(hidden, head, tables, tau, contiguous(noise)).forward(hard)
     report("linear_embedding_mix", status)
     return mixes
 
@@ -147,7 +147,7 @@ def linear_embedding_mix_backward_cpu(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> Tensor:
-    mix = _native.Mix(hidden, head, tables, tau, contiguous(noise))
+    mix = Mix(hidden, head, tables, tau, contiguous(noise))
     grad, _ = mix.backward(
         [native_backend.as_native(cotangent) for cotangent in cotangents],
         None if direct is None else native_backend.as_native(direct),

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast import _native
-from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast._native.products import lm_logits as lm_logits_native
 from nabla_fast.ops.checks import expect_matrix, expect_one_device
+from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype
 
@@ -100,7 +100,7 @@ def lm_logits_gradient(
 
 @lm_logits.backend("cpu", refuses=native_backend.hidden_refusal)
 def lm_logits_cpu(hidden: Tensor, head: Tensor) -> Tensor:
-    return _native.lm_logits(native_backend.as_float32(hidden), head)
+    return lm_logits_native(native_backend.as_float32(hidden), head)
 
 
 @lm_logits.backend("triton", refuses=lambda hidden, head: triton_backend.refusal(hidden=hidden, head=head))

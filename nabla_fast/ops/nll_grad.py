@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla_fast import _native
-from nabla_fast.ops import native_backend
+from nabla_fast._native.products import nll_grad as nll_grad_native
 from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_vocabulary
+from nabla_fast.ops.limits import native_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_slices, row_status
@@ -66,6 +66,6 @@ def fake_nll_grad(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
 
 @nll_grad.backend("cpu", refuses=lambda hidden, head, tokens: native_backend.hidden_refusal(hidden, head))
 def nll_grad_cpu(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
-    grad, status = _native.nll_grad(native_backend.as_float32(hidden), head, tokens.contiguous())
+    grad, status = nll_grad_native(native_backend.as_float32(hidden), head, tokens.contiguous())
     report("nll_grad", status)
     return grad

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast import _native
-from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast._native.onehot import onehot_grad as onehot_grad_native
 from nabla_fast.ops.checks import (
     expect,
     expect_matrix,
@@ -17,6 +16,7 @@ from nabla_fast.ops.checks import (
     expect_tables,
     expect_vocabulary,
 )
+from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
@@ -135,7 +135,7 @@ def run_kernel(
 
 @onehot_grad.backend("cpu", refuses=native_backend.onehot_refusal)
 def onehot_grad_cpu(*inputs: Any, **options: Any) -> Tensor:
-    grad, status = run_kernel(_native.onehot_grad, *inputs, **options, convert=native_backend.as_native)
+    grad, status = run_kernel(onehot_grad_native, *inputs, **options, convert=native_backend.as_native)
     report("onehot_grad", status)
     return grad
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast import _native
-from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast._native.onehot import onehot_grad_norm as onehot_grad_norm_native
+from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.onehot_grad import check_onehot_inputs, onehot_rows, run_kernel
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_slices
@@ -65,9 +65,7 @@ def fake_onehot_grad_norm(
 
 @onehot_grad_norm.backend("cpu", refuses=native_backend.onehot_refusal)
 def onehot_grad_norm_cpu(*inputs: Any, **options: Any) -> Tensor:
-    norm, status = run_kernel(
-        _native.onehot_grad_norm, *inputs, **options, convert=native_backend.as_native
-    )
+    norm, status = run_kernel(onehot_grad_norm_native, *inputs, **options, convert=native_backend.as_native)
     report("onehot_grad_norm", status)
     return norm
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nabla_fast import _native
+from nabla_fast._native import attention as native_attention
+from nabla_fast._native.loading import MOST_HEAD_DIM
 from nabla_fast.errors import InputError
-from nabla_fast.ops.native_backend import device_refusal
-from nabla_fast.ops.refusals import contiguous_refusal, dtype_refusal, stride_refusal
+from nabla_fast.ops.limits.native_backend import device_refusal
+from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype
 
@@ -218,8 +219,8 @@ def _cpu_refusal(
     prefix_lengths: Tensor,
     **_: Any,
 ) -> str | None:
-    if q.shape[-1] > _native.MOST_HEAD_DIM:
-        return f"q has head dimension {q.shape[-1]} (the C++ kernels take at most {_native.MOST_HEAD_DIM})"
+    if q.shape[-1] > MOST_HEAD_DIM:
+        return f"q has head dimension {q.shape[-1]} (the C++ kernels take at most {MOST_HEAD_DIM})"
     return (
         _float_refusal("q", q)
         or _float_refusal("k", k)
@@ -253,7 +254,7 @@ def prefix_attention_cpu(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    return _native.prefix_attention(
+    return native_attention.prefix_attention(
         q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window
     )
 
@@ -277,7 +278,7 @@ def prefix_attention_backward_cpu(
     window: int | None,
 ) -> SuffixGradient:
     return SuffixGradient(
-        *_native.prefix_attention_backward(
+        *native_attention.prefix_attention_backward(
             cotangent, q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window
         )
     )

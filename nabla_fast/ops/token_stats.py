@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nabla_fast import _native
-from nabla_fast.ops import native_backend, triton_backend
+from nabla_fast._native.onehot import linear_token_stats
+from nabla_fast._native.statistics import token_stats as token_stats_native
 from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_tau, expect_vocabulary
+from nabla_fast.ops.limits import native_backend, triton_backend
+from nabla_fast.ops.limits.refusals import stride_refusal, tau_refusal
 from nabla_fast.ops.lm_logits import lm_logits
-from nabla_fast.ops.refusals import stride_refusal, tau_refusal
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 
@@ -88,9 +89,9 @@ def _cpu_refusal(rows: Tensor, head: Tensor | None, *, tau: float) -> str | None
 @token_stats.backend("cpu", refuses=_cpu_refusal)
 def token_stats_cpu(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
     if head is None:
-        *values, status = _native.token_stats(rows, tau)
+        *values, status = token_stats_native(rows, tau)
     else:
-        *values, status = _native.linear_token_stats(native_backend.as_native(rows), head, tau)
+        *values, status = linear_token_stats(native_backend.as_native(rows), head, tau)
     report("token_stats", status)
     return TokenStats(*values)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from nabla_fast import SamplingConfig
+from nabla_fast import SamplingConfig, _native
 from nabla_fast.decode import sampling as sampling_module
 from nabla_fast.decode.sampling import draw, filtered_probabilities, next_token, next_tokens, seeded
 
@@ -101,7 +101,7 @@ def test_a_rows_draws_do_not_depend_on_other_rows(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("vocabulary", [2, 63, 64, 65, 1000, 4097])
 def test_the_extensions_filter_is_torchs(dtype, vocabulary):
-    if not sampling_module._native.available():
+    if not _native.available():
         pytest.skip("no C++ extension")
     for sampling in SETTINGS:
         if not 0 < sampling.top_k < vocabulary:

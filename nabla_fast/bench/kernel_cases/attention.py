@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nabla_fast import ops
+import nabla_fast.ops as ops
 from nabla_fast.bench.kernel_cases.case import Case, Outputs, Versions, normal
 
 _BLOCK_SIZE = 16  # tokens of a block of the pool

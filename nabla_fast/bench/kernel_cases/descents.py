@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla_fast import ops
+import nabla_fast.ops as ops
 from nabla_fast.bench.kernel_cases.case import (
     Case,
     Outputs,

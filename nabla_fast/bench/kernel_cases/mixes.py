@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nabla_fast import ops
+import nabla_fast.ops as ops
 from nabla_fast.bench.kernel_cases.case import Case, Outputs, Versions, name_of, normal, normal_table
 from nabla_fast.bench.kernel_cases.in_place import Products, softmax_gradient_
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nabla_fast import ops
+import nabla_fast.ops as ops
 from nabla_fast.bench.kernel_cases.case import Case, Versions, name_of, normal, normal_table, terms_of
 from nabla_fast.bench.kernel_cases.in_place import Products
 

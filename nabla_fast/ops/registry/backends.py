@@ -6,7 +6,8 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 
-from nabla_fast import _native, _triton
+from nabla_fast._native import loading as native_loading
+from nabla_fast._triton import why_missing as why_triton_missing
 from nabla_fast.errors import BackendUnavailable
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
@@ -16,8 +17,8 @@ PREFERENCE = ("cuda", "triton", "cpu", "torch")
 # None where a backend is there, else one line that says why it is not.
 _why_missing: dict[str, Callable[[], str | None]] = {
     "torch": lambda: None,
-    "cpu": _native.why_missing,
-    "triton": _triton.why_missing,
+    "cpu": native_loading.why_missing,
+    "triton": why_triton_missing,
     "cuda": lambda: "this release has no such kernels yet",
 }
 

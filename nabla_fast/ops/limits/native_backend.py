@@ -1,6 +1,6 @@
 """Limits of the C++ kernels (backend ``cpu``), and copies of arguments within them.
 
-Refusals as :mod:`nabla_fast.ops.refusals` defines them. An element of a list gets its name, as in
+Refusals as :mod:`nabla_fast.ops.limits.refusals` defines them. An element of a list gets its name, as in
 ``tables[1]``, in a second call, once it is refused.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops.adam import AdamState
-from nabla_fast.ops.refusals import contiguous_refusal, dtype_refusal, stride_refusal, tau_refusal
+from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal, tau_refusal
 
 _FLOAT32 = (torch.float32,)
 _FLOATS = (torch.float32, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Limits of the Triton kernels. Refusals as :mod:`nabla_fast.ops.refusals` defines them."""
+"""Limits of the Triton kernels. Refusals as :mod:`nabla_fast.ops.limits.refusals` defines them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast import _triton
+from nabla_fast._triton import interpreted
 from nabla_fast.ops.adam import AdamState
-from nabla_fast.ops.refusals import contiguous_refusal, dtype_refusal, stride_refusal, tau_refusal
+from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal, tau_refusal
 from nabla_fast.ops.registry import forced
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,4 +78,4 @@ def _tensor_refusal(name: str, tensor: Tensor) -> str | None:
 
 
 def _interpreter_asked_for() -> bool:
-    return _triton.interpreted() and forced("triton")
+    return interpreted() and forced("triton")
