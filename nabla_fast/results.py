@@ -27,6 +27,19 @@ class Revision:
     reward_after: float | None
     accepted: bool
 
+    @classmethod
+    def judged(
+        cls,
+        position: int,
+        old_token: int,
+        new_token: int,
+        reward_before: float | None,
+        reward_after: float | None,
+    ) -> Revision:
+        """A proposal with its verdict: accepted if its reward is higher, or without rewards."""
+        accepted = reward_before is None or reward_after is None or reward_after > reward_before
+        return cls(position, old_token, new_token, reward_before, reward_after, accepted)
+
     @property
     def reason(self) -> str:
         """One line that says why the proposal was accepted or rejected."""
@@ -105,5 +118,6 @@ class Result:
     stats: Stats
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and lists, ready for JSON."""
-        return dataclasses.asdict(self)
+        """Plain dicts and lists, ready for JSON; a revision has its ``reason`` too."""
+        revisions = [dataclasses.asdict(r) | {"reason": r.reason} for r in self.revisions]
+        return dataclasses.asdict(self) | {"revisions": revisions}

@@ -85,7 +85,7 @@ def revised_answer(problem: countdown.Problem, result: Result, tokenizer: Any) -
             ),
             _reward(revision.reward_before),
             _reward(revision.reward_after),
-            Text("accepted", style="green") if revision.accepted else Text("rejected", style="dim"),
+            Text(revision.reason.partition(":")[0], style="green" if revision.accepted else "dim"),
         )
     return Group(heading, proposals)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import BOS, EOS, causal_lm, reward_model, shared_lm, shared_reward_model, word_tokenizer
 
-from nabla_fast import DTOConfig, NablaDecoder, Result, SamplingConfig
+from nabla_fast import DTOConfig, NablaDecoder, Result, Revision, SamplingConfig, Stats
 
 # Large steps and no selector: most positions are proposals.
 CONFIG = DTOConfig(iters=4, lr=1.0, confidence_threshold=None, max_generations=4)
@@ -302,3 +302,20 @@ def test_a_result_is_ready_for_json():
     assert restored["token_ids"] == result.token_ids
     assert restored["stats"]["token_passes"] == result.stats.token_passes
     assert len(restored["revisions"]) == len(result.revisions)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "accepted", "reason"),
+    [
+        (0.5, 0.75, True, "accepted: its reward 0.75 is above 0.5"),
+        (0.5, 0.5, False, "rejected: its reward 0.5 is not above 0.5"),
+        (0.5, -1.25, False, "rejected: its reward -1.25 is not above 0.5"),
+        (None, None, True, "accepted: there is no rejection step"),
+    ],
+)
+def test_a_revision_says_why(before, after, accepted, reason):
+    revision = Revision.judged(3, 7, 9, before, after)
+    assert revision.accepted == accepted
+    assert revision.reason == reason
+    result = Result("a", [1], after, "eos", [revision], Stats())
+    assert result.to_dict()["revisions"][0]["reason"] == reason

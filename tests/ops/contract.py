@@ -31,6 +31,7 @@ from .harness import (
     cases_for,
     check,
     device_parameter,
+    drawn_on,
     flatten,
     interpreted,
     library_op,
@@ -111,8 +112,8 @@ class OnBackend(Selected):
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        if "backend" in cls.__dict__ and (why := backend_status()[cls.backend]):
-            cls.pytestmark = [pytest.mark.skip(f"{cls.backend}: {why}")]
+        if (backend := getattr(cls, "backend", None)) and (why := backend_status()[backend]):
+            cls.pytestmark = [*getattr(cls, "pytestmark", ()), pytest.mark.skip(f"{backend}: {why}")]
 
 
 class BackendContract(OnBackend):
@@ -158,19 +159,20 @@ class BackendContract(OnBackend):
                 assert torch.equal(value, second[name]), f"{case.name}: {name} differs between two runs"
 
     @only_if(lambda cls: cls.tested.rows_alone and cls.backend != "torch")
-    def test_rows_do_not_depend_on_batch_or_threads(self, draw: Draw, threads: Callable[[int], None]):
-        for device in DEVICES:
-            for case in self.repeated():
-                arguments = to_device(device, case.make(draw))
-                if arguments.get("group") is not None:
-                    continue
-                threads(1)
-                try:
-                    together = run(self.tested.op, self.backend, arguments)
-                except BackendUnavailable:
-                    continue
-                threads(4)
-                self._same_alone(case.name, arguments, together)
+    def test_rows_do_not_depend_on_batch_or_threads(
+        self, device: str, draw: Draw, threads: Callable[[int], None]
+    ):
+        for case in self.repeated():
+            arguments = to_device(device, case.make(draw))
+            if arguments.get("group") is not None:
+                continue
+            threads(1)
+            try:
+                together = run(self.tested.op, self.backend, arguments)
+            except BackendUnavailable:
+                continue
+            threads(4)
+            self._same_alone(case.name, arguments, together)
 
     def _same_alone(self, name: str, arguments: Arguments, together: dict[str, Tensor]) -> None:
         for row in range(len(next(iter(together.values())))):
@@ -185,36 +187,39 @@ class BackendContract(OnBackend):
         settings(deadline=None, max_examples=count)(given(bad=BAD_ROWS)(test))()
 
     @only_if(lambda cls: cls.tested.on_logits)
-    def test_bad_rows_of_logits_are_named(self):
+    def test_bad_rows_of_logits_are_named(self, device: str):
         def named(bad: dict[int, str]) -> None:
-            logits = logits_with(bad)
+            logits = logits_with(bad).to(device)
             for call in self.tested.on_logits:
                 refused = rows_refused(self.tested.op, self.backend, partial(call, logits.clone()))
                 assert refused == sorted(bad.items())
 
-        self._examples(named)
+        with drawn_on(device):
+            self._examples(named)
 
     @only_if(lambda cls: cls.tested.on_hidden)
-    def test_bad_rows_of_hidden_states_are_named(self):
+    def test_bad_rows_of_hidden_states_are_named(self, device: str):
         def named(bad: dict[int, str]) -> None:
-            hidden, head = hidden_with(bad)
+            hidden, head = (tensor.to(device) for tensor in hidden_with(bad))
             for call in self.tested.on_hidden:
                 refused = rows_refused(self.tested.op, self.backend, partial(call, hidden.clone(), head))
                 assert refused == sorted(bad.items())
 
-        self._examples(named)
+        with drawn_on(device):
+            self._examples(named)
 
     @only_if(lambda cls: cls.tested.on_logits)
-    def test_one_bad_token_far_into_a_long_row(self):
+    def test_one_bad_token_far_into_a_long_row(self, device: str):
         # The first vector and its end, far into the row, the last token: of several tiles anyway.
         last = 9000 if interpreted(self.backend) else 33_336
         for reason in ("has a NaN logit", "has a +inf logit"):
             for token in (0, last) if interpreted(self.backend) else (0, 15, 8191, last):
-                logits = torch.full((1, last + 1), -torch.inf)
+                logits = torch.full((1, last + 1), -torch.inf, device=device)
                 logits[0, 20] = 1.0
                 logits[0, token] = REASONS[reason]
                 call = partial(self.tested.on_logits[0], logits)
-                assert rows_refused(self.tested.op, self.backend, call) == [(0, reason)]
+                with drawn_on(device):
+                    assert rows_refused(self.tested.op, self.backend, call) == [(0, reason)]
 
 
 class EveryInstructionSet:

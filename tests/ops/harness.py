@@ -52,6 +52,16 @@ Results = dict[str, Tensor]
 # -- what there is to run ----------------------------------------------------------------------------
 
 
+def home(backend: str) -> str:
+    """The device whose tensors a backend is made for, if it is here."""
+    return DEVICES[-1] if backend in ("triton", "cuda") else "cpu"
+
+
+def drawn_on(device: str) -> contextlib.AbstractContextManager:
+    """Inside, new tensors are on the device."""
+    return contextlib.nullcontext() if device == "cpu" else torch.device(device)
+
+
 def device_parameter(device: str) -> Any:
     return pytest.param(device, marks=pytest.mark.gpu if device == "cuda" else ())
 

@@ -64,7 +64,7 @@ class ProblemState:
         proposals: int | None = None,
         active_problems: Callable[[], int] = lambda: 1,
     ):
-        self._run, self._config, self._groups = executor, executor.config, groups
+        self._executor, self._config, self._groups = executor, executor.config, groups
         self._problem, self._stats = problem, stats
         self._proposals, self._active_problems = proposals, active_problems
         self._has_reward = executor.rm is not None
@@ -82,11 +82,11 @@ class ProblemState:
     def steps(self) -> Generator[list[Request], None, Decoded]:
         """Yield requests until the response is decoded."""
         config, stats, problem = self._config, self._stats, self._problem
-        lm = self._groups.lm.sequence()
-        first = RollOut(problem, stats, lm, 0, [], problem.seed, [])
+        empty = self._groups.lm.sequence()
+        first = RollOut(problem, stats, empty, 0, [], problem.seed, [])
         stats.generations = stats.rounds = 1
         yield [first]
-        lm.free()
+        empty.free()
         self._current, self._sequence = first.continuation, first.sequence
         while self._current.tokens and stats.generations < config.max_generations:
             proposals, unchanged, examined = yield from self._propose()
@@ -111,7 +111,7 @@ class ProblemState:
         left = self._config.max_generations - self._stats.generations
         if not self._rejection:
             return 1
-        if not self._run.accelerations.speculation:
+        if not self._executor.accelerations.speculation:
             return 1
         if self._proposals is not None:
             return min(self._proposals, left)
@@ -139,7 +139,7 @@ class ProblemState:
                 offsets.append(offset)
                 start = offset + 1
                 if self._config.update == "all":
-                    break
+                    break  # its descent has all later rows: one offset fills it
             if not offsets:
                 break
             if self._reward is None and self._has_reward:
@@ -163,14 +163,16 @@ class ProblemState:
             if self._reward is None and self._has_reward:
                 yield from self._score_current()
             gradient = (yield from self._gradients([(start, self._relaxed(start))]))[0]
-            selected = selected_by_norm(config, selected, self._run.norms(gradient))
+            selected = selected_by_norm(config, selected, self._executor.norms(gradient))
         offset = first_position(selected)
         return None if offset is None else start + offset
 
     def _relaxed(self, offset: int) -> Relaxed:
         """y of the positions from an offset on, before any step."""
         if self._config.relaxation == "soft":
-            return Relaxed(logits=self._run.lm.logits(self._current.hidden[offset:]), tau=self._config.tau)
+            return Relaxed(
+                logits=self._executor.lm.logits(self._current.hidden[offset:]), tau=self._config.tau
+            )
         return Relaxed(tokens=self._current.hard[offset:])
 
     def _gradients(
@@ -186,11 +188,11 @@ class ProblemState:
         for n, (offset, relaxed) in enumerate(asked):
             before = self._response + self._current.tokens[:offset]
             key = ()
-            if relaxed.tokens is not None and self._run.accelerations.gradient_store:
+            if relaxed.tokens is not None and self._executor.accelerations.gradient_store:
                 key = (*before, *relaxed.tokens.tolist())
             if key and key in self._store and self._store[key][0] <= len(before):
-                start, gradient = self._store[key]
-                found[n] = gradient.after(len(before) - start)
+                computed_from, gradient = self._store[key]
+                found[n] = gradient.after(len(before) - computed_from)
                 continue
             hidden = self._current.hidden[offset : offset + 1]
             request = Gradient(
@@ -221,7 +223,7 @@ class ProblemState:
 
     def _resample(self, offsets: list[int]) -> Generator[list[Request], None, list[int]]:
         """The optimized and redrawn token at each offset."""
-        config, current, lm = self._config, self._current, self._run.lm
+        config, current, lm = self._config, self._current, self._executor.lm
         counts = [1 if config.update == "first" else len(current.tokens) - offset for offset in offsets]
         hidden = torch.cat(
             [current.hidden[offset : offset + count] for offset, count in zip(offsets, counts, strict=True)]
@@ -235,18 +237,18 @@ class ProblemState:
         rows = torch.cat([parameter[:1] for parameter in parameters])
         logits = parameter_logits(config, rows, lm.head)
         drawn_from = TokenRows(logits.cpu(), config.resample_sampling)
-        start = self._problem.seed + len(self._response)
-        return [drawn_from.draw(n, seeded(start + offset)) for n, offset in enumerate(offsets)]
+        seed = self._problem.seed + len(self._response)
+        return [drawn_from.draw(n, seeded(seed + offset)) for n, offset in enumerate(offsets)]
 
     def _descend_hard(self, offsets: list[int], parameters: list[torch.Tensor]) -> Ask:
         """K steps of every parameter; those whose tokens flip ask for a new gradient, together."""
-        iters, whole = self._config.iters, self._run.accelerations.whole_descents
+        iters, whole = self._config.iters, self._executor.accelerations.whole_descents
         tokens = [self._current.hard[offset:].clone() for offset in offsets]
         requests = []
         for offset, parameter in zip(offsets, parameters, strict=True):
             noise = self._current.noise
             if noise is not None:
-                noise = GumbelNoise(*(key[offset : offset + len(parameter)] for key in noise))
+                noise = GumbelNoise(*(part[offset : offset + len(parameter)] for part in noise))
             state = AdamState.zeros(parameter)
             requests.append(Descend(parameter, None, state, noise, iters if whole else 1))
         moved, purpose = list(range(len(offsets))), "gradient"
@@ -274,17 +276,17 @@ class ProblemState:
 
     def _descend_soft(self, offsets: list[int], parameters: list[torch.Tensor]) -> Ask:
         """K steps of every parameter, each with a forward+backward of its own."""
-        config, run = self._config, self._run
+        config, executor = self._config, self._executor
         logits = [self._relaxed(offset).logits.clone() for offset in offsets]
         states = [AdamState.zeros(parameter) for parameter in parameters]
-        for rate in run.schedule:
+        for rate in executor.schedule:
             asked = [(o, Relaxed(logits=z, tau=config.tau)) for o, z in zip(offsets, logits, strict=True)]
             gradients = yield from self._gradients(asked)
             self._stats.llm_calls += 4 * len(offsets)
             for parameter, z, state, gradient in zip(parameters, logits, states, gradients, strict=True):
                 count = len(parameter)
                 rows = gradient.rows(count)
-                soft_step_(config, parameter, z[:count], rows, state, rate, run.lm.head)
+                soft_step_(config, parameter, z[:count], rows, state, rate, executor.lm.head)
 
     # -- judgement ---------------------------------------------------------------------------------
 
@@ -311,15 +313,11 @@ class ProblemState:
         for n, (proposal, score) in enumerate(zip(proposals, scores, strict=True)):
             stats.generations += 1
             self._proposed += 1
-            reward_before = None if score is None else self._reward
-            reward_after = None if score is None else self._finite(score)
-            accepted = score is None or reward_after > reward_before
+            rewards = (None, None) if score is None else (self._reward, self._finite(score))
             old = self._current.tokens[proposal.offset]
-            position = committed + proposal.offset
-            self.revisions.append(
-                Revision(position, old, proposal.token, reward_before, reward_after, accepted)
-            )
-            if accepted:
+            revision = Revision.judged(committed + proposal.offset, old, proposal.token, *rewards)
+            self.revisions.append(revision)
+            if revision.accepted:
                 winner = n
                 self._accepted += 1
                 break
@@ -352,7 +350,7 @@ class ProblemState:
             yield unfinished
         for roll in rolls:
             if roll.continuation is None:
-                roll.continuation = Continuation.empty(self._run.lm)
+                roll.continuation = Continuation.empty(self._executor.lm)
         self._stats.rounds += 1
         return rolls
 
@@ -360,7 +358,7 @@ class ProblemState:
         """Scores of the rollouts; None without a rejection step."""
         if not self._rejection:
             return [None] * len(rolls)
-        if not self._run.accelerations.batching:
+        if not self._executor.accelerations.batching:
             yield from self._score_current()
         problem = self._problem
         scores = [

@@ -81,8 +81,8 @@ class SequentialLoop:
                         reward = self._reward(problem, committed + current.tokens, stats)
                     reward_after = self._reward(problem, [*committed, new, *proposed.tokens], stats)
                     stats.llm_calls += 2
-                accepted = not self._rejection or reward_after > reward
-                revisions.append(Revision(len(committed), old, new, reward, reward_after, accepted))
+                revisions.append(Revision.judged(len(committed), old, new, reward, reward_after))
+                accepted = revisions[-1].accepted
                 stats.rejections += not accepted
             else:
                 stats.unchanged += 1

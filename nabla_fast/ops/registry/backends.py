@@ -19,7 +19,7 @@ _why_missing: dict[str, Callable[[], str | None]] = {
     "torch": lambda: None,
     "cpu": native_loading.why_missing,
     "triton": why_triton_missing,
-    "cuda": lambda: "this release has no such kernels yet",
+    "cuda": lambda: "this release has no such kernels yet",  # replaced by a probe with the first kernel
 }
 
 # () is the choice by input; None is the environment's choice, until set_backend or use_backend.

@@ -167,7 +167,8 @@ class Op:
     def chosen(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """The backend that these arguments get, to be called without checks on others like them.
 
-        For inner loops whose arguments are right by construction: no gradient, no tracing.
+        Neither normalizes nor checks arguments, nor records a gradient: for inner loops whose arguments
+        are right by construction.
         """
         return self._choose(args, kwargs)
 

@@ -15,7 +15,7 @@ from nabla_fast.ops import use_backend
 from nabla_fast.ops.registry import Op
 
 from ..contract import OnBackend, only_if
-from ..harness import DEVICES, interpreted, map_tensors, run, to_device
+from ..harness import home, interpreted, map_tensors, run, to_device
 from ..inputs import BF16, F16, F32, F64, WHOLE, Case, Draw, cases_of, masked_by_head, strided
 from .passes import Call, VocabularyPass, forced
 
@@ -225,9 +225,8 @@ class OnehotOnBackend(OnBackend):
             "nll_coeff": NLL,
         }
         arguments["hidden"][1] = value
-        device = DEVICES[-1] if self.backend == "triton" else "cpu"
         with pytest.raises(RowError, match=reason) as error:
-            run(self.op, self.backend, to_device(device, arguments))
+            run(self.op, self.backend, to_device(home(self.backend), arguments))
         assert "row 1" in str(error.value)
         assert "row 2" not in str(error.value)
 
@@ -259,9 +258,8 @@ class OnehotOnBackend(OnBackend):
             table if token_map is None else table[token_map]
             for table, token_map in zip(arguments["tables"], maps, strict=True)
         ]
-        device = DEVICES[-1] if self.backend == "triton" else "cpu"
-        mapped = run(self.op, self.backend, to_device(device, arguments | {"token_maps": maps}))
-        aligned = run(self.op, self.backend, to_device(device, arguments | {"tables": copies}))
+        mapped = run(self.op, self.backend, to_device(home(self.backend), arguments | {"token_maps": maps}))
+        aligned = run(self.op, self.backend, to_device(home(self.backend), arguments | {"tables": copies}))
         assert torch.equal(mapped["result"], aligned["result"])
 
 

@@ -12,6 +12,7 @@ from nabla_fast.errors import BackendUnavailable
 from nabla_fast.ops import TokenStats, token_stats, use_backend
 
 from ..contract import OnBackend
+from ..harness import home
 from ..inputs import Draw
 
 
@@ -19,10 +20,11 @@ class StatisticsOnBackend(OnBackend):
     """Statistics of logits whose values are known."""
 
     def stats(self, logits: Tensor, tau: float = 1.0) -> TokenStats:
-        """The statistics on the CPU; skips where the backend does not take the input."""
+        """The statistics, on the CPU; skips where the backend does not take the input."""
         try:
             with use_backend(self.backend):
-                return token_stats(logits, tau=tau)
+                found = token_stats(logits.to(home(self.backend)), tau=tau)
+            return TokenStats(*(tensor.cpu() for tensor in found))
         except BackendUnavailable as error:
             pytest.skip(str(error))
 
