@@ -43,11 +43,14 @@ class Revision:
     @property
     def reason(self) -> str:
         """One line that says why the proposal was accepted or rejected."""
-        if self.reward_before is None:
+        if self.reward_before is None or self.reward_after is None:
             return "accepted: there is no rejection step"
+        before, after = f"{self.reward_before:.6g}", f"{self.reward_after:.6g}"
+        if before == after and self.reward_before != self.reward_after:
+            before, after = repr(self.reward_before), repr(self.reward_after)
         if self.accepted:
-            return f"accepted: its reward {self.reward_after:.6g} is above {self.reward_before:.6g}"
-        return f"rejected: its reward {self.reward_after:.6g} is not above {self.reward_before:.6g}"
+            return f"accepted: its reward {after} is above {before}"
+        return f"rejected: its reward {after} is not above {before}"
 
 
 @dataclass

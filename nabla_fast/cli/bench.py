@@ -98,24 +98,33 @@ def run_kernels(arguments: argparse.Namespace) -> int:
 
 def _show(rows: list[dict], machine: dict | None) -> None:
     table = Table(title="milliseconds, medians", box=SIMPLE, padding=(0, 1, 0, 0))
-    for name in ("op", "shape", "dtype", "backend"):
-        table.add_column(name, overflow="fold")
-    for name in ("ours", "eager", "naive", "compile", "limit", "of limit", "peak MB", "naive MB", "error"):
-        table.add_column(name, justify="right")
+    console = table_console()
+    names = ["ours", "eager", "naive", "compile", "limit", "of limit", "peak MB", "naive MB", "error"]
+    shown = names if console.width >= 140 else ["ours", "eager", "compile", "of limit"]
+    table.add_column("op", overflow="fold")
+    for name in ("shape", "dtype"):
+        table.add_column(name, overflow="fold", min_width=8)
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        identity = [row["op"], row["shape"], row["dtype"], row["backend"] or ""]
+        identity = [row["op"], row["shape"], row["dtype"]]
         error = "" if row["max_error"] is None else f"{row['max_error']:.1e}"
         if row["check"] != "passed":
             said = "check failed" if row["check"] == "failed" else row["check"]
-            table.add_row(*identity, said, *[""] * 7, error)
+            table.add_row(*identity, said, *[""] * (len(shown) - 2), error if "error" in shown else "")
             continue
         times = [
             _number(row[key]) for key in ("median_ms", "eager_ms", "naive_ms", "compile_ms", "limit_ms")
         ]
         peaks = [_number(row[key], 1e-6) for key in ("peak_bytes", "naive_peak_bytes")]
-        table.add_row(*identity, *times, f"{row['limit_ms'] / row['median_ms']:.0%}", *peaks, error)
-    console = table_console()
+        share = f"{row['limit_ms'] / row['median_ms']:.0%}"
+        values = dict(zip(names, [*times, share, *peaks, error], strict=True))
+        table.add_row(*identity, *(values[name] for name in shown))
     console.print(table)
+    explained = (
+        "eager: PyTorch written well, in place; naive: the plain expression; compile: torch.compile of it"
+    )
+    console.print(explained, style="dim", highlight=False)
     if machine:
         rates = {
             key.removesuffix("_per_s"): rate for key, rate in machine.items() if key.endswith("_per_s")

@@ -35,8 +35,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompt",
+        action="append",
         metavar="TEXT",
-        help="one user message (default: none; this or --prompts is required)",
+        help="a user message; may be given several times (default: none; this or --prompts is required)",
     )
     source.add_argument(
         "--prompts",
@@ -103,7 +104,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="most tokens whose keys and values the batched loop holds at once (default: no limit)",
     )
-    parser.add_argument("--output", metavar="FILE.jsonl", help="write each result as it finishes")
+    parser.add_argument(
+        "--output", metavar="FILE.jsonl", help="write each result as it finishes; replaces the file"
+    )
     add_json_option(parser)
     add_device_options(parser)
     add_config_options(parser, DTOConfig())
@@ -207,7 +210,7 @@ class _Lines:
 
 def _prompts(arguments: argparse.Namespace) -> list[Any]:
     if arguments.prompt is not None:
-        return [arguments.prompt]
+        return arguments.prompt
     path = Path(arguments.prompts)
     if not path.is_file():
         raise InputError(f"{path}: no such file")

@@ -16,6 +16,9 @@ from nabla_fast.models.llama_layers import can_read
 from nabla_fast.models.paged_attention import IMPLEMENTATION, PagedPass
 from nabla_fast.models.paged_kv import BlockPool, PagedSequence, block_tables, extend_all
 
+# transformers picks their frequencies by the largest position of all sequences in a pass.
+_BATCH_DEPENDENT_ROTARY = {"longrope", "dynamic"}
+
 
 class PagedReader:
     """Reads suffixes of frozen prefixes with the backbone of a transformers model.
@@ -28,11 +31,13 @@ class PagedReader:
         """Probe the model once on four tokens.
 
         Raises:
-            ModelError: its states after a paged prefix are not those of one pass over everything.
+            ModelError: its rotary embeddings depend on the other sequences of a batch, or its states
+                after a paged prefix are not those of one pass over everything.
         """
         self._model = model
         self._backbone = model.base_model
         self._llama_forward: LlamaForward | None = None
+        _refuse_batch_dependent_rotary(model)
         whole = self._probe(None)
         self.renew()
         if self._llama_forward is not None:
@@ -140,6 +145,18 @@ class PagedReader:
         if not difference <= tolerance * whole.abs().amax():
             raise ModelError(f"{name} reads something else after a paged prefix than in one pass")
         return whole
+
+
+def _refuse_batch_dependent_rotary(model: nn.Module) -> None:
+    """Raise ModelError for rotary embeddings whose frequencies follow the largest position of a batch."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind in _BATCH_DEPENDENT_ROTARY:
+                raise ModelError(
+                    f"{type(model).__name__} has rotary embeddings of type {kind!r}, whose frequencies "
+                    "depend on the longest sequence of a batch"
+                )
 
 
 @contextmanager

@@ -260,7 +260,11 @@ def prefix_attention_cpu(
 
 
 def _cpu_backward_refusal(cotangent: Tensor, *inputs: Tensor, **options: Any) -> str | None:
-    return _cpu_refusal(*inputs, **options) or _float_refusal("cotangent", cotangent)
+    return (
+        _cpu_refusal(*inputs, **options)
+        or device_refusal("cotangent", cotangent)
+        or dtype_refusal("cotangent", cotangent, _FLOAT32, "C++")
+    )
 
 
 @prefix_attention_backward.backend("cpu", refuses=_cpu_backward_refusal)
@@ -277,6 +281,8 @@ def prefix_attention_backward_cpu(
     scale: float,
     window: int | None,
 ) -> SuffixGradient:
+    # A sum's cotangent is one number, expanded; the kernel reads unit stride along D.
+    cotangent = cotangent if cotangent.stride(-1) == 1 else cotangent.contiguous()
     return SuffixGradient(
         *native_attention.prefix_attention_backward(
             cotangent, q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window

@@ -11,7 +11,7 @@ from nabla_fast._native.onehot import linear_token_stats
 from nabla_fast._native.statistics import token_stats as token_stats_native
 from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_tau, expect_vocabulary
 from nabla_fast.ops.limits import native_backend, triton_backend
-from nabla_fast.ops.limits.refusals import stride_refusal, tau_refusal
+from nabla_fast.ops.limits.refusals import tau_refusal
 from nabla_fast.ops.lm_logits import lm_logits
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
@@ -79,11 +79,7 @@ def fake_token_stats(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenS
 def _cpu_refusal(rows: Tensor, head: Tensor | None, *, tau: float) -> str | None:
     if head is not None:
         return native_backend.product_refusal("rows", rows, "head", head) or tau_refusal(tau, "C++")
-    return (
-        native_backend.matrix_refusal("rows", rows)
-        or stride_refusal("rows", rows, "C++")
-        or tau_refusal(tau, "C++")
-    )
+    return native_backend.matrix_refusal("rows", rows) or tau_refusal(tau, "C++")
 
 
 @token_stats.backend("cpu", refuses=_cpu_refusal)

@@ -147,3 +147,16 @@ def test_sequences_of_different_pools_are_refused():
     with pytest.raises(InputError, match="sequence 2 lies in another pool than sequence 0"):
         reader.read(sequences, [1, 1, 1], ids=torch.ones(3, 1, dtype=torch.int64), store=True)
     assert [s.length for s in sequences] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_follow_the_longest_sequence_are_refused(kind: str):
+    # Beside a long sequence, such a model reads a short one with other frequencies than alone.
+    scaling = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}
+    if kind == "longrope":
+        model = tiny_models.causal_lm("llama")
+        model.model.rotary_emb.rope_type = kind
+    else:
+        model = tiny_models.causal_lm("llama", rope_parameters=scaling)
+    with pytest.raises(ModelError, match=f"LlamaForCausalLM has rotary embeddings of type '{kind}'"):
+        PagedReader(model.requires_grad_(False))

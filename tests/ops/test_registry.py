@@ -359,3 +359,21 @@ def test_example(name: str):
     assert example.examples
     with use_backend("torch"):
         assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_blocks_that_overlap(toy: registry.Op):
+    # As two threads may enter and leave them.
+    first, second = use_backend("torch"), use_backend("cpu", "torch")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert backends.forced_backends() == ("cpu", "torch")
+    second.__exit__()
+    assert backends.forced_backends() == ()
+
+
+def test_a_backend_is_registered_once(toy: registry.Op):
+    with pytest.raises(ValueError, match="toy has a backend 'torch' already"):
+        toy.backend("torch", refuses=lambda *_, **__: None)
+    with pytest.raises(TypeError, match="refuses must be a function"):
+        toy.backend("cuda", refuses=None)

@@ -22,8 +22,18 @@ _why_missing: dict[str, Callable[[], str | None]] = {
     "cuda": lambda: "this release has no such kernels yet",  # replaced by a probe with the first kernel
 }
 
-# () is the choice by input; None is the environment's choice, until set_backend or use_backend.
+# () is the choice by input; None is the environment's choice, until set_backend.
 _forced: tuple[str, ...] | None = None
+
+
+class _Block:
+    """An open ``with use_backend`` block."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+
+
+_blocks: list[_Block] = []  # open blocks of all threads; the one entered last is in force
 
 
 def backend_status() -> dict[str, str | None]:
@@ -60,7 +70,10 @@ def set_backend(*names: str) -> None:
         >>> set_backend()
     """
     global _forced
-    _forced = _checked(names)
+    if _blocks:
+        _blocks[-1].names = _checked(names)
+    else:
+        _forced = _checked(names)
 
 
 class use_backend:
@@ -68,6 +81,8 @@ class use_backend:
 
     Takes effect when the block is entered, for every op in every thread; the former choice returns when
     the block is left, also by an exception. Blocks may be nested, and one object may be entered again.
+    Where blocks of several threads overlap, the one entered last is in force for all of them. A function
+    that ``torch.compile`` traces does not see blocks inside it: enter them outside.
 
     Raises:
         BackendUnavailable: a name is unknown, or the backend is not there (the line says why); raised
@@ -81,21 +96,21 @@ class use_backend:
 
     def __init__(self, *names: str):
         self._names = _checked(names)
-        self._former: list[tuple[str, ...] | None] = []  # one for each block that is open
+        self._open: list[_Block] = []  # entered and not left yet
 
     def __enter__(self) -> use_backend:
-        global _forced
-        self._former.append(_forced)
-        _forced = self._names
+        self._open.append(_Block(self._names))
+        _blocks.append(self._open[-1])
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _forced
-        _forced = self._former.pop()
+        _blocks.remove(self._open.pop())  # by identity: blocks of other threads may have come after it
 
 
 def forced_backends() -> tuple[str, ...]:
     """The forced backends, in order of preference; () where the input decides."""
+    if _blocks:
+        return _blocks[-1].names
     return _environment_backends() if _forced is None else _forced
 
 

@@ -88,6 +88,10 @@ class Op:
         """
         if name not in BACKENDS:
             raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+        if name in self._backends:
+            raise ValueError(f"{self.name} has a backend {name!r} already: {self._backends[name].run!r}")
+        if not callable(refuses):
+            raise TypeError(f"refuses must be a function of the op's arguments, got {refuses!r}")
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             self._backends[name] = Backend(function, refuses)

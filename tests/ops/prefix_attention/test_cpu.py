@@ -209,3 +209,15 @@ class TestAttention(AttentionOnCpu):
 
 class TestBackward(AttentionOnCpu):
     op = prefix_attention_backward
+
+
+def test_a_cotangent_that_is_expanded(draw: Draw):
+    # The gradient of a sum is one number for all elements.
+    arguments = attention_arguments(draw, prefixes=(5, 2), suffix=3)
+    gradients = []
+    for backend in ("cpu", "torch"):
+        leaves = {name: arguments[name].clone().requires_grad_() for name in ("q", "k", "v")}
+        with use_backend(backend):
+            prefix_attention(**arguments | leaves).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves.values()])
+    torch.testing.assert_close(*gradients)
