@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <memory>
 
-#include "cpu/exponential_race.h"
-#include "cpu/token_filter.h"
-#include "cpu/vec_exp_array.h"
+#include "internal/exponential_race.h"
+#include "internal/token_filter.h"
+#include "internal/vec_exp_array.h"
 #include "nabla_fast.h"
 
 namespace py = pybind11;

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "bindings.h"
-#include "cpu/decoder.h"
+#include "internal/decoder.h"
 
 namespace py = pybind11;
 

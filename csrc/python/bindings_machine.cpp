@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "bindings.h"
-#include "cpu/machine.h"
+#include "internal/machine.h"
 
 namespace py = pybind11;
 

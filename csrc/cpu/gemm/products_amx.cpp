@@ -1,0 +1,150 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "base/isa.h"
+#include "base/prefetch.h"
+#include "gemm/amx.h"
+#include "gemm/amx_tiles.h"
+
+namespace nabla_fast::cpu {
+namespace {
+
+// The bf16 that x begins with; what it leaves over has the same sign, and eight bits less.
+uint16_t begin_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  // A NaN may have its bits at the end.
+  return std::isnan(x) ? 0x7FC0 : static_cast<uint16_t>(bits >> 16);
+}
+
+// A product with an infinity in it, which terms have made NaN of: infinity times a term that is 0.
+float product_of(const PackedRows& rows, int row, const uint16_t* w) {
+  const auto* x = static_cast<const uint16_t*>(rows.data);
+  float sum = 0;
+  for (int64_t k = 0; k < rows.width; ++k) {
+    float value = 0;
+    for (int term = 0; term < rows.terms; ++term)
+      value += widened(x[2 * ((k / 2 * rows.terms + term) * rows.lanes() + row) + k % 2]);
+    sum += value * widened(w[k]);
+  }
+  return sum;
+}
+
+#if NABLA_FAST_AMX
+
+// A matrix of tiles in memory: `down` bytes from one row of a tile to the next, `right` to the tile
+// of the next sixteen beside it, `term` to the next term.
+struct Tiles {
+  const char* at;
+  int64_t down, right, term;
+};
+
+// 32 x 32 times 32 x 32; `terms` of the right side.
+NABLA_FAST_TARGET_AMX inline void multiply(const Tiles& a, const Tiles& b, int terms,
+                                           const Square& c) {
+  _tile_loadd(4, a.at, a.down);
+  if (!c.low) _tile_loadd(5, a.at + a.right, a.down);
+  const char* of_b = b.at;
+  for (int term = 0; term < terms; ++term, of_b += b.term) {
+    _tile_loadd(6, of_b, b.down);
+    _tile_dpbf16ps(0, 4, 6);
+    if (!c.narrow) {
+      _tile_loadd(7, of_b + b.right, b.down);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (!c.low) {
+      _tile_dpbf16ps(2, 5, 6);
+      if (!c.narrow) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+
+// z += products of at most 32 tokens; z has room for whole tiles.
+NABLA_FAST_TARGET_AMX inline void add_tokens(const PackedRows& rows, const Table& table, int tokens,
+                                             float* z, Ahead& ahead) {
+  const auto* w = static_cast<const uint16_t*>(table.data);
+  const int lanes = rows.lanes(), squares = (lanes + 2 * kSide - 1) / (2 * kSide);
+  const int lines = 2 * kSide * kDepth * 2 / 64 / squares;
+  // What the unit reads of rows that are not there, and behind a row's last column.
+  alignas(64) uint16_t copy[2 * kSide][kDepth];
+  for (int lane = 0; lane < lanes; lane += 2 * kSide) {
+    const Square c{z + lane, 4 * lanes, tokens <= kSide, lanes - lane == kSide};
+    load_square(c);
+    for (int64_t k = 0; k < rows.width; k += kDepth) {
+      const int64_t columns = std::min<int64_t>(kDepth, rows.width - k), of_term = 4 * lanes;
+      Tiles a{reinterpret_cast<const char*>(w + k), 2 * table.stride, 2 * kSide * table.stride, 0};
+      if (columns < kDepth || tokens % kSide) {
+        std::memset(copy, 0, sizeof copy);
+        for (int t = 0; t < tokens; ++t)
+          std::memcpy(copy[t], w + t * table.stride + k, static_cast<size_t>(2 * columns));
+        a = {reinterpret_cast<const char*>(copy), sizeof copy[0], kSide * sizeof copy[0], 0};
+      }
+      const Tiles b{static_cast<const char*>(rows.data) + k / 2 * rows.terms * of_term + 4 * lane,
+                    rows.terms * of_term, 4 * kSide, of_term};
+      for (int line = 0; line < lines; ++line) ahead.line();
+      multiply(a, b, rows.terms, c);
+    }
+    store_square(c);
+  }
+}
+
+// z += products; z has room for whole tiles of tokens.
+NABLA_FAST_TARGET_AMX void add_products(const PackedRows& rows, const Table& table, int tokens,
+                                        float* z) {
+  const TileShapes shapes;
+  _tile_loadconfig(&shapes);
+  Ahead ahead{static_cast<const char*>(table.from(tokens).data)};
+  for (int t = 0; t < tokens; t += 2 * kSide) {
+    const int some = std::min(2 * kSide, tokens - t);
+    add_tokens(rows, table.from(t), some, z + t * rows.lanes(), ahead);
+  }
+  _tile_release();
+}
+
+#else
+
+void add_products(const PackedRows&, const Table&, int, float*) {}
+
+#endif
+
+}  // namespace
+
+PackedRows pack_amx(const Table& from, int rows, void* memory) {
+  const PackedRows packed{memory, rows, from.width, false,
+                          from.dtype == NABLA_FAST_BFLOAT16 ? 1 : kTerms};
+  auto* to = static_cast<uint16_t*>(memory);
+  const int lanes = packed.lanes();
+  const int64_t padded_width = (from.width + kDepth - 1) / kDepth * kDepth;
+  std::memset(memory, 0, static_cast<size_t>(2 * padded_width * packed.terms * lanes));
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < from.width; ++k) {
+      uint16_t* at = to + 2 * (k / 2 * packed.terms * lanes + r) + k % 2;
+      float rest = from.value(r, k);
+      for (int term = 0; term < packed.terms; ++term, at += 2 * lanes) {
+        *at = begin_of(rest);
+        if (!std::isfinite(rest)) break;
+        rest -= widened(*at);
+      }
+    }
+  }
+  return packed;
+}
+
+void products_amx(const PackedRows& rows, const Table& table, int tokens, bool add, float* z) {
+  const int lanes = rows.lanes();
+  alignas(64) float sums[kTileTokens * kGroupRows];
+  std::fill(sums, sums + (tokens + 2 * kSide - 1) / (2 * kSide) * 2 * kSide * lanes, 0.0f);
+  add_products(rows, table, tokens, sums);
+  bool finite = true;
+  for (int n = 0; n < tokens * lanes; ++n) finite &= sums[n] - sums[n] == 0;
+  for (int t = 0; t < tokens && !finite; ++t) {
+    const uint16_t* w = static_cast<const uint16_t*>(table.data) + t * table.stride;
+    for (int r = 0; r < rows.rows; ++r)
+      if (!std::isfinite(sums[t * lanes + r])) sums[t * lanes + r] = product_of(rows, r, w);
+  }
+  for (int n = 0; n < tokens * lanes; ++n) z[n] = add ? z[n] + sums[n] : sums[n];
+}
+
+}  // namespace nabla_fast::cpu

@@ -1,0 +1,169 @@
+// Rows that pass over a vocabulary together: packed once, in groups, for the tables they meet.
+//
+// A tile of every table is read from memory once and stays in a cache for all groups. The
+// vocabulary is cut into segments by position alone: threads share these, and what a segment found
+// out about a row does not depend on who worked on it.
+#ifndef NABLA_FAST_CPU_GEMM_ROW_PASS_H_
+#define NABLA_FAST_CPU_GEMM_ROW_PASS_H_
+
+#include <algorithm>
+#include <cstdint>
+
+#include "base/check.h"
+#include "base/threads.h"
+#include "gemm/vocab_tiles.h"
+#include "nabla_fast.h"
+
+namespace nabla_fast::cpu {
+
+constexpr int64_t kSegmentTokens = 1024;
+// Rows of a pass, at most: their packed copies stay in a cache that is not too far away.
+constexpr int kMostGroups = 4;
+constexpr int64_t kPassRows = kMostGroups * kGroupRows;
+// Multiplications that a thread is woken for.
+constexpr int64_t kProductsPerThread = 1 << 18;
+
+// Of any vocabulary: what a size query is asked may be the largest number there is.
+inline int64_t segments_of(int64_t vocab) {
+  return vocab / kSegmentTokens + (vocab % kSegmentTokens > 0);
+}
+
+inline int groups_of(int64_t rows) {
+  return static_cast<int>((std::min(rows, kPassRows) + kGroupRows - 1) / kGroupRows);
+}
+
+// Rows [rows, width] and the table [vocab, width] that their products are taken with, for each of
+// `count` factors: the first one, and those of two arrays. A table of the latter may have other
+// rows, table_rows of them; a map [vocab] then says which of them is whose.
+struct Factors {
+  nabla_fast_table first_rows, first_table;
+  const nabla_fast_table* rows;
+  const nabla_fast_table* tables;
+  int64_t count;
+  int64_t row_count, vocab;
+  const int64_t* const* token_maps = nullptr;
+  const int64_t* table_rows = nullptr;
+
+  Table rows_of(int64_t factor) const {
+    return cpu::table_of(factor == 0 ? first_rows : rows[factor - 1], row_count);
+  }
+  Table table_of(int64_t factor) const {
+    return cpu::table_of(factor == 0 ? first_table : tables[factor - 1], rows_of_table(factor));
+  }
+  // Null where a token is its own row.
+  const int64_t* map_of(int64_t factor) const {
+    return factor > 0 && token_maps ? token_maps[factor - 1] : nullptr;
+  }
+  int64_t rows_of_table(int64_t factor) const {
+    return map_of(factor) ? table_rows[factor - 1] : vocab;
+  }
+  Size width() const {
+    Size sum = 0;
+    for (int64_t f = 0; f < count; ++f) sum = sum + table_of(f).width;
+    return sum;
+  }
+};
+
+class RowPass {
+ public:
+  // Of the memory that a pass of `rows` rows needs, a multiple of kAlignment.
+  static Size bytes(int64_t rows, const Factors& factors) {
+    Size sum = pointers(rows, factors.count);
+    for (int64_t f = 0; f < factors.count; ++f)
+      sum = sum + packed_bytes(rows, factors.table_of(f).width) * groups_of(rows);
+    return sum;
+  }
+
+  // Packs rows [first, first + rows), at most kPassRows.
+  RowPass(const Factors& factors, int64_t first, int64_t rows, char* memory)
+      : factors_(factors), rows_(static_cast<int>(rows)) {
+    packed_ = reinterpret_cast<PackedRows*>(memory);
+    memory += pointers(rows, factors.count).or_zero();
+    for (int64_t f = 0; f < factors.count; ++f) {
+      const Table from = factors.rows_of(f).from(first), table = factors.table_of(f);
+      for (int g = 0; g < groups(); ++g) {
+        packed_[g * factors.count + f] =
+            pack_rows(from.from(g * kGroupRows), rows_of(g), table.dtype, memory);
+        memory += packed_bytes(rows, table.width).or_zero();
+      }
+    }
+  }
+
+  int groups() const { return groups_of(rows_); }
+  int rows_of(int group) const { return std::min(kGroupRows, rows_ - group * kGroupRows); }
+  int lanes_of(int group) const { return cpu::lanes_of(rows_of(group)); }
+
+  // z[t * lanes + r] of one factor for tokens [token, token + tokens), or += it.
+  void product(int64_t factor, int group, int64_t token, int tokens, bool add, float* z) const {
+    const PackedRows& rows = packed_[group * factors_.count + factor];
+    const Table table = factors_.table_of(factor);
+    if (const int64_t* map = factors_.map_of(factor))
+      mapped_products(rows, table, map + token, tokens, add, z);
+    else
+      products(rows, table.from(token), tokens, add, z);
+  }
+
+ private:
+  static Size pointers(int64_t rows, int64_t factors) {
+    return (Size(factors) * groups_of(rows) * sizeof(PackedRows)).rounded_up(kAlignment);
+  }
+  // Of a group; without a value for more columns than PackedRows can count the bytes of.
+  static Size packed_bytes(int64_t rows, int64_t width) {
+    if (width > kMostBytes >> 20) return Size(-1);
+    const int most = static_cast<int>(std::min<int64_t>(rows, kGroupRows));
+    return Size(PackedRows::bytes(most, width)).rounded_up(kAlignment);
+  }
+
+  const Factors& factors_;
+  PackedRows* packed_;
+  int rows_;
+};
+
+// Calls work(segment, group, token, tokens) for all tiles and groups; those of a segment in order,
+// on one thread.
+template <typename Work>
+void each_tile(int64_t vocab, int groups, int threads, const Work& work) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t segment = 0; segment < segments_of(vocab); ++segment) {
+    const int64_t last = std::min(vocab, (segment + 1) * kSegmentTokens);
+    for (int64_t token = segment * kSegmentTokens; token < last; token += kTileTokens) {
+      const int tokens = static_cast<int>(std::min<int64_t>(kTileTokens, last - token));
+      for (int group = 0; group < groups; ++group) work(segment, group, token, tokens);
+    }
+  }
+}
+
+// How many threads a pass is worth.
+inline int pass_threads(int64_t rows, int64_t vocab, const Factors& factors, int32_t asked) {
+  // Reading a table costs what some rows of arithmetic cost.
+  const Size work = factors.width() * vocab * (std::min(rows, kPassRows) + 4);
+  const int threads = threads_for(work.or_most(), kProductsPerThread, asked);
+  return static_cast<int>(std::min<int64_t>(threads, segments_of(vocab)));
+}
+
+// Whether every factor has rows and a table of one width, and a dtype there is, and whether maps
+// name rows that their tables have.
+inline nabla_fast_status check_factors(const Factors& factors, int64_t rows, int64_t vocab) {
+  for (int64_t f = 0; f < factors.count; ++f) {
+    const nabla_fast_table& x = f == 0 ? factors.first_rows : factors.rows[f - 1];
+    const nabla_fast_table& table = f == 0 ? factors.first_table : factors.tables[f - 1];
+    if (x.width < 0 || x.width != table.width) return NABLA_FAST_INVALID_SHAPE;
+    if (!is_dtype(x.dtype) || !is_dtype(table.dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
+    const int64_t* map = factors.map_of(f);
+    const int64_t table_rows = factors.rows_of_table(f);
+    if (table_rows < 0) return NABLA_FAST_INVALID_SHAPE;
+    if (!fits({{rows, x.stride}, {x.width, 1}}, bytes_of(x.dtype)) ||
+        !fits({{table_rows, table.stride}, {table.width, 1}}, bytes_of(table.dtype)) ||
+        (map && !fits({{vocab, 1}}, sizeof(*map))))
+      return NABLA_FAST_TOO_LARGE;
+    if (rows > 0 && x.width > 0 && (!x.data || !table.data)) return NABLA_FAST_INVALID_POINTER;
+    if (rows > 0 && map &&
+        std::any_of(map, map + vocab, [=](int64_t row) { return row < 0 || row >= table_rows; }))
+      return NABLA_FAST_INVALID_TOKEN;
+  }
+  return NABLA_FAST_OK;
+}
+
+}  // namespace nabla_fast::cpu
+
+#endif  // NABLA_FAST_CPU_GEMM_ROW_PASS_H_

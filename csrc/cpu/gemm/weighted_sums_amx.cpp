@@ -1,0 +1,184 @@
+// mix() of a bf16 table on the CPU's matrix unit.
+//
+// What it multiplies lies there as the unit wants it, anew for each tile: weights turned over, as
+// three bf16 terms; of the table, for 32 columns at a time, pairs of tokens side by side.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "base/prefetch.h"
+#include "gemm/amx.h"
+#include "gemm/amx_tiles.h"
+#include "gemm/vocab_tiles.h"
+#include "simd/vec.h"
+
+namespace nabla_fast::cpu {
+
+#if NABLA_FAST_AMX
+
+namespace {
+
+constexpr int kColumns = 2 * kSide;  // at a time
+constexpr int kDepths = kTileTokens / kDepth;
+
+typedef uint16_t Words __attribute__((vector_size(64)));
+
+// Weights of 16 rows and 32 tokens.
+using LeftTile = uint16_t[kSide][kDepth];
+
+struct Left {
+  alignas(64) LeftTile tiles[kGroupRows / kSide][kDepths][kTerms];
+};
+
+struct Right {
+  alignas(64) uint16_t pairs[kTileTokens / 2][2][2 * kSide];  // by 16 columns
+};
+
+// Terms of 16 weights of each of 16 rows, to columns [column, column + 16) of tiles.
+NABLA_FAST_INLINE void split_weights(const Floats<kSide> (&weights)[kSide], LeftTile* tiles,
+                                     int column) {
+  using Bits = typename VecTypes<kSide>::Bits;
+  typedef uint16_t Halves __attribute__((vector_size(2 * kSide)));
+  #pragma GCC unroll 16
+  for (int r = 0; r < kSide; ++r) {
+    Floats<kSide> rest = weights[r];
+  #pragma GCC unroll 3
+    for (int term = 0; term < kTerms; ++term) {
+      // A NaN may have its bits at the end; and infinity leaves nothing over.
+      const Bits begin = rest == rest ? (Bits)rest & 0xFFFF0000u : Bits{} + 0x7FC00000u;
+      const Halves halves = __builtin_convertvector(begin >> 16, Halves);
+      std::memcpy(tiles[term][r] + column, &halves, sizeof halves);
+      rest -= (Floats<kSide>)begin;
+      rest = rest == rest ? rest : Floats<kSide>{};
+    }
+  }
+}
+
+NABLA_FAST_TARGET_AMX void pack_left(const float* weights, int lanes, int tokens, Left& left) {
+  for (int block = 0; block * kSide < lanes; ++block) {
+    for (int t = 0; t < (tokens + kDepth - 1) / kDepth * kDepth; t += kSide) {
+      Floats<kSide> x[kSide];
+  #pragma GCC unroll 16
+      for (int n = 0; n < kSide; ++n)
+        x[n] = t + n < tokens ? load<kSide>(weights + (t + n) * lanes + block * kSide)
+                              : Floats<kSide>{};
+      transpose<kSide>(x);
+      split_weights(x, left.tiles[block][t / kDepth], t % kDepth);
+    }
+  }
+}
+
+template <int... kWord>
+NABLA_FAST_INLINE Words interleaved(Words a, Words b, int half,
+                                    std::integer_sequence<int, kWord...>) {
+  return half ? __builtin_shufflevector(a, b, (kSide + kWord / 2 + kWord % 2 * 32)...)
+              : __builtin_shufflevector(a, b, (kWord / 2 + kWord % 2 * 32)...);
+}
+
+NABLA_FAST_INLINE Words load_words(const uint16_t* from, int64_t columns) {
+  Words words = {};
+  if (columns == kColumns)
+    std::memcpy(&words, from, sizeof words);
+  else
+    std::memcpy(&words, from, static_cast<size_t>(2 * columns));
+  return words;
+}
+
+// Pairs of all tokens; whether all numbers are finite.
+NABLA_FAST_TARGET_AMX inline bool pack_right(const uint16_t* w, int64_t stride, int64_t columns,
+                                             int tokens, Ahead& ahead, Right& right) {
+  Words largest = {};
+  const int end = (tokens + kDepth - 1) / kDepth * kDepth;
+  for (int t = 0; t < end; t += 2) {
+    const Words a = t < tokens ? load_words(w + t * stride, columns) : Words{};
+    const Words b = t + 1 < tokens ? load_words(w + (t + 1) * stride, columns) : Words{};
+    const Words size_a = a & 0x7FFF, size_b = b & 0x7FFF;
+    largest = largest > size_a ? largest : size_a;
+    largest = largest > size_b ? largest : size_b;
+    constexpr std::make_integer_sequence<int, 32> kWords;
+    const Words pairs[2] = {interleaved(a, b, 0, kWords), interleaved(a, b, 1, kWords)};
+    std::memcpy(right.pairs[t / 2], pairs, sizeof pairs);
+    ahead.owe(2);
+  }
+  uint16_t most = 0;
+  for (int n = 0; n < 32; ++n) most = std::max<uint16_t>(most, largest[n]);
+  return most < 0x7F80;
+}
+
+// A square of sums += weights times pairs.
+NABLA_FAST_TARGET_AMX inline void multiply(const Left& left, int block, const Right& right,
+                                           int depths, const Square& c) {
+  load_square(c);
+  for (int depth = 0; depth < depths; ++depth) {
+    _tile_loadd(6, right.pairs[depth * kDepth / 2][0], sizeof right.pairs[0]);
+    if (!c.narrow) _tile_loadd(7, right.pairs[depth * kDepth / 2][1], sizeof right.pairs[0]);
+    for (int term = 0; term < kTerms; ++term) {
+      _tile_loadd(4, left.tiles[block][depth][term], sizeof left.tiles[0][0][0][0]);
+      _tile_dpbf16ps(0, 4, 6);
+      if (!c.narrow) _tile_dpbf16ps(1, 4, 7);
+      if (c.low) continue;
+      _tile_loadd(5, left.tiles[block + 1][depth][term], sizeof left.tiles[0][0][0][0]);
+      _tile_dpbf16ps(2, 5, 6);
+      if (!c.narrow) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  store_square(c);
+}
+
+// The sums of one by one, for numbers of which terms would make NaN: infinity times a term that is 0.
+void add_slowly(const float* weights, int lanes, int rows, const uint16_t* w, int64_t stride,
+                int64_t columns, int tokens, float* mix, int64_t mix_stride) {
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < columns; ++k) {
+      float sum = 0;
+      for (int t = 0; t < tokens; ++t) sum += weights[t * lanes + r] * widened(w[t * stride + k]);
+      mix[r * mix_stride + k] += sum;
+    }
+  }
+}
+
+}  // namespace
+
+NABLA_FAST_TARGET_AMX void mix_amx(const float* weights, int lanes, int rows, const Table& table,
+                                   int tokens, float* mix, Ahead ahead) {
+  const TileShapes shapes;
+  _tile_loadconfig(&shapes);
+  const auto* w = static_cast<const uint16_t*>(table.data);
+  const int64_t mix_stride = padded(table.width);
+  const int depths = (tokens + kDepth - 1) / kDepth;
+  Left left;
+  Right right;
+  pack_left(weights, lanes, tokens, left);
+  for (int64_t k = 0; k < table.width; k += kColumns) {
+    const int64_t columns = std::min<int64_t>(kColumns, table.width - k);
+    if (!pack_right(w + k, table.stride, columns, tokens, ahead, right)) {
+      add_slowly(weights, lanes, rows, w + k, table.stride, columns, tokens, mix + k, mix_stride);
+      continue;
+    }
+    const bool narrow = columns <= kSide;
+    for (int r = 0; r < rows; r += 2 * kSide) {
+      const int some = std::min(2 * kSide, rows - r);
+      float* const out = mix + r * mix_stride + k;
+      if (some % kSide == 0) {
+        multiply(left, r / kSide, right, depths, {out, 4 * mix_stride, some == kSide, narrow});
+        continue;
+      }
+      // A tile has sixteen rows, and there are fewer.
+      alignas(64) float edge[2 * kSide][kColumns];
+      const size_t bytes = 4 * (narrow ? kSide : kColumns);
+      for (int n = 0; n < some; ++n) std::memcpy(edge[n], out + n * mix_stride, bytes);
+      multiply(left, r / kSide, right, depths, {edge[0], sizeof edge[0], some < kSide, narrow});
+      for (int n = 0; n < some; ++n) std::memcpy(out + n * mix_stride, edge[n], bytes);
+    }
+  }
+  _tile_release();
+}
+
+#else
+
+void mix_amx(const float*, int, int, const Table&, int, float*, Ahead) {}
+
+#endif
+
+}  // namespace nabla_fast::cpu

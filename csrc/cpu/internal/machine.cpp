@@ -1,0 +1,240 @@
+#include "internal/machine.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "base/isa.h"
+#include "simd/vec.h"
+
+#ifdef _OPENMP
+  #include <omp.h>
+#endif
+
+namespace nabla_fast::cpu {
+namespace {
+
+// Bytes from one read to what is fetched meanwhile, and places that are read at once: one stream
+// leaves memory idle.
+constexpr int64_t kBytesAhead = 1024;
+constexpr int kStreams = 8;
+// Elements after which a part may begin: a line of a cache.
+constexpr int64_t kLine = 16;
+
+// -- what a thread does
+// --------------------------------------------------------------------------------
+
+template <int W>
+NABLA_FAST_INLINE double read(const float* x, int64_t n) {
+  const int64_t stream = n / (kStreams * kLine) * kLine;
+  Floats<W> sum[kStreams] = {};
+  for (int64_t k = 0; k < stream; k += kLine) {
+#pragma GCC unroll 8
+    for (int s = 0; s < kStreams; ++s) {
+      const float* line = x + s * stream + k;
+      // An address, not an access: behind the end it does nothing.
+      __builtin_prefetch(reinterpret_cast<const char*>(line) + kBytesAhead);
+#pragma GCC unroll 4
+      for (int part = 0; part < kLine; part += W) sum[s] += load<W>(line + part);
+    }
+  }
+  double total = 0;
+  for (const Floats<W>& one : sum) total += lane_sum<W>(one);
+  for (int64_t i = kStreams * stream; i < n; ++i) total += x[i];
+  return total;
+}
+
+// y[0..W) = x without a place in a cache: what is only written need not be read first.
+template <int W>
+NABLA_FAST_INLINE void store_past_caches(float* y, Floats<W> x) {
+#if NABLA_FAST_X86
+  typedef float Aligned __attribute__((vector_size(4 * W), may_alias));
+  Aligned* to = reinterpret_cast<Aligned*>(y);
+  if constexpr (W == 16)
+    asm volatile("vmovntps %1, %0" : "=m"(*to) : "v"(x));
+  else if constexpr (W == 8)
+    asm volatile("vmovntps %1, %0" : "=m"(*to) : "x"(x));
+  else
+    asm volatile("movntps %1, %0" : "=m"(*to) : "x"(x));
+#else
+  store<W>(y, x);
+#endif
+}
+
+template <int W>
+NABLA_FAST_INLINE void triad(float* a, const float* b, const float* c, float s, int64_t n) {
+  const Floats<W> factor = splat<W>(s);
+  int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(b + i) + kBytesAhead);
+    __builtin_prefetch(reinterpret_cast<const char*>(c + i) + kBytesAhead);
+#pragma GCC unroll 4
+    for (int64_t k = i; k < i + kLine; k += W)
+      store_past_caches<W>(a + k, load<W>(b + k) + factor * load<W>(c + k));
+  }
+  for (; i < n; ++i) a[i] = b[i] + s * c[i];
+#if NABLA_FAST_X86
+  __builtin_ia32_sfence();
+#endif
+}
+
+// Sums in registers that do not wait for each other: more than an operation takes cycles times the
+// operations a cycle, and no more than there are registers.
+template <int W>
+constexpr int kChains = W == 16 ? 24 : 12;
+constexpr int kUnrolled = 8;
+
+template <int W>
+NABLA_FAST_INLINE void keep(Floats<W>& x) {
+#if NABLA_FAST_X86
+  if constexpr (W == 16)
+    asm volatile("" : "+v"(x));
+  else
+    asm volatile("" : "+x"(x));
+#else
+  asm volatile("" : "+m"(x));
+#endif
+}
+
+template <int W>
+NABLA_FAST_INLINE double multiply_adds(int64_t rounds) {
+  Floats<W> sum[kChains<W>] = {}, factor = splat<W>(0.5f), term = splat<W>(1.0f);
+  keep<W>(factor);
+  keep<W>(term);
+  // Equal sums would be computed once.
+#pragma GCC unroll 24
+  for (int c = 0; c < kChains<W>; ++c) keep<W>(sum[c]);
+  for (int64_t n = 0; n < rounds; ++n) {
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnrolled; ++u) {
+#pragma GCC unroll 24
+      for (int c = 0; c < kChains<W>; ++c) sum[c] = sum[c] * factor + term;
+    }
+  }
+#pragma GCC unroll 24
+  for (int c = 0; c < kChains<W>; ++c) keep<W>(sum[c]);
+  return 2.0 * W * kChains<W> * kUnrolled * static_cast<double>(rounds);
+}
+
+double read_baseline(const float* x, int64_t n) { return read<4>(x, n); }
+NABLA_FAST_TARGET_AVX2 double read_avx2(const float* x, int64_t n) { return read<8>(x, n); }
+NABLA_FAST_TARGET_AVX512 double read_avx512(const float* x, int64_t n) { return read<16>(x, n); }
+
+void triad_baseline(float* a, const float* b, const float* c, float s, int64_t n) {
+  triad<4>(a, b, c, s, n);
+}
+NABLA_FAST_TARGET_AVX2 void triad_avx2(float* a, const float* b, const float* c, float s,
+                                       int64_t n) {
+  triad<8>(a, b, c, s, n);
+}
+NABLA_FAST_TARGET_AVX512 void triad_avx512(float* a, const float* b, const float* c, float s,
+                                           int64_t n) {
+  triad<16>(a, b, c, s, n);
+}
+
+double multiply_adds_baseline(int64_t rounds) { return multiply_adds<4>(rounds); }
+NABLA_FAST_TARGET_AVX2 double multiply_adds_avx2(int64_t rounds) {
+  return multiply_adds<8>(rounds);
+}
+NABLA_FAST_TARGET_AVX512 double multiply_adds_avx512(int64_t rounds) {
+  return multiply_adds<16>(rounds);
+}
+
+#if NABLA_FAST_X86
+NABLA_FAST_TARGET_AVX512 double dot_products(int64_t rounds) {
+  constexpr int kSums = kChains<16>;
+  // Zeros: the instruction takes as long whatever the numbers are.
+  Floats<16> sum[kSums] = {}, a = {}, b = {};
+  keep<16>(a);
+  keep<16>(b);
+  for (int64_t n = 0; n < rounds; ++n) {
+  #pragma GCC unroll 8
+    for (int u = 0; u < kUnrolled; ++u) {
+  #pragma GCC unroll 24
+      for (int c = 0; c < kSums; ++c)
+        // The intrinsic would have to be called from functions of its own instruction set.
+        asm volatile("vdpbf16ps %2, %1, %0" : "+v"(sum[c]) : "v"(a), "v"(b));
+    }
+  }
+  return 4.0 * 16 * kSums * kUnrolled * static_cast<double>(rounds);
+}
+#endif
+
+// -- all threads
+// --------------------------------------------------------------------------------------
+
+int this_thread() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+int team() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+// A thread's part of n elements.
+struct Part {
+  int64_t first, last;
+};
+
+Part part_of(int64_t n) {
+  const int64_t size = (n / team() + kLine) / kLine * kLine;
+  const int64_t first = std::min(n, size * this_thread());
+  return {first, std::min(n, first + size)};
+}
+
+double in_all_threads(double (*work)(int64_t), int64_t rounds, int threads) {
+  double operations = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : operations)
+  operations += work(rounds);
+  static_cast<void>(threads);
+  return operations;
+}
+
+}  // namespace
+
+double machine_read(const float* x, int64_t n, int threads) {
+  auto* run = select_isa(read_baseline, read_avx2, read_avx512);
+  double total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+  {
+    const Part part = part_of(n);
+    total += run(x + part.first, part.last - part.first);
+  }
+  static_cast<void>(threads);
+  return total;
+}
+
+void machine_triad(float* a, const float* b, const float* c, float s, int64_t n, int threads) {
+  auto* run = select_isa(triad_baseline, triad_avx2, triad_avx512);
+#pragma omp parallel num_threads(threads)
+  {
+    const auto [first, last] = part_of(n);
+    run(a + first, b + first, c + first, s, last - first);
+  }
+  static_cast<void>(threads);
+}
+
+double machine_multiply_adds(int64_t rounds, int threads) {
+  return in_all_threads(
+      select_isa(multiply_adds_baseline, multiply_adds_avx2, multiply_adds_avx512), rounds,
+      threads);
+}
+
+double machine_dot_products(int64_t rounds, int threads) {
+#if NABLA_FAST_X86
+  if (nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AVX512_BF16)
+    return in_all_threads(dot_products, rounds, threads);
+#endif
+  static_cast<void>(rounds);
+  static_cast<void>(threads);
+  return 0;
+}
+
+}  // namespace nabla_fast::cpu

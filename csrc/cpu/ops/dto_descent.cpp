@@ -1,0 +1,847 @@
+// nabla_fast_dto_descent: one pass over a row's four arrays for each step.
+//
+// A step needs S = sum of exp((y - M) / tau) and T = sum of exp((y - M) / tau) (G - G[token]) over
+// the row before it can move a logit, y being z plus its noise. The pass that takes a step adds up
+// the S and T of the next: M stays what it was as long as the largest y stays near it, and G[token]
+// does as long as the row descends, since it stops when its token changes.
+//
+// The exponentials wait in the workspace for the next step: reading one costs less than taking it
+// again.
+//
+// A row is cut into chunks of 1,024 tokens, by position alone. A chunk's sums are taken in fp32
+// lanes and joined in double from left to right, whoever computed them.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifdef _OPENMP
+  #include <omp.h>
+#endif
+
+#include "base/check.h"
+#include "base/flush.h"
+#include "base/isa.h"
+#include "base/threads.h"
+#include "nabla_fast.h"
+#include "ops/dto_descent.h"
+#include "simd/gumbel.h"
+#include "simd/vec.h"
+
+namespace nabla_fast::cpu {
+namespace {
+
+constexpr int64_t kChunk = 1024;
+// What a step does to tokens is done in turns, to this many of them, and the next ones are fetched
+// meanwhile: together they leave room in the first-level cache.
+constexpr int64_t kBlock = 256;
+// Less than this many tokens times steps is not worth waking a thread for, nor less than this many
+// tokens of a row, whose threads meet after every step.
+constexpr int64_t kWorkPerThread = int64_t{1} << 17;
+constexpr int64_t kTokensPerThread = int64_t{1} << 15;
+
+// exp of anything lower counts as 0.
+constexpr double kLowest = -87;
+// How far the largest y / tau may move before the sums are taken anew from it.
+constexpr double kDrift = 8;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kMaxFloat = std::numeric_limits<float>::max();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// Where a row, or a chunk of it, lies.
+struct Row {
+  float* z;
+  const float* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  float* e;            // exp((y - M) / tau) as the last sums took it; null before the first
+  const float* noise;  // null where there is none
+
+  Row from(int64_t begin) const {
+    return {z + begin,
+            grad + begin,
+            exp_avg + begin,
+            exp_avg_sq + begin,
+            e ? e + begin : nullptr,
+            noise ? noise + begin : nullptr};
+  }
+  float y(int64_t i) const { return noise ? z[i] + noise[i] : z[i]; }
+};
+
+// What sums are relative to.
+struct Centre {
+  float top;           // M
+  float grad;          // G[token]
+  float lowest;        // exp((y - M) / tau) counts as 0 where y - M is not above it
+  float inverse_high;  // log2(e) / tau in two parts
+  float inverse_low;
+
+  Centre(float top, float grad, double tau)
+      : top(top),
+        grad(grad),
+        lowest(static_cast<float>(kLowest * tau)),
+        inverse_high(static_cast<float>(kLog2E / tau)),
+        inverse_low(static_cast<float>(kLog2E / tau - inverse_high)) {}
+  static constexpr double kLog2E = 1.4426950408889634;
+};
+
+struct Step {
+  Centre centre;
+  float weight;  // sqrt(1 - beta2) / (S tau)
+  float mean;    // T / S, times the weight
+  AdamRate adam;
+
+  // Whether the step may divide by way of estimates: nothing overflows on the way, and what they
+  // do not take, subnormal numbers, is lost beside epsilon.
+  bool ordinary() const { return adam.rate >= 0x1p-30f && adam.rate <= 0x1p4f; }
+};
+
+// What a pass finds in a chunk.
+struct Partial {
+  double sum;    // S
+  double tilt;   // T
+  float max;     // of y
+  float second;  // largest second moment
+  float token;   // y of the hard token; only of its own chunk
+  bool tied;     // whether a token before the hard token equals it; likewise
+  bool unclean;  // whether a y is NaN or +inf
+};
+
+// -- a chunk
+// ------------------------------------------------------------------------------------------
+
+template <int W>
+struct Found {
+  Floats<W> sum = {}, tilt = {}, max = splat<W>(-kInfinity), second = {};
+};
+
+template <int W, bool kNoise>
+NABLA_FAST_INLINE Floats<W> load_y(const Row& row, int64_t i) {
+  const Floats<W> z = load<W>(row.z + i);
+  return kNoise ? z + load<W>(row.noise + i) : z;
+}
+
+template <int W, bool kNoise>
+NABLA_FAST_INLINE void survey_lanes(const Row& row, int64_t n, Found<W>& found) {
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats<W> y = load_y<W, kNoise>(row, i);
+    found.max = y > found.max ? y : found.max;
+    // Until the sums are taken, this one tells a NaN or an infinity.
+    found.sum += select<W>(above<W>(y, kMaxFloat), splat<W>(kNaN), Floats<W>{});
+  }
+}
+
+#if NABLA_FAST_AVX512_BUILTINS
+// exp2(k / 32), as bits.
+alignas(64) constexpr uint32_t kExp2Of32nds[32] = {
+    0x3F800000u, 0x3F82CD87u, 0x3F85AAC3u, 0x3F88980Fu, 0x3F8B95C2u, 0x3F8EA43Au, 0x3F91C3D3u,
+    0x3F94F4F0u, 0x3F9837F0u, 0x3F9B8D3Au, 0x3F9EF532u, 0x3FA27043u, 0x3FA5FED7u, 0x3FA9A15Bu,
+    0x3FAD583Fu, 0x3FB123F6u, 0x3FB504F3u, 0x3FB8FBAFu, 0x3FBD08A4u, 0x3FC12C4Du, 0x3FC5672Au,
+    0x3FC9B9BEu, 0x3FCE248Cu, 0x3FD2A81Eu, 0x3FD744FDu, 0x3FDBFBB8u, 0x3FE0CCDFu, 0x3FE5B907u,
+    0x3FEAC0C7u, 0x3FEFE4BAu, 0x3FF5257Du, 0x3FFA83B3u};
+#endif
+
+// exp(d / tau) where the mask holds, 0 where it does not.
+template <int W>
+struct Exponential {
+  float inverse_high, inverse_low;
+
+  NABLA_FAST_INLINE explicit Exponential(const Centre& centre)
+      : inverse_high(centre.inverse_high), inverse_low(centre.inverse_low) {}
+  NABLA_FAST_INLINE Floats<W> operator()(Mask<W> mask, Floats<W> d) const {
+    return vec_exp2<W>(mask, d, inverse_high, inverse_low);
+  }
+};
+
+#if NABLA_FAST_AVX512_BUILTINS
+// With a table in two registers the chain of operations is half as long, so that more vectors are
+// under way at once; relatively within 2^-23 + 2^-25 |d / tau|, which weighs nothing at the
+// largest.
+template <>
+struct Exponential<16> {
+  float inverse;
+  Floats<16> lower, upper;
+
+  NABLA_FAST_INLINE explicit Exponential(const Centre& centre) : inverse(centre.inverse_high) {
+    std::memcpy(&lower, kExp2Of32nds, sizeof lower);
+    std::memcpy(&upper, kExp2Of32nds + 16, sizeof upper);
+  }
+  NABLA_FAST_INLINE Floats<16> operator()(Mask<16> mask, Floats<16> d) const {
+    // Adding 1.5 * 2^18 rounds to 32nds; how many, modulo 32, the low bits of the sum tell.
+    const float round = 393216.0f;
+    const Floats<16> shifted = d * inverse + round;
+    const Floats<16> n = shifted - round;
+    const Floats<16> f = d * inverse - n;
+    const Floats<16> power =
+        __builtin_ia32_vpermt2varps512_mask((Ints<16>)shifted, lower, upper, -1);
+    // Minimax for (exp2(f) - 1) / f on |f| <= 1/64: 2^-24.2 relative to exp2(f).
+    const Floats<16> q = f * 0.240225941f + 0.693157315f;
+    return __builtin_ia32_scalefps512_mask(power * f * q + power, n, Floats<16>{}, mask, 4);
+  }
+};
+#endif
+
+template <int W, bool kNoise>
+NABLA_FAST_INLINE void measure_lanes(const Row& row, int64_t n, Centre centre, int64_t ahead,
+                                     Found<W>& found) {
+  const Exponential<W> exponential(centre);
+  for (int64_t i = 0; i < n; i += W) {
+    __builtin_prefetch(row.e + i + ahead, 1);
+    __builtin_prefetch(row.grad + i + ahead);
+    const Floats<W> d = load_y<W, kNoise>(row, i) - centre.top;
+    const Mask<W> counts = above<W>(d, centre.lowest);
+    const Floats<W> e = exponential(counts, d);
+    const Floats<W> g = load<W>(row.grad + i) - centre.grad;
+    store<W>(row.e + i, e);
+    found.sum += e;
+    // G may be infinite where p is 0.
+    found.tilt = select<W>(counts, found.tilt + e * g, found.tilt);
+  }
+}
+
+// The moments of a step.
+template <int W>
+NABLA_FAST_INLINE void average_lanes(const Row& row, int64_t n, Step step, Found<W>& found) {
+  const float share1 = static_cast<float>(1 - kBeta1), beta2 = static_cast<float>(kBeta2);
+  const float per_root = static_cast<float>((1 - kBeta1) / std::sqrt(1 - kBeta2));
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats<W> e = load<W>(row.e + i);
+    const Floats<W> centred = (load<W>(row.grad + i) - step.centre.grad) * step.weight - step.mean;
+    // The gradient times the square root of 1 - beta2.
+    const Floats<W> root = select<W>(above<W>(e, 0.0f), e * centred, Floats<W>{});
+    const Floats<W> m = load<W>(row.exp_avg + i);
+    const Floats<W> second = root * root + beta2 * load<W>(row.exp_avg_sq + i);
+    store<W>(row.exp_avg + i, root * per_root + (m - share1 * m));
+    store<W>(row.exp_avg_sq + i, second);
+    found.second = second > found.second ? second : found.second;
+  }
+}
+
+// What logits become with these moments, and the largest y it leads to.
+template <int W, bool kNoise>
+NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, Step step, Found<W>& found) {
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats<W> root = vec_sqrt<W>(load<W>(row.exp_avg_sq + i));
+    const Floats<W> moved =
+        load<W>(row.z + i) -
+        step.adam.rate * (load<W>(row.exp_avg + i) / (root * step.adam.scale + kEpsilon));
+    store<W>(row.z + i, moved);
+    const Floats<W> y = kNoise ? moved + load<W>(row.noise + i) : moved;
+    found.max = y > found.max ? y : found.max;
+  }
+}
+
+// The same, within about 2^-26 of a move, by estimates and one step of Newton's method each: the
+// divider needs as long for a division and a square root as the other units for all the rest. For
+// second moments of at most kEstimated.
+constexpr float kEstimated = 0x1p40f;
+template <int W, bool kNoise>
+NABLA_FAST_INLINE void move_lanes_fast(const Row& row, int64_t n, Step step, int64_t ahead,
+                                       Found<W>& found) {
+  // With a = scale / rate, a move is first / (a sqrt(second) + epsilon / rate). The square root of
+  // a^2 second / 4 is half of the first term; 2^-126 keeps it from 0, where 1 / sqrt is infinite.
+  const float quarter =
+      0.25f * (step.adam.scale / step.adam.rate) * (step.adam.scale / step.adam.rate);
+  const float epsilon = kEpsilon / step.adam.rate;
+  for (int64_t i = 0; i < n; i += W) {
+    __builtin_prefetch(row.z + i + ahead, 1);
+    __builtin_prefetch(row.exp_avg + i + ahead, 1);
+    __builtin_prefetch(row.exp_avg_sq + i + ahead, 1);
+    const Floats<W> x = load<W>(row.exp_avg_sq + i) * quarter + 0x1p-126f;
+    const Floats<W> inverse = vec_rsqrt14(x);
+    const Floats<W> half = x * inverse;
+    const Floats<W> error = 1.0f - half * inverse;
+    const Floats<W> divisor = half * error + (half * 2.0f + epsilon);
+    const Floats<W> estimate = vec_rcp14(divisor);
+    const Floats<W> refined = 2.0f - divisor * estimate;
+    const Floats<W> moved = load<W>(row.z + i) - load<W>(row.exp_avg + i) * estimate * refined;
+    store<W>(row.z + i, moved);
+    const Floats<W> y = kNoise ? moved + load<W>(row.noise + i) : moved;
+    found.max = y > found.max ? y : found.max;
+  }
+}
+
+// One step, but for the sums of the next.
+template <int W, bool kNoise>
+NABLA_FAST_INLINE void step_lanes(const Row& row, int64_t n, const Step& step, int64_t ahead,
+                                  Found<W>& found) {
+  average_lanes<W>(row, n, step, found);
+  if constexpr (kHasEstimates<W>) {
+    if (step.ordinary() && !any_lane<W>(above<W>(found.second, kEstimated))) {
+      move_lanes_fast<W, kNoise>(row, n, step, ahead, found);
+      return;
+    }
+  }
+  move_lanes<W, kNoise>(row, n, step, found);
+}
+
+// The last tokens of a row, fewer than a vector, with masked ones behind them.
+template <int W>
+struct Rest {
+  alignas(64) float z[W], grad[W] = {}, exp_avg[W] = {},
+                          exp_avg_sq[W] = {}, e[W] = {}, noise[W] = {};
+
+  NABLA_FAST_INLINE Rest(const Row& row, int64_t n) {
+    for (int64_t i = 0; i < W; ++i) z[i] = -kInfinity;
+    for (int64_t i = 0; i < n; ++i) {
+      z[i] = row.z[i];
+      grad[i] = row.grad[i];
+      exp_avg[i] = row.exp_avg[i];
+      exp_avg_sq[i] = row.exp_avg_sq[i];
+      if (row.e) e[i] = row.e[i];
+      if (row.noise) noise[i] = row.noise[i];
+    }
+  }
+  NABLA_FAST_INLINE Row row() { return {z, grad, exp_avg, exp_avg_sq, e, noise}; }
+  NABLA_FAST_INLINE void put_back(const Row& row, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) {
+      row.z[i] = z[i];
+      row.exp_avg[i] = exp_avg[i];
+      row.exp_avg_sq[i] = exp_avg_sq[i];
+      row.e[i] = e[i];
+    }
+  }
+};
+
+template <int W>
+NABLA_FAST_INLINE void join_lanes(const Found<W>& found, Partial& partial) {
+  partial.sum = partial.tilt = 0;
+  for (int lane = 0; lane < W; ++lane) {
+    partial.sum += found.sum[lane];
+    partial.tilt += found.tilt[lane];
+  }
+  partial.max = lane_max<W>(found.max);
+  partial.second = lane_max<W>(found.second);
+  partial.unclean = std::isnan(partial.sum);
+}
+
+// Largest y of a chunk of n tokens, and whether all are clean.
+template <int W, bool kNoise>
+NABLA_FAST_INLINE void survey(const Row& row, int64_t n, Partial& partial) {
+  const int64_t whole = n / W * W;
+  Found<W> found;
+  survey_lanes<W, kNoise>(row, whole, found);
+  if (n > whole) {
+    Rest<W> rest(row.from(whole), n - whole);
+    survey_lanes<W, kNoise>(rest.row(), W, found);
+  }
+  join_lanes<W>(found, partial);
+}
+
+// S and T of a chunk, and whether it is clean; the rest of `partial` stays.
+template <int W, bool kNoise>
+NABLA_FAST_INLINE void measure(const Row& row, int64_t n, const Centre& centre, Partial& partial) {
+  const int64_t whole = n / W * W;
+  Found<W> found;
+  measure_lanes<W, kNoise>(row, whole, centre, 0, found);
+  if (n > whole) {
+    Rest<W> rest(row.from(whole), n - whole);
+    measure_lanes<W, kNoise>(rest.row(), W, centre, 0, found);
+    rest.put_back(row.from(whole), n - whole);
+  }
+  Partial joined;
+  join_lanes<W>(found, joined);
+  partial.sum = joined.sum;
+  partial.tilt = joined.tilt;
+  partial.unclean = joined.unclean;
+}
+
+// One step of a chunk. token: the hard token's index in it; outside of [0, n) if it is elsewhere.
+template <int W, bool kNoise>
+NABLA_FAST_INLINE void advance(const Row& row, int64_t n, const Step& step, int64_t token,
+                               int64_t ahead, Partial& partial) {
+  const int64_t whole = n / W * W;
+  Found<W> found;
+  for (int64_t begin = 0; begin < whole; begin += kBlock) {
+    const Row block = row.from(begin);
+    const int64_t size = std::min(kBlock, whole - begin);
+    const int64_t next = begin + kBlock < whole ? kBlock : ahead - begin;
+    step_lanes<W, kNoise>(block, size, step, next, found);
+    measure_lanes<W, kNoise>(block, size, step.centre, next, found);
+  }
+  if (n > whole) {
+    Rest<W> rest(row.from(whole), n - whole);
+    step_lanes<W, kNoise>(rest.row(), W, step, 0, found);
+    measure_lanes<W, kNoise>(rest.row(), W, step.centre, 0, found);
+    rest.put_back(row.from(whole), n - whole);
+  }
+  join_lanes<W>(found, partial);
+  if (token < 0 || token >= n) return;
+  partial.token = row.y(token);
+  partial.tied = false;
+  for (int64_t i = 0; i < token; ++i) partial.tied |= row.y(i) == partial.token;
+}
+
+// Noise of n tokens from `token` on.
+using NoiseOf = void(int64_t seed, int64_t position, int64_t token, int64_t n, float* noise);
+
+// The passes for one instruction set, with noise or without.
+struct Passes {
+  void (*survey)(const Row&, int64_t, Partial&);
+  void (*measure)(const Row&, int64_t, const Centre&, Partial&);
+  void (*advance)(const Row&, int64_t, const Step&, int64_t, int64_t, Partial&);
+  NoiseOf* noise;
+};
+
+#define NABLA_FAST_PASSES(NAME, TARGET, W)                                                        \
+  template <bool kNoise>                                                                          \
+  TARGET void survey_##NAME(const Row& row, int64_t n, Partial& partial) {                        \
+    survey<W, kNoise>(row, n, partial);                                                           \
+  }                                                                                               \
+  template <bool kNoise>                                                                          \
+  TARGET void measure_##NAME(const Row& row, int64_t n, const Centre& centre, Partial& partial) { \
+    measure<W, kNoise>(row, n, centre, partial);                                                  \
+  }                                                                                               \
+  template <bool kNoise>                                                                          \
+  TARGET void advance_##NAME(const Row& row, int64_t n, const Step& step, int64_t token,          \
+                             int64_t ahead, Partial& partial) {                                   \
+    advance<W, kNoise>(row, n, step, token, ahead, partial);                                      \
+  }                                                                                               \
+  TARGET void noise_##NAME(int64_t seed, int64_t position, int64_t token, int64_t n,              \
+                           float* noise) {                                                        \
+    gumbel_noise<W / 2>(seed, position, token, n, noise);                                         \
+  }                                                                                               \
+  template <bool kNoise>                                                                          \
+  constexpr Passes kPasses_##NAME{survey_##NAME<kNoise>, measure_##NAME<kNoise>,                  \
+                                  advance_##NAME<kNoise>, noise_##NAME};
+
+NABLA_FAST_PASSES(baseline, , 4)
+NABLA_FAST_PASSES(avx2, NABLA_FAST_TARGET_AVX2, 8)
+NABLA_FAST_PASSES(avx512, NABLA_FAST_TARGET_AVX512, 16)
+#undef NABLA_FAST_PASSES
+
+template <bool kNoise>
+const Passes& passes() {
+  return *select_isa(&kPasses_baseline<kNoise>, &kPasses_avx2<kNoise>, &kPasses_avx512<kNoise>);
+}
+
+// -- a row
+// --------------------------------------------------------------------------------------------
+
+// The arguments of a call.
+struct Call {
+  float* z;
+  const float* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  int64_t rows, vocab;
+  int64_t z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride;
+  Steps steps;
+  const int64_t* group;
+  double tau;
+  const int64_t* noise_seed;
+  const int64_t* noise_position;
+  int64_t* token;
+  uint8_t* flipped;
+
+  int64_t chunks() const { return (vocab + kChunk - 1) / kChunk; }
+  Row row(int64_t index) const {
+    return {z + index * z_stride,
+            grad + index * grad_stride,
+            exp_avg + index * exp_avg_stride,
+            exp_avg_sq + index * exp_avg_sq_stride,
+            nullptr,
+            nullptr};
+  }
+};
+
+// Memory for one row that is being worked on.
+struct Desk {
+  Partial* partials[2];  // [chunks] each
+  float* e;              // [vocab]
+  float* noise;          // [vocab], or null
+  float* copy;           // [3, vocab], or null: a row to try steps on
+};
+
+// The threads that share a row.
+struct Team {
+  int rank, size;
+
+  void meet() const {
+    if (size > 1) {
+#pragma omp barrier
+    }
+  }
+  int64_t begin(int64_t chunks) const { return chunks * rank / size; }
+  int64_t end(int64_t chunks) const { return chunks * (rank + 1) / size; }
+};
+
+struct Outcome {
+  int64_t taken;  // steps
+  int64_t token;
+  bool flipped;
+};
+
+// torch's argmax: the first NaN, or else the first of the largest.
+int64_t argmax_any(const Row& row, int64_t vocab) {
+  int64_t best = 0;
+  for (int64_t i = 0; i < vocab; ++i) {
+    if (std::isnan(row.y(i))) return i;
+    if (row.y(i) > row.y(best)) best = i;
+  }
+  return best;
+}
+
+class Descent {
+ public:
+  Descent(const Call& call, const Passes& passes, const Row& row, const Desk& desk, Team team)
+      : call_(call),
+        passes_(passes),
+        row_(row),
+        partials_{desk.partials[0], desk.partials[1]},
+        team_(team),
+        chunks_(call.chunks()) {}
+
+  // At most `most` steps of row `index`, of which no logit is NaN or +inf and one is finite.
+  Outcome run(int64_t index, int64_t most) {
+    each_chunk([&](const Row& chunk, int64_t n, int64_t, Partial& partial) {
+      passes_.survey(chunk, n, partial);
+    });
+    Outcome outcome{0, first_of_largest(), false};
+    Centre centre(max_, row_.grad[outcome.token], call_.tau);
+    bool stale = true;  // whether the sums are not those of this centre
+    while (outcome.taken < most && !outcome.flipped) {
+      if (stale) {
+        centre.top = max_;
+        const Partial* before = now();
+        each_chunk([&](const Row& chunk, int64_t n, int64_t begin, Partial& partial) {
+          partial = before[begin / kChunk];
+          passes_.measure(chunk, n, centre, partial);
+        });
+      }
+      const Step step = next_step(index, outcome.taken, centre);
+      ++outcome.taken;
+      if (unclean_ || !std::isfinite(static_cast<float>(tilt_ / sum_))) {
+        spoil();
+        outcome.flipped = outcome.token != 0;
+        outcome.token = 0;
+        continue;
+      }
+      {
+        const FlushToZero flush(may_flush(step));
+        each_chunk([&](const Row& chunk, int64_t n, int64_t begin, Partial& partial) {
+          passes_.advance(chunk, n, step, outcome.token - begin, turn_ & 1 ? kChunk : -kChunk,
+                          partial);
+        });
+      }
+      if (unclean_) {
+        const int64_t moved = argmax_any(row_, call_.vocab);
+        outcome.flipped = moved != outcome.token;
+        outcome.token = moved;
+        team_.meet();
+      } else {
+        outcome.flipped = leads_another(outcome.token);
+      }
+      stale = std::fabs(static_cast<double>(max_) - centre.top) > kDrift * call_.tau;
+    }
+    if (outcome.flipped && !unclean_) outcome.token = first_of_largest();
+    return outcome;
+  }
+
+ private:
+  Partial* now() const { return partials_[turn_ & 1]; }
+
+  // work(chunk, tokens, first token, partial) on each of the thread's chunks, and the row's totals.
+  // One pass goes up and the next one down, so that it begins with what the caches still hold.
+  template <typename Work>
+  void each_chunk(const Work& work) {
+    ++turn_;
+    const int64_t first = team_.begin(chunks_), last = team_.end(chunks_) - 1;
+    for (int64_t n = 0; n <= last - first; ++n) {
+      const int64_t chunk = turn_ & 1 ? first + n : last - n;
+      const int64_t begin = chunk * kChunk;
+      work(row_.from(begin), std::min(kChunk, call_.vocab - begin), begin, now()[chunk]);
+    }
+    team_.meet();
+    sum_ = tilt_ = 0;
+    max_ = -kInfinity;
+    second_ = 0;
+    unclean_ = false;
+    for (const Partial* partial = now(); partial < now() + chunks_; ++partial) {
+      sum_ += partial->sum;
+      tilt_ += partial->tilt;
+      max_ = std::max(max_, partial->max);
+      second_ = std::max(second_, partial->second);
+      unclean_ |= partial->unclean;
+    }
+    // A learning rate of infinity can mask every token.
+    unclean_ |= max_ == -kInfinity;
+  }
+
+  Step next_step(int64_t index, int64_t taken, const Centre& centre) const {
+    const double weight = std::sqrt(1 - kBeta2) / (sum_ * call_.tau);
+    return {centre, static_cast<float>(weight), static_cast<float>(tilt_ / sum_ * weight),
+            call_.steps.rate(index, taken)};
+  }
+
+  // Far below the largest logit, second moments are below 2^-126. They may become 0 beside much
+  // larger ones, as long as no logits become equal to the largest by that.
+  bool may_flush(const Step& step) const {
+    const float of_token = step.mean * step.mean;
+    return std::max(second_, of_token) >= 0x1p-100f && std::fabs(max_) >= 0x1p-100f;
+  }
+
+  int64_t first_of_largest() const {
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      if (now()[chunk].max != max_) continue;
+      for (int64_t i = chunk * kChunk;; ++i) {
+        if (row_.y(i) == max_) return i;
+      }
+    }
+    return 0;
+  }
+
+  // Whether the argmax is no longer `token`, to be seen without reading other threads' chunks.
+  bool leads_another(int64_t token) const {
+    const int64_t own = token / kChunk;
+    if (now()[own].token != max_ || now()[own].tied) return true;
+    return std::any_of(now(), now() + own, [&](const Partial& p) { return p.max == max_; });
+  }
+
+  // What a NaN or an infinity becomes in one step: the softmax of the row is NaN.
+  void spoil() {
+    const int64_t begin = team_.begin(chunks_) * kChunk;
+    const int64_t end = std::min(team_.end(chunks_) * kChunk, call_.vocab);
+    for (float* array : {row_.z, row_.exp_avg, row_.exp_avg_sq}) {
+      std::fill(array + begin, array + std::max(begin, end), kNaN);
+    }
+    unclean_ = true;
+    team_.meet();
+  }
+
+  const Call& call_;
+  const Passes& passes_;
+  const Row row_;
+  Partial* const partials_[2];
+  const Team team_;
+  const int64_t chunks_;
+  int64_t turn_ = 0;
+  // Of the last pass.
+  double sum_ = 0, tilt_ = 0;
+  float max_ = -kInfinity, second_ = 0;
+  bool unclean_ = false;
+};
+
+// A row with what stands on its desk: its noise, if there is any, is drawn there. The threads have
+// met when it is needed elsewhere.
+void set_desk(const Call& call, const Passes& passes, int64_t index, const Desk& desk, Team team,
+              Row& row) {
+  row.e = desk.e;
+  if (!desk.noise) return;
+  row.noise = desk.noise;
+  const int64_t chunks = call.chunks();
+  const int64_t begin = team.begin(chunks) * kChunk;
+  const int64_t end = std::min(team.end(chunks) * kChunk, call.vocab);
+  if (begin >= end) return;
+  passes.noise(call.noise_seed[index], call.noise_position[index], begin, end - begin,
+               desk.noise + begin);
+}
+
+// Steps of a row in its own place, and what they came to.
+void descend(const Call& call, const Passes& passes, int64_t index, int64_t most, const Desk& desk,
+             Team team) {
+  Row row = call.row(index);
+  set_desk(call, passes, index, desk, team, row);
+  const Outcome outcome = Descent(call, passes, row, desk, team).run(index, most);
+  team.meet();  // the others still read the steps taken
+  if (team.rank > 0) return;
+  call.steps.taken[index] += outcome.taken;
+  call.token[index] = outcome.token;
+  call.flipped[index] = outcome.flipped;
+}
+
+// Steps of a row on a copy: how many until its token moves, or `most`.
+int64_t steps_to_flip(const Call& call, const Passes& passes, int64_t index, int64_t most,
+                      const Desk& desk, Team team) {
+  Row row = call.row(index);
+  set_desk(call, passes, index, desk, team, row);
+  const int64_t chunks = call.chunks(), begin = team.begin(chunks) * kChunk;
+  const int64_t end = std::max(begin, std::min(team.end(chunks) * kChunk, call.vocab));
+  float* copy = desk.copy;
+  for (float** array : {&row.z, &row.exp_avg, &row.exp_avg_sq}) {
+    std::copy(*array + begin, *array + end, copy + begin);
+    *array = copy;
+    copy += call.vocab;
+  }
+  const Outcome outcome = Descent(call, passes, row, desk, team).run(index, most);
+  return outcome.flipped ? outcome.taken : std::numeric_limits<int64_t>::max();
+}
+
+// -- the rows
+// -----------------------------------------------------------------------------------------
+
+struct Layout {
+  int threads;  // at most
+  int sharing;  // threads that share a row; 1: each thread has rows of its own
+  int desks;
+  int64_t desk_bytes, bytes;  // bytes: 0 if they are too many
+
+  Layout(int64_t rows, int64_t vocab, int64_t iters, bool noise, bool groups, int32_t asked) {
+    threads = threads_for((Size(rows) * vocab * std::max<int64_t>(iters, 1)).or_most(),
+                          kWorkPerThread, asked);
+    const int64_t most = std::clamp<int64_t>(vocab / kTokensPerThread, 1, threads);
+    sharing = most > rows ? static_cast<int>(most) : 1;
+    desks =
+        sharing > 1 ? 1 : static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(rows, 1)));
+    const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+    desk_bytes = padded(2 * chunks * sizeof(Partial)) + padded(4 * vocab) +
+                 (noise ? padded(4 * vocab) : 0) + (groups ? padded(12 * vocab) : 0);
+    bytes = (kAlignment + Size(desks) * desk_bytes + Size(groups ? 3 * 8 : 0) * rows).or_zero();
+  }
+  static int64_t padded(int64_t size) { return (size + 63) / 64 * 64; }
+
+  Desk desk(char* workspace, int index, int64_t vocab, bool noise, bool groups) const {
+    char* at = workspace + index * desk_bytes;
+    const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+    Desk desk{};
+    desk.partials[0] = reinterpret_cast<Partial*>(at);
+    desk.partials[1] = desk.partials[0] + chunks;
+    at += padded(2 * chunks * sizeof(Partial));
+    desk.e = reinterpret_cast<float*>(at);
+    at += padded(4 * vocab);
+    if (noise) {
+      desk.noise = reinterpret_cast<float*>(at);
+      at += padded(4 * vocab);
+    }
+    if (groups) desk.copy = reinterpret_cast<float*>(at);
+    return desk;
+  }
+};
+
+// Whether the arrays of a call have a size, so that a layout of its workspace can be made.
+bool sizes_fit(int64_t rows, int64_t vocab, int64_t iters) {
+  return fits({{rows, 1}}, 24) && fits({{vocab, 1}}, 64) && fits({{iters, 1}}, 8);
+}
+
+nabla_fast_status status_of(const Call& call, const Passes& passes, int64_t index) {
+  const Row row = call.row(index);
+  float max = -kInfinity;
+  for (int64_t begin = 0; begin < call.vocab; begin += kChunk) {
+    Partial partial;
+    passes.survey(row.from(begin), std::min(kChunk, call.vocab - begin), partial);
+    if (partial.unclean) {
+      const auto is_nan = [](float z) { return std::isnan(z); };
+      return std::any_of(row.z + begin, row.z + call.vocab, is_nan) ? NABLA_FAST_ROW_NAN
+                                                                    : NABLA_FAST_ROW_INFINITE;
+    }
+    max = std::max(max, partial.max);
+  }
+  return max == -kInfinity ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
+}
+
+// Calls work(row, desk, team) for every row, on all threads that share it.
+template <typename Work>
+void each_row(const Call& call, const Layout& layout, char* workspace, const Work& work) {
+  const bool noise = call.noise_seed, groups = call.group;
+  if (layout.sharing > 1) {
+    const Desk desk = layout.desk(workspace, 0, call.vocab, noise, groups);
+#ifdef _OPENMP
+  #pragma omp parallel num_threads(layout.sharing)
+    {
+      const Team team{omp_get_thread_num(), omp_get_num_threads()};
+      for (int64_t row = 0; row < call.rows; ++row) {
+        work(row, desk, team);
+        team.meet();  // the desk is free again
+      }
+    }
+#else
+    for (int64_t row = 0; row < call.rows; ++row) work(row, desk, Team{0, 1});
+#endif
+    return;
+  }
+#pragma omp parallel for num_threads(layout.desks) schedule(dynamic) if (layout.desks > 1)
+  for (int64_t row = 0; row < call.rows; ++row) {
+#ifdef _OPENMP
+    const int rank = omp_get_thread_num();
+#else
+    const int rank = 0;
+#endif
+    work(row, layout.desk(workspace, layout.desks > 1 ? rank : 0, call.vocab, noise, groups),
+         Team{0, 1});
+  }
+}
+
+nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Layout& layout,
+                      char* workspace) {
+  const Passes& plain = passes<false>();
+  bool good = true;
+#pragma omp parallel for num_threads(layout.threads) reduction(&& : good) if (layout.threads > 1)
+  for (int64_t row = 0; row < call.rows; ++row) {
+    row_status[row] = status_of(call, plain, row);
+    good = good && row_status[row] == NABLA_FAST_OK;
+  }
+  if (!good) return NABLA_FAST_BAD_ROWS;
+
+  const Passes& mine = call.noise_seed ? passes<true>() : plain;
+  Groups groups{};
+  if (call.group) {
+    groups.order = reinterpret_cast<int64_t*>(workspace + layout.desks * layout.desk_bytes);
+    groups.leader = groups.order + call.rows;
+    groups.earliest = groups.leader + call.rows;
+    groups.sort(call.group, call.rows);
+    each_row(call, layout, workspace, [&](int64_t row, const Desk& desk, Team team) {
+      const int64_t leader = groups.leader[row];
+      if (leader < 0) return;
+      int64_t* earliest = &groups.earliest[leader];
+      const int64_t so_far = __atomic_load_n(earliest, __ATOMIC_RELAXED);
+      team.meet();  // all threads of a row must have read the same number
+      const int64_t most = std::min(call.steps.left(row), so_far);
+      const int64_t steps = steps_to_flip(call, mine, row, most, desk, team);
+      if (team.rank > 0) return;
+#pragma omp critical(nabla_fast_dto_descent_earliest)
+      if (steps < *earliest) __atomic_store_n(earliest, steps, __ATOMIC_RELAXED);
+    });
+  }
+  each_row(call, layout, workspace, [&](int64_t row, const Desk& desk, Team team) {
+    int64_t most = call.steps.left(row);
+    if (call.group && groups.leader[row] >= 0) {
+      most = std::min(most, groups.earliest[groups.leader[row]]);
+    }
+    descend(call, mine, row, most, desk, team);
+  });
+  return NABLA_FAST_OK;
+}
+
+}  // namespace
+}  // namespace nabla_fast::cpu
+
+int64_t nabla_fast_dto_descent_workspace(int64_t rows, int64_t vocab, int64_t iters, int32_t noise,
+                                         int32_t groups, int32_t num_threads) {
+  using namespace nabla_fast::cpu;
+  if (rows < 0 || vocab < 1 || iters < 0 || !sizes_fit(rows, vocab, iters)) return 0;
+  return Layout(rows, vocab, iters, noise, groups, num_threads).bytes;
+}
+
+nabla_fast_status nabla_fast_dto_descent(
+    float* z, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t* step, int64_t rows,
+    int64_t vocab, int64_t z_stride, int64_t grad_stride, int64_t exp_avg_stride,
+    int64_t exp_avg_sq_stride, const double* schedule, int64_t iters, int64_t schedule_stride,
+    const int64_t* until, const int64_t* group, double tau, const int64_t* noise_seed,
+    const int64_t* noise_position, int64_t* token, uint8_t* flipped, nabla_fast_status* row_status,
+    void* workspace, int64_t workspace_bytes, int32_t num_threads) {
+  using namespace nabla_fast::cpu;
+  if (rows < 0 || vocab < 1 || iters < 0) return NABLA_FAST_INVALID_SHAPE;
+  if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
+  if (rows == 0) return NABLA_FAST_OK;
+  if (!sizes_fit(rows, vocab, iters) || !fits({{rows, schedule_stride}, {iters, 1}}, 8))
+    return NABLA_FAST_TOO_LARGE;
+  for (const int64_t stride : {z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride})
+    if (!fits({{rows, stride}, {vocab, 1}}, 4)) return NABLA_FAST_TOO_LARGE;
+  const Layout layout(rows, vocab, iters, noise_seed, group, num_threads);
+  if (layout.bytes == 0) return NABLA_FAST_TOO_LARGE;
+  if (!z || !grad || !exp_avg || !exp_avg_sq || !step || !token || !flipped || !row_status ||
+      !workspace || (iters > 0 && !schedule) || !noise_seed != !noise_position) {
+    return NABLA_FAST_INVALID_POINTER;
+  }
+  const Steps steps{step, schedule, iters, schedule_stride, until};
+  if (!steps.valid(rows)) return NABLA_FAST_INVALID_STEPS;
+  if (workspace_bytes < layout.bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
+  const Call call{z,     grad,     exp_avg,     exp_avg_sq,     rows,
+                  vocab, z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride,
+                  steps, group,    tau,         noise_seed,     noise_position,
+                  token, flipped};
+  return run(call, row_status, layout, aligned(workspace));
+}

@@ -1,0 +1,285 @@
+// A tile of the head at a time: logits of all rows, their exponentials, and both sums over the
+// tile's rows while these are still in a cache. Rows lie side by side in vectors.
+
+#include "ops/dto_descent_latents_pass.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "base/isa.h"
+#include "gemm/amx.h"
+#include "gemm/vocab_tiles.h"
+#include "gemm/weighted_sums.h"
+#include "simd/gumbel.h"
+#include "simd/vec.h"
+
+namespace nabla_fast::cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Exponentials stand multiplied by 2^kPower, so that the smallest ones that a float32 softmax has,
+// and what they are multiplied by, are no numbers below 2^-126: these have fewer digits, and
+// arithmetic with them is many times slower.
+constexpr int kPower = 24;
+// exp of anything lower counts as 0.
+constexpr float kLowest = -103.9f;
+
+// What exists of a tile at a time: [tokens, lanes] but for the noise, [rows, tokens].
+struct Tile {
+  alignas(64) float y[kTileTokens * kPassRows];
+  alignas(64) float grad[kTileTokens * kPassRows];
+  alignas(64) float noise[kPassRows * kTileTokens];
+  // Of e and e (G - c), side by side; vectors are stored past the last of them.
+  alignas(64) float weights[(kTileTokens + 1) * kGroupRows];
+  alignas(64) float top[kPassRows];  // largest y of the tile
+  alignas(64) float max[kPassRows];  // of the segment so far
+  alignas(64) float centre[kPassRows];
+  alignas(64) float sum[kPassRows];
+  alignas(64) float tilt[kPassRows];
+};
+
+// out[t * lanes + r] = from[r][t], or += it.
+template <int W, bool kAdd>
+NABLA_FAST_INLINE void turn_over(const float* const (&from)[kPassRows], int rows, int lanes,
+                                 int tokens, float* out) {
+  for (int r = 0; r < rows; r += W) {
+    for (int t = 0; t < tokens; t += W) {
+      const int some = std::min(W, tokens - t);
+      Floats<W> x[W];
+      for (int i = 0; i < W; ++i) {
+        x[i] = Floats<W>{};
+        if (r + i >= rows) continue;
+        if (some == W)
+          x[i] = load<W>(from[r + i] + t);
+        else
+          std::memcpy(&x[i], from[r + i] + t, sizeof(float) * static_cast<size_t>(some));
+      }
+      transpose<W>(x);
+      for (int i = 0; i < some; ++i) {
+        float* const to = out + (t + i) * lanes + r;
+        store<W>(to, kAdd ? load<W>(to) + x[i] : x[i]);
+      }
+    }
+  }
+}
+
+template <int W>
+NABLA_FAST_INLINE void add_noise(const Pass& pass, int64_t token, int tokens, Tile& tile) {
+  const float* noise[kPassRows];
+  for (int r = 0; r < pass.rows.rows; ++r) {
+    noise[r] = tile.noise + r * kTileTokens;
+    gumbel_noise<W / 2>(pass.row[r].seed, pass.row[r].position, token, tokens,
+                        tile.noise + r * kTileTokens);
+  }
+  turn_over<W, true>(noise, pass.rows.rows, pass.rows.lanes(), tokens, tile.y);
+}
+
+// Largest y of each row; whether one is NaN.
+template <int W>
+NABLA_FAST_INLINE bool survey(int rows, int lanes, int tokens, Tile& tile) {
+  Ints<W> nan = {};
+  for (int r = 0; r < rows; r += W) {
+    Floats<W> top = splat<W>(-kInfinity);
+    for (int t = 0; t < tokens; ++t) {
+      const Floats<W> y = load<W>(tile.y + t * lanes + r);
+      top = y > top ? y : top;
+      nan |= y != y;
+    }
+    store<W>(tile.top + r, top);
+  }
+  return any_lane<W>(nan);
+}
+
+void note_nan(int rows, int lanes, int64_t token, int tokens, const Tile& tile, Found* found) {
+  for (int r = 0; r < rows; ++r)
+    for (int t = 0; t < tokens && found[r].nan < 0; ++t)
+      if (std::isnan(tile.y[t * lanes + r])) found[r].nan = token + t;
+}
+
+// A row's maximum has moved to `token`, and what was summed so far is no longer relative to it.
+NABLA_FAST_INLINE void rise(const PassRow& row, float top, int64_t token, float inverse_tau,
+                            Found& found, float* plain, float* tilted, int64_t width) {
+  const float drop = (found.max - top) * inverse_tau;
+  const double scale = drop > kLowest ? std::exp(static_cast<double>(drop)) : 0.0;
+  const float centre = row.centred ? row.centre : row.grad[token];
+  const float shift = row.centred ? 0.0f : found.centre - centre;
+  found.max = top;
+  found.token = token;
+  found.centre = centre;
+  if (scale == 0) {
+    // Not by multiplication: G may be infinite where p is 0.
+    found.sum = found.tilt = 0;
+    if (plain) std::fill_n(plain, width, 0.0f);
+    if (tilted) std::fill_n(tilted, width, 0.0f);
+    return;
+  }
+  found.tilt = scale * (found.tilt + static_cast<double>(shift) * found.sum);
+  found.sum *= scale;
+  if (!plain) return;
+  for (int64_t k = 0; k < width; ++k) {
+    tilted[k] = static_cast<float>(scale * (tilted[k] + shift * plain[k]));
+    plain[k] = static_cast<float>(scale * plain[k]);
+  }
+}
+
+// The weights of both mixes, and their sums over the tile. stride: between tokens.
+template <int W>
+NABLA_FAST_INLINE void weigh(int rows, int lanes, int tokens, float inverse_tau, int stride,
+                             Tile& tile) {
+  const Floats<W> zero = {};
+  // From the last vector to the first and from the first token to the last, so that what vectors
+  // hold behind the last row is written over.
+  for (int r = (rows - 1) / W * W; r >= 0; r -= W) {
+    const Floats<W> max = load<W>(tile.max + r), centre = load<W>(tile.centre + r);
+    Floats<W> sum = {}, tilt = {};
+    for (int t = 0; t < tokens; ++t) {
+      const Floats<W> x = (load<W>(tile.y + t * lanes + r) - max) * inverse_tau;
+      const Floats<W> g = load<W>(tile.grad + t * lanes + r) - centre;
+      const Floats<W> e = x > kLowest ? vec_exp_normal<W, kPower>(x) : zero;
+      const Floats<W> tilted = x > kLowest ? e * g : zero;  // G may be infinite where p is 0
+      store<W>(tile.weights + t * stride + r, e);
+      store<W>(tile.weights + t * stride + rows + r, tilted);
+      sum += e;
+      tilt += tilted;
+    }
+    store<W>(tile.sum + r, sum);
+    store<W>(tile.tilt + r, tilt);
+  }
+}
+
+template <int W>
+NABLA_FAST_INLINE void segment(const Pass& pass, int64_t first, int64_t last, Found* found,
+                               float* mixes) {
+  const int rows = pass.rows.rows, lanes = pass.rows.lanes(), stride = lanes_of(2 * rows);
+  const int64_t width = padded(pass.head.width);
+  Tile tile;
+  for (float* array : {tile.weights, tile.max, tile.centre})
+    std::fill_n(array, array == tile.weights ? (kTileTokens + 1) * kGroupRows : kPassRows, 0.0f);
+  if (mixes) std::fill_n(mixes, mix_floats(rows, pass.head.width), 0.0f);
+  for (int r = 0; r < rows; ++r) found[r] = {0, 0, -kInfinity, 0, first, -1};
+  for (int64_t token = first; token < last; token += kTileTokens) {
+    const int tokens = static_cast<int>(std::min<int64_t>(kTileTokens, last - token));
+    products(pass.rows, pass.head.from(token), tokens, false, tile.y);
+    if (pass.noise) add_noise<W>(pass, token, tokens, tile);
+    if (survey<W>(rows, lanes, tokens, tile)) note_nan(rows, lanes, token, tokens, tile, found);
+    for (int r = 0; r < rows; ++r) {
+      if (!(tile.top[r] > found[r].max)) continue;
+      int t = 0;
+      while (tile.y[t * lanes + r] != tile.top[r]) ++t;
+      float* const plain = mixes ? mixes + r * width : nullptr;
+      float* const tilted = mixes ? mixes + (rows + r) * width : nullptr;
+      rise(pass.row[r], tile.top[r], token + t, pass.inverse_tau, found[r], plain, tilted, width);
+      tile.max[r] = found[r].max;
+      tile.centre[r] = found[r].centre;
+    }
+    if (!mixes) continue;
+    const float* grad[kPassRows];
+    for (int r = 0; r < rows; ++r) grad[r] = pass.row[r].grad + token;
+    turn_over<W, false>(grad, rows, lanes, tokens, tile.grad);
+    weigh<W>(rows, lanes, tokens, pass.inverse_tau, stride, tile);
+    for (int r = 0; r < rows; ++r) {
+      found[r].sum += tile.sum[r];
+      found[r].tilt += tile.tilt[r];
+    }
+    // The tile behind the next one, which products() has fetched, and has more time for it.
+    const Table tile_of_head = pass.head.from(token);
+    const Ahead ahead{static_cast<const char*>(pass.head.from(token + 2 * tokens).data)};
+    if (pass.rows.terms)
+      mix_amx(tile.weights, stride, 2 * rows, tile_of_head, tokens, mixes, ahead);
+    else
+      straight_mix<W, 4>(tile.weights, stride, 2 * rows, tile_of_head, tokens, mixes, ahead);
+  }
+}
+
+// gradient[k] = sum_s scale_s (tilted_s[k] + offset_s plain_s[k]), for all columns.
+struct Share {
+  double scale, offset;
+  const float* plain;
+  const float* tilted;
+};
+
+NABLA_FAST_INLINE void add_shares(const Share* shares, int count, int64_t width, float* gradient) {
+  constexpr int kColumns = 16;  // rows of a mix have room for a multiple of it
+  for (int64_t column = 0; column < width; column += kColumns) {
+    double total[kColumns] = {};
+    for (const Share* share = shares; share < shares + count; ++share) {
+      const float* const plain = share->plain + column;
+      const float* const tilted = share->tilted + column;
+      for (int k = 0; k < kColumns; ++k)
+        total[k] += share->scale * (tilted[k] + share->offset * plain[k]);
+    }
+    const int64_t columns = std::min<int64_t>(kColumns, width - column);
+    for (int64_t k = 0; k < columns; ++k) gradient[column + k] = static_cast<float>(total[k]);
+  }
+}
+
+// The two for one instruction set.
+struct Kernels {
+  void (*segment)(const Pass&, int64_t, int64_t, Found*, float*);
+  void (*add_shares)(const Share*, int, int64_t, float*);
+};
+
+#define NABLA_FAST_KERNELS(NAME, TARGET, W)                                                       \
+  TARGET void segment_##NAME(const Pass& pass, int64_t first, int64_t last, Found* found,         \
+                             float* mixes) {                                                      \
+    segment<W>(pass, first, last, found, mixes);                                                  \
+  }                                                                                               \
+  TARGET void add_shares_##NAME(const Share* shares, int count, int64_t width, float* gradient) { \
+    add_shares(shares, count, width, gradient);                                                   \
+  }                                                                                               \
+  constexpr Kernels kKernels_##NAME{segment_##NAME, add_shares_##NAME};
+
+NABLA_FAST_KERNELS(baseline, , 4)
+NABLA_FAST_KERNELS(avx2, NABLA_FAST_TARGET_AVX2, 8)
+NABLA_FAST_KERNELS(avx512, NABLA_FAST_TARGET_AVX512, 16)
+#undef NABLA_FAST_KERNELS
+
+const Kernels& kernels() {
+  return *select_isa(&kKernels_baseline, &kKernels_avx2, &kKernels_avx512);
+}
+
+}  // namespace
+
+void pass_segment(const Pass& pass, int64_t first, int64_t last, Found* found, float* mix) {
+  kernels().segment(pass, first, last, found, mix);
+}
+
+Passed join_segments(const Found* found, const float* mix, int64_t segments, int rows, int index,
+                     int64_t width, double tau, float* gradient) {
+  const auto of = [&](int64_t s) -> const Found& { return found[s * rows + index]; };
+  int64_t best = 0, nan = -1;
+  for (int64_t s = 0; s < segments; ++s) {
+    if (of(s).max > of(best).max) best = s;
+    if (nan < 0) nan = of(s).nan;
+  }
+  Passed passed{of(best).max, nan < 0 ? of(best).token : nan, nan >= 0, 0};
+  if (!gradient) return passed;
+  const float centre = of(best).centre;
+  Share shares[kMostSegments];
+  int count = 0;
+  double sum = 0, tilt = 0;
+  for (int64_t s = 0; s < segments; ++s) {
+    const double drop = (static_cast<double>(of(s).max) - of(best).max) / tau;
+    if (!(drop > kLowest)) continue;
+    // Equal centres may be infinite, and their difference NaN.
+    const double shift = of(s).centre == centre ? 0.0 : static_cast<double>(of(s).centre) - centre;
+    const double scale = std::exp(drop);
+    sum += scale * of(s).sum;
+    tilt += scale * (of(s).tilt + shift * of(s).sum);
+    const float* const plain = mix + s * mix_floats(rows, width) + index * padded(width);
+    shares[count++] = {scale, shift, plain, plain + rows * padded(width)};
+  }
+  passed.mean = tilt / sum;
+  for (int n = 0; n < count; ++n) {
+    shares[n].scale /= sum * tau;
+    shares[n].offset -= passed.mean;
+  }
+  kernels().add_shares(shares, count, width, gradient);
+  return passed;
+}
+
+}  // namespace nabla_fast::cpu

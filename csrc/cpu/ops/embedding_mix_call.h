@@ -1,0 +1,119 @@
+// What the mixes share: the checks of a call, and its rows in groups that share a pass over tables.
+#ifndef NABLA_FAST_CPU_OPS_EMBEDDING_MIX_CALL_H_
+#define NABLA_FAST_CPU_OPS_EMBEDDING_MIX_CALL_H_
+
+#include <algorithm>
+#include <cstdint>
+
+#include "base/check.h"
+#include "gemm/vocab_tiles.h"
+#include "nabla_fast.h"
+#include "softmax/logit_rows.h"
+#include "softmax/relaxed_tiles.h"
+
+namespace nabla_fast::cpu {
+
+// A vocabulary is cut into segments by position alone; their sums are joined in order.
+constexpr int64_t kSegment = 2048;
+
+inline int64_t mix_segments(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
+
+// OK, or why the call is refused before its outputs are looked at.
+nabla_fast_status check_mix(const nabla_fast_mix* inputs);
+
+// Whether a matrix can be read: OK where it has `rows` rows that memory has room for.
+nabla_fast_status check_matrix(const nabla_fast_table& matrix, int64_t rows);
+
+inline bool is_linear(const nabla_fast_mix& call) { return call.logits.data == nullptr; }
+
+inline NoiseKeys keys_from(const nabla_fast_mix& call, int64_t row) {
+  if (!call.noise_seed) return {nullptr, nullptr};
+  return {call.noise_seed + row, call.noise_position + row};
+}
+
+// Cotangents of a group's mixes, ready for products with the tables.
+class Cotangents {
+ public:
+  // `memory`: bytes(call) of it, aligned.
+  Cotangents(const nabla_fast_mix& call, const nabla_fast_table* cotangents,
+             const nabla_fast_table* direct, char* memory)
+      : call_(call), cotangents_(cotangents), direct_(direct), memory_(memory) {}
+
+  static Size bytes(const nabla_fast_mix& call);
+
+  // Turns to rows [first, first + rows).
+  void pack(int64_t first, int rows);
+
+  // G of tokens [token, token + tokens): [tokens, lanes].
+  void gradient(int64_t token, int tokens, float* grad) const;
+
+ private:
+  PackedRows* packed() const { return reinterpret_cast<PackedRows*>(memory_); }
+
+  const nabla_fast_mix& call_;
+  const nabla_fast_table* cotangents_;
+  const nabla_fast_table* direct_;
+  char* memory_;
+  int64_t first_ = 0;
+  int rows_ = 0;
+};
+
+// OK, or why cotangents [table_count] and a direct gradient do not go with a call.
+nabla_fast_status check_cotangents(const nabla_fast_mix& call, const nabla_fast_table* cotangents,
+                                   const nabla_fast_table* direct);
+
+// At most kGroupRows rows of a call.
+struct Group {
+  const nabla_fast_mix& call;
+  int64_t first;
+  int rows;
+  PackedRows hidden;  // where the logits are products
+
+  // `memory`: hidden_bytes(call) of it, aligned.
+  Group(const nabla_fast_mix& call, int64_t first, char* memory)
+      : call(call),
+        first(first),
+        rows(static_cast<int>(std::min<int64_t>(kGroupRows, call.rows - first))),
+        hidden{} {
+    if (is_linear(call))
+      hidden =
+          pack_rows(table_of(call.hidden, call.rows).from(first), rows, call.head.dtype, memory);
+  }
+
+  static Size hidden_bytes(const nabla_fast_mix& call) {
+    return is_linear(call) ? packed_bytes(call.head.width) : Size(0);
+  }
+  // Of a group's rows as products() takes them.
+  static Size packed_bytes(int64_t width) {
+    return ((Size(width) + 31) * (6 * kGroupRows) + kAlignment).rounded_up(kAlignment);
+  }
+
+  // The y of tokens [token, token + tokens).
+  void load(int64_t token, int tokens, float* y) const {
+    if (is_linear(call))
+      products(hidden, table_of(call.head, call.vocab).from(token), tokens, false, y);
+    else
+      load_tile(table_of(call.logits, call.rows).from(first), rows, token, tokens, y);
+    const NoiseKeys keys = keys_from(call, first);
+    if (keys.seed) add_noise(keys, rows, token, tokens, y);
+  }
+};
+
+// Calls visit(token, tokens) for each tile of a segment.
+template <typename Visit>
+void each_tile(int64_t segment, int64_t vocab, const Visit& visit) {
+  const int64_t end = std::min(vocab, (segment + 1) * kSegment);
+  for (int64_t token = segment * kSegment; token < end; token += kTileTokens)
+    visit(token, static_cast<int>(std::min<int64_t>(kTileTokens, end - token)));
+}
+
+// What a row that showed `top` is, when all of it has been seen.
+inline nabla_fast_status status_of(const Tops& tops, int row) {
+  if (tops.unclean[row] & kHasNaN) return NABLA_FAST_ROW_NAN;
+  if (tops.unclean[row]) return NABLA_FAST_ROW_INFINITE;
+  return tops.token[row] < 0 ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
+}
+
+}  // namespace nabla_fast::cpu
+
+#endif  // NABLA_FAST_CPU_OPS_EMBEDDING_MIX_CALL_H_

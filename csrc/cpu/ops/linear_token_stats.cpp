@@ -1,0 +1,193 @@
+// nabla_fast_linear_token_stats: one pass over the head, by tiles of logits.
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "base/check.h"
+#include "base/isa.h"
+#include "gemm/row_pass.h"
+#include "nabla_fast.h"
+#include "simd/vec.h"
+#include "softmax/log_sum_exp.h"
+#include "softmax/token_sums.h"
+
+namespace nabla_fast::cpu {
+namespace {
+
+// TokenSums of a group of rows over the tokens of a segment so far.
+struct LaneSums {
+  float max[kGroupRows];
+  int32_t nan[kGroupRows];
+  int64_t argmax[kGroupRows];
+  double at_max[kGroupRows], sum_exp[kGroupRows], sum_d_exp[kGroupRows];
+
+  void clear(int lanes) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      nan[lane] = 0;
+      set(lane, TokenSums{});
+    }
+  }
+  TokenSums lane(int lane) const {
+    TokenSums sums;
+    sums.max = max[lane];
+    sums.status = nan[lane]                ? NABLA_FAST_ROW_NAN
+                  : max[lane] == kInfinity ? NABLA_FAST_ROW_INFINITE
+                                           : NABLA_FAST_OK;
+    sums.argmax = argmax[lane];
+    sums.at_max = at_max[lane];
+    sums.sum_exp = sum_exp[lane];
+    sums.sum_d_exp = sum_d_exp[lane];
+    return sums;
+  }
+  void set(int lane, const TokenSums& sums) {
+    max[lane] = sums.max;
+    argmax[lane] = sums.argmax;
+    at_max[lane] = sums.at_max;
+    sum_exp[lane] = sums.sum_exp;
+    sum_d_exp[lane] = sums.sum_d_exp;
+  }
+};
+
+// The maximum of a lane has risen to that of the tile whose first token is `token`.
+void rise(const float* z, int lanes, int lane, int64_t token, float before, const Tau& tau,
+          LaneSums& sums) {
+  const float max = sums.max[lane];
+  TokenSums risen;
+  // What is relative to -inf or +inf is nothing.
+  if (before > -kInfinity && max < kInfinity) {
+    sums.max[lane] = before;
+    risen = lowered(sums.lane(lane), max, tau.value);
+  }
+  risen.max = max;
+  risen.argmax = token;
+  for (const float* x = z + lane; *x != max; x += lanes) ++risen.argmax;
+  sums.set(lane, risen);
+}
+
+// One tile more, whose number of tokens kChains divides.
+template <int W>
+NABLA_FAST_INLINE void add_sums(const float* z, int lanes, int tokens, int64_t token,
+                                const Tau& tau, LaneSums& sums) {
+  for (int lane = 0; lane < lanes; lane += W) {
+    float before[W];
+    store<W>(before, load<W>(sums.max + lane));
+    if (raise_max<W>(z + lane, lanes, tokens, sums.max + lane, sums.nan + lane)) {
+      for (int n = lane; n < lane + W; ++n)
+        if (sums.max[n] > before[n - lane]) rise(z, lanes, n, token, before[n - lane], tau, sums);
+    }
+    const Floats<W> base = exponent_base<W>(sums.max + lane);
+    Floats<W> at_max = {}, sum_exp[kChains] = {}, sum_d_exp[kChains] = {};
+    for (int t = 0; t < tokens; t += kChains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) {
+        const Floats<W> d = load<W>(z + (t + c) * lanes + lane) - base;
+        const Mask<W> counts = above<W>(d, tau.lowest), top = at_least<W>(d, 0.0f);
+        const Floats<W> e = vec_exp2<W>(counts, d, tau.inverse_high, tau.inverse_low);
+        at_max = select<W>(top, at_max + 1.0f, at_max);
+        sum_exp[c] = select<W>(top, sum_exp[c], sum_exp[c] + e);
+        sum_d_exp[c] = select<W>(counts, sum_d_exp[c] + d * e, sum_d_exp[c]);
+      }
+    }
+    const Floats<W> e = (sum_exp[0] + sum_exp[1]) + (sum_exp[2] + sum_exp[3]);
+    const Floats<W> d_e = (sum_d_exp[0] + sum_d_exp[1]) + (sum_d_exp[2] + sum_d_exp[3]);
+    for (int n = 0; n < W; ++n) {
+      sums.at_max[lane + n] += static_cast<double>(at_max[n]);
+      sums.sum_exp[lane + n] += static_cast<double>(e[n]);
+      sums.sum_d_exp[lane + n] += static_cast<double>(d_e[n]);
+    }
+  }
+}
+
+using AddSums = void(const float*, int, int, int64_t, const Tau&, LaneSums&);
+
+void add_sums_baseline(const float* z, int lanes, int tokens, int64_t token, const Tau& tau,
+                       LaneSums& sums) {
+  add_sums<4>(z, lanes, tokens, token, tau, sums);
+}
+NABLA_FAST_TARGET_AVX2 void add_sums_avx2(const float* z, int lanes, int tokens, int64_t token,
+                                          const Tau& tau, LaneSums& sums) {
+  add_sums<8>(z, lanes, tokens, token, tau, sums);
+}
+NABLA_FAST_TARGET_AVX512 void add_sums_avx512(const float* z, int lanes, int tokens, int64_t token,
+                                              const Tau& tau, LaneSums& sums) {
+  add_sums<16>(z, lanes, tokens, token, tau, sums);
+}
+
+Factors factors_of(const nabla_fast_table& hidden, int64_t rows, const nabla_fast_table& head,
+                   int64_t vocab) {
+  return {hidden, head, nullptr, nullptr, 1, rows, vocab};
+}
+
+nabla_fast_status check(const nabla_fast_table* hidden, int64_t rows, const nabla_fast_table* head,
+                        int64_t vocab) {
+  if (!hidden || !head) return NABLA_FAST_INVALID_POINTER;
+  if (rows < 0 || vocab < 1) return NABLA_FAST_INVALID_SHAPE;
+  return check_factors(factors_of(*hidden, rows, *head, vocab), rows, vocab);
+}
+
+Size sums_bytes(int64_t rows, int64_t vocab) {
+  return Size(segments_of(vocab)) * groups_of(rows) * sizeof(LaneSums);
+}
+
+void linear_token_stats(const Factors& factors, int64_t rows, int64_t vocab, const Tau& tau,
+                        const Outputs& outputs, char* memory, int32_t num_threads) {
+  AddSums* const add = select_isa(add_sums_baseline, add_sums_avx2, add_sums_avx512);
+  const int64_t segments = segments_of(vocab);
+  const int threads = pass_threads(rows, vocab, factors, num_threads);
+  auto* const sums = reinterpret_cast<LaneSums*>(memory + RowPass::bytes(rows, factors).or_zero());
+
+  for (int64_t first = 0; first < rows; first += kPassRows) {
+    const int64_t some = std::min(kPassRows, rows - first);
+    const RowPass pass(factors, first, some, memory);
+    const int groups = pass.groups();
+    each_tile(vocab, groups, threads, [&](int64_t segment, int group, int64_t token, int tokens) {
+      alignas(64) float z[kTileTokens * kGroupRows];
+      const int lanes = pass.lanes_of(group);
+      LaneSums& mine = sums[segment * groups + group];
+      if (token == segment * kSegmentTokens) mine.clear(lanes);
+      pass.product(0, group, token, tokens, false, z);
+      add(z, lanes, whole_chains(z, lanes, tokens), token, tau, mine);
+    });
+    for (int row = 0; row < some; ++row) {
+      TokenSums joint;
+      for (int64_t s = 0; s < segments; ++s)
+        joint =
+            joined(joint, sums[s * groups + row / kGroupRows].lane(row % kGroupRows), tau.value);
+      outputs.write(first + row, joint, tau);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nabla_fast::cpu
+
+int64_t nabla_fast_linear_token_stats_workspace(const nabla_fast_table* hidden, int64_t rows,
+                                                const nabla_fast_table* head, int64_t vocab) {
+  using namespace nabla_fast::cpu;
+  if (check(hidden, rows, head, vocab) != NABLA_FAST_OK) return 0;
+  const Factors factors = factors_of(*hidden, rows, *head, vocab);
+  return (RowPass::bytes(rows, factors) + sums_bytes(rows, vocab) + kAlignment).or_zero();
+}
+
+nabla_fast_status nabla_fast_linear_token_stats(const nabla_fast_table* hidden, int64_t rows,
+                                                const nabla_fast_table* head, int64_t vocab,
+                                                double tau, float* logsumexp, float* confidence,
+                                                float* entropy, int64_t* argmax,
+                                                nabla_fast_status* row_status, void* workspace,
+                                                int64_t workspace_bytes, int32_t num_threads) {
+  using namespace nabla_fast::cpu;
+  if (const nabla_fast_status wrong = check(hidden, rows, head, vocab)) return wrong;
+  if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
+  if (rows == 0) return NABLA_FAST_OK;
+  if (!fits({{rows, 1}}, sizeof(int64_t))) return NABLA_FAST_TOO_LARGE;
+  if (!logsumexp || !confidence || !entropy || !argmax || !row_status || !workspace)
+    return NABLA_FAST_INVALID_POINTER;
+  const int64_t bytes = nabla_fast_linear_token_stats_workspace(hidden, rows, head, vocab);
+  if (bytes == 0) return NABLA_FAST_TOO_LARGE;
+  if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
+  linear_token_stats(factors_of(*hidden, rows, *head, vocab), rows, vocab, Tau(tau),
+                     {logsumexp, confidence, entropy, argmax, row_status}, aligned(workspace),
+                     num_threads);
+  return NABLA_FAST_OK;
+}

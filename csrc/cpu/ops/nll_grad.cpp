@@ -1,0 +1,222 @@
+// nabla_fast_nll_grad: the gradient of a linear cross-entropy with respect to its hidden states.
+// The vocabulary passes through in blocks; of the logits, one block of one group of rows exists at
+// a time.
+//
+// The vocabulary is cut into segments, by position alone. A segment keeps for each row the largest
+// logit so far, the sum of exponentials under it and their sum times the head's rows; segments are
+// joined from left to right, whoever computed them. The target's own term is left out of both sums
+// and joined at the end, where 1 - p would be lost to rounding.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "base/check.h"
+#include "base/isa.h"
+#include "base/threads.h"
+#include "gemm/add_weighted_rows.h"
+#include "gemm/dot_products.h"
+#include "nabla_fast.h"
+#include "simd/vec_exp.h"
+
+namespace nabla_fast::cpu {
+namespace {
+
+constexpr int64_t kSegment = 8192;
+// Rows that a pass over the head serves, tokens whose logits exist at once, and the rows of a group
+// whose hidden states stay in the first-level cache.
+constexpr int64_t kGroup = 64;
+constexpr int64_t kBlock = 64;
+constexpr int64_t kRowBlock = 16;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+int64_t segments_of(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
+
+// What a segment found out about a group of rows.
+struct Part {
+  float* max;     // [rows]
+  float* sum;     // [rows] of exp(logit - max), the target's left out
+  float* target;  // [rows] its logit, if it lies in the segment
+  float*
+      mix;  // [rows, mix_stride_of(width)] sum of exp(logit - max) times the head's row, likewise
+
+  static int64_t floats(int64_t rows, int64_t width) { return rows * (3 + mix_stride_of(width)); }
+
+  Part(float* memory, int64_t rows)
+      : max(memory), sum(memory + rows), target(memory + 2 * rows), mix(memory + 3 * rows) {}
+};
+
+// Tokens [first, last) for the rows of `p`, at most kGroup.
+template <typename T>
+NABLA_FAST_INLINE void segment(const Product& p, const int64_t* targets, int64_t first,
+                               int64_t last, Part part) {
+  int64_t width = mix_stride_of(p.width);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    part.max[r] = -kInfinity;
+    part.sum[r] = 0;
+    part.target[r] = -kInfinity;
+  }
+  std::fill_n(part.mix, p.rows * width, 0.0f);
+  float z[kGroup * kBlock];
+  for (int64_t block = first; block < last; block += kBlock) {
+    int tokens = static_cast<int>(std::min(kBlock, last - block));
+    for (int64_t row = 0; row < p.rows; row += kRowBlock) {
+      int64_t end = std::min(p.rows, row + kRowBlock);
+      for (int t = 0; t < tokens; t += kTileTokens) {
+        int count = std::min(kTileTokens, tokens - t);
+        float* out = z + row * kBlock + t;
+        if (row == 0)
+          product_column<true, T>(p, row, end, block + t, count, out, kBlock);
+        else
+          product_column<false, T>(p, row, end, block + t, count, out, kBlock);
+      }
+    }
+    for (int64_t r = 0; r < p.rows; ++r) {
+      float* row = z + r * kBlock;
+      int64_t target = targets[r] - block;
+      bool here = target >= 0 && target < tokens;
+      if (here) part.target[r] = row[target];
+      float top = part.max[r];
+      for (int t = 0; t < tokens; ++t) top = row[t] > top ? row[t] : top;
+      if (top > part.max[r]) {
+        float scale = vec_exp(part.max[r] - top);
+        part.sum[r] *= scale;
+        for (int64_t k = 0; k < width; ++k) part.mix[r * width + k] *= scale;
+        part.max[r] = top;
+      }
+      // A row of -inf alone so far: its differences would be NaN.
+      float shift = top > -kInfinity ? top : 0.0f;
+      for (int t = 0; t < tokens; ++t) row[t] = vec_exp(row[t] - shift);
+      if (here) row[target] = 0;
+      float sum = 0;
+      for (int t = 0; t < tokens; ++t) sum += row[t];
+      part.sum[r] += sum;
+    }
+    const T* head = static_cast<const T*>(p.head) + block * p.head_stride;
+    add_mix<T>(z, kBlock, p.rows, tokens, head, p.head_stride, p.width, part.mix, width);
+  }
+}
+
+using Segment = void(const Product&, const int64_t*, int64_t, int64_t, Part);
+
+void f32_baseline(const Product& p, const int64_t* y, int64_t a, int64_t b, Part part) {
+  segment<float>(p, y, a, b, part);
+}
+NABLA_FAST_TARGET_AVX2 void f32_avx2(const Product& p, const int64_t* y, int64_t a, int64_t b,
+                                     Part part) {
+  segment<float>(p, y, a, b, part);
+}
+NABLA_FAST_TARGET_AVX512 void f32_avx512(const Product& p, const int64_t* y, int64_t a, int64_t b,
+                                         Part part) {
+  segment<float>(p, y, a, b, part);
+}
+void bf16_baseline(const Product& p, const int64_t* y, int64_t a, int64_t b, Part part) {
+  segment<uint16_t>(p, y, a, b, part);
+}
+NABLA_FAST_TARGET_AVX2 void bf16_avx2(const Product& p, const int64_t* y, int64_t a, int64_t b,
+                                      Part part) {
+  segment<uint16_t>(p, y, a, b, part);
+}
+NABLA_FAST_TARGET_AVX512 void bf16_avx512(const Product& p, const int64_t* y, int64_t a, int64_t b,
+                                          Part part) {
+  segment<uint16_t>(p, y, a, b, part);
+}
+
+float element(const Product& p, nabla_fast_dtype dtype, int64_t token, int64_t k) {
+  int64_t index = token * p.head_stride + k;
+  if (dtype == NABLA_FAST_FLOAT32) return static_cast<const float*>(p.head)[index];
+  return bits_float(static_cast<int32_t>(
+      static_cast<uint32_t>(static_cast<const uint16_t*>(p.head)[index]) << 16));
+}
+
+// One row's parts, from left to right.
+nabla_fast_status join(const Product& p, nabla_fast_dtype dtype, int64_t target, float* memory,
+                       int64_t segments, int64_t row, float* out) {
+  int64_t width = mix_stride_of(p.width), floats = Part::floats(p.rows, p.width);
+  float top = -kInfinity, target_logit = -kInfinity;
+  bool nan = false;
+  for (int64_t s = 0; s < segments; ++s) {
+    Part part(memory + s * floats, p.rows);
+    nan = nan || part.sum[row] != part.sum[row] || part.target[row] != part.target[row];
+    top = std::max(top, part.max[row]);
+    if (target / kSegment == s) target_logit = part.target[row];
+  }
+  nabla_fast_status status = NABLA_FAST_OK;
+  if (top == kInfinity)
+    status = NABLA_FAST_ROW_INFINITE;
+  else if (nan)
+    status = NABLA_FAST_ROW_NAN;
+  else if (top == -kInfinity)
+    status = NABLA_FAST_ROW_ALL_MASKED;
+  if (status != NABLA_FAST_OK) {
+    for (int64_t k = 0; k < p.width; ++k) out[k] = std::numeric_limits<float>::quiet_NaN();
+    return status;
+  }
+  double rest = 0;
+  for (int64_t k = 0; k < p.width; ++k) out[k] = 0;
+  for (int64_t s = 0; s < segments; ++s) {
+    Part part(memory + s * floats, p.rows);
+    double scale = std::exp(static_cast<double>(part.max[row]) - top);
+    rest += scale * part.sum[row];
+    for (int64_t k = 0; k < p.width; ++k)
+      out[k] += static_cast<float>(scale) * part.mix[row * width + k];
+  }
+  double inverse = 1 / (rest + std::exp(static_cast<double>(target_logit) - top));
+  for (int64_t k = 0; k < p.width; ++k)
+    out[k] = static_cast<float>((out[k] - rest * element(p, dtype, target, k)) * inverse);
+  return NABLA_FAST_OK;
+}
+
+}  // namespace
+}  // namespace nabla_fast::cpu
+
+extern "C" int64_t nabla_fast_nll_grad_workspace(int64_t rows, int64_t vocab, int64_t width) {
+  using namespace nabla_fast::cpu;
+  if (rows < 0 || vocab < 1 || width < 0 || !fits({{vocab, 1}, {width, 1}}, 4)) return 0;
+  const Size floats = Size(segments_of(vocab)) * Part::floats(std::min(rows, kGroup), width);
+  return (kAlignment + floats * 4).or_zero();
+}
+
+extern "C" nabla_fast_status nabla_fast_nll_grad(
+    const float* hidden, int64_t rows, int64_t hidden_stride, const void* head,
+    nabla_fast_dtype head_dtype, int64_t vocab, int64_t width, int64_t head_stride,
+    const int64_t* targets, float* grad, int64_t grad_stride, nabla_fast_status* row_status,
+    void* workspace, int64_t workspace_bytes, int32_t num_threads) {
+  using namespace nabla_fast::cpu;
+  if (rows < 0 || vocab < 1 || width < 0) return NABLA_FAST_INVALID_SHAPE;
+  if (!is_dtype(head_dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
+  if (rows == 0) return NABLA_FAST_OK;
+  const int64_t bytes = nabla_fast_nll_grad_workspace(rows, vocab, width);
+  if (!fits({{rows, hidden_stride}, {width, 1}}, 4) ||
+      !fits({{rows, grad_stride}, {width, 1}}, 4) ||
+      !fits({{vocab, head_stride}, {width, 1}}, bytes_of(head_dtype)) || !fits({{rows, 1}}, 8) ||
+      bytes == 0)
+    return NABLA_FAST_TOO_LARGE;
+  if (!targets || !row_status || !workspace || (width > 0 && (!hidden || !head || !grad)))
+    return NABLA_FAST_INVALID_POINTER;
+  if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
+  for (int64_t r = 0; r < rows; ++r)
+    if (targets[r] < 0 || targets[r] >= vocab) return NABLA_FAST_INVALID_TOKEN;
+  Segment* run = head_dtype == NABLA_FAST_FLOAT32
+                     ? select_isa(f32_baseline, f32_avx2, f32_avx512)
+                     : select_isa(bf16_baseline, bf16_avx2, bf16_avx512);
+  auto* memory = reinterpret_cast<float*>(aligned(workspace));
+  int64_t segments = segments_of(vocab);
+  for (int64_t first = 0; first < rows; first += kGroup) {
+    int64_t count = std::min(kGroup, rows - first);
+    Product p{hidden + first * hidden_stride, count, hidden_stride, head, vocab, width,
+              step_of(vocab, head_stride)};
+    int64_t floats = Part::floats(count, width);
+    const int threads = threads_for(segments, 1, num_threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t s = 0; s < segments; ++s)
+      run(p, targets + first, s * kSegment, std::min(vocab, (s + 1) * kSegment),
+          Part(memory + s * floats, count));
+    for (int64_t r = 0; r < count; ++r)
+      row_status[first + r] = join(p, head_dtype, targets[first + r], memory, segments, r,
+                                   grad + (first + r) * grad_stride);
+  }
+  return NABLA_FAST_OK;
+}

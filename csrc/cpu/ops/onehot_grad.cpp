@@ -1,0 +1,174 @@
+// nabla_fast_onehot_grad: one pass over head and tables, and one over what it wrote, which adds the
+// row's log-sum-exp.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "base/check.h"
+#include "base/isa.h"
+#include "gemm/row_pass.h"
+#include "nabla_fast.h"
+#include "ops/onehot.h"
+#include "simd/vec.h"
+#include "simd/vec_exp.h"
+#include "softmax/log_sum_exp.h"
+
+namespace nabla_fast::cpu {
+namespace {
+
+// Between the passes, -0 stands for a masked token. Of the others none is: +0 is added to them.
+constexpr float kMasked = -0.0f;
+
+struct Rows {
+  float* data;
+  int64_t stride;
+};
+
+// u of a tile into the rows of `to`, which begin at the tile's first token.
+template <int W>
+NABLA_FAST_INLINE void store_tile(const OnehotTile& tile, const float* base, float nll_coeff,
+                                  int rows, int tokens, Rows to) {
+  const int lanes = lanes_of(rows);
+  for (int r = 0; r < rows; r += W) {
+    const Floats<W> base_of_row = load<W>(base + r);
+    for (int t = 0; t < tokens; t += W) {
+      Floats<W> u[W];
+      for (int n = 0; n < W; ++n) {
+        const int at = std::min(t + n, tokens - 1) * lanes + r;
+        const Floats<W> term = onehot_term<W>(tile.z + at, tile.a + at, base_of_row, nll_coeff);
+        u[n] = is_masked<W>(tile.z + at) ? -Floats<W>{} : term + 0.0f;
+      }
+      transpose<W>(u);
+      const int some_rows = std::min(W, rows - r), some_tokens = std::min(W, tokens - t);
+      for (int n = 0; n < some_rows; ++n) {
+        float* row = to.data + (r + n) * to.stride + t;
+        if (some_tokens == W)
+          store<W>(row, u[n]);
+        else
+          std::memcpy(row, &u[n], sizeof(float) * static_cast<size_t>(some_tokens));
+      }
+    }
+  }
+}
+
+template <int W>
+NABLA_FAST_INLINE void finish_tile(OnehotTile& tile, const float* base, float nll_coeff, int rows,
+                                   int tokens, int whole, LaneLogSumExp& sums, Rows to) {
+  add_tile<W>(tile.z, lanes_of(rows), whole, sums);
+  store_tile<W>(tile, base, nll_coeff, rows, tokens, to);
+}
+
+using FinishTile = void(OnehotTile&, const float*, float, int, int, int, LaneLogSumExp&, Rows);
+
+void finish_tile_baseline(OnehotTile& tile, const float* base, float nll_coeff, int rows,
+                          int tokens, int whole, LaneLogSumExp& sums, Rows to) {
+  finish_tile<4>(tile, base, nll_coeff, rows, tokens, whole, sums, to);
+}
+NABLA_FAST_TARGET_AVX2 void finish_tile_avx2(OnehotTile& tile, const float* base, float nll_coeff,
+                                             int rows, int tokens, int whole, LaneLogSumExp& sums,
+                                             Rows to) {
+  finish_tile<8>(tile, base, nll_coeff, rows, tokens, whole, sums, to);
+}
+NABLA_FAST_TARGET_AVX512 void finish_tile_avx512(OnehotTile& tile, const float* base,
+                                                 float nll_coeff, int rows, int tokens, int whole,
+                                                 LaneLogSumExp& sums, Rows to) {
+  finish_tile<16>(tile, base, nll_coeff, rows, tokens, whole, sums, to);
+}
+
+// G from u: 0 where the token is masked.
+NABLA_FAST_INLINE void add_offset(float* u, int64_t n, float offset) {
+  for (int64_t i = 0; i < n; ++i)
+    u[i] = float_bits(u[i]) == float_bits(kMasked) ? 0.0f : u[i] + offset;
+}
+
+using AddOffset = void(float*, int64_t, float);
+
+void add_offset_baseline(float* u, int64_t n, float offset) { add_offset(u, n, offset); }
+NABLA_FAST_TARGET_AVX2 void add_offset_avx2(float* u, int64_t n, float offset) {
+  add_offset(u, n, offset);
+}
+NABLA_FAST_TARGET_AVX512 void add_offset_avx512(float* u, int64_t n, float offset) {
+  add_offset(u, n, offset);
+}
+
+// Of a call's workspace.
+Size pass_bytes(const nabla_fast_onehot& inputs) {
+  return RowPass::bytes(inputs.rows, factors_of(inputs));
+}
+
+Size sums_bytes(const nabla_fast_onehot& inputs) {
+  return Size(segments_of(inputs.vocab)) * groups_of(inputs.rows) * sizeof(LaneLogSumExp);
+}
+
+void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* row_status,
+                 char* memory, int32_t num_threads) {
+  FinishTile* const finish = select_isa(finish_tile_baseline, finish_tile_avx2, finish_tile_avx512);
+  AddOffset* const add = select_isa(add_offset_baseline, add_offset_avx2, add_offset_avx512);
+  const Factors factors = factors_of(inputs);
+  const int64_t vocab = inputs.vocab, segments = segments_of(vocab);
+  const int threads = pass_threads(inputs.rows, vocab, factors, num_threads);
+  auto* const sums = reinterpret_cast<LaneLogSumExp*>(memory + pass_bytes(inputs).or_zero());
+
+  for (int64_t first = 0; first < inputs.rows; first += kPassRows) {
+    const int64_t rows = std::min(kPassRows, inputs.rows - first);
+    const OnehotPass pass(factors, vocab, inputs.nll_coeff, first, rows, memory);
+    const int groups = pass.rows().groups();
+    each_tile(vocab, groups, threads, [&](int64_t segment, int group, int64_t token, int tokens) {
+      OnehotTile tile;
+      LaneLogSumExp& mine = sums[segment * groups + group];
+      if (token == segment * kSegmentTokens) mine.clear(pass.rows().lanes_of(group));
+      const int whole = pass.tile(group, token, tokens, tile);
+      float* const to = grad.data + (first + group * kGroupRows) * grad.stride + token;
+      finish(tile, pass.base(group), pass.nll_coeff(), pass.rows().rows_of(group), tokens, whole,
+             mine, {to, grad.stride});
+    });
+
+    float offset[kPassRows];
+    for (int row = 0; row < rows; ++row) {
+      LogSumExp z;
+      for (int64_t s = 0; s < segments; ++s)
+        z.join(sums[s * groups + row / kGroupRows].lane(row % kGroupRows));
+      row_status[first + row] = z.status();
+      offset[row] = z.status() == NABLA_FAST_OK ? static_cast<float>(pass.offset(row, z))
+                                                : std::numeric_limits<float>::quiet_NaN();
+    }
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t n = 0; n < rows * segments; ++n) {
+      const int64_t row = n / segments, token = n % segments * kSegmentTokens;
+      float* const u = grad.data + (first + row) * grad.stride + token;
+      const int64_t tokens = std::min(kSegmentTokens, vocab - token);
+      if (row_status[first + row] == NABLA_FAST_OK)
+        add(u, tokens, offset[row]);
+      else
+        std::fill_n(u, tokens, offset[row]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nabla_fast::cpu
+
+int64_t nabla_fast_onehot_grad_workspace(const nabla_fast_onehot* inputs) {
+  using namespace nabla_fast::cpu;
+  if (check_onehot(inputs) != NABLA_FAST_OK) return 0;
+  return (pass_bytes(*inputs) + sums_bytes(*inputs) + kAlignment).or_zero();
+}
+
+nabla_fast_status nabla_fast_onehot_grad(const nabla_fast_onehot* inputs, float* grad,
+                                         int64_t grad_stride, nabla_fast_status* row_status,
+                                         void* workspace, int64_t workspace_bytes,
+                                         int32_t num_threads) {
+  using namespace nabla_fast::cpu;
+  if (const nabla_fast_status wrong = check_onehot(inputs)) return wrong;
+  if (inputs->rows == 0) return NABLA_FAST_OK;
+  if (!fits({{inputs->rows, grad_stride}, {inputs->vocab, 1}}, sizeof(float)))
+    return NABLA_FAST_TOO_LARGE;
+  if (!grad || !row_status || !workspace) return NABLA_FAST_INVALID_POINTER;
+  const int64_t bytes = nabla_fast_onehot_grad_workspace(inputs);
+  if (bytes == 0) return NABLA_FAST_TOO_LARGE;
+  if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
+  onehot_grad(*inputs, {grad, grad_stride}, row_status, aligned(workspace), num_threads);
+  return NABLA_FAST_OK;
+}

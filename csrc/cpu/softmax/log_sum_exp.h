@@ -1,0 +1,124 @@
+// The log-sum-exp of rows whose logits come by tiles [tokens, lanes], a row in each lane.
+#ifndef NABLA_FAST_CPU_SOFTMAX_LOG_SUM_EXP_H_
+#define NABLA_FAST_CPU_SOFTMAX_LOG_SUM_EXP_H_
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "base/isa.h"
+#include "gemm/vocab_tiles.h"
+#include "nabla_fast.h"
+#include "simd/vec.h"
+
+namespace nabla_fast::cpu {
+
+// Tokens that are summed side by side: chains of a quarter of a tile.
+constexpr int kChains = 4;
+// exp(x) counts from here on.
+constexpr float kLowestExponent = -87.0f;
+
+// Of the tokens of a row so far.
+struct LogSumExp {
+  float max = -std::numeric_limits<float>::infinity();
+  double sum = 0;  // of exp(z - max)
+  bool nan = false;
+
+  // With tokens further to the right.
+  void join(const LogSumExp& right) {
+    nan = nan || right.nan;
+    if (right.max > max) {
+      sum = sum * std::exp(static_cast<double>(max) - right.max) + right.sum;
+      max = right.max;
+    } else if (right.max > -std::numeric_limits<float>::infinity()) {
+      sum += right.sum * std::exp(static_cast<double>(right.max) - max);
+    }
+  }
+
+  nabla_fast_status status() const {
+    if (nan) return NABLA_FAST_ROW_NAN;
+    if (max == std::numeric_limits<float>::infinity()) return NABLA_FAST_ROW_INFINITE;
+    if (max == -std::numeric_limits<float>::infinity()) return NABLA_FAST_ROW_ALL_MASKED;
+    return NABLA_FAST_OK;
+  }
+
+  // log sum_v exp(z_v) - shift
+  double above(float shift) const { return (static_cast<double>(max) - shift) + std::log(sum); }
+};
+
+// The same for a group of rows.
+struct LaneLogSumExp {
+  float max[kGroupRows];
+  int32_t nan[kGroupRows];
+  double sum[kGroupRows];
+
+  void clear(int lanes) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      max[lane] = -std::numeric_limits<float>::infinity();
+      nan[lane] = 0;
+      sum[lane] = 0;
+    }
+  }
+  LogSumExp lane(int lane) const { return {max[lane], sum[lane], nan[lane] != 0}; }
+};
+
+// Appends masked tokens to a tile until kChains divides their number, which is returned.
+NABLA_FAST_INLINE int whole_chains(float* z, int lanes, int tokens) {
+  const int whole = (tokens + kChains - 1) / kChains * kChains;
+  for (int n = tokens * lanes; n < whole * lanes; ++n)
+    z[n] = -std::numeric_limits<float>::infinity();
+  return whole;
+}
+
+// W lanes of a tile from `lane` on: raises the maximum to that of `tokens` more tokens and notices
+// NaN. Returns whether it rose in any lane.
+template <int W>
+NABLA_FAST_INLINE bool raise_max(const float* z, int lanes, int tokens, float* max, int32_t* nan) {
+  const Floats<W> before = load<W>(max);
+  Floats<W> top = before;
+  Ints<W> unordered = {};
+  for (int t = 0; t < tokens; ++t) {
+    const Floats<W> x = load<W>(z + t * lanes);
+    top = x > top ? x : top;
+    unordered |= x != x;
+  }
+  store<W>(max, top);
+  for (int lane = 0; lane < W; ++lane) nan[lane] |= unordered[lane];
+  return any_lane<W>(top > before);
+}
+
+// What exponents are taken relative to: 0 instead of -inf, which is no distance from -inf.
+template <int W>
+NABLA_FAST_INLINE Floats<W> exponent_base(const float* max) {
+  const Floats<W> top = load<W>(max);
+  return top > splat<W>(-std::numeric_limits<float>::infinity()) ? top : Floats<W>{};
+}
+
+// One tile more, whose number of tokens kChains divides.
+template <int W>
+NABLA_FAST_INLINE void add_tile(const float* z, int lanes, int tokens, LaneLogSumExp& sums) {
+  for (int lane = 0; lane < lanes; lane += W) {
+    float before[W];
+    store<W>(before, load<W>(sums.max + lane));
+    if (raise_max<W>(z + lane, lanes, tokens, sums.max + lane, sums.nan + lane)) {
+      for (int n = lane; n < lane + W; ++n)
+        if (sums.max[n] > before[n - lane])
+          sums.sum[n] *= std::exp(static_cast<double>(before[n - lane]) - sums.max[n]);
+    }
+    const Floats<W> base = exponent_base<W>(sums.max + lane);
+    Floats<W> chain[kChains] = {};
+    for (int t = 0; t < tokens; t += kChains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) {
+        const Floats<W> x = load<W>(z + (t + c) * lanes + lane) - base;
+        chain[c] += x > kLowestExponent ? vec_exp_normal<W>(x) : Floats<W>{};
+      }
+    }
+    const Floats<W> sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
+    for (int n = 0; n < W; ++n) sums.sum[lane + n] += static_cast<double>(sum[n]);
+  }
+}
+
+}  // namespace nabla_fast::cpu
+
+#endif  // NABLA_FAST_CPU_SOFTMAX_LOG_SUM_EXP_H_

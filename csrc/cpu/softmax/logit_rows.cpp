@@ -1,0 +1,187 @@
+#include "softmax/logit_rows.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/isa.h"
+#include "base/threads.h"
+#include "gemm/widen.h"
+#include "simd/gumbel.h"
+#include "simd/vec.h"
+
+namespace nabla_fast::cpu {
+namespace {
+
+// Tokens that are looked at together, and those that a thread takes.
+constexpr int kChunk = 1024;
+constexpr int64_t kPart = 16 * kChunk;
+constexpr int64_t kTokensPerThread = int64_t{1} << 16;
+
+// exp of anything lower counts as 0.
+constexpr float kLowest = -87.0f;
+constexpr float kMaxFloat = std::numeric_limits<float>::max();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+template <int W>
+struct Largest {
+  Floats<W> max = splat<W>(-kInfinity);
+  // A number, not a mask, which the compiler would take apart lane by lane.
+  Floats<W> unclean = {};
+
+  NABLA_FAST_INLINE void see(const float* y) {
+    const Floats<W> x = load<W>(y), one = splat<W>(1.0f);
+    max = x > max ? x : max;
+    unclean = x <= kMaxFloat ? unclean : one;
+  }
+};
+
+// The largest of n numbers, n a multiple of 16, and whether one is NaN or +inf.
+template <int W>
+NABLA_FAST_INLINE float largest(const float* y, int n, bool& unclean) {
+  Largest<W> even, odd;
+  int i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    even.see(y + i);
+    odd.see(y + i + W);
+  }
+  if (i < n) even.see(y + i);
+  unclean = lane_max<W>(even.unclean + odd.unclean) > 0;
+  return lane_max<W>(even.max > odd.max ? even.max : odd.max);
+}
+
+// y of at most kChunk tokens from `token` on: where they lie, or in `y`, which has room for kChunk.
+template <int W>
+NABLA_FAST_INLINE const float* chunk_of(const Table& logits, int64_t row, const NoiseKeys& keys,
+                                        int64_t token, int n, float* y) {
+  if (logits.dtype == NABLA_FAST_FLOAT32 && !keys.seed && n == kChunk)
+    return static_cast<const float*>(logits.data) + row * logits.stride + token;
+  widen<W>(logits, row, token, n, y);
+  if (keys.seed) {
+    alignas(64) float g[kChunk];
+    gumbel_noise<W / 2>(keys.seed[row], keys.position[row], token, n, g);
+    for (int i = 0; i < n; ++i) y[i] += g[i];
+  }
+  for (int i = n; i < padded(n); ++i) y[i] = -kInfinity;
+  return y;
+}
+
+template <int W>
+NABLA_FAST_INLINE Top find_top(const Table& logits, int64_t row, const NoiseKeys& keys,
+                               int64_t begin, int64_t end) {
+  alignas(64) float buffer[kChunk];
+  Top top;
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int n = static_cast<int>(std::min<int64_t>(kChunk, end - first));
+    const float* y = chunk_of<W>(logits, row, keys, first, n, buffer);
+    bool unclean = false;
+    const float max = largest<W>(y, static_cast<int>(padded(n)), unclean);
+    if (unclean) {
+      Top bad;
+      const bool nan = std::any_of(y, y + n, [](float x) { return std::isnan(x); });
+      bad.status = nan ? NABLA_FAST_ROW_NAN : NABLA_FAST_ROW_INFINITE;
+      top.join(bad);
+    }
+    if (max > top.max) {
+      top.max = max;
+      top.token = first + (std::find(y, y + n, max) - y);
+    }
+  }
+  return top;
+}
+
+template <int W>
+NABLA_FAST_INLINE void differentiate(const float* y, int64_t n, const JacobianRow& of,
+                                     float inverse, float* grad) {
+  const Floats<W> zero = {};
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats<W> x = (load<W>(y + i) - of.max) * inverse;
+    const Floats<W> e = x > kLowest ? vec_exp_normal<W>(x) : zero;
+    store<W>(grad + i, e > 0.0f ? e * of.weight * (load<W>(grad + i) - of.mean) : zero);
+  }
+}
+
+template <int W>
+NABLA_FAST_INLINE void differentiate_row(const Table& logits, int64_t row, const NoiseKeys& keys,
+                                         int64_t begin, int64_t end, const JacobianRow& of,
+                                         float inverse, float* grad) {
+  alignas(64) float buffer[kChunk];
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int n = static_cast<int>(std::min<int64_t>(kChunk, end - first)), whole = n / W * W;
+    const float* y = chunk_of<W>(logits, row, keys, first, n, buffer);
+    differentiate<W>(y, whole, of, inverse, grad + first);
+    if (whole == n) continue;
+    float rest[W] = {};
+    std::copy(grad + first + whole, grad + first + n, rest);
+    differentiate<W>(y + whole, W, of, inverse, rest);
+    std::copy(rest, rest + n - whole, grad + first + whole);
+  }
+}
+
+// -- for each instruction set
+// ------------------------------------------------------------------------
+
+struct Passes {
+  Top (*top)(const Table&, int64_t, const NoiseKeys&, int64_t, int64_t);
+  void (*differentiate)(const Table&, int64_t, const NoiseKeys&, int64_t, int64_t,
+                        const JacobianRow&, float, float*);
+};
+
+#define NABLA_FAST_LOGIT_ROWS(NAME, TARGET, W)                                             \
+  TARGET Top top_##NAME(const Table& z, int64_t row, const NoiseKeys& keys, int64_t begin, \
+                        int64_t end) {                                                     \
+    return find_top<W>(z, row, keys, begin, end);                                          \
+  }                                                                                        \
+  TARGET void differentiate_##NAME(const Table& z, int64_t row, const NoiseKeys& keys,     \
+                                   int64_t begin, int64_t end, const JacobianRow& of,      \
+                                   float inverse, float* grad) {                           \
+    differentiate_row<W>(z, row, keys, begin, end, of, inverse, grad);                     \
+  }                                                                                        \
+  constexpr Passes kPasses_##NAME{top_##NAME, differentiate_##NAME};
+
+NABLA_FAST_LOGIT_ROWS(baseline, , 4)
+NABLA_FAST_LOGIT_ROWS(avx2, NABLA_FAST_TARGET_AVX2, 8)
+NABLA_FAST_LOGIT_ROWS(avx512, NABLA_FAST_TARGET_AVX512, 16)
+#undef NABLA_FAST_LOGIT_ROWS
+
+const Passes& passes() { return *select_isa(&kPasses_baseline, &kPasses_avx2, &kPasses_avx512); }
+
+// Calls work(row, begin, end) for parts of rows, by position alone.
+template <typename Work>
+void each_part(int64_t rows, int64_t vocab, int32_t num_threads, const Work& work) {
+  const int64_t parts_of_row = top_parts(1, vocab), count = rows * parts_of_row;
+  const int threads = threads_for(count * kPart, kTokensPerThread, num_threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t begin = n % parts_of_row * kPart;
+    work(n / parts_of_row, begin, std::min(vocab, begin + kPart));
+  }
+}
+
+}  // namespace
+
+int64_t top_parts(int64_t rows, int64_t vocab) { return rows * ((vocab + kPart - 1) / kPart); }
+
+void tops_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
+                  int32_t num_threads, Top* parts, Top* tops) {
+  const int64_t parts_of_row = top_parts(1, vocab);
+  each_part(rows, vocab, num_threads, [&](int64_t row, int64_t begin, int64_t end) {
+    parts[row * parts_of_row + begin / kPart] = passes().top(logits, row, keys, begin, end);
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    tops[row] = Top{};
+    for (int64_t part = 0; part < parts_of_row; ++part)
+      tops[row].join(parts[row * parts_of_row + part]);
+  }
+}
+
+void jacobian_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
+                      const JacobianRow* of, double tau, float* grad, int64_t grad_stride,
+                      int32_t num_threads) {
+  const auto inverse = static_cast<float>(1 / tau);
+  each_part(rows, vocab, num_threads, [&](int64_t row, int64_t begin, int64_t end) {
+    passes().differentiate(logits, row, keys, begin, end, of[row], inverse,
+                           grad + row * grad_stride);
+  });
+}
+
+}  // namespace nabla_fast::cpu

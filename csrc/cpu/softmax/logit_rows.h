@@ -1,0 +1,54 @@
+// Rows of logits in memory, each by itself: their hard tokens, and the softmax's Jacobian.
+#ifndef NABLA_FAST_CPU_SOFTMAX_LOGIT_ROWS_H_
+#define NABLA_FAST_CPU_SOFTMAX_LOGIT_ROWS_H_
+
+#include <cstdint>
+#include <limits>
+
+#include "gemm/vocab_tiles.h"
+#include "nabla_fast.h"
+#include "softmax/relaxed_tiles.h"
+
+namespace nabla_fast::cpu {
+
+// The largest y = z + g of a row, or of a part of it.
+struct Top {
+  float max = -std::numeric_limits<float>::infinity();
+  int64_t token = -1;  // the first with that y
+  nabla_fast_status status = NABLA_FAST_OK;
+
+  // Brought up to date with what follows this part.
+  void join(const Top& next) {
+    if (next.status == NABLA_FAST_ROW_NAN || status == NABLA_FAST_OK) status = next.status;
+    if (next.max > max) {
+      max = next.max;
+      token = next.token;
+    }
+  }
+  // The status of a whole row.
+  nabla_fast_status of_row() const {
+    return status == NABLA_FAST_OK && token < 0 ? NABLA_FAST_ROW_ALL_MASKED : status;
+  }
+};
+
+// The tops of rows, [rows], with threads over rows and parts of them. `parts`: room for
+// top_parts(rows, vocab) of them.
+void tops_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
+                  int32_t num_threads, Top* parts, Top* tops);
+int64_t top_parts(int64_t rows, int64_t vocab);
+
+// What a row of the Jacobian needs of the whole row.
+struct JacobianRow {
+  float max;     // of y
+  float mean;    // <p, G - c>
+  float weight;  // 1 / (tau sum e), e = exp((y - max) / tau)
+};
+
+// grad = e (grad - mean) weight, [rows, vocab] with grad = G - c; 0 where e is.
+void jacobian_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
+                      const JacobianRow* of, double tau, float* grad, int64_t grad_stride,
+                      int32_t num_threads);
+
+}  // namespace nabla_fast::cpu
+
+#endif  // NABLA_FAST_CPU_SOFTMAX_LOGIT_ROWS_H_

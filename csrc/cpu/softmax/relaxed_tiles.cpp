@@ -1,0 +1,317 @@
+#include "softmax/relaxed_tiles.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "base/isa.h"
+#include "gemm/widen.h"
+#include "simd/gumbel.h"
+#include "simd/vec.h"
+
+namespace nabla_fast::cpu {
+namespace {
+
+// exp of anything lower counts as 0.
+constexpr float kLowest = -87.0f;
+constexpr float kMaxFloat = std::numeric_limits<float>::max();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// -- rows in memory
+// ----------------------------------------------------------------------------------
+
+// Rows lie far apart: what a later tile takes of each is fetched by hand.
+constexpr int64_t kTokensAhead = 256;
+
+template <int W>
+NABLA_FAST_INLINE void load_block(const Table& from, int64_t row, int64_t column, int columns,
+                                  Floats<W>& x) {
+  __builtin_prefetch(static_cast<const char*>(from.data) +
+                         (row * from.stride + column + kTokensAhead) * from.bytes(),
+                     0, 2);
+  float part[16];
+  if (columns < W)
+    widen<W>(from, row, column, columns, part);
+  else if (from.dtype == NABLA_FAST_FLOAT32)
+    return (void)(x = load<W>(static_cast<const float*>(from.data) + row * from.stride + column));
+  else
+    return (void)(x = load_wide<W>(static_cast<const uint16_t*>(from.data) + row * from.stride +
+                                   column));
+  x = load<W>(part);
+}
+
+template <int W>
+NABLA_FAST_INLINE void load_rows(const Table& from, int rows, int64_t token, int tokens,
+                                 float* tile) {
+  const int lanes = lanes_of(rows);
+  for (int t = 0; t < tokens; t += W) {
+    const int some = std::min(W, tokens - t);
+    for (int r = 0; r < lanes; r += W) {
+      Floats<W> x[W] = {};
+      for (int n = 0; n < W && r + n < rows; ++n) load_block<W>(from, r + n, token + t, some, x[n]);
+      transpose<W>(x);
+      for (int n = 0; n < some; ++n) store<W>(tile + (t + n) * lanes + r, x[n]);
+    }
+  }
+}
+
+NABLA_FAST_INLINE uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >>
+                               16);  // to nearest, ties to even
+}
+
+template <int W>
+NABLA_FAST_INLINE void store_rows(const float* tile, int rows, int64_t token, int tokens, void* to,
+                                  nabla_fast_dtype dtype, int64_t stride) {
+  const int lanes = lanes_of(rows);
+  const int64_t bytes = dtype == NABLA_FAST_FLOAT32 ? 4 : 2;
+  for (int t = 0; t < tokens; t += W) {
+    const int some = std::min(W, tokens - t);
+    for (int r = 0; r < rows; r += W) {
+      Floats<W> x[W] = {};
+      for (int n = 0; n < some; ++n) x[n] = load<W>(tile + (t + n) * lanes + r);
+      transpose<W>(x);
+      for (int n = 0; n < W && r + n < rows; ++n) {
+        const int64_t at = (r + n) * stride + token + t;
+        __builtin_prefetch(static_cast<const char*>(to) + (at + kTokensAhead) * bytes, 1, 2);
+        if (dtype == NABLA_FAST_FLOAT32) {
+          float* out = static_cast<float*>(to) + at;
+          if (some == W)
+            store<W>(out, x[n]);
+          else
+            for (int lane = 0; lane < some; ++lane) out[lane] = x[n][lane];
+        } else {
+          auto* out = static_cast<uint16_t*>(to) + at;
+          for (int lane = 0; lane < some; ++lane) out[lane] = to_bf16(x[n][lane]);
+        }
+      }
+    }
+  }
+}
+
+template <int W>
+NABLA_FAST_INLINE void noise_rows(const NoiseKeys& keys, int rows, int64_t token, int tokens,
+                                  float* tile) {
+  alignas(64) float noise[W][kTileTokens];
+  const int lanes = lanes_of(rows);
+  for (int r = 0; r < rows; r += W) {
+    const int some = std::min(W, rows - r);
+    for (int n = 0; n < some; ++n)
+      gumbel_noise<W / 2>(keys.seed[r + n], keys.position[r + n], token, kTileTokens, noise[n]);
+    for (int t = 0; t < tokens; t += W) {
+      Floats<W> x[W] = {};
+      for (int n = 0; n < some; ++n) x[n] = load<W>(noise[n] + t);
+      transpose<W>(x);
+      for (int n = 0; n < std::min(W, tokens - t); ++n) {
+        float* out = tile + (t + n) * lanes + r;
+        store<W>(out, load<W>(out) + x[n]);
+      }
+    }
+  }
+}
+
+// -- rows in lanes
+// -----------------------------------------------------------------------------------
+
+// Largest y of the tile, the first token that has it, and whether a y is unclean: [lanes] each.
+template <int W>
+NABLA_FAST_INLINE void find_tops(const float* y, int lanes, int tokens, float* max, int32_t* token,
+                                 int32_t* unclean) {
+  for (int lane = 0; lane < lanes; lane += W) {
+    Floats<W> top = splat<W>(-kInfinity);
+    Ints<W> at = {}, bad = {}, nan = {}, now = {};
+    for (int t = 0; t < tokens; ++t) {
+      const Floats<W> value = load<W>(y + t * lanes + lane);
+      const Ints<W> higher = value > top;
+      top = higher ? value : top;
+      at = higher ? now : at;
+      bad |= ~(value <= kMaxFloat);
+      nan |= value != value;
+      now += 1;
+    }
+    bad = (bad & kHasInfinity) | (nan & kHasNaN);
+    store<W>(max + lane, top);
+    std::memcpy(token + lane, &at, sizeof at);
+    std::memcpy(unclean + lane, &bad, sizeof bad);
+  }
+}
+
+template <int W>
+NABLA_FAST_INLINE Floats<W> weight_of(Floats<W> y, Floats<W> max, float inverse) {
+  const Floats<W> x = (y - max) * inverse;
+  return x > kLowest ? vec_exp_normal<W>(x) : Floats<W>{};
+}
+
+template <int W>
+NABLA_FAST_INLINE void weigh_lanes(float* y, int lanes, int tokens, const float* max, float inverse,
+                                   float* sum_e) {
+  for (int lane = 0; lane < lanes; lane += W) {
+    const Floats<W> top = load<W>(max + lane);
+    Floats<W> sum = {};
+    for (int t = 0; t < tokens; ++t) {
+      float* at = y + t * lanes + lane;
+      const Floats<W> e = weight_of<W>(load<W>(at), top, inverse);
+      store<W>(at, e);
+      sum += e;
+    }
+    store<W>(sum_e + lane, sum);
+  }
+}
+
+template <int W>
+NABLA_FAST_INLINE void tilt_lanes(float* y, float* grad, int lanes, int tokens, const float* max,
+                                  const float* centre, float inverse, bool weighted, float* sum_e,
+                                  float* sum_tilt) {
+  const Floats<W> zero = {};
+  for (int lane = 0; lane < lanes; lane += W) {
+    const Floats<W> top = load<W>(max + lane), c = load<W>(centre + lane);
+    Floats<W> sum = {}, tilted = {};
+    for (int t = 0; t < tokens; ++t) {
+      const int64_t at = t * lanes + lane;
+      const Floats<W> e = weight_of<W>(load<W>(y + at), top, inverse);
+      const Floats<W> g = e > 0.0f ? load<W>(grad + at) - c : zero;
+      store<W>(y + at, e);
+      store<W>(grad + at, weighted ? e * g : g);
+      sum += e;
+      tilted += e * g;
+    }
+    store<W>(sum_e + lane, sum);
+    store<W>(sum_tilt + lane, tilted);
+  }
+}
+
+template <int W>
+NABLA_FAST_INLINE void jacobian_lanes(const float* y, float* grad, int lanes, int tokens,
+                                      const float* max, const float* mean, const float* weight,
+                                      float inverse) {
+  const Floats<W> zero = {};
+  for (int lane = 0; lane < lanes; lane += W) {
+    const Floats<W> top = load<W>(max + lane), m = load<W>(mean + lane), w = load<W>(weight + lane);
+    for (int t = 0; t < tokens; ++t) {
+      const int64_t at = t * lanes + lane;
+      const Floats<W> e = weight_of<W>(load<W>(y + at), top, inverse);
+      store<W>(grad + at, e > 0.0f ? e * w * (load<W>(grad + at) - m) : zero);
+    }
+  }
+}
+
+// -- for each instruction set
+// ------------------------------------------------------------------------
+
+struct Passes {
+  void (*load)(const Table&, int, int64_t, int, float*);
+  void (*store)(const float*, int, int64_t, int, void*, nabla_fast_dtype, int64_t);
+  void (*noise)(const NoiseKeys&, int, int64_t, int, float*);
+  void (*tops)(const float*, int, int, float*, int32_t*, int32_t*);
+  void (*weigh)(float*, int, int, const float*, float, float*);
+  void (*tilt)(float*, float*, int, int, const float*, const float*, float, bool, float*, float*);
+  void (*jacobian)(const float*, float*, int, int, const float*, const float*, const float*, float);
+};
+
+#define NABLA_FAST_RELAXED(NAME, TARGET, W)                                                      \
+  TARGET void load_##NAME(const Table& from, int rows, int64_t token, int tokens, float* tile) { \
+    load_rows<W>(from, rows, token, tokens, tile);                                               \
+  }                                                                                              \
+  TARGET void store_##NAME(const float* tile, int rows, int64_t token, int tokens, void* to,     \
+                           nabla_fast_dtype dtype, int64_t stride) {                             \
+    store_rows<W>(tile, rows, token, tokens, to, dtype, stride);                                 \
+  }                                                                                              \
+  TARGET void noise_##NAME(const NoiseKeys& keys, int rows, int64_t token, int tokens,           \
+                           float* tile) {                                                        \
+    noise_rows<W>(keys, rows, token, tokens, tile);                                              \
+  }                                                                                              \
+  TARGET void tops_##NAME(const float* y, int lanes, int tokens, float* max, int32_t* token,     \
+                          int32_t* unclean) {                                                    \
+    find_tops<W>(y, lanes, tokens, max, token, unclean);                                         \
+  }                                                                                              \
+  TARGET void weigh_##NAME(float* y, int lanes, int tokens, const float* max, float inverse,     \
+                           float* sum_e) {                                                       \
+    weigh_lanes<W>(y, lanes, tokens, max, inverse, sum_e);                                       \
+  }                                                                                              \
+  TARGET void tilt_##NAME(float* y, float* grad, int lanes, int tokens, const float* max,        \
+                          const float* centre, float inverse, bool weighted, float* sum_e,       \
+                          float* sum_tilt) {                                                     \
+    tilt_lanes<W>(y, grad, lanes, tokens, max, centre, inverse, weighted, sum_e, sum_tilt);      \
+  }                                                                                              \
+  TARGET void jacobian_##NAME(const float* y, float* grad, int lanes, int tokens,                \
+                              const float* max, const float* mean, const float* weight,          \
+                              float inverse) {                                                   \
+    jacobian_lanes<W>(y, grad, lanes, tokens, max, mean, weight, inverse);                       \
+  }                                                                                              \
+  constexpr Passes kPasses_##NAME{load_##NAME,  store_##NAME, noise_##NAME,   tops_##NAME,       \
+                                  weigh_##NAME, tilt_##NAME,  jacobian_##NAME};
+
+NABLA_FAST_RELAXED(baseline, , 4)
+NABLA_FAST_RELAXED(avx2, NABLA_FAST_TARGET_AVX2, 8)
+NABLA_FAST_RELAXED(avx512, NABLA_FAST_TARGET_AVX512, 16)
+#undef NABLA_FAST_RELAXED
+
+const Passes& passes() { return *select_isa(&kPasses_baseline, &kPasses_avx2, &kPasses_avx512); }
+
+// 1 / tau for differences of logits; finite.
+float inverse_of(double tau) { return static_cast<float>(1 / tau); }
+
+}  // namespace
+
+void load_tile(const Table& from, int rows, int64_t token, int tokens, float* tile) {
+  passes().load(from, rows, token, tokens, tile);
+}
+
+void store_tile(const float* tile, int rows, int64_t token, int tokens, void* to,
+                nabla_fast_dtype dtype, int64_t stride) {
+  passes().store(tile, rows, token, tokens, to, dtype, stride);
+}
+
+void add_noise(const NoiseKeys& keys, int rows, int64_t token, int tokens, float* tile) {
+  passes().noise(keys, rows, token, tokens, tile);
+}
+
+void add_tile(const float* other, int rows, int tokens, float* tile) {
+  for (int n = 0; n < tokens * lanes_of(rows); ++n) tile[n] += other[n];
+}
+
+bool raise(const float* y, int rows, int64_t token, int tokens, double tau, Tops& tops,
+           float* factor) {
+  alignas(64) float max[kGroupRows];
+  int32_t at[kGroupRows], unclean[kGroupRows];
+  passes().tops(y, lanes_of(rows), tokens, max, at, unclean);
+  bool moved = false;
+  for (int r = 0; r < rows; ++r) {
+    tops.unclean[r] |= unclean[r];
+    factor[r] = 1;
+    if (!(max[r] > tops.max[r])) continue;
+    factor[r] = static_cast<float>(std::exp((static_cast<double>(tops.max[r]) - max[r]) / tau));
+    tops.max[r] = max[r];
+    tops.token[r] = token + at[r];
+    moved = true;
+  }
+  return moved;
+}
+
+void weigh(float* y, int rows, int tokens, const float* max, double tau, Sums& sums) {
+  alignas(64) float e[kGroupRows];
+  passes().weigh(y, lanes_of(rows), tokens, max, inverse_of(tau), e);
+  for (int r = 0; r < rows; ++r) sums.e[r] += e[r];
+}
+
+void tilt(float* y, float* grad, int rows, int tokens, const float* max, const float* centre,
+          double tau, Tilted left, Sums& sums) {
+  alignas(64) float e[kGroupRows], tilted[kGroupRows];
+  passes().tilt(y, grad, lanes_of(rows), tokens, max, centre, inverse_of(tau),
+                left == Tilted::kWeighted, e, tilted);
+  for (int r = 0; r < rows; ++r) {
+    sums.e[r] += e[r];
+    sums.tilt[r] += tilted[r];
+  }
+}
+
+void softmax_jacobian(const float* y, float* grad, int rows, int tokens, const float* max,
+                      const float* mean, const float* weight, double tau) {
+  passes().jacobian(y, grad, lanes_of(rows), tokens, max, mean, weight, inverse_of(tau));
+}
+
+}  // namespace nabla_fast::cpu

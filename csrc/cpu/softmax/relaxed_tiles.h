@@ -1,0 +1,85 @@
+// What the mixes do with tiles [tokens, lanes], a row of a group in each lane: of perturbed logits y,
+// of gradients G with respect to the relaxed one-hot, and of direct gradients.
+#ifndef NABLA_FAST_CPU_SOFTMAX_RELAXED_TILES_H_
+#define NABLA_FAST_CPU_SOFTMAX_RELAXED_TILES_H_
+
+#include <cstdint>
+#include <limits>
+
+#include "gemm/vocab_tiles.h"
+#include "nabla_fast.h"
+
+namespace nabla_fast::cpu {
+
+// Floats of a whole tile.
+constexpr int kTileFloats = kTileTokens * kGroupRows;
+
+// Keys of a call's noise, from a group's first row on; null where there is none.
+struct NoiseKeys {
+  const int64_t* seed;
+  const int64_t* position;
+};
+
+// What `unclean` says.
+constexpr int32_t kHasInfinity = 1, kHasNaN = 2;
+
+// What a group's rows have shown so far.
+struct Tops {
+  alignas(64) float max[kGroupRows];        // of y
+  alignas(64) int64_t token[kGroupRows];    // the first with that y; -1 while all are masked
+  alignas(64) int32_t unclean[kGroupRows];  // kHasNaN, perhaps with the other, or kHasInfinity
+
+  void clear() {
+    for (int r = 0; r < kGroupRows; ++r) {
+      max[r] = -std::numeric_limits<float>::infinity();
+      token[r] = -1;
+      unclean[r] = 0;
+    }
+  }
+};
+
+// Sums over a group's tokens, e = exp((y - max) / tau) and c a constant of each row.
+struct Sums {
+  double e[kGroupRows];     // sum of e
+  double tilt[kGroupRows];  // sum of e (G - c)
+
+  void clear() {
+    for (int r = 0; r < kGroupRows; ++r) e[r] = tilt[r] = 0;
+  }
+};
+
+// tile = rows [0, rows) of `from` at columns [token, token + tokens); 0 behind the last row.
+void load_tile(const Table& from, int rows, int64_t token, int tokens, float* tile);
+
+// `to` likewise = tile: [rows, ..] of `dtype`, `stride` elements apart.
+void store_tile(const float* tile, int rows, int64_t token, int tokens, void* to,
+                nabla_fast_dtype dtype, int64_t stride);
+
+// tile += noise; token: a multiple of 4.
+void add_noise(const NoiseKeys& keys, int rows, int64_t token, int tokens, float* tile);
+
+// tile += other
+void add_tile(const float* other, int rows, int tokens, float* tile);
+
+// Brings `tops` up to date with the y of tokens [token, token + tokens). Returns whether a maximum
+// moved; then factor[r] = exp((old - new) / tau), 1 where it did not move.
+bool raise(const float* y, int rows, int64_t token, int tokens, double tau, Tops& tops,
+           float* factor);
+
+// y = e, added to sums.e.
+void weigh(float* y, int rows, int tokens, const float* max, double tau, Sums& sums);
+
+// What is left in the tile of G.
+enum class Tilted { kCentred, kWeighted };
+
+// y = e; grad = G - c, or e (G - c), and 0 where e is: G may be infinite there. Adds to `sums`.
+void tilt(float* y, float* grad, int rows, int tokens, const float* max, const float* centre,
+          double tau, Tilted left, Sums& sums);
+
+// grad = e (grad - mean) weight, with e of the tile's y and grad = G - c; 0 where e is.
+void softmax_jacobian(const float* y, float* grad, int rows, int tokens, const float* max,
+                      const float* mean, const float* weight, double tau);
+
+}  // namespace nabla_fast::cpu
+
+#endif  // NABLA_FAST_CPU_SOFTMAX_RELAXED_TILES_H_

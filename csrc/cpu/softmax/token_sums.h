@@ -1,0 +1,103 @@
+// TokenSums over the tokens of a row from which its statistics follow, and how they are joined.
+#ifndef NABLA_FAST_CPU_SOFTMAX_TOKEN_SUMS_H_
+#define NABLA_FAST_CPU_SOFTMAX_TOKEN_SUMS_H_
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "nabla_fast.h"
+
+namespace nabla_fast::cpu {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Tau {
+  explicit Tau(double tau)
+      : value(tau),
+        inverse_high(static_cast<float>(kLog2E / tau)),
+        inverse_low(static_cast<float>(kLog2E / tau - inverse_high)),
+        lowest(static_cast<float>(-87 * tau)) {}
+  static constexpr double kLog2E = 1.4426950408889634;
+  double value;
+  // log2(e) / tau in two parts: the rounding of one float would be the same for all tokens, and
+  // not average out over them.
+  float inverse_high;
+  float inverse_low;
+  // Tokens whose logit lies this far below the maximum are left out: exp(-87) < 2^-125.
+  float lowest;
+};
+
+// Of the tokens of a segment or a row, with d_v = logits_v - max. Tokens at the maximum are counted
+// apart: added to 1, a sum below 2^-24 would be lost, and with it the entropy of a peaked row.
+struct TokenSums {
+  float max = -kInfinity;
+  nabla_fast_status status = NABLA_FAST_OK;
+  int64_t argmax = -1;
+  double at_max = 0;     // how many tokens are at the maximum
+  double sum_exp = 0;    // sum of exp(d_v / tau) over the others
+  double sum_d_exp = 0;  // sum of d_v exp(d_v / tau)
+};
+
+// `sums` as seen from a higher maximum, both finite.
+inline TokenSums lowered(const TokenSums& sums, float max, double tau) {
+  const double gap = static_cast<double>(sums.max) - max;
+  const double scale = std::exp(gap / tau);
+  const double total = sums.at_max + sums.sum_exp;
+  TokenSums result = sums;
+  result.max = max;
+  result.at_max = 0;
+  result.sum_exp = scale * total;
+  result.sum_d_exp = scale * (sums.sum_d_exp + gap * total);
+  return result;
+}
+
+// The sums of two neighbours; `right` holds the tokens with the higher indices.
+inline TokenSums joined(const TokenSums& left, const TokenSums& right, double tau) {
+  if (left.status != NABLA_FAST_OK || right.status != NABLA_FAST_OK) {
+    TokenSums result;
+    const bool nan = left.status == NABLA_FAST_ROW_NAN || right.status == NABLA_FAST_ROW_NAN;
+    result.status = nan ? NABLA_FAST_ROW_NAN : NABLA_FAST_ROW_INFINITE;
+    return result;
+  }
+  if (right.max == -kInfinity) return left;
+  if (left.max == -kInfinity) return right;
+  TokenSums result = left.max < right.max ? right : left;
+  const TokenSums other = left.max < right.max   ? lowered(left, right.max, tau)
+                          : right.max < left.max ? lowered(right, left.max, tau)
+                                                 : right;
+  result.at_max += other.at_max;
+  result.sum_exp += other.sum_exp;
+  result.sum_d_exp += other.sum_d_exp;
+  return result;
+}
+
+// Where the results of a call go: each [rows].
+struct Outputs {
+  float* logsumexp;
+  float* confidence;
+  float* entropy;
+  int64_t* argmax;
+  nabla_fast_status* status;
+
+  void write(int64_t row, const TokenSums& sums, const Tau& tau) const {
+    status[row] = sums.status != NABLA_FAST_OK ? sums.status
+                  : sums.max == -kInfinity     ? NABLA_FAST_ROW_ALL_MASKED
+                                               : NABLA_FAST_OK;
+    if (status[row] != NABLA_FAST_OK) {
+      logsumexp[row] = confidence[row] = entropy[row] = std::numeric_limits<float>::quiet_NaN();
+      argmax[row] = -1;
+      return;
+    }
+    const double total = sums.at_max + sums.sum_exp;
+    const double log_total = std::log(sums.at_max) + std::log1p(sums.sum_exp / sums.at_max);
+    logsumexp[row] = static_cast<float>(sums.max / tau.value + log_total);
+    confidence[row] = static_cast<float>(1 / total);
+    entropy[row] = static_cast<float>(log_total - sums.sum_d_exp / tau.value / total);
+    argmax[row] = sums.argmax;
+  }
+};
+
+}  // namespace nabla_fast::cpu
+
+#endif  // NABLA_FAST_CPU_SOFTMAX_TOKEN_SUMS_H_
