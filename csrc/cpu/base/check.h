@@ -28,20 +28,20 @@
 
 #include "nabla_fast.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast {
 
 // More bytes than an address space has. Below it, sums of a few sizes are far from overflowing.
-constexpr int64_t kMostBytes = int64_t{1} << 56;
+constexpr int64_t kMaxBytes = int64_t{1} << 56;
 
-// A number of elements or bytes. Beyond kMostBytes, or below 0, it has no value, and neither has
+// A number of elements or bytes. Beyond kMaxBytes, or below 0, it has no value, and neither has
 // what is computed from it.
 class Size {
  public:
-  constexpr Size(int64_t value) : value_(value >= 0 && value <= kMostBytes ? value : -1) {}
+  constexpr Size(int64_t value) : value_(value >= 0 && value <= kMaxBytes ? value : -1) {}
 
   constexpr bool fits() const { return value_ >= 0; }
   constexpr int64_t or_zero() const { return fits() ? value_ : 0; }
-  constexpr int64_t or_most() const { return fits() ? value_ : kMostBytes; }
+  constexpr int64_t or_most() const { return fits() ? value_ : kMaxBytes; }
   constexpr Size rounded_up(int64_t unit) const {
     return fits() ? Size((value_ + unit - 1) / unit * unit) : *this;
   }
@@ -65,7 +65,7 @@ struct Axis {
   int64_t count, stride;
 };
 
-// Whether no element of a tensor lies further than kMostBytes from its first. Counts are not
+// Whether no element of a tensor lies further than kMaxBytes from its first. Counts are not
 // negative; strides may be.
 inline bool fits(std::initializer_list<Axis> axes, int64_t element_bytes) {
   Size span = 0;
@@ -73,7 +73,7 @@ inline bool fits(std::initializer_list<Axis> axes, int64_t element_bytes) {
     if (axis.count == 0) return true;
     if (axis.count == 1) continue;
     // The smallest int64 has no absolute value.
-    const int64_t stride = axis.stride < -kMostBytes ? kMostBytes + 1 : axis.stride;
+    const int64_t stride = axis.stride < -kMaxBytes ? kMaxBytes + 1 : axis.stride;
     span = span + Size(axis.count - 1) * (stride < 0 ? -stride : stride);
   }
   return ((span + 1) * element_bytes).fits();
@@ -99,6 +99,6 @@ inline char* aligned(void* workspace) {
   return static_cast<char*>(workspace) + (kAlignment - address % kAlignment) % kAlignment;
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast
 
 #endif  // NABLA_FAST_CPU_BASE_CHECK_H_

@@ -4,7 +4,7 @@
 
 #include "base/isa.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast {
 
 // Holds for the thread that made it, until it is destroyed. Inputs are read as they are.
 class FlushToZero {
@@ -26,6 +26,6 @@ class FlushToZero {
 #endif
 };
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast
 
 #endif  // NABLA_FAST_CPU_BASE_FLUSH_H_

@@ -40,7 +40,7 @@
   #define NABLA_FAST_AMX 0
 #endif
 
-namespace nabla_fast::cpu {
+namespace nabla_fast {
 
 // The variant of a kernel for the level in force. Elsewhere than on x86-64 the three are the same.
 template <typename Function>
@@ -57,6 +57,6 @@ Function* select_isa(Function* baseline, Function* avx2, Function* avx512) {
   }
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast
 
 #endif  // NABLA_FAST_CPU_BASE_ISA_H_

@@ -4,7 +4,7 @@
 
 #include "base/isa.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast {
 
 // Walks through the memory behind what is worked on, into the second-level cache, at the pace of
 // the work: the hardware's own fetching leaves memory idle during arithmetic. A fetch is no access:
@@ -43,6 +43,6 @@ struct Ahead {
   }
 };
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast
 
 #endif  // NABLA_FAST_CPU_BASE_PREFETCH_H_

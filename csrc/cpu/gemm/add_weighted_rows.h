@@ -8,10 +8,10 @@
 #include "base/isa.h"
 #include "gemm/dot_products.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 
 // Vectors of columns that are added up in registers at once.
-constexpr int kMixColumns = 4;
+constexpr int kColumnVectorsInRegisters = 4;
 
 // The stride of rows that vectors may be stored to whole.
 inline int64_t mix_stride_of(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
@@ -53,9 +53,10 @@ NABLA_FAST_INLINE void add_rows(const float* weights, int64_t weights_stride, in
                                 int64_t tokens, const T* table, int64_t table_stride, float* mix,
                                 int64_t mix_stride, int rest) {
   int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows)
-    add_columns<kTileRows, C, T>(weights + row * weights_stride, weights_stride, tokens, table,
-                                 table_stride, mix + row * mix_stride, mix_stride, rest);
+  for (; row + kRowsInRegisters <= rows; row += kRowsInRegisters)
+    add_columns<kRowsInRegisters, C, T>(weights + row * weights_stride, weights_stride, tokens,
+                                        table, table_stride, mix + row * mix_stride, mix_stride,
+                                        rest);
   for (; row < rows; ++row)
     add_columns<1, C, T>(weights + row * weights_stride, weights_stride, tokens, table,
                          table_stride, mix + row * mix_stride, mix_stride, rest);
@@ -69,9 +70,10 @@ NABLA_FAST_INLINE void add_mix(const float* weights, int64_t weights_stride, int
                                int64_t tokens, const T* table, int64_t table_stride, int64_t width,
                                float* mix, int64_t mix_stride) {
   int64_t column = 0;
-  for (; column + kMixColumns * kLanes <= width; column += kMixColumns * kLanes)
-    add_rows<kMixColumns, T>(weights, weights_stride, rows, tokens, table + column, table_stride,
-                             mix + column, mix_stride, 0);
+  for (; column + kColumnVectorsInRegisters * kLanes <= width;
+       column += kColumnVectorsInRegisters * kLanes)
+    add_rows<kColumnVectorsInRegisters, T>(weights, weights_stride, rows, tokens, table + column,
+                                           table_stride, mix + column, mix_stride, 0);
   for (; column < width; column += kLanes) {
     int rest = static_cast<int>(std::min<int64_t>(kLanes, width - column)) % kLanes;
     add_rows<1, T>(weights, weights_stride, rows, tokens, table + column, table_stride,
@@ -79,6 +81,6 @@ NABLA_FAST_INLINE void add_mix(const float* weights, int64_t weights_stride, int
   }
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm
 
 #endif  // NABLA_FAST_CPU_GEMM_ADD_WEIGHTED_ROWS_H_

@@ -12,7 +12,7 @@
 #include "base/prefetch.h"
 #include "gemm/vocab_tiles.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 
 // Rows as products_amx() takes them: terms of pairs of columns, [pairs, terms, lanes], zeros behind
 // the width. `memory`: PackedRows::bytes(), aligned to 64.
@@ -25,6 +25,6 @@ void products_amx(const PackedRows& rows, const Table& table, int tokens, bool a
 void mix_amx(const float* weights, int lanes, int rows, const Table& table, int tokens, float* mix,
              Ahead ahead);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm
 
 #endif  // NABLA_FAST_CPU_GEMM_AMX_H_

@@ -10,13 +10,13 @@
   #include <immintrin.h>
 #endif
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 
 // Of a tile: numbers that are multiplied and added up, and those beside each other.
-constexpr int kDepth = 32;
-constexpr int kSide = 16;
+constexpr int kAmxDepth = 32;
+constexpr int kAmxSide = 16;
 // Terms of a float32.
-constexpr int kTerms = 3;
+constexpr int kBf16Terms = 3;
 
 #if NABLA_FAST_AMX
 
@@ -35,23 +35,23 @@ struct Square {
 };
 
 NABLA_FAST_TARGET_AMX inline void load_square(const Square& c) {
-  float* below = c.at + kSide * (c.down / 4);
+  float* below = c.at + kAmxSide * (c.down / 4);
   _tile_loadd(0, c.at, c.down);
-  if (!c.narrow) _tile_loadd(1, c.at + kSide, c.down);
+  if (!c.narrow) _tile_loadd(1, c.at + kAmxSide, c.down);
   if (!c.low) _tile_loadd(2, below, c.down);
-  if (!c.low && !c.narrow) _tile_loadd(3, below + kSide, c.down);
+  if (!c.low && !c.narrow) _tile_loadd(3, below + kAmxSide, c.down);
 }
 
 NABLA_FAST_TARGET_AMX inline void store_square(const Square& c) {
-  float* below = c.at + kSide * (c.down / 4);
+  float* below = c.at + kAmxSide * (c.down / 4);
   _tile_stored(0, c.at, c.down);
-  if (!c.narrow) _tile_stored(1, c.at + kSide, c.down);
+  if (!c.narrow) _tile_stored(1, c.at + kAmxSide, c.down);
   if (!c.low) _tile_stored(2, below, c.down);
-  if (!c.low && !c.narrow) _tile_stored(3, below + kSide, c.down);
+  if (!c.low && !c.narrow) _tile_stored(3, below + kAmxSide, c.down);
 }
 
 #endif
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm
 
 #endif  // NABLA_FAST_CPU_GEMM_AMX_TILES_H_

@@ -1,4 +1,4 @@
-// Sixteen floats as one value, and inner products of several rows with several tokens at once.
+// Inner products of several rows with several tokens at once, the lanes of a vector along the width.
 #ifndef NABLA_FAST_CPU_GEMM_DOT_PRODUCTS_H_
 #define NABLA_FAST_CPU_GEMM_DOT_PRODUCTS_H_
 
@@ -7,55 +7,16 @@
 #include <cstring>
 
 #include "base/isa.h"
-#include "simd/vec.h"
+#include "simd/lanes.h"
 
-namespace nabla_fast::cpu {
-
-constexpr int kLanes = 16;
-
-using Lanes = Floats<kLanes>;
-
-NABLA_FAST_INLINE Lanes load(const float* x) { return load<kLanes>(x); }
-
-NABLA_FAST_INLINE Lanes load(const uint16_t* x) {
-  typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-  Halves halves;
-  std::memcpy(&halves, x, sizeof halves);
-  Words words = __builtin_convertvector(halves, Words) << 16;
-  Lanes lanes;
-  std::memcpy(&lanes, &words, sizeof lanes);
-  return lanes;
-}
-
-// The first `count` elements, and zeros.
-template <typename T>
-NABLA_FAST_INLINE Lanes load_part(const T* x, int count) {
-  T padded[kLanes] = {};
-  std::memcpy(padded, x, sizeof(T) * static_cast<size_t>(count));
-  return load(padded);
-}
-
-NABLA_FAST_INLINE void store(float* x, Lanes lanes) { store<kLanes>(x, lanes); }
-
-// The sums of 16 vectors' lanes, in order.
-NABLA_FAST_INLINE Lanes sums(const Lanes (&x)[16]) {
-  constexpr auto kIndices = std::make_integer_sequence<int, kLanes>{};
-  Lanes a[8], b[4];
-#pragma GCC unroll 8
-  for (int n = 0; n < 8; ++n) a[n] = folded<kLanes, 8>(x[2 * n], x[2 * n + 1], kIndices);
-#pragma GCC unroll 4
-  for (int n = 0; n < 4; ++n) b[n] = folded<kLanes, 4>(a[2 * n], a[2 * n + 1], kIndices);
-  return folded<kLanes, 1>(folded<kLanes, 2>(b[0], b[1], kIndices),
-                           folded<kLanes, 2>(b[2], b[3], kIndices), kIndices);
-}
+namespace nabla_fast::gemm {
 
 // Tokens and rows whose inner products are held in registers at once.
-constexpr int kTileTokens = 4;
-constexpr int kTileRows = 4;
+constexpr int kTokensInRegisters = 4;
+constexpr int kRowsInRegisters = 4;
 // How far ahead weights are fetched, in whole tiles: the hardware's own prefetching leaves memory
 // idle during the arithmetic.
-constexpr int64_t kBytesAhead = 8192;
+constexpr int64_t kPrefetchDistance = 8192;
 
 // Rows of hidden states [rows, width] and tokens of a head [vocab, width]; T is float or, for bf16,
 // uint16_t.
@@ -72,22 +33,22 @@ struct Product {
 template <int R, bool kPrefetch, typename T>
 NABLA_FAST_INLINE void product_tile(const Product& p, int64_t row, int64_t token, int tokens,
                                     float* logits, int64_t stride) {
-  const T* w[kTileTokens];
+  const T* w[kTokensInRegisters];
 #pragma GCC unroll 4
-  for (int t = 0; t < kTileTokens; ++t)
+  for (int t = 0; t < kTokensInRegisters; ++t)
     w[t] = static_cast<const T*>(p.head) + (token + std::min(t, tokens - 1)) * p.head_stride;
   const float* h[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) h[r] = p.hidden + (row + r) * p.hidden_stride;
-  Lanes total[kTileRows * kTileTokens] = {};
+  Lanes total[kRowsInRegisters * kTokensInRegisters] = {};
   // An address, not an access: behind the head's end it does nothing.
-  int64_t tile_bytes = kTileTokens * static_cast<int64_t>(sizeof(T)) * p.width;
-  int64_t ahead = (kBytesAhead / (tile_bytes + 1) + 1) * kTileTokens * p.head_stride;
+  int64_t tile_bytes = kTokensInRegisters * static_cast<int64_t>(sizeof(T)) * p.width;
+  int64_t ahead = (kPrefetchDistance / (tile_bytes + 1) + 1) * kTokensInRegisters * p.head_stride;
   int64_t whole = p.width - p.width % kLanes;
   for (int64_t k = 0; k < whole; k += kLanes) {
-    Lanes weights[kTileTokens];
+    Lanes weights[kTokensInRegisters];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTileTokens; ++t) {
+    for (int t = 0; t < kTokensInRegisters; ++t) {
       weights[t] = load(w[t] + k);
       if (kPrefetch) __builtin_prefetch(w[t] + k + ahead);
     }
@@ -95,7 +56,8 @@ NABLA_FAST_INLINE void product_tile(const Product& p, int64_t row, int64_t token
     for (int r = 0; r < R; ++r) {
       Lanes state = load(h[r] + k);
 #pragma GCC unroll 4
-      for (int t = 0; t < kTileTokens; ++t) total[r * kTileTokens + t] += state * weights[t];
+      for (int t = 0; t < kTokensInRegisters; ++t)
+        total[r * kTokensInRegisters + t] += state * weights[t];
     }
   }
   if (int rest = static_cast<int>(p.width - whole)) {
@@ -103,15 +65,15 @@ NABLA_FAST_INLINE void product_tile(const Product& p, int64_t row, int64_t token
     for (int r = 0; r < R; ++r) {
       Lanes state = load_part(h[r] + whole, rest);
 #pragma GCC unroll 4
-      for (int t = 0; t < kTileTokens; ++t)
-        total[r * kTileTokens + t] += state * load_part(w[t] + whole, rest);
+      for (int t = 0; t < kTokensInRegisters; ++t)
+        total[r * kTokensInRegisters + t] += state * load_part(w[t] + whole, rest);
     }
   }
   float result[kLanes];
   store(result, sums(total));
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-    std::memcpy(logits + r * stride, result + r * kTileTokens,
+    std::memcpy(logits + r * stride, result + r * kTokensInRegisters,
                 sizeof(float) * static_cast<size_t>(tokens));
 }
 
@@ -120,19 +82,19 @@ template <bool kPrefetch, typename T>
 NABLA_FAST_INLINE void product_column(const Product& p, int64_t first, int64_t last, int64_t token,
                                       int tokens, float* logits, int64_t stride) {
   int64_t row = first;
-  if (kPrefetch && last - first >= kTileRows) {
-    product_tile<kTileRows, true, T>(p, row, token, tokens, logits, stride);
-    row += kTileRows;
+  if (kPrefetch && last - first >= kRowsInRegisters) {
+    product_tile<kRowsInRegisters, true, T>(p, row, token, tokens, logits, stride);
+    row += kRowsInRegisters;
   }
-  for (; row + kTileRows <= last; row += kTileRows)
-    product_tile<kTileRows, false, T>(p, row, token, tokens, logits + (row - first) * stride,
-                                      stride);
+  for (; row + kRowsInRegisters <= last; row += kRowsInRegisters)
+    product_tile<kRowsInRegisters, false, T>(p, row, token, tokens, logits + (row - first) * stride,
+                                             stride);
   float* rest = logits + (row - first) * stride;
   if (last - row == 3) product_tile<3, kPrefetch, T>(p, row, token, tokens, rest, stride);
   if (last - row == 2) product_tile<2, kPrefetch, T>(p, row, token, tokens, rest, stride);
   if (last - row == 1) product_tile<1, kPrefetch, T>(p, row, token, tokens, rest, stride);
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm
 
 #endif  // NABLA_FAST_CPU_GEMM_DOT_PRODUCTS_H_

@@ -7,7 +7,7 @@
 
 #include "gemm/vocab_tiles.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 namespace {
 
 // Of the stack, and of a near cache.
@@ -28,7 +28,7 @@ void mapped_products(const PackedRows& rows, const Table& table, const int64_t* 
   const int64_t row_bytes = table.width * table.bytes();
   // Nothing to copy, and maybe nothing to copy it from.
   if (row_bytes == 0) return products(rows, table, tokens, add, z);
-  const int fit = static_cast<int>(std::min<int64_t>(kNearBytes / row_bytes, kTileTokens));
+  const int fit = static_cast<int>(std::min<int64_t>(kNearBytes / row_bytes, kVocabTileTokens));
   // Products of whole vectors of tokens are the fast ones.
   const int most = fit >= 16 ? fit / 16 * 16 : fit;
   alignas(64) char near[kNearBytes];
@@ -48,4 +48,4 @@ void mapped_products(const PackedRows& rows, const Table& table, const int64_t* 
   }
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm

@@ -19,19 +19,19 @@
 #include "gemm/widen.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 namespace {
 
 // Columns of one chain: what a longer one gains in speed it loses in accuracy, whose error grows with
 // the square root of its length.
-constexpr int64_t kChain = 32;
+constexpr int64_t kChainColumns = 32;
 // Rows up to which tokens lie in the lanes.
-constexpr int kFewRows = 8;
+constexpr int kMaxFewRows = 8;
 // Bytes of a table that are worked on while those behind them are fetched: both stay in the
 // second-level cache.
 constexpr int64_t kBlockBytes = 256 << 10;
 // Columns between two fetches.
-constexpr int kStep = 4;
+constexpr int kColumnsPerPrefetch = 4;
 
 template <int W>
 using Bits = typename VecTypes<W>::Bits;
@@ -45,8 +45,10 @@ struct Single {
   using Element = float;
   using Vector = Floats<W>;
   static constexpr int kElements = 1;
-  static NABLA_FAST_INLINE Vector spread(const float* element) { return cpu::spread<W>(*element); }
-  static NABLA_FAST_INLINE Vector load(const float* x) { return cpu::load<W>(x); }
+  static NABLA_FAST_INLINE Vector spread(const float* element) {
+    return nabla_fast::spread<W>(*element);
+  }
+  static NABLA_FAST_INLINE Vector load(const float* x) { return nabla_fast::load<W>(x); }
   static NABLA_FAST_INLINE void add(Floats<W>& total, Vector a, Vector b) { total += a * b; }
 };
 
@@ -63,7 +65,7 @@ struct Pair {
     asm("" : "+v"(words));
     return words;
   }
-  static NABLA_FAST_INLINE Vector load(const float* x) { return (Vector)cpu::load<16>(x); }
+  static NABLA_FAST_INLINE Vector load(const float* x) { return (Vector)nabla_fast::load<16>(x); }
   // The intrinsic would have to be called from functions of one instruction set.
   static NABLA_FAST_INLINE void add(Floats<16>& total, Vector a, Vector b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
@@ -95,10 +97,10 @@ NABLA_FAST_INLINE void chain(const typename Column::Element* w, int64_t stride, 
   constexpr int kElements = Column::kElements;
   Floats<W> total[kTokens * C] = {};
   int64_t k = 0;
-  for (; k + kStep <= columns; k += kStep) {
-    ahead.walk<kTokens * kStep * kElements * sizeof(*w)>();
+  for (; k + kColumnsPerPrefetch <= columns; k += kColumnsPerPrefetch) {
+    ahead.walk<kTokens * kColumnsPerPrefetch * kElements * sizeof(*w)>();
 #pragma GCC unroll 4
-    for (int u = 0; u < kStep; ++u)
+    for (int u = 0; u < kColumnsPerPrefetch; ++u)
       add_column<C, kTokens, W, Column>(w + (k + u) * kElements, stride, x + (k + u) * lanes,
                                         total);
   }
@@ -114,7 +116,7 @@ NABLA_FAST_INLINE void chain(const typename Column::Element* w, int64_t stride, 
   }
 }
 
-// Tokens [first, last) over one chain of columns, at most kChain of them. kTokens: how many share
+// Tokens [first, last) over one chain of columns, at most kChainColumns of them. kTokens: how many share
 // what is read of the rows.
 template <int W, int C, int kTokens, typename Column>
 NABLA_FAST_INLINE void chains(const typename Column::Element* w, int64_t stride, int tokens,
@@ -157,27 +159,27 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
   const int lanes = rows.lanes();
   const int64_t width = table.width, stride = table.stride, token_bytes = sizeof(T) * width;
   const int block = static_cast<int>(
-      std::clamp<int64_t>(kBlockBytes / (token_bytes + 1) / 16 * 16, 16, kTileTokens));
-  constexpr int kWide = 16;  // tokens that are widened at a time
-  float wide[sizeof(T) == 2 ? kWide * kChain : 1];
+      std::clamp<int64_t>(kBlockBytes / (token_bytes + 1) / 16 * 16, 16, kVocabTileTokens));
+  constexpr int kTokensInFp32 = 16;  // tokens that are widened at a time
+  float wide[sizeof(T) == 2 ? kTokensInFp32 * kChainColumns : 1];
   for (int first = 0; first < tokens; first += block) {
     const int some = std::min(block, tokens - first);
     Ahead ahead{reinterpret_cast<const char*>(w + (first + some) * stride)};
-    for (int64_t k = 0; k < width || k == 0; k += kChain) {
-      const int64_t columns = std::min(kChain, width - k);
+    for (int64_t k = 0; k < width || k == 0; k += kChainColumns) {
+      const int64_t columns = std::min(kChainColumns, width - k);
       const bool onto = add || k > 0;
       if constexpr (sizeof(T) == 4) {
         all_lanes<W, Single<W>>(w + first * stride + k, stride, some, x + k * lanes, lanes, columns,
                                 onto, z + first * lanes, ahead);
       } else {
-        for (int t = 0; t < some; t += kWide) {
-          const int now = std::min(kWide, some - t);
+        for (int t = 0; t < some; t += kTokensInFp32) {
+          const int now = std::min(kTokensInFp32, some - t);
           for (int n = 0; n < now; ++n) {
-            ahead.walk<2 * kChain>();
-            widen<W>(w + (first + t + n) * stride + k, columns, wide + n * kChain);
+            ahead.walk<2 * kChainColumns>();
+            widen<W>(w + (first + t + n) * stride + k, columns, wide + n * kChainColumns);
           }
           Ahead nothing{ahead.at};
-          all_lanes<W, Single<W>>(wide, kChain, now, x + k * lanes, lanes, columns, onto,
+          all_lanes<W, Single<W>>(wide, kChainColumns, now, x + k * lanes, lanes, columns, onto,
                                   z + (first + t) * lanes, nothing);
         }
       }
@@ -237,8 +239,8 @@ NABLA_FAST_INLINE void some_rows(const float* x, int lanes, const Table& table, 
     for (int t = 0; t < W; ++t)
       w[t] = static_cast<const char*>(table.from(first + std::min(t, some - 1)).data);
     Ahead ahead{static_cast<const char*>(table.from(first + some).data)};
-    for (int64_t k = 0; k < table.width || k == 0; k += kChain) {
-      const int64_t end = std::min(table.width, k + kChain);
+    for (int64_t k = 0; k < table.width || k == 0; k += kChainColumns) {
+      const int64_t end = std::min(table.width, k + kChainColumns);
       Floats<W> total[R] = {};
       for (int64_t at = k; at < end; at += kColumns)
         square<W, R, T>(w, at, std::min(kColumns, end - at), x, lanes, total, ahead);
@@ -279,7 +281,7 @@ NABLA_FAST_INLINE void few_rows(const PackedRows& rows, const Table& table, int 
 template <int W, typename T>
 NABLA_FAST_INLINE void tile(const PackedRows& rows, const Table& table, int tokens, bool add,
                             float* z) {
-  if (rows.rows <= kFewRows)
+  if (rows.rows <= kMaxFewRows)
     few_rows<W, T>(rows, table, tokens, add, z);
   else
     many_rows<W, T>(rows, table, tokens, add, z);
@@ -310,17 +312,18 @@ NABLA_FAST_TARGET_AVX512 void tile_pairs(const PackedRows& rows, const Table& ta
   const int lanes = rows.lanes();
   const int64_t whole = table.width / 2, stride = table.stride;
   const int block = static_cast<int>(
-      std::clamp<int64_t>(kBlockBytes / (2 * table.width + 1) / 16 * 16, 16, kTileTokens));
+      std::clamp<int64_t>(kBlockBytes / (2 * table.width + 1) / 16 * 16, 16, kVocabTileTokens));
   for (int first = 0; first < tokens; first += block) {
     const int some = std::min(block, tokens - first);
     Ahead ahead{reinterpret_cast<const char*>(w + (first + some) * stride)};
-    for (int64_t k = 0; k < whole || k == 0; k += kChain)
+    for (int64_t k = 0; k < whole || k == 0; k += kChainColumns)
       all_lanes<16, Pair>(w + first * stride + 2 * k, stride, some, x + k * lanes, lanes,
-                          std::min(kChain, whole - k), add || k > 0, z + first * lanes, ahead);
+                          std::min(kChainColumns, whole - k), add || k > 0, z + first * lanes,
+                          ahead);
   }
   if (table.width % 2 == 0) return;
   // The last column has no other half: what lies behind it is not the row's.
-  uint16_t last[2 * kTileTokens] = {};
+  uint16_t last[2 * kVocabTileTokens] = {};
   for (int t = 0; t < tokens; ++t) last[2 * t] = w[t * stride + table.width - 1];
   Ahead nothing{reinterpret_cast<const char*>(w)};
   all_lanes<16, Pair>(last, 2, tokens, x + whole * lanes, lanes, 1, true, z, nothing);
@@ -399,4 +402,4 @@ void products(const PackedRows& rows, const Table& table, int tokens, bool add, 
   run(rows, table, tokens, add, z);
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm

@@ -8,7 +8,7 @@
 #include "gemm/amx.h"
 #include "gemm/amx_tiles.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 namespace {
 
 // The bf16 that x begins with; what it leaves over has the same sign, and eight bits less.
@@ -65,24 +65,25 @@ NABLA_FAST_TARGET_AMX inline void multiply(const Tiles& a, const Tiles& b, int t
 NABLA_FAST_TARGET_AMX inline void add_tokens(const PackedRows& rows, const Table& table, int tokens,
                                              float* z, Ahead& ahead) {
   const auto* w = static_cast<const uint16_t*>(table.data);
-  const int lanes = rows.lanes(), squares = (lanes + 2 * kSide - 1) / (2 * kSide);
-  const int lines = 2 * kSide * kDepth * 2 / 64 / squares;
+  const int lanes = rows.lanes(), squares = (lanes + 2 * kAmxSide - 1) / (2 * kAmxSide);
+  const int lines = 2 * kAmxSide * kAmxDepth * 2 / 64 / squares;
   // What the unit reads of rows that are not there, and behind a row's last column.
-  alignas(64) uint16_t copy[2 * kSide][kDepth];
-  for (int lane = 0; lane < lanes; lane += 2 * kSide) {
-    const Square c{z + lane, 4 * lanes, tokens <= kSide, lanes - lane == kSide};
+  alignas(64) uint16_t copy[2 * kAmxSide][kAmxDepth];
+  for (int lane = 0; lane < lanes; lane += 2 * kAmxSide) {
+    const Square c{z + lane, 4 * lanes, tokens <= kAmxSide, lanes - lane == kAmxSide};
     load_square(c);
-    for (int64_t k = 0; k < rows.width; k += kDepth) {
-      const int64_t columns = std::min<int64_t>(kDepth, rows.width - k), of_term = 4 * lanes;
-      Tiles a{reinterpret_cast<const char*>(w + k), 2 * table.stride, 2 * kSide * table.stride, 0};
-      if (columns < kDepth || tokens % kSide) {
+    for (int64_t k = 0; k < rows.width; k += kAmxDepth) {
+      const int64_t columns = std::min<int64_t>(kAmxDepth, rows.width - k), of_term = 4 * lanes;
+      Tiles a{reinterpret_cast<const char*>(w + k), 2 * table.stride, 2 * kAmxSide * table.stride,
+              0};
+      if (columns < kAmxDepth || tokens % kAmxSide) {
         std::memset(copy, 0, sizeof copy);
         for (int t = 0; t < tokens; ++t)
           std::memcpy(copy[t], w + t * table.stride + k, static_cast<size_t>(2 * columns));
-        a = {reinterpret_cast<const char*>(copy), sizeof copy[0], kSide * sizeof copy[0], 0};
+        a = {reinterpret_cast<const char*>(copy), sizeof copy[0], kAmxSide * sizeof copy[0], 0};
       }
       const Tiles b{static_cast<const char*>(rows.data) + k / 2 * rows.terms * of_term + 4 * lane,
-                    rows.terms * of_term, 4 * kSide, of_term};
+                    rows.terms * of_term, 4 * kAmxSide, of_term};
       for (int line = 0; line < lines; ++line) ahead.line();
       multiply(a, b, rows.terms, c);
     }
@@ -96,8 +97,8 @@ NABLA_FAST_TARGET_AMX void add_products(const PackedRows& rows, const Table& tab
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
   Ahead ahead{static_cast<const char*>(table.from(tokens).data)};
-  for (int t = 0; t < tokens; t += 2 * kSide) {
-    const int some = std::min(2 * kSide, tokens - t);
+  for (int t = 0; t < tokens; t += 2 * kAmxSide) {
+    const int some = std::min(2 * kAmxSide, tokens - t);
     add_tokens(rows, table.from(t), some, z + t * rows.lanes(), ahead);
   }
   _tile_release();
@@ -113,10 +114,10 @@ void add_products(const PackedRows&, const Table&, int, float*) {}
 
 PackedRows pack_amx(const Table& from, int rows, void* memory) {
   const PackedRows packed{memory, rows, from.width, false,
-                          from.dtype == NABLA_FAST_BFLOAT16 ? 1 : kTerms};
+                          from.dtype == NABLA_FAST_BFLOAT16 ? 1 : kBf16Terms};
   auto* to = static_cast<uint16_t*>(memory);
   const int lanes = packed.lanes();
-  const int64_t padded_width = (from.width + kDepth - 1) / kDepth * kDepth;
+  const int64_t padded_width = (from.width + kAmxDepth - 1) / kAmxDepth * kAmxDepth;
   std::memset(memory, 0, static_cast<size_t>(2 * padded_width * packed.terms * lanes));
   for (int r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < from.width; ++k) {
@@ -134,8 +135,8 @@ PackedRows pack_amx(const Table& from, int rows, void* memory) {
 
 void products_amx(const PackedRows& rows, const Table& table, int tokens, bool add, float* z) {
   const int lanes = rows.lanes();
-  alignas(64) float sums[kTileTokens * kGroupRows];
-  std::fill(sums, sums + (tokens + 2 * kSide - 1) / (2 * kSide) * 2 * kSide * lanes, 0.0f);
+  alignas(64) float sums[kVocabTileTokens * kRowsPerGroup];
+  std::fill(sums, sums + (tokens + 2 * kAmxSide - 1) / (2 * kAmxSide) * 2 * kAmxSide * lanes, 0.0f);
   add_products(rows, table, tokens, sums);
   bool finite = true;
   for (int n = 0; n < tokens * lanes; ++n) finite &= sums[n] - sums[n] == 0;
@@ -147,4 +148,4 @@ void products_amx(const PackedRows& rows, const Table& table, int tokens, bool a
   for (int n = 0; n < tokens * lanes; ++n) z[n] = add ? z[n] + sums[n] : sums[n];
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm

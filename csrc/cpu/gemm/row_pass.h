@@ -14,22 +14,22 @@
 #include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 
-constexpr int64_t kSegmentTokens = 1024;
+constexpr int64_t kPassSegmentTokens = 1024;
 // Rows of a pass, at most: their packed copies stay in a cache that is not too far away.
-constexpr int kMostGroups = 4;
-constexpr int64_t kPassRows = kMostGroups * kGroupRows;
+constexpr int kGroupsPerPass = 4;
+constexpr int64_t kRowsPerPass = kGroupsPerPass * kRowsPerGroup;
 // Multiplications that a thread is woken for.
 constexpr int64_t kProductsPerThread = 1 << 18;
 
 // Of any vocabulary: what a size query is asked may be the largest number there is.
-inline int64_t segments_of(int64_t vocab) {
-  return vocab / kSegmentTokens + (vocab % kSegmentTokens > 0);
+inline int64_t pass_segments(int64_t vocab) {
+  return vocab / kPassSegmentTokens + (vocab % kPassSegmentTokens > 0);
 }
 
 inline int groups_of(int64_t rows) {
-  return static_cast<int>((std::min(rows, kPassRows) + kGroupRows - 1) / kGroupRows);
+  return static_cast<int>((std::min(rows, kRowsPerPass) + kRowsPerGroup - 1) / kRowsPerGroup);
 }
 
 // Rows [rows, width] and the table [vocab, width] that their products are taken with, for each of
@@ -45,10 +45,10 @@ struct Factors {
   const int64_t* table_rows = nullptr;
 
   Table rows_of(int64_t factor) const {
-    return cpu::table_of(factor == 0 ? first_rows : rows[factor - 1], row_count);
+    return gemm::table_of(factor == 0 ? first_rows : rows[factor - 1], row_count);
   }
   Table table_of(int64_t factor) const {
-    return cpu::table_of(factor == 0 ? first_table : tables[factor - 1], rows_of_table(factor));
+    return gemm::table_of(factor == 0 ? first_table : tables[factor - 1], rows_of_table(factor));
   }
   // Null where a token is its own row.
   const int64_t* map_of(int64_t factor) const {
@@ -74,7 +74,7 @@ class RowPass {
     return sum;
   }
 
-  // Packs rows [first, first + rows), at most kPassRows.
+  // Packs rows [first, first + rows), at most kRowsPerPass.
   RowPass(const Factors& factors, int64_t first, int64_t rows, char* memory)
       : factors_(factors), rows_(static_cast<int>(rows)) {
     packed_ = reinterpret_cast<PackedRows*>(memory);
@@ -83,15 +83,15 @@ class RowPass {
       const Table from = factors.rows_of(f).from(first), table = factors.table_of(f);
       for (int g = 0; g < groups(); ++g) {
         packed_[g * factors.count + f] =
-            pack_rows(from.from(g * kGroupRows), rows_of(g), table.dtype, memory);
+            pack_rows(from.from(g * kRowsPerGroup), rows_of(g), table.dtype, memory);
         memory += packed_bytes(rows, table.width).or_zero();
       }
     }
   }
 
   int groups() const { return groups_of(rows_); }
-  int rows_of(int group) const { return std::min(kGroupRows, rows_ - group * kGroupRows); }
-  int lanes_of(int group) const { return cpu::lanes_of(rows_of(group)); }
+  int rows_of(int group) const { return std::min(kRowsPerGroup, rows_ - group * kRowsPerGroup); }
+  int lanes_of(int group) const { return gemm::lanes_of(rows_of(group)); }
 
   // z[t * lanes + r] of one factor for tokens [token, token + tokens), or += it.
   void product(int64_t factor, int group, int64_t token, int tokens, bool add, float* z) const {
@@ -109,8 +109,8 @@ class RowPass {
   }
   // Of a group; without a value for more columns than PackedRows can count the bytes of.
   static Size packed_bytes(int64_t rows, int64_t width) {
-    if (width > kMostBytes >> 20) return Size(-1);
-    const int most = static_cast<int>(std::min<int64_t>(rows, kGroupRows));
+    if (width > kMaxBytes >> 20) return Size(-1);
+    const int most = static_cast<int>(std::min<int64_t>(rows, kRowsPerGroup));
     return Size(PackedRows::bytes(most, width)).rounded_up(kAlignment);
   }
 
@@ -122,12 +122,12 @@ class RowPass {
 // Calls work(segment, group, token, tokens) for all tiles and groups; those of a segment in order,
 // on one thread.
 template <typename Work>
-void each_tile(int64_t vocab, int groups, int threads, const Work& work) {
+void for_each_pass_tile(int64_t vocab, int groups, int threads, const Work& work) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t segment = 0; segment < segments_of(vocab); ++segment) {
-    const int64_t last = std::min(vocab, (segment + 1) * kSegmentTokens);
-    for (int64_t token = segment * kSegmentTokens; token < last; token += kTileTokens) {
-      const int tokens = static_cast<int>(std::min<int64_t>(kTileTokens, last - token));
+  for (int64_t segment = 0; segment < pass_segments(vocab); ++segment) {
+    const int64_t last = std::min(vocab, (segment + 1) * kPassSegmentTokens);
+    for (int64_t token = segment * kPassSegmentTokens; token < last; token += kVocabTileTokens) {
+      const int tokens = static_cast<int>(std::min<int64_t>(kVocabTileTokens, last - token));
       for (int group = 0; group < groups; ++group) work(segment, group, token, tokens);
     }
   }
@@ -136,9 +136,9 @@ void each_tile(int64_t vocab, int groups, int threads, const Work& work) {
 // How many threads a pass is worth.
 inline int pass_threads(int64_t rows, int64_t vocab, const Factors& factors, int32_t asked) {
   // Reading a table costs what some rows of arithmetic cost.
-  const Size work = factors.width() * vocab * (std::min(rows, kPassRows) + 4);
+  const Size work = factors.width() * vocab * (std::min(rows, kRowsPerPass) + 4);
   const int threads = threads_for(work.or_most(), kProductsPerThread, asked);
-  return static_cast<int>(std::min<int64_t>(threads, segments_of(vocab)));
+  return static_cast<int>(std::min<int64_t>(threads, pass_segments(vocab)));
 }
 
 // Whether every factor has rows and a table of one width, and a dtype there is, and whether maps
@@ -164,6 +164,6 @@ inline nabla_fast_status check_factors(const Factors& factors, int64_t rows, int
   return NABLA_FAST_OK;
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm
 
 #endif  // NABLA_FAST_CPU_GEMM_ROW_PASS_H_

@@ -18,11 +18,11 @@
 #include "base/check.h"
 #include "nabla_fast.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 
 // The most rows that share a pass over a table, and the most tokens of a tile.
-constexpr int kGroupRows = 64;
-constexpr int kTileTokens = 64;
+constexpr int kRowsPerGroup = 64;
+constexpr int kVocabTileTokens = 64;
 
 // Rows of a group lie side by side in a tile [tokens, lanes]; a vector never holds fewer.
 constexpr int lanes_of(int rows) { return (rows + 15) / 16 * 16; }
@@ -76,11 +76,11 @@ struct PackedRows {
   }
 };
 
-// Packs the first `rows` rows of `from`, at most kGroupRows, for products with a table of
+// Packs the first `rows` rows of `from`, at most kRowsPerGroup, for products with a table of
 // `table_dtype`. `memory`: PackedRows::bytes(), aligned to 64.
 PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, void* memory);
 
-// z[t * lanes + r] = <table[t], rows[r]>, or += it, for at most kTileTokens tokens; 0 in the lanes
+// z[t * lanes + r] = <table[t], rows[r]>, or += it, for at most kVocabTileTokens tokens; 0 in the lanes
 // behind the last row, or what was there.
 void products(const PackedRows& rows, const Table& table, int tokens, bool add, float* z);
 
@@ -88,10 +88,10 @@ void products(const PackedRows& rows, const Table& table, int tokens, bool add, 
 void mapped_products(const PackedRows& rows, const Table& table, const int64_t* token_rows,
                      int tokens, bool add, float* z);
 
-// mix[r * padded(width) + k] += sum_t weights[t * lanes + r] table[t, k] for at most kGroupRows
-// rows and kTileTokens tokens. What is behind the width of a row is 0 or stays.
+// mix[r * padded(width) + k] += sum_t weights[t * lanes + r] table[t, k] for at most kRowsPerGroup
+// rows and kVocabTileTokens tokens. What is behind the width of a row is 0 or stays.
 void mix(const float* weights, int lanes, int rows, const Table& table, int tokens, float* mix);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm
 
 #endif  // NABLA_FAST_CPU_GEMM_VOCAB_TILES_H_

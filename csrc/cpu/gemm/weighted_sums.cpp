@@ -7,7 +7,7 @@
 #include "gemm/amx.h"
 #include "gemm/vocab_tiles.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 namespace {
 
 template <int W>
@@ -47,4 +47,4 @@ void mix(const float* weights, int lanes, int rows, const Table& table, int toke
                                                                     tokens, mix);
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm

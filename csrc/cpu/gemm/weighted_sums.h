@@ -14,7 +14,7 @@
 #include "gemm/widen.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 
 // `C` vectors of columns of `R` rows.
 template <int W, int R, int C, int kStep, typename T>
@@ -59,7 +59,7 @@ NABLA_FAST_INLINE void mix_rows(const float* weights, int lanes, const Table& ta
                                 ahead);
   if (k == table.width) return;
   // The last columns, with zeros behind them.
-  T last[kTileTokens * W] = {};
+  T last[kVocabTileTokens * W] = {};
   for (int t = 0; t < tokens; ++t)
     std::memcpy(last + t * W, data + t * table.stride + k,
                 sizeof(T) * static_cast<size_t>(table.width - k));
@@ -97,17 +97,17 @@ NABLA_FAST_INLINE void straight_mix(const float* weights, int lanes, int rows, c
 template <int W>
 NABLA_FAST_INLINE void widened_mix(const float* weights, int lanes, int rows, const Table& table,
                                    int tokens, float* mix, Ahead ahead) {
-  constexpr int kStrip = 64, kRows = W == 16 ? 8 : 4;
-  alignas(64) float strip[kTileTokens * kStrip];
-  for (int64_t k = 0; k < table.width; k += kStrip) {
-    const int64_t columns = std::min<int64_t>(kStrip, table.width - k);
-    for (int t = 0; t < tokens; ++t) widen<W>(table, t, k, columns, strip + t * kStrip);
-    const Table wide{strip, NABLA_FAST_FLOAT32, columns, kStrip};
+  constexpr int kStripColumns = 64, kRows = W == 16 ? 8 : 4;
+  alignas(64) float strip[kVocabTileTokens * kStripColumns];
+  for (int64_t k = 0; k < table.width; k += kStripColumns) {
+    const int64_t columns = std::min<int64_t>(kStripColumns, table.width - k);
+    for (int t = 0; t < tokens; ++t) widen<W>(table, t, k, columns, strip + t * kStripColumns);
+    const Table wide{strip, NABLA_FAST_FLOAT32, columns, kStripColumns};
     mix_all<W, kRows, 8, float>(weights, lanes, rows, wide, tokens, mix + k, padded(table.width),
                                 ahead);
   }
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm
 
 #endif  // NABLA_FAST_CPU_GEMM_WEIGHTED_SUMS_H_

@@ -13,58 +13,58 @@
 #include "gemm/vocab_tiles.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 
 #if NABLA_FAST_AMX
 
 namespace {
 
-constexpr int kColumns = 2 * kSide;  // at a time
-constexpr int kDepths = kTileTokens / kDepth;
+constexpr int kPanelColumns = 2 * kAmxSide;  // at a time
+constexpr int kPanelDepths = kVocabTileTokens / kAmxDepth;
 
 typedef uint16_t Words __attribute__((vector_size(64)));
 
 // Weights of 16 rows and 32 tokens.
-using LeftTile = uint16_t[kSide][kDepth];
+using LeftTile = uint16_t[kAmxSide][kAmxDepth];
 
 struct Left {
-  alignas(64) LeftTile tiles[kGroupRows / kSide][kDepths][kTerms];
+  alignas(64) LeftTile tiles[kRowsPerGroup / kAmxSide][kPanelDepths][kBf16Terms];
 };
 
 struct Right {
-  alignas(64) uint16_t pairs[kTileTokens / 2][2][2 * kSide];  // by 16 columns
+  alignas(64) uint16_t pairs[kVocabTileTokens / 2][2][2 * kAmxSide];  // by 16 columns
 };
 
 // Terms of 16 weights of each of 16 rows, to columns [column, column + 16) of tiles.
-NABLA_FAST_INLINE void split_weights(const Floats<kSide> (&weights)[kSide], LeftTile* tiles,
+NABLA_FAST_INLINE void split_weights(const Floats<kAmxSide> (&weights)[kAmxSide], LeftTile* tiles,
                                      int column) {
-  using Bits = typename VecTypes<kSide>::Bits;
-  typedef uint16_t Halves __attribute__((vector_size(2 * kSide)));
+  using Bits = typename VecTypes<kAmxSide>::Bits;
+  typedef uint16_t Halves __attribute__((vector_size(2 * kAmxSide)));
   #pragma GCC unroll 16
-  for (int r = 0; r < kSide; ++r) {
-    Floats<kSide> rest = weights[r];
+  for (int r = 0; r < kAmxSide; ++r) {
+    Floats<kAmxSide> rest = weights[r];
   #pragma GCC unroll 3
-    for (int term = 0; term < kTerms; ++term) {
+    for (int term = 0; term < kBf16Terms; ++term) {
       // A NaN may have its bits at the end; and infinity leaves nothing over.
       const Bits begin = rest == rest ? (Bits)rest & 0xFFFF0000u : Bits{} + 0x7FC00000u;
       const Halves halves = __builtin_convertvector(begin >> 16, Halves);
       std::memcpy(tiles[term][r] + column, &halves, sizeof halves);
-      rest -= (Floats<kSide>)begin;
-      rest = rest == rest ? rest : Floats<kSide>{};
+      rest -= (Floats<kAmxSide>)begin;
+      rest = rest == rest ? rest : Floats<kAmxSide>{};
     }
   }
 }
 
 NABLA_FAST_TARGET_AMX void pack_left(const float* weights, int lanes, int tokens, Left& left) {
-  for (int block = 0; block * kSide < lanes; ++block) {
-    for (int t = 0; t < (tokens + kDepth - 1) / kDepth * kDepth; t += kSide) {
-      Floats<kSide> x[kSide];
+  for (int block = 0; block * kAmxSide < lanes; ++block) {
+    for (int t = 0; t < (tokens + kAmxDepth - 1) / kAmxDepth * kAmxDepth; t += kAmxSide) {
+      Floats<kAmxSide> x[kAmxSide];
   #pragma GCC unroll 16
-      for (int n = 0; n < kSide; ++n)
-        x[n] = t + n < tokens ? load<kSide>(weights + (t + n) * lanes + block * kSide)
-                              : Floats<kSide>{};
-      transpose<kSide>(x);
-      split_weights(x, left.tiles[block][t / kDepth], t % kDepth);
+      for (int n = 0; n < kAmxSide; ++n)
+        x[n] = t + n < tokens ? load<kAmxSide>(weights + (t + n) * lanes + block * kAmxSide)
+                              : Floats<kAmxSide>{};
+      transpose<kAmxSide>(x);
+      split_weights(x, left.tiles[block][t / kAmxDepth], t % kAmxDepth);
     }
   }
 }
@@ -72,13 +72,13 @@ NABLA_FAST_TARGET_AMX void pack_left(const float* weights, int lanes, int tokens
 template <int... kWord>
 NABLA_FAST_INLINE Words interleaved(Words a, Words b, int half,
                                     std::integer_sequence<int, kWord...>) {
-  return half ? __builtin_shufflevector(a, b, (kSide + kWord / 2 + kWord % 2 * 32)...)
+  return half ? __builtin_shufflevector(a, b, (kAmxSide + kWord / 2 + kWord % 2 * 32)...)
               : __builtin_shufflevector(a, b, (kWord / 2 + kWord % 2 * 32)...);
 }
 
 NABLA_FAST_INLINE Words load_words(const uint16_t* from, int64_t columns) {
   Words words = {};
-  if (columns == kColumns)
+  if (columns == kPanelColumns)
     std::memcpy(&words, from, sizeof words);
   else
     std::memcpy(&words, from, static_cast<size_t>(2 * columns));
@@ -89,7 +89,7 @@ NABLA_FAST_INLINE Words load_words(const uint16_t* from, int64_t columns) {
 NABLA_FAST_TARGET_AMX inline bool pack_right(const uint16_t* w, int64_t stride, int64_t columns,
                                              int tokens, Ahead& ahead, Right& right) {
   Words largest = {};
-  const int end = (tokens + kDepth - 1) / kDepth * kDepth;
+  const int end = (tokens + kAmxDepth - 1) / kAmxDepth * kAmxDepth;
   for (int t = 0; t < end; t += 2) {
     const Words a = t < tokens ? load_words(w + t * stride, columns) : Words{};
     const Words b = t + 1 < tokens ? load_words(w + (t + 1) * stride, columns) : Words{};
@@ -111,9 +111,9 @@ NABLA_FAST_TARGET_AMX inline void multiply(const Left& left, int block, const Ri
                                            int depths, const Square& c) {
   load_square(c);
   for (int depth = 0; depth < depths; ++depth) {
-    _tile_loadd(6, right.pairs[depth * kDepth / 2][0], sizeof right.pairs[0]);
-    if (!c.narrow) _tile_loadd(7, right.pairs[depth * kDepth / 2][1], sizeof right.pairs[0]);
-    for (int term = 0; term < kTerms; ++term) {
+    _tile_loadd(6, right.pairs[depth * kAmxDepth / 2][0], sizeof right.pairs[0]);
+    if (!c.narrow) _tile_loadd(7, right.pairs[depth * kAmxDepth / 2][1], sizeof right.pairs[0]);
+    for (int term = 0; term < kBf16Terms; ++term) {
       _tile_loadd(4, left.tiles[block][depth][term], sizeof left.tiles[0][0][0][0]);
       _tile_dpbf16ps(0, 4, 6);
       if (!c.narrow) _tile_dpbf16ps(1, 4, 7);
@@ -146,29 +146,31 @@ NABLA_FAST_TARGET_AMX void mix_amx(const float* weights, int lanes, int rows, co
   _tile_loadconfig(&shapes);
   const auto* w = static_cast<const uint16_t*>(table.data);
   const int64_t mix_stride = padded(table.width);
-  const int depths = (tokens + kDepth - 1) / kDepth;
+  const int depths = (tokens + kAmxDepth - 1) / kAmxDepth;
   Left left;
   Right right;
   pack_left(weights, lanes, tokens, left);
-  for (int64_t k = 0; k < table.width; k += kColumns) {
-    const int64_t columns = std::min<int64_t>(kColumns, table.width - k);
+  for (int64_t k = 0; k < table.width; k += kPanelColumns) {
+    const int64_t columns = std::min<int64_t>(kPanelColumns, table.width - k);
     if (!pack_right(w + k, table.stride, columns, tokens, ahead, right)) {
       add_slowly(weights, lanes, rows, w + k, table.stride, columns, tokens, mix + k, mix_stride);
       continue;
     }
-    const bool narrow = columns <= kSide;
-    for (int r = 0; r < rows; r += 2 * kSide) {
-      const int some = std::min(2 * kSide, rows - r);
+    const bool narrow = columns <= kAmxSide;
+    for (int r = 0; r < rows; r += 2 * kAmxSide) {
+      const int some = std::min(2 * kAmxSide, rows - r);
       float* const out = mix + r * mix_stride + k;
-      if (some % kSide == 0) {
-        multiply(left, r / kSide, right, depths, {out, 4 * mix_stride, some == kSide, narrow});
+      if (some % kAmxSide == 0) {
+        multiply(left, r / kAmxSide, right, depths,
+                 {out, 4 * mix_stride, some == kAmxSide, narrow});
         continue;
       }
       // A tile has sixteen rows, and there are fewer.
-      alignas(64) float edge[2 * kSide][kColumns];
-      const size_t bytes = 4 * (narrow ? kSide : kColumns);
+      alignas(64) float edge[2 * kAmxSide][kPanelColumns];
+      const size_t bytes = 4 * (narrow ? kAmxSide : kPanelColumns);
       for (int n = 0; n < some; ++n) std::memcpy(edge[n], out + n * mix_stride, bytes);
-      multiply(left, r / kSide, right, depths, {edge[0], sizeof edge[0], some < kSide, narrow});
+      multiply(left, r / kAmxSide, right, depths,
+               {edge[0], sizeof edge[0], some < kAmxSide, narrow});
       for (int n = 0; n < some; ++n) std::memcpy(out + n * mix_stride, edge[n], bytes);
     }
   }
@@ -181,4 +183,4 @@ void mix_amx(const float*, int, int, const Table&, int, float*, Ahead) {}
 
 #endif
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm

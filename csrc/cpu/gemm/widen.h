@@ -10,7 +10,7 @@
 #include "gemm/vocab_tiles.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::gemm {
 
 template <int W>
 NABLA_FAST_INLINE Floats<W> load_wide(const float* x) {
@@ -52,6 +52,6 @@ NABLA_FAST_INLINE void widen(const Table& table, int64_t token, int64_t column, 
     widen<W>(static_cast<const uint16_t*>(table.data) + at, columns, to);
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::gemm
 
 #endif  // NABLA_FAST_CPU_GEMM_WIDEN_H_

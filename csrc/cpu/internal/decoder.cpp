@@ -11,7 +11,7 @@
 #include "gemm/dot_products.h"
 #include "simd/vec_exp.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::internal {
 namespace {
 
 // Less work than this is not worth waking a thread for.
@@ -147,8 +147,8 @@ NABLA_FAST_INLINE void linear_backward_part_inline(const float* dy, int64_t dy_s
                                                    int64_t in, float* dx, int64_t first,
                                                    int64_t last) {
   for (int64_t block = 0; block < out; block += kWeightBlock)
-    add_mix<float>(dy + block, dy_stride, tokens, std::min(kWeightBlock, out - block),
-                   weight + block * in + first, in, last - first, dx + first, in);
+    gemm::add_mix<float>(dy + block, dy_stride, tokens, std::min(kWeightBlock, out - block),
+                         weight + block * in + first, in, last - first, dx + first, in);
 }
 NABLA_FAST_FOR_EACH_ISA(linear_backward_part,
                         (const float* dy, int64_t dy_stride, int64_t tokens, const float* weight,
@@ -157,16 +157,16 @@ NABLA_FAST_FOR_EACH_ISA(linear_backward_part,
 
 void linear_backward(const float* dy, int64_t dy_stride, int64_t tokens, const Linear& layer,
                      int64_t out, int64_t in, float* dx, int32_t num_threads) {
-  constexpr int64_t kStep = kMixColumns * kLanes;
+  constexpr int64_t kColumnsPerTask = gemm::kColumnVectorsInRegisters * kLanes;
   int threads = threads_for(tokens * out * in, kProductsPerThread, num_threads);
   if (threads == 1) {
     linear_backward_part(dy, dy_stride, tokens, layer.weight, out, in, dx, 0, in);
     return;
   }
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t first = 0; first < in; first += kStep)
+  for (int64_t first = 0; first < in; first += kColumnsPerTask)
     linear_backward_part(dy, dy_stride, tokens, layer.weight, out, in, dx, first,
-                         std::min(in, first + kStep));
+                         std::min(in, first + kColumnsPerTask));
 }
 
 // -- memory --------------------------------------------------------------------------------------
@@ -375,4 +375,4 @@ float* decoder_qkv(const Decoder& d, const DecoderPass& p, int64_t layer) {
   return kept_of(d, p, layer).qkv;
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::internal

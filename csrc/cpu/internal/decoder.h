@@ -8,7 +8,7 @@
 
 #include "nabla_fast.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::internal {
 
 // A linear layer: weight [out, in], contiguous, and bias [out] or null.
 struct Linear {
@@ -84,6 +84,6 @@ void decoder_backward_qkv(const Decoder& decoder, const DecoderPass& pass, int64
 // A kept layer's queries, keys and values [T, heads + 2 kv_heads, dim] as attention saw them.
 float* decoder_qkv(const Decoder& decoder, const DecoderPass& pass, int64_t layer);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::internal
 
 #endif  // NABLA_FAST_CPU_INTERNAL_DECODER_H_

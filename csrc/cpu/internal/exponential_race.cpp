@@ -6,7 +6,7 @@
 
 #include "base/isa.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::internal {
 namespace {
 
 constexpr int kWords = 624, kShift = 397;
@@ -105,4 +105,4 @@ int64_t exponential_race(Mt19937* generator, int64_t vocab, const int64_t* token
 template int64_t exponential_race(Mt19937*, int64_t, const int64_t*, const float*, int64_t);
 template int64_t exponential_race(Mt19937*, int64_t, const int64_t*, const double*, int64_t);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::internal

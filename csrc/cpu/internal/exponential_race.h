@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::internal {
 
 // The generator's words, as at the head of torch.Generator.get_state() after the 64-bit seed.
 struct Mt19937 {
@@ -25,6 +25,6 @@ template <typename T>
 int64_t exponential_race(Mt19937* generator, int64_t vocab, const int64_t* tokens,
                          const T* probabilities, int64_t count);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::internal
 
 #endif  // NABLA_FAST_CPU_INTERNAL_EXPONENTIAL_RACE_H_

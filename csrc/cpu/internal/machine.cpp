@@ -10,31 +10,31 @@
   #include <omp.h>
 #endif
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::internal {
 namespace {
 
 // Bytes from one read to what is fetched meanwhile, and places that are read at once: one stream
 // leaves memory idle.
-constexpr int64_t kBytesAhead = 1024;
+constexpr int64_t kPrefetchBytes = 1024;
 constexpr int kStreams = 8;
 // Elements after which a part may begin: a line of a cache.
-constexpr int64_t kLine = 16;
+constexpr int64_t kLineFloats = 16;
 
 // -- what a thread does
 // --------------------------------------------------------------------------------
 
 template <int W>
 NABLA_FAST_INLINE double read(const float* x, int64_t n) {
-  const int64_t stream = n / (kStreams * kLine) * kLine;
+  const int64_t stream = n / (kStreams * kLineFloats) * kLineFloats;
   Floats<W> sum[kStreams] = {};
-  for (int64_t k = 0; k < stream; k += kLine) {
+  for (int64_t k = 0; k < stream; k += kLineFloats) {
 #pragma GCC unroll 8
     for (int s = 0; s < kStreams; ++s) {
       const float* line = x + s * stream + k;
       // An address, not an access: behind the end it does nothing.
-      __builtin_prefetch(reinterpret_cast<const char*>(line) + kBytesAhead);
+      __builtin_prefetch(reinterpret_cast<const char*>(line) + kPrefetchBytes);
 #pragma GCC unroll 4
-      for (int part = 0; part < kLine; part += W) sum[s] += load<W>(line + part);
+      for (int part = 0; part < kLineFloats; part += W) sum[s] += load<W>(line + part);
     }
   }
   double total = 0;
@@ -64,11 +64,11 @@ template <int W>
 NABLA_FAST_INLINE void triad(float* a, const float* b, const float* c, float s, int64_t n) {
   const Floats<W> factor = splat<W>(s);
   int64_t i = 0;
-  for (; i + kLine <= n; i += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(b + i) + kBytesAhead);
-    __builtin_prefetch(reinterpret_cast<const char*>(c + i) + kBytesAhead);
+  for (; i + kLineFloats <= n; i += kLineFloats) {
+    __builtin_prefetch(reinterpret_cast<const char*>(b + i) + kPrefetchBytes);
+    __builtin_prefetch(reinterpret_cast<const char*>(c + i) + kPrefetchBytes);
 #pragma GCC unroll 4
-    for (int64_t k = i; k < i + kLine; k += W)
+    for (int64_t k = i; k < i + kLineFloats; k += W)
       store_past_caches<W>(a + k, load<W>(b + k) + factor * load<W>(c + k));
   }
   for (; i < n; ++i) a[i] = b[i] + s * c[i];
@@ -80,7 +80,7 @@ NABLA_FAST_INLINE void triad(float* a, const float* b, const float* c, float s, 
 // Sums in registers that do not wait for each other: more than an operation takes cycles times the
 // operations a cycle, and no more than there are registers.
 template <int W>
-constexpr int kChains = W == 16 ? 24 : 12;
+constexpr int kIndependentSums = W == 16 ? 24 : 12;
 constexpr int kUnrolled = 8;
 
 template <int W>
@@ -97,22 +97,22 @@ NABLA_FAST_INLINE void keep(Floats<W>& x) {
 
 template <int W>
 NABLA_FAST_INLINE double multiply_adds(int64_t rounds) {
-  Floats<W> sum[kChains<W>] = {}, factor = splat<W>(0.5f), term = splat<W>(1.0f);
+  Floats<W> sum[kIndependentSums<W>] = {}, factor = splat<W>(0.5f), term = splat<W>(1.0f);
   keep<W>(factor);
   keep<W>(term);
   // Equal sums would be computed once.
 #pragma GCC unroll 24
-  for (int c = 0; c < kChains<W>; ++c) keep<W>(sum[c]);
+  for (int c = 0; c < kIndependentSums<W>; ++c) keep<W>(sum[c]);
   for (int64_t n = 0; n < rounds; ++n) {
 #pragma GCC unroll 8
     for (int u = 0; u < kUnrolled; ++u) {
 #pragma GCC unroll 24
-      for (int c = 0; c < kChains<W>; ++c) sum[c] = sum[c] * factor + term;
+      for (int c = 0; c < kIndependentSums<W>; ++c) sum[c] = sum[c] * factor + term;
     }
   }
 #pragma GCC unroll 24
-  for (int c = 0; c < kChains<W>; ++c) keep<W>(sum[c]);
-  return 2.0 * W * kChains<W> * kUnrolled * static_cast<double>(rounds);
+  for (int c = 0; c < kIndependentSums<W>; ++c) keep<W>(sum[c]);
+  return 2.0 * W * kIndependentSums<W> * kUnrolled * static_cast<double>(rounds);
 }
 
 double read_baseline(const float* x, int64_t n) { return read<4>(x, n); }
@@ -141,7 +141,7 @@ NABLA_FAST_TARGET_AVX512 double multiply_adds_avx512(int64_t rounds) {
 
 #if NABLA_FAST_X86
 NABLA_FAST_TARGET_AVX512 double dot_products(int64_t rounds) {
-  constexpr int kSums = kChains<16>;
+  constexpr int kSums = kIndependentSums<16>;
   // Zeros: the instruction takes as long whatever the numbers are.
   Floats<16> sum[kSums] = {}, a = {}, b = {};
   keep<16>(a);
@@ -184,7 +184,7 @@ struct Part {
 };
 
 Part part_of(int64_t n) {
-  const int64_t size = (n / team() + kLine) / kLine * kLine;
+  const int64_t size = (n / team() + kLineFloats) / kLineFloats * kLineFloats;
   const int64_t first = std::min(n, size * this_thread());
   return {first, std::min(n, first + size)};
 }
@@ -237,4 +237,4 @@ double machine_dot_products(int64_t rounds, int threads) {
   return 0;
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::internal

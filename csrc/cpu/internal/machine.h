@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::internal {
 
 // Each of them shares its work out among exactly `threads` OpenMP threads (one without OpenMP).
 
@@ -24,6 +24,6 @@ double machine_multiply_adds(int64_t rounds, int threads);
 // level in force has no instruction for it.
 double machine_dot_products(int64_t rounds, int threads);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::internal
 
 #endif  // NABLA_FAST_CPU_INTERNAL_MACHINE_H_

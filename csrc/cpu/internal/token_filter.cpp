@@ -7,10 +7,10 @@
 
 #include "base/isa.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::internal {
 namespace {
 
-constexpr int64_t kBlock = 64;
+constexpr int64_t kScoreTokens = 64;
 
 // Scores of a block and the largest of them.
 template <typename T>
@@ -56,16 +56,16 @@ void softmax(T* scores, int64_t count) {
 template <typename T>
 int64_t filter_tokens(const T* logits, int64_t vocab, double temperature, int64_t top_k,
                       double top_p, int64_t* tokens, T* probabilities, int64_t capacity) {
-  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  constexpr T kDropped = -std::numeric_limits<T>::infinity();
   for (int64_t n = 0; n < vocab; ++n)
     if (logits[n] != logits[n]) return -1;  // no order to sort by
   auto block_scores = block_of(T{});
-  T by = static_cast<T>(temperature), scores[kBlock];
+  T by = static_cast<T>(temperature), scores[kScoreTokens];
   // The k largest scores so far, in a heap whose first is the least.
   T* heap = probabilities;
   int64_t held = 0;
-  for (int64_t first = 0; first < vocab; first += kBlock) {
-    int64_t count = std::min(kBlock, vocab - first);
+  for (int64_t first = 0; first < vocab; first += kScoreTokens) {
+    int64_t count = std::min(kScoreTokens, vocab - first);
     T top = block_scores(logits + first, count, by, scores);
     if (held == top_k && !(top > heap[0])) continue;
     for (int64_t n = 0; n < count; ++n) {
@@ -81,8 +81,8 @@ int64_t filter_tokens(const T* logits, int64_t vocab, double temperature, int64_
   }
   T least = heap[0];
   int64_t kept = 0;
-  for (int64_t first = 0; first < vocab; first += kBlock) {
-    int64_t count = std::min(kBlock, vocab - first);
+  for (int64_t first = 0; first < vocab; first += kScoreTokens) {
+    int64_t count = std::min(kScoreTokens, vocab - first);
     if (block_scores(logits + first, count, by, scores) < least) continue;
     for (int64_t n = 0; n < count; ++n) {
       if (scores[n] < least) continue;
@@ -106,7 +106,7 @@ int64_t filter_tokens(const T* logits, int64_t vocab, double temperature, int64_
       T& score = probabilities[order[n]];
       mass += static_cast<T>(std::exp(score - top) / sum);
       if (!(static_cast<T>(mass) <= limit)) break;
-      score = kLowest;
+      score = kDropped;
     }
   }
   softmax(probabilities, kept);
@@ -118,4 +118,4 @@ template int64_t filter_tokens(const float*, int64_t, double, int64_t, double, i
 template int64_t filter_tokens(const double*, int64_t, double, int64_t, double, int64_t*, double*,
                                int64_t);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::internal

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::internal {
 
 // The tokens that are left, ascending, and their probabilities softmax(top_p(top_k(logits / T))).
 //
@@ -19,6 +19,6 @@ template <typename T>
 int64_t filter_tokens(const T* logits, int64_t vocab, double temperature, int64_t top_k,
                       double top_p, int64_t* tokens, T* probabilities, int64_t capacity);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::internal
 
 #endif  // NABLA_FAST_CPU_INTERNAL_TOKEN_FILTER_H_

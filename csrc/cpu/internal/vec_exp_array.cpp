@@ -3,7 +3,7 @@
 #include "base/isa.h"
 #include "simd/vec_exp.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::internal {
 namespace {
 
 NABLA_FAST_INLINE void apply(const float* x, float* y, int64_t n) {
@@ -21,4 +21,4 @@ void vec_exp_array(const float* x, float* y, int64_t n) {
   select_isa(apply_baseline, apply_avx2, apply_avx512)(x, y, n);
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::internal

@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::internal {
 
 // y[i] = vec_exp(x[i]) for i < n
 void vec_exp_array(const float* x, float* y, int64_t n);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::internal
 
 #endif  // NABLA_FAST_CPU_INTERNAL_VEC_EXP_ARRAY_H_

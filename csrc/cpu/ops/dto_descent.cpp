@@ -22,6 +22,7 @@
 #endif
 
 #include "base/check.h"
+#include "base/floats.h"
 #include "base/flush.h"
 #include "base/isa.h"
 #include "base/threads.h"
@@ -30,26 +31,20 @@
 #include "simd/gumbel.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::descent {
 namespace {
 
-constexpr int64_t kChunk = 1024;
+constexpr int64_t kChunkTokens = 1024;
 // What a step does to tokens is done in turns, to this many of them, and the next ones are fetched
 // meanwhile: together they leave room in the first-level cache.
-constexpr int64_t kBlock = 256;
+constexpr int64_t kStepTokens = 256;
 // Less than this many tokens times steps is not worth waking a thread for, nor less than this many
 // tokens of a row, whose threads meet after every step.
 constexpr int64_t kWorkPerThread = int64_t{1} << 17;
 constexpr int64_t kTokensPerThread = int64_t{1} << 15;
 
-// exp of anything lower counts as 0.
-constexpr double kLowest = -87;
 // How far the largest y / tau may move before the sums are taken anew from it.
 constexpr double kDrift = 8;
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kMaxFloat = std::numeric_limits<float>::max();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Where a row, or a chunk of it, lies.
 struct Row {
@@ -82,7 +77,7 @@ struct Centre {
   Centre(float top, float grad, double tau)
       : top(top),
         grad(grad),
-        lowest(static_cast<float>(kLowest * tau)),
+        lowest(static_cast<float>(kMinExponent * tau)),
         inverse_high(static_cast<float>(kLog2E / tau)),
         inverse_low(static_cast<float>(kLog2E / tau - inverse_high)) {}
   static constexpr double kLog2E = 1.4426950408889634;
@@ -355,10 +350,10 @@ NABLA_FAST_INLINE void advance(const Row& row, int64_t n, const Step& step, int6
                                int64_t ahead, Partial& partial) {
   const int64_t whole = n / W * W;
   Found<W> found;
-  for (int64_t begin = 0; begin < whole; begin += kBlock) {
+  for (int64_t begin = 0; begin < whole; begin += kStepTokens) {
     const Row block = row.from(begin);
-    const int64_t size = std::min(kBlock, whole - begin);
-    const int64_t next = begin + kBlock < whole ? kBlock : ahead - begin;
+    const int64_t size = std::min(kStepTokens, whole - begin);
+    const int64_t next = begin + kStepTokens < whole ? kStepTokens : ahead - begin;
     step_lanes<W, kNoise>(block, size, step, next, found);
     measure_lanes<W, kNoise>(block, size, step.centre, next, found);
   }
@@ -437,7 +432,7 @@ struct Call {
   int64_t* token;
   uint8_t* flipped;
 
-  int64_t chunks() const { return (vocab + kChunk - 1) / kChunk; }
+  int64_t chunks() const { return (vocab + kChunkTokens - 1) / kChunkTokens; }
   Row row(int64_t index) const {
     return {z + index * z_stride,
             grad + index * grad_stride,
@@ -508,7 +503,7 @@ class Descent {
         centre.top = max_;
         const Partial* before = now();
         each_chunk([&](const Row& chunk, int64_t n, int64_t begin, Partial& partial) {
-          partial = before[begin / kChunk];
+          partial = before[begin / kChunkTokens];
           passes_.measure(chunk, n, centre, partial);
         });
       }
@@ -523,8 +518,8 @@ class Descent {
       {
         const FlushToZero flush(may_flush(step));
         each_chunk([&](const Row& chunk, int64_t n, int64_t begin, Partial& partial) {
-          passes_.advance(chunk, n, step, outcome.token - begin, turn_ & 1 ? kChunk : -kChunk,
-                          partial);
+          passes_.advance(chunk, n, step, outcome.token - begin,
+                          turn_ & 1 ? kChunkTokens : -kChunkTokens, partial);
         });
       }
       if (unclean_) {
@@ -552,8 +547,8 @@ class Descent {
     const int64_t first = team_.begin(chunks_), last = team_.end(chunks_) - 1;
     for (int64_t n = 0; n <= last - first; ++n) {
       const int64_t chunk = turn_ & 1 ? first + n : last - n;
-      const int64_t begin = chunk * kChunk;
-      work(row_.from(begin), std::min(kChunk, call_.vocab - begin), begin, now()[chunk]);
+      const int64_t begin = chunk * kChunkTokens;
+      work(row_.from(begin), std::min(kChunkTokens, call_.vocab - begin), begin, now()[chunk]);
     }
     team_.meet();
     sum_ = tilt_ = 0;
@@ -587,7 +582,7 @@ class Descent {
   int64_t first_of_largest() const {
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       if (now()[chunk].max != max_) continue;
-      for (int64_t i = chunk * kChunk;; ++i) {
+      for (int64_t i = chunk * kChunkTokens;; ++i) {
         if (row_.y(i) == max_) return i;
       }
     }
@@ -596,15 +591,15 @@ class Descent {
 
   // Whether the argmax is no longer `token`, to be seen without reading other threads' chunks.
   bool leads_another(int64_t token) const {
-    const int64_t own = token / kChunk;
+    const int64_t own = token / kChunkTokens;
     if (now()[own].token != max_ || now()[own].tied) return true;
     return std::any_of(now(), now() + own, [&](const Partial& p) { return p.max == max_; });
   }
 
   // What a NaN or an infinity becomes in one step: the softmax of the row is NaN.
   void spoil() {
-    const int64_t begin = team_.begin(chunks_) * kChunk;
-    const int64_t end = std::min(team_.end(chunks_) * kChunk, call_.vocab);
+    const int64_t begin = team_.begin(chunks_) * kChunkTokens;
+    const int64_t end = std::min(team_.end(chunks_) * kChunkTokens, call_.vocab);
     for (float* array : {row_.z, row_.exp_avg, row_.exp_avg_sq}) {
       std::fill(array + begin, array + std::max(begin, end), kNaN);
     }
@@ -633,8 +628,8 @@ void set_desk(const Call& call, const Passes& passes, int64_t index, const Desk&
   if (!desk.noise) return;
   row.noise = desk.noise;
   const int64_t chunks = call.chunks();
-  const int64_t begin = team.begin(chunks) * kChunk;
-  const int64_t end = std::min(team.end(chunks) * kChunk, call.vocab);
+  const int64_t begin = team.begin(chunks) * kChunkTokens;
+  const int64_t end = std::min(team.end(chunks) * kChunkTokens, call.vocab);
   if (begin >= end) return;
   passes.noise(call.noise_seed[index], call.noise_position[index], begin, end - begin,
                desk.noise + begin);
@@ -658,8 +653,8 @@ int64_t steps_to_flip(const Call& call, const Passes& passes, int64_t index, int
                       const Desk& desk, Team team) {
   Row row = call.row(index);
   set_desk(call, passes, index, desk, team, row);
-  const int64_t chunks = call.chunks(), begin = team.begin(chunks) * kChunk;
-  const int64_t end = std::max(begin, std::min(team.end(chunks) * kChunk, call.vocab));
+  const int64_t chunks = call.chunks(), begin = team.begin(chunks) * kChunkTokens;
+  const int64_t end = std::max(begin, std::min(team.end(chunks) * kChunkTokens, call.vocab));
   float* copy = desk.copy;
   for (float** array : {&row.z, &row.exp_avg, &row.exp_avg_sq}) {
     std::copy(*array + begin, *array + end, copy + begin);
@@ -686,7 +681,7 @@ struct Layout {
     sharing = most > rows ? static_cast<int>(most) : 1;
     desks =
         sharing > 1 ? 1 : static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(rows, 1)));
-    const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+    const int64_t chunks = (vocab + kChunkTokens - 1) / kChunkTokens;
     desk_bytes = padded(2 * chunks * sizeof(Partial)) + padded(4 * vocab) +
                  (noise ? padded(4 * vocab) : 0) + (groups ? padded(12 * vocab) : 0);
     bytes = (kAlignment + Size(desks) * desk_bytes + Size(groups ? 3 * 8 : 0) * rows).or_zero();
@@ -695,7 +690,7 @@ struct Layout {
 
   Desk desk(char* workspace, int index, int64_t vocab, bool noise, bool groups) const {
     char* at = workspace + index * desk_bytes;
-    const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+    const int64_t chunks = (vocab + kChunkTokens - 1) / kChunkTokens;
     Desk desk{};
     desk.partials[0] = reinterpret_cast<Partial*>(at);
     desk.partials[1] = desk.partials[0] + chunks;
@@ -719,9 +714,9 @@ bool sizes_fit(int64_t rows, int64_t vocab, int64_t iters) {
 nabla_fast_status status_of(const Call& call, const Passes& passes, int64_t index) {
   const Row row = call.row(index);
   float max = -kInfinity;
-  for (int64_t begin = 0; begin < call.vocab; begin += kChunk) {
+  for (int64_t begin = 0; begin < call.vocab; begin += kChunkTokens) {
     Partial partial;
-    passes.survey(row.from(begin), std::min(kChunk, call.vocab - begin), partial);
+    passes.survey(row.from(begin), std::min(kChunkTokens, call.vocab - begin), partial);
     if (partial.unclean) {
       const auto is_nan = [](float z) { return std::isnan(z); };
       return std::any_of(row.z + begin, row.z + call.vocab, is_nan) ? NABLA_FAST_ROW_NAN
@@ -806,11 +801,13 @@ nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Lay
 }
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::descent
+
+using namespace nabla_fast;
+using namespace nabla_fast::descent;
 
 int64_t nabla_fast_dto_descent_workspace(int64_t rows, int64_t vocab, int64_t iters, int32_t noise,
                                          int32_t groups, int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 1 || iters < 0 || !sizes_fit(rows, vocab, iters)) return 0;
   return Layout(rows, vocab, iters, noise, groups, num_threads).bytes;
 }
@@ -822,7 +819,6 @@ nabla_fast_status nabla_fast_dto_descent(
     const int64_t* until, const int64_t* group, double tau, const int64_t* noise_seed,
     const int64_t* noise_position, int64_t* token, uint8_t* flipped, nabla_fast_status* row_status,
     void* workspace, int64_t workspace_bytes, int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 1 || iters < 0) return NABLA_FAST_INVALID_SHAPE;
   if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
   if (rows == 0) return NABLA_FAST_OK;

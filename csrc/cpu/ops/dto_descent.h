@@ -11,7 +11,7 @@
 #include "base/isa.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::descent {
 
 constexpr double kBeta1 = 0.9, kBeta2 = 0.999;
 constexpr float kEpsilon = 1e-8f;
@@ -85,6 +85,6 @@ struct Groups {
   }
 };
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::descent
 
 #endif  // NABLA_FAST_CPU_OPS_DTO_DESCENT_H_

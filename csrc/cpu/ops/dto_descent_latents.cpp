@@ -8,9 +8,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "base/check.h"
+#include "base/floats.h"
 #include "base/isa.h"
 #include "base/threads.h"
 #include "gemm/vocab_tiles.h"
@@ -19,19 +19,16 @@
 #include "ops/dto_descent_latents_pass.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::descent {
 namespace {
 
 // Less work than this is not worth waking a thread for.
 constexpr int64_t kProductsPerThread = int64_t{1} << 18;
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
 // The arguments of a call.
 struct Call {
   float* h;
-  Table head;
+  gemm::Table head;
   const float* grad;
   float* exp_avg;
   float* exp_avg_sq;
@@ -71,8 +68,8 @@ struct Workspace {
   // Bytes, 0 if they are too many. memory: aligned, or null to count alone.
   static int64_t lay_out(int64_t rows, int64_t vocab, int64_t width, char* memory,
                          Workspace* workspace) {
-    const int together = static_cast<int>(std::min<int64_t>(rows, kPassRows));
-    const int64_t segments = pass_segments(vocab);
+    const int together = static_cast<int>(std::min<int64_t>(rows, kRowsPerHeadPass));
+    const int64_t segments = head_segments(vocab);
     Size used = 0;
     const auto take = [&](auto*& array, Size bytes) {
       if (memory)
@@ -88,7 +85,7 @@ struct Workspace {
     take(w.gradient, Size(rows) * width * 4);
     take(w.found, Size(segments) * together * sizeof(Found));
     take(w.hidden, Size(together) * width * 4);
-    take(w.packed, Size(PackedRows::bytes(together, width)));
+    take(w.packed, Size(gemm::PackedRows::bytes(together, width)));
     take(w.mix, Size(segments) * mix_floats(together, width) * 4);
     return (used + kAlignment).or_zero();
   }
@@ -204,7 +201,7 @@ class Descent {
   }
 
   void pass_list(const int64_t* list, int64_t count, bool sums) {
-    const int64_t passes = (count + kPassRows - 1) / kPassRows;
+    const int64_t passes = (count + kRowsPerHeadPass - 1) / kRowsPerHeadPass;
     // As many rows in each: a pass costs no less than reading the head.
     for (int64_t n = 0; n < passes; ++n) {
       const int64_t begin = count * n / passes, end = count * (n + 1) / passes;
@@ -225,13 +222,13 @@ class Descent {
                      call_.noise_seed ? call_.noise_position[row] : 0, state.started,
                      state.started ? grad[state.token] : 0.0f};
     }
-    pass.rows = pack_rows({w_.hidden, NABLA_FAST_FLOAT32, width, width}, count, call_.head.dtype,
-                          w_.packed);
+    pass.rows = gemm::pack_rows({w_.hidden, NABLA_FAST_FLOAT32, width, width}, count,
+                                call_.head.dtype, w_.packed);
     pass.head = call_.head;
     pass.inverse_tau = static_cast<float>(1 / call_.tau);
     pass.noise = call_.noise_seed;
 
-    const int64_t segments = pass_segments(call_.vocab), tokens = pass_segment_tokens(call_.vocab);
+    const int64_t segments = head_segments(call_.vocab), tokens = head_segment_tokens(call_.vocab);
     const int64_t mix = mix_floats(count, width);
     // Reading the head costs what some rows of arithmetic cost.
     const int64_t work = (Size(call_.vocab) * std::max<int64_t>(width, 1) * (count + 4)).or_most();
@@ -297,15 +294,18 @@ class Descent {
 
 // Whether the arrays of a call have a size, so that its workspace can be laid out.
 bool sizes_fit(int64_t rows, int64_t vocab, int64_t width) {
-  return fits({{rows, 1}}, 64) && fits({{vocab, 1}}, 8) && fits({{width, 1}}, 4 * kGroupRows) &&
-         (Size(kMostSegments) * (2 * kPassRows * 4) * width).fits();
+  return fits({{rows, 1}}, 64) && fits({{vocab, 1}}, 8) &&
+         fits({{width, 1}}, 4 * gemm::kRowsPerGroup) &&
+         (Size(kMaxHeadSegments) * (2 * kRowsPerHeadPass * 4) * width).fits();
 }
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::descent
+
+using namespace nabla_fast;
+using namespace nabla_fast::descent;
 
 int64_t nabla_fast_dto_descent_latents_workspace(int64_t rows, int64_t vocab, int64_t width) {
-  using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 1 || width < 0 || !sizes_fit(rows, vocab, width)) return 0;
   return Workspace::lay_out(rows, vocab, width, nullptr, nullptr);
 }
@@ -318,7 +318,6 @@ nabla_fast_status nabla_fast_dto_descent_latents(
     const int64_t* group, double tau, const int64_t* noise_seed, const int64_t* noise_position,
     int64_t* token, uint8_t* flipped, nabla_fast_status* row_status, void* workspace,
     int64_t workspace_bytes, int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 1 || width < 0 || iters < 0) return NABLA_FAST_INVALID_SHAPE;
   if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
   if (!is_dtype(head_dtype)) return NABLA_FAST_UNKNOWN_DTYPE;

@@ -7,8 +7,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
+#include "base/floats.h"
 #include "base/isa.h"
 #include "gemm/amx.h"
 #include "gemm/vocab_tiles.h"
@@ -16,35 +16,33 @@
 #include "simd/gumbel.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::descent {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// Exponentials stand multiplied by 2^kPower, so that the smallest ones that a float32 softmax has,
+// Exponentials stand multiplied by 2^kExpPower, so that the smallest ones that a float32 softmax has,
 // and what they are multiplied by, are no numbers below 2^-126: these have fewer digits, and
 // arithmetic with them is many times slower.
-constexpr int kPower = 24;
+constexpr int kExpPower = 24;
 // exp of anything lower counts as 0.
-constexpr float kLowest = -103.9f;
+constexpr float kMinScaledExponent = -103.9f;
 
 // What exists of a tile at a time: [tokens, lanes] but for the noise, [rows, tokens].
 struct Tile {
-  alignas(64) float y[kTileTokens * kPassRows];
-  alignas(64) float grad[kTileTokens * kPassRows];
-  alignas(64) float noise[kPassRows * kTileTokens];
+  alignas(64) float y[gemm::kVocabTileTokens * kRowsPerHeadPass];
+  alignas(64) float grad[gemm::kVocabTileTokens * kRowsPerHeadPass];
+  alignas(64) float noise[kRowsPerHeadPass * gemm::kVocabTileTokens];
   // Of e and e (G - c), side by side; vectors are stored past the last of them.
-  alignas(64) float weights[(kTileTokens + 1) * kGroupRows];
-  alignas(64) float top[kPassRows];  // largest y of the tile
-  alignas(64) float max[kPassRows];  // of the segment so far
-  alignas(64) float centre[kPassRows];
-  alignas(64) float sum[kPassRows];
-  alignas(64) float tilt[kPassRows];
+  alignas(64) float weights[(gemm::kVocabTileTokens + 1) * gemm::kRowsPerGroup];
+  alignas(64) float top[kRowsPerHeadPass];  // largest y of the tile
+  alignas(64) float max[kRowsPerHeadPass];  // of the segment so far
+  alignas(64) float centre[kRowsPerHeadPass];
+  alignas(64) float sum[kRowsPerHeadPass];
+  alignas(64) float tilt[kRowsPerHeadPass];
 };
 
 // out[t * lanes + r] = from[r][t], or += it.
 template <int W, bool kAdd>
-NABLA_FAST_INLINE void turn_over(const float* const (&from)[kPassRows], int rows, int lanes,
+NABLA_FAST_INLINE void turn_over(const float* const (&from)[kRowsPerHeadPass], int rows, int lanes,
                                  int tokens, float* out) {
   for (int r = 0; r < rows; r += W) {
     for (int t = 0; t < tokens; t += W) {
@@ -69,11 +67,11 @@ NABLA_FAST_INLINE void turn_over(const float* const (&from)[kPassRows], int rows
 
 template <int W>
 NABLA_FAST_INLINE void add_noise(const Pass& pass, int64_t token, int tokens, Tile& tile) {
-  const float* noise[kPassRows];
+  const float* noise[kRowsPerHeadPass];
   for (int r = 0; r < pass.rows.rows; ++r) {
-    noise[r] = tile.noise + r * kTileTokens;
+    noise[r] = tile.noise + r * gemm::kVocabTileTokens;
     gumbel_noise<W / 2>(pass.row[r].seed, pass.row[r].position, token, tokens,
-                        tile.noise + r * kTileTokens);
+                        tile.noise + r * gemm::kVocabTileTokens);
   }
   turn_over<W, true>(noise, pass.rows.rows, pass.rows.lanes(), tokens, tile.y);
 }
@@ -104,7 +102,7 @@ void note_nan(int rows, int lanes, int64_t token, int tokens, const Tile& tile, 
 NABLA_FAST_INLINE void rise(const PassRow& row, float top, int64_t token, float inverse_tau,
                             Found& found, float* plain, float* tilted, int64_t width) {
   const float drop = (found.max - top) * inverse_tau;
-  const double scale = drop > kLowest ? std::exp(static_cast<double>(drop)) : 0.0;
+  const double scale = drop > kMinScaledExponent ? std::exp(static_cast<double>(drop)) : 0.0;
   const float centre = row.centred ? row.centre : row.grad[token];
   const float shift = row.centred ? 0.0f : found.centre - centre;
   found.max = top;
@@ -139,8 +137,9 @@ NABLA_FAST_INLINE void weigh(int rows, int lanes, int tokens, float inverse_tau,
     for (int t = 0; t < tokens; ++t) {
       const Floats<W> x = (load<W>(tile.y + t * lanes + r) - max) * inverse_tau;
       const Floats<W> g = load<W>(tile.grad + t * lanes + r) - centre;
-      const Floats<W> e = x > kLowest ? vec_exp_normal<W, kPower>(x) : zero;
-      const Floats<W> tilted = x > kLowest ? e * g : zero;  // G may be infinite where p is 0
+      const Floats<W> e = x > kMinScaledExponent ? vec_exp_normal<W, kExpPower>(x) : zero;
+      const Floats<W> tilted =
+          x > kMinScaledExponent ? e * g : zero;  // G may be infinite where p is 0
       store<W>(tile.weights + t * stride + r, e);
       store<W>(tile.weights + t * stride + rows + r, tilted);
       sum += e;
@@ -154,16 +153,19 @@ NABLA_FAST_INLINE void weigh(int rows, int lanes, int tokens, float inverse_tau,
 template <int W>
 NABLA_FAST_INLINE void segment(const Pass& pass, int64_t first, int64_t last, Found* found,
                                float* mixes) {
-  const int rows = pass.rows.rows, lanes = pass.rows.lanes(), stride = lanes_of(2 * rows);
-  const int64_t width = padded(pass.head.width);
+  const int rows = pass.rows.rows, lanes = pass.rows.lanes(), stride = gemm::lanes_of(2 * rows);
+  const int64_t width = gemm::padded(pass.head.width);
   Tile tile;
   for (float* array : {tile.weights, tile.max, tile.centre})
-    std::fill_n(array, array == tile.weights ? (kTileTokens + 1) * kGroupRows : kPassRows, 0.0f);
+    std::fill_n(array,
+                array == tile.weights ? (gemm::kVocabTileTokens + 1) * gemm::kRowsPerGroup
+                                      : kRowsPerHeadPass,
+                0.0f);
   if (mixes) std::fill_n(mixes, mix_floats(rows, pass.head.width), 0.0f);
   for (int r = 0; r < rows; ++r) found[r] = {0, 0, -kInfinity, 0, first, -1};
-  for (int64_t token = first; token < last; token += kTileTokens) {
-    const int tokens = static_cast<int>(std::min<int64_t>(kTileTokens, last - token));
-    products(pass.rows, pass.head.from(token), tokens, false, tile.y);
+  for (int64_t token = first; token < last; token += gemm::kVocabTileTokens) {
+    const int tokens = static_cast<int>(std::min<int64_t>(gemm::kVocabTileTokens, last - token));
+    gemm::products(pass.rows, pass.head.from(token), tokens, false, tile.y);
     if (pass.noise) add_noise<W>(pass, token, tokens, tile);
     if (survey<W>(rows, lanes, tokens, tile)) note_nan(rows, lanes, token, tokens, tile, found);
     for (int r = 0; r < rows; ++r) {
@@ -177,7 +179,7 @@ NABLA_FAST_INLINE void segment(const Pass& pass, int64_t first, int64_t last, Fo
       tile.centre[r] = found[r].centre;
     }
     if (!mixes) continue;
-    const float* grad[kPassRows];
+    const float* grad[kRowsPerHeadPass];
     for (int r = 0; r < rows; ++r) grad[r] = pass.row[r].grad + token;
     turn_over<W, false>(grad, rows, lanes, tokens, tile.grad);
     weigh<W>(rows, lanes, tokens, pass.inverse_tau, stride, tile);
@@ -186,12 +188,12 @@ NABLA_FAST_INLINE void segment(const Pass& pass, int64_t first, int64_t last, Fo
       found[r].tilt += tile.tilt[r];
     }
     // The tile behind the next one, which products() has fetched, and has more time for it.
-    const Table tile_of_head = pass.head.from(token);
+    const gemm::Table tile_of_head = pass.head.from(token);
     const Ahead ahead{static_cast<const char*>(pass.head.from(token + 2 * tokens).data)};
     if (pass.rows.terms)
-      mix_amx(tile.weights, stride, 2 * rows, tile_of_head, tokens, mixes, ahead);
+      gemm::mix_amx(tile.weights, stride, 2 * rows, tile_of_head, tokens, mixes, ahead);
     else
-      straight_mix<W, 4>(tile.weights, stride, 2 * rows, tile_of_head, tokens, mixes, ahead);
+      gemm::straight_mix<W, 4>(tile.weights, stride, 2 * rows, tile_of_head, tokens, mixes, ahead);
   }
 }
 
@@ -259,19 +261,19 @@ Passed join_segments(const Found* found, const float* mix, int64_t segments, int
   Passed passed{of(best).max, nan < 0 ? of(best).token : nan, nan >= 0, 0};
   if (!gradient) return passed;
   const float centre = of(best).centre;
-  Share shares[kMostSegments];
+  Share shares[kMaxHeadSegments];
   int count = 0;
   double sum = 0, tilt = 0;
   for (int64_t s = 0; s < segments; ++s) {
     const double drop = (static_cast<double>(of(s).max) - of(best).max) / tau;
-    if (!(drop > kLowest)) continue;
+    if (!(drop > kMinScaledExponent)) continue;
     // Equal centres may be infinite, and their difference NaN.
     const double shift = of(s).centre == centre ? 0.0 : static_cast<double>(of(s).centre) - centre;
     const double scale = std::exp(drop);
     sum += scale * of(s).sum;
     tilt += scale * (of(s).tilt + shift * of(s).sum);
-    const float* const plain = mix + s * mix_floats(rows, width) + index * padded(width);
-    shares[count++] = {scale, shift, plain, plain + rows * padded(width)};
+    const float* const plain = mix + s * mix_floats(rows, width) + index * gemm::padded(width);
+    shares[count++] = {scale, shift, plain, plain + rows * gemm::padded(width)};
   }
   passed.mean = tilt / sum;
   for (int n = 0; n < count; ++n) {
@@ -282,4 +284,4 @@ Passed join_segments(const Found* found, const float* mix, int64_t segments, int
   return passed;
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::descent

@@ -14,22 +14,23 @@
 
 #include "gemm/vocab_tiles.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::descent {
 
 // Rows that share a pass. Each has two sums over head rows, and their arithmetic takes several times
 // as long as reading the head.
-constexpr int kPassRows = kGroupRows / 2;
+constexpr int kRowsPerHeadPass = gemm::kRowsPerGroup / 2;
 
-constexpr int64_t kMostSegments = 32;
+constexpr int64_t kMaxHeadSegments = 32;
 
 // Tokens of a segment: whole tiles, and not so few that joining them costs more than they do.
-inline int64_t pass_segment_tokens(int64_t vocab) {
-  constexpr int64_t kLeast = 16 * kTileTokens;
-  const int64_t tiles = (vocab + kMostSegments * kTileTokens - 1) / (kMostSegments * kTileTokens);
-  return std::max(kLeast, tiles * kTileTokens);
+inline int64_t head_segment_tokens(int64_t vocab) {
+  constexpr int64_t kLeast = 16 * gemm::kVocabTileTokens;
+  const int64_t tiles = (vocab + kMaxHeadSegments * gemm::kVocabTileTokens - 1) /
+                        (kMaxHeadSegments * gemm::kVocabTileTokens);
+  return std::max(kLeast, tiles * gemm::kVocabTileTokens);
 }
-inline int64_t pass_segments(int64_t vocab) {
-  return (vocab + pass_segment_tokens(vocab) - 1) / pass_segment_tokens(vocab);
+inline int64_t head_segments(int64_t vocab) {
+  return (vocab + head_segment_tokens(vocab) - 1) / head_segment_tokens(vocab);
 }
 
 struct PassRow {
@@ -40,11 +41,11 @@ struct PassRow {
 };
 
 struct Pass {
-  PackedRows rows;  // hidden states, at most kPassRows
-  Table head;       // [vocab, width]
+  gemm::PackedRows rows;  // hidden states, at most kRowsPerHeadPass
+  gemm::Table head;       // [vocab, width]
   float inverse_tau;
   bool noise;
-  PassRow row[kPassRows];
+  PassRow row[kRowsPerHeadPass];
 };
 
 // What a segment found out about a row.
@@ -59,7 +60,7 @@ struct Found {
 
 // A row of the two sums over head rows has room for padded(width) floats; those of e w of all rows
 // come before those of e (G - c) w.
-inline int64_t mix_floats(int rows, int64_t width) { return 2 * rows * padded(width); }
+inline int64_t mix_floats(int rows, int64_t width) { return 2 * rows * gemm::padded(width); }
 
 // Tokens [first, last) of a segment. found: [rows]; mix: mix_floats(), null if no sums are asked for.
 void pass_segment(const Pass& pass, int64_t first, int64_t last, Found* found, float* mix);
@@ -78,6 +79,6 @@ struct Passed {
 Passed join_segments(const Found* found, const float* mix, int64_t segments, int rows, int index,
                      int64_t width, double tau, float* gradient);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::descent
 
 #endif  // NABLA_FAST_CPU_OPS_DTO_DESCENT_LATENTS_PASS_H_

@@ -7,18 +7,16 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "base/check.h"
+#include "base/floats.h"
 #include "base/threads.h"
 #include "nabla_fast.h"
 #include "ops/embedding_mix_call.h"
 #include "ops/embedding_mix_sums.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::mix {
 namespace {
-
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Multiply-adds that are worth waking a thread for.
 constexpr int64_t kWorkPerThread = int64_t{1} << 21;
@@ -28,14 +26,15 @@ Size mix_floats(const nabla_fast_mix& call) {
   Size width = 0;
   for (int64_t t = 0; t < call.table_count; ++t)
     width = width + Size(call.tables[t].width).rounded_up(16);
-  return width * std::min<int64_t>(call.rows, kGroupRows);
+  return width * std::min<int64_t>(call.rows, gemm::kRowsPerGroup);
 }
 
 // Segments that are worked on at once.
 int parts_of(const nabla_fast_mix& call, int32_t hard, int32_t num_threads) {
   Size width = is_linear(call) ? call.head.width : 0;
   for (int64_t t = 0; t < call.table_count && !hard; ++t) width = width + call.tables[t].width;
-  const Size work = (width + 16) * call.vocab * (std::min<int64_t>(call.rows, kGroupRows) + 4);
+  const Size work =
+      (width + 16) * call.vocab * (std::min<int64_t>(call.rows, gemm::kRowsPerGroup) + 4);
   return static_cast<int>(std::min<int64_t>(
       threads_for(work.or_most(), kWorkPerThread, num_threads), mix_segments(call.vocab)));
 }
@@ -47,8 +46,8 @@ void write_row(const nabla_fast_mix& call, int64_t row, nabla_fast_status status
     const int64_t width = call.tables[t].width;
     float* out = mixes[t] + row * width;
     for (int64_t k = 0; k < width; ++k)
-      out[k] =
-          status == NABLA_FAST_OK ? table_of(call.tables[t], call.vocab).value(token, k) : kNaN;
+      out[k] = status == NABLA_FAST_OK ? gemm::table_of(call.tables[t], call.vocab).value(token, k)
+                                       : kNaN;
   }
 }
 
@@ -57,33 +56,33 @@ void write_row(const nabla_fast_mix& call, int64_t row, nabla_fast_status status
 
 void add_segment(const Group& group, int64_t segment, int64_t floats, MixSums& part) {
   const nabla_fast_mix& call = group.call;
-  alignas(64) float y[kTileFloats];
-  float factor[kGroupRows];
+  alignas(64) float y[softmax::kTileFloats];
+  float factor[gemm::kRowsPerGroup];
   part.clear(floats);
-  each_tile(segment, call.vocab, [&](int64_t token, int tokens) {
+  for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
     group.load(token, tokens, y);
-    if (raise(y, group.rows, token, tokens, call.tau, part.tops, factor)) {
+    if (softmax::raise(y, group.rows, token, tokens, call.tau, part.tops, factor)) {
       float* mixed = part.mixes();
       for (int r = 0; r < group.rows; ++r) part.sums.e[r] *= factor[r];
       for (int64_t t = 0; t < call.table_count; ++t) {
-        const int64_t width = padded(call.tables[t].width);
+        const int64_t width = gemm::padded(call.tables[t].width);
         for (int r = 0; r < group.rows; ++r, mixed += width)
           if (factor[r] != 1)
             for (int64_t k = 0; k < width; ++k) mixed[k] *= factor[r];
       }
     }
-    weigh(y, group.rows, tokens, part.tops.max, call.tau, part.sums);
+    softmax::weigh(y, group.rows, tokens, part.tops.max, call.tau, part.sums);
     float* mixed = part.mixes();
     for (int64_t t = 0; t < call.table_count; ++t) {
-      const Table table = table_of(call.tables[t], call.vocab);
-      mix(y, lanes_of(group.rows), group.rows, table.from(token), tokens, mixed);
-      mixed += group.rows * padded(table.width);
+      const gemm::Table table = gemm::table_of(call.tables[t], call.vocab);
+      gemm::mix(y, gemm::lanes_of(group.rows), group.rows, table.from(token), tokens, mixed);
+      mixed += group.rows * gemm::padded(table.width);
     }
   });
 }
 
 void join_row(const Group& group, int row, MixSums& part, MixSums& total) {
-  Tops& tops = total.tops;
+  softmax::Tops& tops = total.tops;
   tops.unclean[row] |= part.tops.unclean[row];
   const float before = tops.max[row], here = part.tops.max[row];
   if (here > before) {
@@ -96,7 +95,7 @@ void join_row(const Group& group, int row, MixSums& part, MixSums& total) {
   total.sums.e[row] = scale * total.sums.e[row] + part_scale * part.sums.e[row];
   int64_t begin = 0;
   for (int64_t t = 0; t < group.call.table_count; ++t) {
-    const int64_t width = padded(group.call.tables[t].width);
+    const int64_t width = gemm::padded(group.call.tables[t].width);
     float* to = total.mixes() + begin + row * width;
     const float* from = part.mixes() + begin + row * width;
     const float a = static_cast<float>(scale), b = static_cast<float>(part_scale);
@@ -128,8 +127,8 @@ void soft_group(const Group& group, int threads, char* memory, float* const* mix
     for (int64_t t = 0; t < call.table_count; ++t) {
       const int64_t width = call.tables[t].width;
       for (int64_t k = 0; k < width; ++k)
-        mixes[t][row * width + k] = mixed[r * padded(width) + k] * inverse;
-      mixed += group.rows * padded(width);
+        mixes[t][row * width + k] = mixed[r * gemm::padded(width) + k] * inverse;
+      mixed += group.rows * gemm::padded(width);
     }
   }
 }
@@ -140,21 +139,21 @@ void soft_group(const Group& group, int threads, char* memory, float* const* mix
 void hard_group(const Group& group, int threads, char* memory, float* const* mixes,
                 nabla_fast_status* row_status) {
   const nabla_fast_mix& call = group.call;
-  auto* total = reinterpret_cast<Tops*>(memory);
+  auto* total = reinterpret_cast<softmax::Tops*>(memory);
   total->clear();
   in_rounds(
       mix_segments(call.vocab), group.rows, threads,
       [&](int64_t segment, int64_t n) {
-        alignas(64) float y[kTileFloats];
-        float factor[kGroupRows];
+        alignas(64) float y[softmax::kTileFloats];
+        float factor[gemm::kRowsPerGroup];
         total[n + 1].clear();
-        each_tile(segment, call.vocab, [&](int64_t token, int tokens) {
+        for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
           group.load(token, tokens, y);
-          raise(y, group.rows, token, tokens, call.tau, total[n + 1], factor);
+          softmax::raise(y, group.rows, token, tokens, call.tau, total[n + 1], factor);
         });
       },
       [&](int row, int64_t n) {
-        const Tops& part = total[n + 1];
+        const softmax::Tops& part = total[n + 1];
         total->unclean[row] |= part.unclean[row];
         if (!(part.max[row] > total->max[row])) return;
         total->max[row] = part.max[row];
@@ -169,9 +168,10 @@ void hard_group(const Group& group, int threads, char* memory, float* const* mix
 
 void hard_rows(const nabla_fast_mix& call, int64_t first, int rows, char* memory,
                float* const* mixes, nabla_fast_status* row_status, int32_t num_threads) {
-  Top tops[kGroupRows];
-  tops_of_rows(table_of(call.logits, call.rows).from(first), rows, call.vocab,
-               keys_from(call, first), num_threads, reinterpret_cast<Top*>(memory), tops);
+  softmax::Top tops[gemm::kRowsPerGroup];
+  softmax::tops_of_rows(gemm::table_of(call.logits, call.rows).from(first), rows, call.vocab,
+                        keys_from(call, first), num_threads,
+                        reinterpret_cast<softmax::Top*>(memory), tops);
   for (int r = 0; r < rows; ++r) {
     row_status[first + r] = tops[r].of_row();
     write_row(call, first + r, row_status[first + r], tops[r].token, mixes);
@@ -179,20 +179,21 @@ void hard_rows(const nabla_fast_mix& call, int64_t first, int rows, char* memory
 }
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::mix
 
-using namespace nabla_fast::cpu;
+using namespace nabla_fast;
+using namespace nabla_fast::mix;
 
 int64_t nabla_fast_embedding_mix_workspace(const nabla_fast_mix* inputs, int32_t hard,
                                            int32_t num_threads) {
   if (check_mix(inputs) != NABLA_FAST_OK || inputs->rows == 0) return 0;
   const nabla_fast_mix& call = *inputs;
   if (hard && !is_linear(call))
-    return (Size(kAlignment) +
-            Size(top_parts(std::min<int64_t>(call.rows, kGroupRows), call.vocab)) *
-                static_cast<int64_t>(sizeof(Top)))
+    return (Size(kAlignment) + Size(softmax::top_parts(
+                                   std::min<int64_t>(call.rows, gemm::kRowsPerGroup), call.vocab)) *
+                                   static_cast<int64_t>(sizeof(softmax::Top)))
         .or_zero();
-  const Size part = hard ? Size(sizeof(Tops)) : MixSums::bytes(mix_floats(call));
+  const Size part = hard ? Size(sizeof(softmax::Tops)) : MixSums::bytes(mix_floats(call));
   return (Size(kAlignment) + Group::hidden_bytes(call) +
           part * (parts_of(call, hard, num_threads) + 1))
       .or_zero();
@@ -217,8 +218,8 @@ nabla_fast_status nabla_fast_embedding_mix(const nabla_fast_mix* inputs, int32_t
   if (workspace_bytes < needed) return NABLA_FAST_WORKSPACE_TOO_SMALL;
   char* memory = aligned(workspace);
   const int threads = parts_of(call, hard, num_threads);
-  for (int64_t first = 0; first < call.rows; first += kGroupRows) {
-    const int rows = static_cast<int>(std::min<int64_t>(kGroupRows, call.rows - first));
+  for (int64_t first = 0; first < call.rows; first += gemm::kRowsPerGroup) {
+    const int rows = static_cast<int>(std::min<int64_t>(gemm::kRowsPerGroup, call.rows - first));
     if (hard && !is_linear(call)) {
       hard_rows(call, first, rows, memory, mixes, row_status, num_threads);
       continue;

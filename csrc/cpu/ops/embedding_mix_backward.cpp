@@ -14,19 +14,17 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "base/check.h"
+#include "base/floats.h"
 #include "base/isa.h"
 #include "base/threads.h"
 #include "nabla_fast.h"
 #include "ops/embedding_mix_call.h"
 #include "ops/embedding_mix_sums.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::mix {
 namespace {
-
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Multiply-adds that are worth waking a thread for.
 constexpr int64_t kWorkPerThread = int64_t{1} << 21;
@@ -34,7 +32,8 @@ constexpr int64_t kWorkPerThread = int64_t{1} << 21;
 int threads_of(const nabla_fast_mix& call, int32_t num_threads) {
   Size width = is_linear(call) ? Size(call.head.width) * 3 : Size(0);
   for (int64_t t = 0; t < call.table_count; ++t) width = width + call.tables[t].width;
-  const Size work = (width + 16) * call.vocab * (std::min<int64_t>(call.rows, kGroupRows) + 4);
+  const Size work =
+      (width + 16) * call.vocab * (std::min<int64_t>(call.rows, gemm::kRowsPerGroup) + 4);
   return static_cast<int>(std::min<int64_t>(
       threads_for(work.or_most(), kWorkPerThread, num_threads), mix_segments(call.vocab)));
 }
@@ -44,14 +43,14 @@ int threads_of(const nabla_fast_mix& call, int32_t num_threads) {
 
 // What a group's rows are relative to, once known.
 struct Rows {
-  alignas(64) float max[kGroupRows];
-  alignas(64) float centre[kGroupRows];
-  alignas(64) float mean[kGroupRows];    // <p, G - c>
-  alignas(64) float weight[kGroupRows];  // 1 / (tau sum e)
+  alignas(64) float max[gemm::kRowsPerGroup];
+  alignas(64) float centre[gemm::kRowsPerGroup];
+  alignas(64) float mean[gemm::kRowsPerGroup];    // <p, G - c>
+  alignas(64) float weight[gemm::kRowsPerGroup];  // 1 / (tau sum e)
 };
 
-void pick_centres(const Cotangents& cotangents, int rows, const Top* tops, Rows& of) {
-  alignas(64) float grad[kGroupRows];
+void pick_centres(const Cotangents& cotangents, int rows, const softmax::Top* tops, Rows& of) {
+  alignas(64) float grad[gemm::kRowsPerGroup];
   for (int r = 0; r < rows; ++r) {
     of.max[r] = tops[r].max;
     if (tops[r].token < 0) continue;
@@ -69,7 +68,7 @@ struct Output {
     return {static_cast<char*>(grad) + row * stride * bytes_of(dtype), dtype, stride};
   }
   void store(const float* tile, int rows, int64_t token, int tokens) const {
-    store_tile(tile, rows, token, tokens, grad, dtype, stride);
+    softmax::store_tile(tile, rows, token, tokens, grad, dtype, stride);
   }
   void fill_nan(int64_t row, int64_t vocab) const {
     for (int64_t v = 0; v < vocab; ++v) {
@@ -85,16 +84,16 @@ struct Output {
 void take_again(const Group& group, const Cotangents& cotangents, const Rows& of, const Output& out,
                 int threads) {
   const nabla_fast_mix& call = group.call;
-  const int rows = group.rows, lanes = lanes_of(rows);
+  const int rows = group.rows, lanes = gemm::lanes_of(rows);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t segment = 0; segment < mix_segments(call.vocab); ++segment) {
-    alignas(64) float y[kTileFloats], grad[kTileFloats];
-    each_tile(segment, call.vocab, [&](int64_t token, int tokens) {
+    alignas(64) float y[softmax::kTileFloats], grad[softmax::kTileFloats];
+    for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
       cotangents.gradient(token, tokens, grad);
       for (int t = 0; t < tokens; ++t)
         for (int r = 0; r < lanes; ++r) grad[t * lanes + r] -= of.centre[r];
       group.load(token, tokens, y);
-      softmax_jacobian(y, grad, rows, tokens, of.max, of.mean, of.weight, call.tau);
+      softmax::softmax_jacobian(y, grad, rows, tokens, of.max, of.mean, of.weight, call.tau);
       out.store(grad, rows, token, tokens);
     });
   }
@@ -105,22 +104,24 @@ void logits_group(const Group& group, const Cotangents& cotangents, const Output
   const nabla_fast_mix& call = group.call;
   const int64_t segments = mix_segments(call.vocab);
   const int rows = group.rows;
-  auto* sums = reinterpret_cast<Sums*>(memory);
-  Top tops[kGroupRows];
-  const Table logits = table_of(call.logits, call.rows).from(group.first);
-  const NoiseKeys keys = keys_from(call, group.first);
-  tops_of_rows(logits, rows, call.vocab, keys, num_threads, reinterpret_cast<Top*>(memory), tops);
+  auto* sums = reinterpret_cast<softmax::Sums*>(memory);
+  softmax::Top tops[gemm::kRowsPerGroup];
+  const gemm::Table logits = gemm::table_of(call.logits, call.rows).from(group.first);
+  const softmax::NoiseKeys keys = keys_from(call, group.first);
+  softmax::tops_of_rows(logits, rows, call.vocab, keys, num_threads,
+                        reinterpret_cast<softmax::Top*>(memory), tops);
   Rows of = {};
   pick_centres(cotangents, rows, tops, of);
   const bool waits = out.dtype == NABLA_FAST_FLOAT32;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t segment = 0; segment < segments; ++segment) {
-    alignas(64) float y[kTileFloats], grad[kTileFloats];
+    alignas(64) float y[softmax::kTileFloats], grad[softmax::kTileFloats];
     sums[segment].clear();
-    each_tile(segment, call.vocab, [&](int64_t token, int tokens) {
+    for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
       cotangents.gradient(token, tokens, grad);
       group.load(token, tokens, y);
-      tilt(y, grad, rows, tokens, of.max, of.centre, call.tau, Tilted::kCentred, sums[segment]);
+      softmax::tilt(y, grad, rows, tokens, of.max, of.centre, call.tau, softmax::Tilted::kCentred,
+                    sums[segment]);
       if (waits) out.store(grad, rows, token, tokens);
     });
   }
@@ -134,10 +135,10 @@ void logits_group(const Group& group, const Cotangents& cotangents, const Output
     of.weight[r] = static_cast<float>(1 / (sum * call.tau));
   }
   if (waits) {
-    JacobianRow of_rows[kGroupRows];
+    softmax::JacobianRow of_rows[gemm::kRowsPerGroup];
     for (int r = 0; r < rows; ++r) of_rows[r] = {of.max[r], of.mean[r], of.weight[r]};
-    jacobian_of_rows(logits, rows, call.vocab, keys, of_rows, call.tau,
-                     static_cast<float*>(out.grad), out.stride, num_threads);
+    softmax::jacobian_of_rows(logits, rows, call.vocab, keys, of_rows, call.tau,
+                              static_cast<float*>(out.grad), out.stride, num_threads);
   } else {
     take_again(group, cotangents, of, out, threads);
   }
@@ -167,7 +168,7 @@ struct RowMixes {
   }
 };
 
-void move_sums(Sums& sums, int row, double scale, double shift) {
+void move_sums(softmax::Sums& sums, int row, double scale, double shift) {
   sums.tilt[row] = scale * (sums.tilt[row] - shift * sums.e[row]);
   sums.e[row] *= scale;
 }
@@ -176,7 +177,7 @@ void move_sums(Sums& sums, int row, double scale, double shift) {
 // the sums are smallest, whether p is flat or not, and so is what they lose to rounding.
 float mean_so_far(const float* y, const float* grad, int row, int rows, int tokens, double tau,
                   float factor, const MixSums& part) {
-  const int lanes = lanes_of(rows);
+  const int lanes = gemm::lanes_of(rows);
   const float max = part.tops.max[row], inverse_tau = static_cast<float>(1 / tau);
   double sum = factor * part.sums.e[row];
   double weighted = factor * part.sums.tilt[row] + sum * part.centre[row];
@@ -206,20 +207,20 @@ void centre_rows(int rows, int64_t width, MixSums& part) {
 
 // Tiles after which rows are centred anew.
 constexpr int64_t kCentredTiles = 8;
-static_assert(kSegment % (kCentredTiles * kTileTokens) == 0);
+static_assert(kMixSegmentTokens % (kCentredTiles * gemm::kVocabTileTokens) == 0);
 
 void add_segment(const Group& group, const Cotangents& cotangents, int64_t segment, MixSums& part) {
   const nabla_fast_mix& call = group.call;
-  const Table head = table_of(call.head, call.vocab);
-  const int64_t width = padded(head.width);
-  const int rows = group.rows, lanes = lanes_of(rows);
-  alignas(64) float y[kTileFloats], grad[kTileFloats];
-  float factor[kGroupRows];
+  const gemm::Table head = gemm::table_of(call.head, call.vocab);
+  const int64_t width = gemm::padded(head.width);
+  const int rows = group.rows, lanes = gemm::lanes_of(rows);
+  alignas(64) float y[softmax::kTileFloats], grad[softmax::kTileFloats];
+  float factor[gemm::kRowsPerGroup];
   part.clear(2 * rows * width);
-  each_tile(segment, call.vocab, [&](int64_t token, int tokens) {
+  for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
     group.load(token, tokens, y);
     cotangents.gradient(token, tokens, grad);
-    if (raise(y, rows, token, tokens, call.tau, part.tops, factor)) {
+    if (softmax::raise(y, rows, token, tokens, call.tau, part.tops, factor)) {
       for (int r = 0; r < rows; ++r) {
         if (part.tops.token[r] < token) continue;  // moved in an earlier tile
         const float centre = mean_so_far(y, grad, r, rows, tokens, call.tau, factor[r], part);
@@ -230,19 +231,20 @@ void add_segment(const Group& group, const Cotangents& cotangents, int64_t segme
         RowMixes(part, rows, r, width).move(factor[r], shift, width);
       }
     }
-    tilt(y, grad, rows, tokens, part.tops.max, part.centre, call.tau, Tilted::kWeighted, part.sums);
-    mix(grad, lanes, rows, head.from(token), tokens, part.mixes());
-    mix(y, lanes, rows, head.from(token), tokens, part.mixes() + rows * width);
+    softmax::tilt(y, grad, rows, tokens, part.tops.max, part.centre, call.tau,
+                  softmax::Tilted::kWeighted, part.sums);
+    gemm::mix(grad, lanes, rows, head.from(token), tokens, part.mixes());
+    gemm::mix(y, lanes, rows, head.from(token), tokens, part.mixes() + rows * width);
     const int64_t end = token + tokens;
-    if (end % (kCentredTiles * kTileTokens) == 0 || end == call.vocab)
+    if (end % (kCentredTiles * gemm::kVocabTileTokens) == 0 || end == call.vocab)
       centre_rows(rows, width, part);
   });
 }
 
 void join_row(const Group& group, int row, MixSums& part, MixSums& total) {
-  const int64_t width = padded(group.call.head.width);
+  const int64_t width = gemm::padded(group.call.head.width);
   const double tau = group.call.tau;
-  Tops& tops = total.tops;
+  softmax::Tops& tops = total.tops;
   tops.unclean[row] |= part.tops.unclean[row];
   if (part.tops.token[row] < 0) return;
   const RowMixes mine(total, group.rows, row, width), other(part, group.rows, row, width);
@@ -274,7 +276,7 @@ void join_row(const Group& group, int row, MixSums& part, MixSums& total) {
 void hidden_group(const Group& group, const Cotangents& cotangents, float* grad,
                   int64_t grad_stride, int threads, char* memory, nabla_fast_status* row_status) {
   const nabla_fast_mix& call = group.call;
-  const int64_t width = padded(call.head.width), floats = 2 * group.rows * width;
+  const int64_t width = gemm::padded(call.head.width), floats = 2 * group.rows * width;
   const int64_t bytes = MixSums::bytes(floats).or_zero();
   auto* total = reinterpret_cast<MixSums*>(memory);
   const auto part = [=](int64_t n) { return reinterpret_cast<MixSums*>(memory + (n + 1) * bytes); };
@@ -298,19 +300,21 @@ void hidden_group(const Group& group, const Cotangents& cotangents, float* grad,
 
 // Bytes of what follows the hidden states and cotangents in the workspace.
 Size sums_bytes(const nabla_fast_mix& call, int32_t num_threads) {
-  const int64_t rows = std::min<int64_t>(call.rows, kGroupRows);
+  const int64_t rows = std::min<int64_t>(call.rows, gemm::kRowsPerGroup);
   if (is_linear(call))
     return MixSums::bytes(Size(call.head.width).rounded_up(16) * (2 * rows)) *
            (threads_of(call, num_threads) + 1);
-  const Size tops = Size(top_parts(rows, call.vocab)) * static_cast<int64_t>(sizeof(Top));
-  const Size sums = Size(mix_segments(call.vocab)) * static_cast<int64_t>(sizeof(Sums));
+  const Size tops =
+      Size(softmax::top_parts(rows, call.vocab)) * static_cast<int64_t>(sizeof(softmax::Top));
+  const Size sums = Size(mix_segments(call.vocab)) * static_cast<int64_t>(sizeof(softmax::Sums));
   return std::max(tops.or_most(), sums.or_most());
 }
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::mix
 
-using namespace nabla_fast::cpu;
+using namespace nabla_fast;
+using namespace nabla_fast::mix;
 
 int64_t nabla_fast_embedding_mix_backward_workspace(const nabla_fast_mix* inputs,
                                                     const nabla_fast_table* cotangents,
@@ -345,7 +349,7 @@ nabla_fast_status nabla_fast_embedding_mix_backward(const nabla_fast_mix* inputs
   Cotangents packed(call, cotangents, direct, memory + Group::hidden_bytes(call).or_zero());
   char* sums = memory + (Group::hidden_bytes(call) + Cotangents::bytes(call)).or_zero();
   const int threads = threads_of(call, num_threads);
-  for (int64_t first = 0; first < call.rows; first += kGroupRows) {
+  for (int64_t first = 0; first < call.rows; first += gemm::kRowsPerGroup) {
     const Group group(call, first, memory);
     packed.pack(first, group.rows);
     if (is_linear(call))

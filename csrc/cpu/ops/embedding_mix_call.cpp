@@ -1,6 +1,6 @@
 #include "ops/embedding_mix_call.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::mix {
 
 nabla_fast_status check_matrix(const nabla_fast_table& matrix, int64_t rows) {
   if (matrix.width < 0) return NABLA_FAST_INVALID_SHAPE;
@@ -50,8 +50,8 @@ nabla_fast_status check_cotangents(const nabla_fast_mix& call, const nabla_fast_
 }
 
 Size Cotangents::bytes(const nabla_fast_mix& call) {
-  Size sum =
-      (Size(call.table_count) * static_cast<int64_t>(sizeof(PackedRows))).rounded_up(kAlignment);
+  Size sum = (Size(call.table_count) * static_cast<int64_t>(sizeof(gemm::PackedRows)))
+                 .rounded_up(kAlignment);
   for (int64_t t = 0; t < call.table_count; ++t)
     sum = sum + Group::packed_bytes(call.tables[t].width);
   return sum;
@@ -60,24 +60,25 @@ Size Cotangents::bytes(const nabla_fast_mix& call) {
 void Cotangents::pack(int64_t first, int rows) {
   first_ = first;
   rows_ = rows;
-  char* memory = memory_ + Size(call_.table_count * static_cast<int64_t>(sizeof(PackedRows)))
+  char* memory = memory_ + Size(call_.table_count * static_cast<int64_t>(sizeof(gemm::PackedRows)))
                                .rounded_up(kAlignment)
                                .or_zero();
   for (int64_t t = 0; t < call_.table_count; ++t) {
-    packed()[t] = pack_rows(table_of(cotangents_[t], call_.rows).from(first), rows,
-                            call_.tables[t].dtype, memory);
+    packed()[t] = gemm::pack_rows(gemm::table_of(cotangents_[t], call_.rows).from(first), rows,
+                                  call_.tables[t].dtype, memory);
     memory += Group::packed_bytes(call_.tables[t].width).or_zero();
   }
 }
 
 void Cotangents::gradient(int64_t token, int tokens, float* grad) const {
   for (int64_t t = 0; t < call_.table_count; ++t)
-    products(packed()[t], table_of(call_.tables[t], call_.vocab).from(token), tokens, t > 0, grad);
-  if (call_.table_count == 0) std::fill(grad, grad + tokens * lanes_of(rows_), 0.0f);
+    gemm::products(packed()[t], gemm::table_of(call_.tables[t], call_.vocab).from(token), tokens,
+                   t > 0, grad);
+  if (call_.table_count == 0) std::fill(grad, grad + tokens * gemm::lanes_of(rows_), 0.0f);
   if (!direct_ || !direct_->data) return;
-  alignas(64) float tile[kTileFloats];
-  load_tile(table_of(*direct_, call_.rows).from(first_), rows_, token, tokens, tile);
-  add_tile(tile, rows_, tokens, grad);
+  alignas(64) float tile[softmax::kTileFloats];
+  softmax::load_tile(gemm::table_of(*direct_, call_.rows).from(first_), rows_, token, tokens, tile);
+  softmax::add_tile(tile, rows_, tokens, grad);
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::mix

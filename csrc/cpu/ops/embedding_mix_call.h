@@ -11,12 +11,14 @@
 #include "softmax/logit_rows.h"
 #include "softmax/relaxed_tiles.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::mix {
 
 // A vocabulary is cut into segments by position alone; their sums are joined in order.
-constexpr int64_t kSegment = 2048;
+constexpr int64_t kMixSegmentTokens = 2048;
 
-inline int64_t mix_segments(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
+inline int64_t mix_segments(int64_t vocab) {
+  return (vocab + kMixSegmentTokens - 1) / kMixSegmentTokens;
+}
 
 // OK, or why the call is refused before its outputs are looked at.
 nabla_fast_status check_mix(const nabla_fast_mix* inputs);
@@ -26,7 +28,7 @@ nabla_fast_status check_matrix(const nabla_fast_table& matrix, int64_t rows);
 
 inline bool is_linear(const nabla_fast_mix& call) { return call.logits.data == nullptr; }
 
-inline NoiseKeys keys_from(const nabla_fast_mix& call, int64_t row) {
+inline softmax::NoiseKeys keys_from(const nabla_fast_mix& call, int64_t row) {
   if (!call.noise_seed) return {nullptr, nullptr};
   return {call.noise_seed + row, call.noise_position + row};
 }
@@ -48,7 +50,7 @@ class Cotangents {
   void gradient(int64_t token, int tokens, float* grad) const;
 
  private:
-  PackedRows* packed() const { return reinterpret_cast<PackedRows*>(memory_); }
+  gemm::PackedRows* packed() const { return reinterpret_cast<gemm::PackedRows*>(memory_); }
 
   const nabla_fast_mix& call_;
   const nabla_fast_table* cotangents_;
@@ -62,22 +64,22 @@ class Cotangents {
 nabla_fast_status check_cotangents(const nabla_fast_mix& call, const nabla_fast_table* cotangents,
                                    const nabla_fast_table* direct);
 
-// At most kGroupRows rows of a call.
+// At most kRowsPerGroup rows of a call.
 struct Group {
   const nabla_fast_mix& call;
   int64_t first;
   int rows;
-  PackedRows hidden;  // where the logits are products
+  gemm::PackedRows hidden;  // where the logits are products
 
   // `memory`: hidden_bytes(call) of it, aligned.
   Group(const nabla_fast_mix& call, int64_t first, char* memory)
       : call(call),
         first(first),
-        rows(static_cast<int>(std::min<int64_t>(kGroupRows, call.rows - first))),
+        rows(static_cast<int>(std::min<int64_t>(gemm::kRowsPerGroup, call.rows - first))),
         hidden{} {
     if (is_linear(call))
-      hidden =
-          pack_rows(table_of(call.hidden, call.rows).from(first), rows, call.head.dtype, memory);
+      hidden = gemm::pack_rows(gemm::table_of(call.hidden, call.rows).from(first), rows,
+                               call.head.dtype, memory);
   }
 
   static Size hidden_bytes(const nabla_fast_mix& call) {
@@ -85,35 +87,36 @@ struct Group {
   }
   // Of a group's rows as products() takes them.
   static Size packed_bytes(int64_t width) {
-    return ((Size(width) + 31) * (6 * kGroupRows) + kAlignment).rounded_up(kAlignment);
+    return ((Size(width) + 31) * (6 * gemm::kRowsPerGroup) + kAlignment).rounded_up(kAlignment);
   }
 
   // The y of tokens [token, token + tokens).
   void load(int64_t token, int tokens, float* y) const {
     if (is_linear(call))
-      products(hidden, table_of(call.head, call.vocab).from(token), tokens, false, y);
+      gemm::products(hidden, gemm::table_of(call.head, call.vocab).from(token), tokens, false, y);
     else
-      load_tile(table_of(call.logits, call.rows).from(first), rows, token, tokens, y);
-    const NoiseKeys keys = keys_from(call, first);
-    if (keys.seed) add_noise(keys, rows, token, tokens, y);
+      softmax::load_tile(gemm::table_of(call.logits, call.rows).from(first), rows, token, tokens,
+                         y);
+    const softmax::NoiseKeys keys = keys_from(call, first);
+    if (keys.seed) softmax::add_noise(keys, rows, token, tokens, y);
   }
 };
 
 // Calls visit(token, tokens) for each tile of a segment.
 template <typename Visit>
-void each_tile(int64_t segment, int64_t vocab, const Visit& visit) {
-  const int64_t end = std::min(vocab, (segment + 1) * kSegment);
-  for (int64_t token = segment * kSegment; token < end; token += kTileTokens)
-    visit(token, static_cast<int>(std::min<int64_t>(kTileTokens, end - token)));
+void for_each_segment_tile(int64_t segment, int64_t vocab, const Visit& visit) {
+  const int64_t end = std::min(vocab, (segment + 1) * kMixSegmentTokens);
+  for (int64_t token = segment * kMixSegmentTokens; token < end; token += gemm::kVocabTileTokens)
+    visit(token, static_cast<int>(std::min<int64_t>(gemm::kVocabTileTokens, end - token)));
 }
 
 // What a row that showed `top` is, when all of it has been seen.
-inline nabla_fast_status status_of(const Tops& tops, int row) {
-  if (tops.unclean[row] & kHasNaN) return NABLA_FAST_ROW_NAN;
+inline nabla_fast_status status_of(const softmax::Tops& tops, int row) {
+  if (tops.unclean[row] & softmax::kHasNaN) return NABLA_FAST_ROW_NAN;
   if (tops.unclean[row]) return NABLA_FAST_ROW_INFINITE;
   return tops.token[row] < 0 ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::mix
 
 #endif  // NABLA_FAST_CPU_OPS_EMBEDDING_MIX_CALL_H_

@@ -13,21 +13,21 @@
   #include <omp.h>
 #endif
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::mix {
 
 // A segment's, or those of all segments so far. Mixes lie behind one another, as mix() has them:
 // [rows, padded(width)] each.
 struct MixSums {
-  Tops tops;
-  Sums sums;
-  alignas(64) float centre[kGroupRows];  // c
+  softmax::Tops tops;
+  softmax::Sums sums;
+  alignas(64) float centre[gemm::kRowsPerGroup];  // c
 
   float* mixes() { return reinterpret_cast<float*>(this + 1); }
 
   void clear(int64_t mix_floats) {
     tops.clear();
     sums.clear();
-    for (int r = 0; r < kGroupRows; ++r) centre[r] = 0;
+    for (int r = 0; r < gemm::kRowsPerGroup; ++r) centre[r] = 0;
     float* all = mixes();
     for (int64_t n = 0; n < mix_floats; ++n) all[n] = 0;
   }
@@ -64,6 +64,6 @@ inline double rescale(float low, float high, double tau) {
   return std::exp((static_cast<double>(low) - high) / tau);
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::mix
 
 #endif  // NABLA_FAST_CPU_OPS_EMBEDDING_MIX_SUMS_H_

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "base/check.h"
+#include "base/floats.h"
 #include "base/isa.h"
 #include "gemm/row_pass.h"
 #include "nabla_fast.h"
@@ -12,24 +12,24 @@
 #include "softmax/log_sum_exp.h"
 #include "softmax/token_sums.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::stats {
 namespace {
 
 // TokenSums of a group of rows over the tokens of a segment so far.
 struct LaneSums {
-  float max[kGroupRows];
-  int32_t nan[kGroupRows];
-  int64_t argmax[kGroupRows];
-  double at_max[kGroupRows], sum_exp[kGroupRows], sum_d_exp[kGroupRows];
+  float max[gemm::kRowsPerGroup];
+  int32_t nan[gemm::kRowsPerGroup];
+  int64_t argmax[gemm::kRowsPerGroup];
+  double at_max[gemm::kRowsPerGroup], sum_exp[gemm::kRowsPerGroup], sum_d_exp[gemm::kRowsPerGroup];
 
   void clear(int lanes) {
     for (int lane = 0; lane < lanes; ++lane) {
       nan[lane] = 0;
-      set(lane, TokenSums{});
+      set(lane, softmax::TokenSums{});
     }
   }
-  TokenSums lane(int lane) const {
-    TokenSums sums;
+  softmax::TokenSums lane(int lane) const {
+    softmax::TokenSums sums;
     sums.max = max[lane];
     sums.status = nan[lane]                ? NABLA_FAST_ROW_NAN
                   : max[lane] == kInfinity ? NABLA_FAST_ROW_INFINITE
@@ -40,7 +40,7 @@ struct LaneSums {
     sums.sum_d_exp = sum_d_exp[lane];
     return sums;
   }
-  void set(int lane, const TokenSums& sums) {
+  void set(int lane, const softmax::TokenSums& sums) {
     max[lane] = sums.max;
     argmax[lane] = sums.argmax;
     at_max[lane] = sums.at_max;
@@ -50,14 +50,14 @@ struct LaneSums {
 };
 
 // The maximum of a lane has risen to that of the tile whose first token is `token`.
-void rise(const float* z, int lanes, int lane, int64_t token, float before, const Tau& tau,
+void rise(const float* z, int lanes, int lane, int64_t token, float before, const softmax::Tau& tau,
           LaneSums& sums) {
   const float max = sums.max[lane];
-  TokenSums risen;
+  softmax::TokenSums risen;
   // What is relative to -inf or +inf is nothing.
   if (before > -kInfinity && max < kInfinity) {
     sums.max[lane] = before;
-    risen = lowered(sums.lane(lane), max, tau.value);
+    risen = softmax::lowered(sums.lane(lane), max, tau.value);
   }
   risen.max = max;
   risen.argmax = token;
@@ -65,22 +65,22 @@ void rise(const float* z, int lanes, int lane, int64_t token, float before, cons
   sums.set(lane, risen);
 }
 
-// One tile more, whose number of tokens kChains divides.
+// One tile more, whose number of tokens softmax::kSumChains divides.
 template <int W>
 NABLA_FAST_INLINE void add_sums(const float* z, int lanes, int tokens, int64_t token,
-                                const Tau& tau, LaneSums& sums) {
+                                const softmax::Tau& tau, LaneSums& sums) {
   for (int lane = 0; lane < lanes; lane += W) {
     float before[W];
     store<W>(before, load<W>(sums.max + lane));
-    if (raise_max<W>(z + lane, lanes, tokens, sums.max + lane, sums.nan + lane)) {
+    if (softmax::raise_max<W>(z + lane, lanes, tokens, sums.max + lane, sums.nan + lane)) {
       for (int n = lane; n < lane + W; ++n)
         if (sums.max[n] > before[n - lane]) rise(z, lanes, n, token, before[n - lane], tau, sums);
     }
-    const Floats<W> base = exponent_base<W>(sums.max + lane);
-    Floats<W> at_max = {}, sum_exp[kChains] = {}, sum_d_exp[kChains] = {};
-    for (int t = 0; t < tokens; t += kChains) {
+    const Floats<W> base = softmax::exponent_base<W>(sums.max + lane);
+    Floats<W> at_max = {}, sum_exp[softmax::kSumChains] = {}, sum_d_exp[softmax::kSumChains] = {};
+    for (int t = 0; t < tokens; t += softmax::kSumChains) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) {
+      for (int c = 0; c < softmax::kSumChains; ++c) {
         const Floats<W> d = load<W>(z + (t + c) * lanes + lane) - base;
         const Mask<W> counts = above<W>(d, tau.lowest), top = at_least<W>(d, 0.0f);
         const Floats<W> e = vec_exp2<W>(counts, d, tau.inverse_high, tau.inverse_low);
@@ -99,23 +99,23 @@ NABLA_FAST_INLINE void add_sums(const float* z, int lanes, int tokens, int64_t t
   }
 }
 
-using AddSums = void(const float*, int, int, int64_t, const Tau&, LaneSums&);
+using AddSums = void(const float*, int, int, int64_t, const softmax::Tau&, LaneSums&);
 
-void add_sums_baseline(const float* z, int lanes, int tokens, int64_t token, const Tau& tau,
-                       LaneSums& sums) {
+void add_sums_baseline(const float* z, int lanes, int tokens, int64_t token,
+                       const softmax::Tau& tau, LaneSums& sums) {
   add_sums<4>(z, lanes, tokens, token, tau, sums);
 }
 NABLA_FAST_TARGET_AVX2 void add_sums_avx2(const float* z, int lanes, int tokens, int64_t token,
-                                          const Tau& tau, LaneSums& sums) {
+                                          const softmax::Tau& tau, LaneSums& sums) {
   add_sums<8>(z, lanes, tokens, token, tau, sums);
 }
 NABLA_FAST_TARGET_AVX512 void add_sums_avx512(const float* z, int lanes, int tokens, int64_t token,
-                                              const Tau& tau, LaneSums& sums) {
+                                              const softmax::Tau& tau, LaneSums& sums) {
   add_sums<16>(z, lanes, tokens, token, tau, sums);
 }
 
-Factors factors_of(const nabla_fast_table& hidden, int64_t rows, const nabla_fast_table& head,
-                   int64_t vocab) {
+gemm::Factors factors_of(const nabla_fast_table& hidden, int64_t rows, const nabla_fast_table& head,
+                         int64_t vocab) {
   return {hidden, head, nullptr, nullptr, 1, rows, vocab};
 }
 
@@ -123,51 +123,57 @@ nabla_fast_status check(const nabla_fast_table* hidden, int64_t rows, const nabl
                         int64_t vocab) {
   if (!hidden || !head) return NABLA_FAST_INVALID_POINTER;
   if (rows < 0 || vocab < 1) return NABLA_FAST_INVALID_SHAPE;
-  return check_factors(factors_of(*hidden, rows, *head, vocab), rows, vocab);
+  return gemm::check_factors(factors_of(*hidden, rows, *head, vocab), rows, vocab);
 }
 
 Size sums_bytes(int64_t rows, int64_t vocab) {
-  return Size(segments_of(vocab)) * groups_of(rows) * sizeof(LaneSums);
+  return Size(gemm::pass_segments(vocab)) * gemm::groups_of(rows) * sizeof(LaneSums);
 }
 
-void linear_token_stats(const Factors& factors, int64_t rows, int64_t vocab, const Tau& tau,
-                        const Outputs& outputs, char* memory, int32_t num_threads) {
+void linear_token_stats(const gemm::Factors& factors, int64_t rows, int64_t vocab,
+                        const softmax::Tau& tau, const softmax::Outputs& outputs, char* memory,
+                        int32_t num_threads) {
   AddSums* const add = select_isa(add_sums_baseline, add_sums_avx2, add_sums_avx512);
-  const int64_t segments = segments_of(vocab);
-  const int threads = pass_threads(rows, vocab, factors, num_threads);
-  auto* const sums = reinterpret_cast<LaneSums*>(memory + RowPass::bytes(rows, factors).or_zero());
+  const int64_t segments = gemm::pass_segments(vocab);
+  const int threads = gemm::pass_threads(rows, vocab, factors, num_threads);
+  auto* const sums =
+      reinterpret_cast<LaneSums*>(memory + gemm::RowPass::bytes(rows, factors).or_zero());
 
-  for (int64_t first = 0; first < rows; first += kPassRows) {
-    const int64_t some = std::min(kPassRows, rows - first);
-    const RowPass pass(factors, first, some, memory);
+  for (int64_t first = 0; first < rows; first += gemm::kRowsPerPass) {
+    const int64_t some = std::min(gemm::kRowsPerPass, rows - first);
+    const gemm::RowPass pass(factors, first, some, memory);
     const int groups = pass.groups();
-    each_tile(vocab, groups, threads, [&](int64_t segment, int group, int64_t token, int tokens) {
-      alignas(64) float z[kTileTokens * kGroupRows];
-      const int lanes = pass.lanes_of(group);
-      LaneSums& mine = sums[segment * groups + group];
-      if (token == segment * kSegmentTokens) mine.clear(lanes);
-      pass.product(0, group, token, tokens, false, z);
-      add(z, lanes, whole_chains(z, lanes, tokens), token, tau, mine);
-    });
+    gemm::for_each_pass_tile(
+        vocab, groups, threads, [&](int64_t segment, int group, int64_t token, int tokens) {
+          alignas(64) float z[gemm::kVocabTileTokens * gemm::kRowsPerGroup];
+          const int lanes = pass.lanes_of(group);
+          LaneSums& mine = sums[segment * groups + group];
+          if (token == segment * gemm::kPassSegmentTokens) mine.clear(lanes);
+          pass.product(0, group, token, tokens, false, z);
+          add(z, lanes, softmax::whole_chains(z, lanes, tokens), token, tau, mine);
+        });
     for (int row = 0; row < some; ++row) {
-      TokenSums joint;
+      softmax::TokenSums joint;
       for (int64_t s = 0; s < segments; ++s)
-        joint =
-            joined(joint, sums[s * groups + row / kGroupRows].lane(row % kGroupRows), tau.value);
+        joint = softmax::joined(
+            joint, sums[s * groups + row / gemm::kRowsPerGroup].lane(row % gemm::kRowsPerGroup),
+            tau.value);
       outputs.write(first + row, joint, tau);
     }
   }
 }
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::stats
+
+using namespace nabla_fast;
+using namespace nabla_fast::stats;
 
 int64_t nabla_fast_linear_token_stats_workspace(const nabla_fast_table* hidden, int64_t rows,
                                                 const nabla_fast_table* head, int64_t vocab) {
-  using namespace nabla_fast::cpu;
   if (check(hidden, rows, head, vocab) != NABLA_FAST_OK) return 0;
-  const Factors factors = factors_of(*hidden, rows, *head, vocab);
-  return (RowPass::bytes(rows, factors) + sums_bytes(rows, vocab) + kAlignment).or_zero();
+  const gemm::Factors factors = factors_of(*hidden, rows, *head, vocab);
+  return (gemm::RowPass::bytes(rows, factors) + sums_bytes(rows, vocab) + kAlignment).or_zero();
 }
 
 nabla_fast_status nabla_fast_linear_token_stats(const nabla_fast_table* hidden, int64_t rows,
@@ -176,7 +182,6 @@ nabla_fast_status nabla_fast_linear_token_stats(const nabla_fast_table* hidden, 
                                                 float* entropy, int64_t* argmax,
                                                 nabla_fast_status* row_status, void* workspace,
                                                 int64_t workspace_bytes, int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (const nabla_fast_status wrong = check(hidden, rows, head, vocab)) return wrong;
   if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
   if (rows == 0) return NABLA_FAST_OK;
@@ -186,7 +191,7 @@ nabla_fast_status nabla_fast_linear_token_stats(const nabla_fast_table* hidden, 
   const int64_t bytes = nabla_fast_linear_token_stats_workspace(hidden, rows, head, vocab);
   if (bytes == 0) return NABLA_FAST_TOO_LARGE;
   if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  linear_token_stats(factors_of(*hidden, rows, *head, vocab), rows, vocab, Tau(tau),
+  linear_token_stats(factors_of(*hidden, rows, *head, vocab), rows, vocab, softmax::Tau(tau),
                      {logsumexp, confidence, entropy, argmax, row_status}, aligned(workspace),
                      num_threads);
   return NABLA_FAST_OK;

@@ -10,70 +10,74 @@
 #include "gemm/dot_products.h"
 #include "nabla_fast.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::logits {
 namespace {
 
 // Blocks that stay in a cache: of tokens in the second level, while blocks of rows, which stay in
 // the first, pass over it.
-constexpr int64_t kTokenBlock = 64;
-constexpr int64_t kRowBlock = 16;
+constexpr int64_t kTokensInL2 = 64;
+constexpr int64_t kRowsInL1 = 16;
 // Tokens between which threads may be split.
-constexpr int64_t kChunk = 512;
+constexpr int64_t kTokensPerTask = 512;
 // Less work than this is not worth waking a thread for.
 constexpr int64_t kProductsPerThread = 1 << 18;
 
 // All rows with tokens [first, last).
 template <typename T>
-NABLA_FAST_INLINE void chunk(const Product& p, int64_t first, int64_t last, float* logits,
+NABLA_FAST_INLINE void chunk(const gemm::Product& p, int64_t first, int64_t last, float* logits,
                              int64_t stride) {
-  for (int64_t block = first; block < last; block += kTokenBlock) {
-    int64_t end = std::min(last, block + kTokenBlock);
-    for (int64_t row = 0; row < p.rows; row += kRowBlock) {
-      int64_t rows_end = std::min(p.rows, row + kRowBlock);
-      for (int64_t token = block; token < end; token += kTileTokens) {
-        int tokens = static_cast<int>(std::min<int64_t>(kTileTokens, end - token));
+  for (int64_t block = first; block < last; block += kTokensInL2) {
+    int64_t end = std::min(last, block + kTokensInL2);
+    for (int64_t row = 0; row < p.rows; row += kRowsInL1) {
+      int64_t rows_end = std::min(p.rows, row + kRowsInL1);
+      for (int64_t token = block; token < end; token += gemm::kTokensInRegisters) {
+        int tokens = static_cast<int>(std::min<int64_t>(gemm::kTokensInRegisters, end - token));
         float* out = logits + row * stride + token;
         if (row == 0)
-          product_column<true, T>(p, row, rows_end, token, tokens, out, stride);
+          gemm::product_column<true, T>(p, row, rows_end, token, tokens, out, stride);
         else
-          product_column<false, T>(p, row, rows_end, token, tokens, out, stride);
+          gemm::product_column<false, T>(p, row, rows_end, token, tokens, out, stride);
       }
     }
   }
 }
 
-using Chunk = void(const Product&, int64_t, int64_t, float*, int64_t);
+using Chunk = void(const gemm::Product&, int64_t, int64_t, float*, int64_t);
 
-void f32_baseline(const Product& p, int64_t a, int64_t b, float* z, int64_t s) {
+void f32_baseline(const gemm::Product& p, int64_t a, int64_t b, float* z, int64_t s) {
   chunk<float>(p, a, b, z, s);
 }
-NABLA_FAST_TARGET_AVX2 void f32_avx2(const Product& p, int64_t a, int64_t b, float* z, int64_t s) {
+NABLA_FAST_TARGET_AVX2 void f32_avx2(const gemm::Product& p, int64_t a, int64_t b, float* z,
+                                     int64_t s) {
   chunk<float>(p, a, b, z, s);
 }
-NABLA_FAST_TARGET_AVX512 void f32_avx512(const Product& p, int64_t a, int64_t b, float* z,
+NABLA_FAST_TARGET_AVX512 void f32_avx512(const gemm::Product& p, int64_t a, int64_t b, float* z,
                                          int64_t s) {
   chunk<float>(p, a, b, z, s);
 }
-void bf16_baseline(const Product& p, int64_t a, int64_t b, float* z, int64_t s) {
+void bf16_baseline(const gemm::Product& p, int64_t a, int64_t b, float* z, int64_t s) {
   chunk<uint16_t>(p, a, b, z, s);
 }
-NABLA_FAST_TARGET_AVX2 void bf16_avx2(const Product& p, int64_t a, int64_t b, float* z, int64_t s) {
+NABLA_FAST_TARGET_AVX2 void bf16_avx2(const gemm::Product& p, int64_t a, int64_t b, float* z,
+                                      int64_t s) {
   chunk<uint16_t>(p, a, b, z, s);
 }
-NABLA_FAST_TARGET_AVX512 void bf16_avx512(const Product& p, int64_t a, int64_t b, float* z,
+NABLA_FAST_TARGET_AVX512 void bf16_avx512(const gemm::Product& p, int64_t a, int64_t b, float* z,
                                           int64_t s) {
   chunk<uint16_t>(p, a, b, z, s);
 }
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::logits
+
+using namespace nabla_fast;
+using namespace nabla_fast::logits;
 
 extern "C" nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64_t rows,
                                                   int64_t hidden_stride, const void* head,
                                                   nabla_fast_dtype head_dtype, int64_t vocab,
                                                   int64_t width, int64_t head_stride, float* logits,
                                                   int64_t logits_stride, int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 0 || width < 0) return NABLA_FAST_INVALID_SHAPE;
   if (!is_dtype(head_dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
   if (rows == 0 || vocab == 0) return NABLA_FAST_OK;
@@ -83,15 +87,16 @@ extern "C" nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64_t r
     return NABLA_FAST_TOO_LARGE;
   if (!logits || (width > 0 && (!hidden || !head))) return NABLA_FAST_INVALID_POINTER;
   head_stride = step_of(vocab, head_stride);
-  Product product{hidden, rows, hidden_stride, head, vocab, width, head_stride};
+  gemm::Product product{hidden, rows, hidden_stride, head, vocab, width, head_stride};
   Chunk* run = head_dtype == NABLA_FAST_FLOAT32 ? select_isa(f32_baseline, f32_avx2, f32_avx512)
                                                 : select_isa(bf16_baseline, bf16_avx2, bf16_avx512);
-  int64_t chunks = (vocab + kChunk - 1) / kChunk;
+  int64_t chunks = (vocab + kTokensPerTask - 1) / kTokensPerTask;
   // Reading the head costs what some rows of arithmetic cost.
   const int64_t work = (Size(vocab) * width * (Size(rows) + 4)).or_most();
   const int threads = threads_for(work, kProductsPerThread, num_threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t n = 0; n < chunks; ++n)
-    run(product, n * kChunk, std::min(vocab, (n + 1) * kChunk), logits, logits_stride);
+    run(product, n * kTokensPerTask, std::min(vocab, (n + 1) * kTokensPerTask), logits,
+        logits_stride);
   return NABLA_FAST_OK;
 }

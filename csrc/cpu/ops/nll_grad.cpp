@@ -10,9 +10,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "base/check.h"
+#include "base/floats.h"
 #include "base/isa.h"
 #include "base/threads.h"
 #include "gemm/add_weighted_rows.h"
@@ -20,19 +20,17 @@
 #include "nabla_fast.h"
 #include "simd/vec_exp.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::nll {
 namespace {
 
-constexpr int64_t kSegment = 8192;
+constexpr int64_t kNllSegmentTokens = 8192;
 // Rows that a pass over the head serves, tokens whose logits exist at once, and the rows of a group
 // whose hidden states stay in the first-level cache.
-constexpr int64_t kGroup = 64;
-constexpr int64_t kBlock = 64;
-constexpr int64_t kRowBlock = 16;
+constexpr int64_t kRowsPerHeadRead = 64;
+constexpr int64_t kLogitTokens = 64;
+constexpr int64_t kRowsInL1 = 16;
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t segments_of(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
+int64_t segments_of(int64_t vocab) { return (vocab + kNllSegmentTokens - 1) / kNllSegmentTokens; }
 
 // What a segment found out about a group of rows.
 struct Part {
@@ -42,39 +40,41 @@ struct Part {
   float*
       mix;  // [rows, mix_stride_of(width)] sum of exp(logit - max) times the head's row, likewise
 
-  static int64_t floats(int64_t rows, int64_t width) { return rows * (3 + mix_stride_of(width)); }
+  static int64_t floats(int64_t rows, int64_t width) {
+    return rows * (3 + gemm::mix_stride_of(width));
+  }
 
   Part(float* memory, int64_t rows)
       : max(memory), sum(memory + rows), target(memory + 2 * rows), mix(memory + 3 * rows) {}
 };
 
-// Tokens [first, last) for the rows of `p`, at most kGroup.
+// Tokens [first, last) for the rows of `p`, at most kRowsPerHeadRead.
 template <typename T>
-NABLA_FAST_INLINE void segment(const Product& p, const int64_t* targets, int64_t first,
+NABLA_FAST_INLINE void segment(const gemm::Product& p, const int64_t* targets, int64_t first,
                                int64_t last, Part part) {
-  int64_t width = mix_stride_of(p.width);
+  int64_t width = gemm::mix_stride_of(p.width);
   for (int64_t r = 0; r < p.rows; ++r) {
     part.max[r] = -kInfinity;
     part.sum[r] = 0;
     part.target[r] = -kInfinity;
   }
   std::fill_n(part.mix, p.rows * width, 0.0f);
-  float z[kGroup * kBlock];
-  for (int64_t block = first; block < last; block += kBlock) {
-    int tokens = static_cast<int>(std::min(kBlock, last - block));
-    for (int64_t row = 0; row < p.rows; row += kRowBlock) {
-      int64_t end = std::min(p.rows, row + kRowBlock);
-      for (int t = 0; t < tokens; t += kTileTokens) {
-        int count = std::min(kTileTokens, tokens - t);
-        float* out = z + row * kBlock + t;
+  float z[kRowsPerHeadRead * kLogitTokens];
+  for (int64_t block = first; block < last; block += kLogitTokens) {
+    int tokens = static_cast<int>(std::min(kLogitTokens, last - block));
+    for (int64_t row = 0; row < p.rows; row += kRowsInL1) {
+      int64_t end = std::min(p.rows, row + kRowsInL1);
+      for (int t = 0; t < tokens; t += gemm::kTokensInRegisters) {
+        int count = std::min(gemm::kTokensInRegisters, tokens - t);
+        float* out = z + row * kLogitTokens + t;
         if (row == 0)
-          product_column<true, T>(p, row, end, block + t, count, out, kBlock);
+          gemm::product_column<true, T>(p, row, end, block + t, count, out, kLogitTokens);
         else
-          product_column<false, T>(p, row, end, block + t, count, out, kBlock);
+          gemm::product_column<false, T>(p, row, end, block + t, count, out, kLogitTokens);
       }
     }
     for (int64_t r = 0; r < p.rows; ++r) {
-      float* row = z + r * kBlock;
+      float* row = z + r * kLogitTokens;
       int64_t target = targets[r] - block;
       bool here = target >= 0 && target < tokens;
       if (here) part.target[r] = row[target];
@@ -95,36 +95,37 @@ NABLA_FAST_INLINE void segment(const Product& p, const int64_t* targets, int64_t
       part.sum[r] += sum;
     }
     const T* head = static_cast<const T*>(p.head) + block * p.head_stride;
-    add_mix<T>(z, kBlock, p.rows, tokens, head, p.head_stride, p.width, part.mix, width);
+    gemm::add_mix<T>(z, kLogitTokens, p.rows, tokens, head, p.head_stride, p.width, part.mix,
+                     width);
   }
 }
 
-using Segment = void(const Product&, const int64_t*, int64_t, int64_t, Part);
+using Segment = void(const gemm::Product&, const int64_t*, int64_t, int64_t, Part);
 
-void f32_baseline(const Product& p, const int64_t* y, int64_t a, int64_t b, Part part) {
+void f32_baseline(const gemm::Product& p, const int64_t* y, int64_t a, int64_t b, Part part) {
   segment<float>(p, y, a, b, part);
 }
-NABLA_FAST_TARGET_AVX2 void f32_avx2(const Product& p, const int64_t* y, int64_t a, int64_t b,
+NABLA_FAST_TARGET_AVX2 void f32_avx2(const gemm::Product& p, const int64_t* y, int64_t a, int64_t b,
                                      Part part) {
   segment<float>(p, y, a, b, part);
 }
-NABLA_FAST_TARGET_AVX512 void f32_avx512(const Product& p, const int64_t* y, int64_t a, int64_t b,
-                                         Part part) {
+NABLA_FAST_TARGET_AVX512 void f32_avx512(const gemm::Product& p, const int64_t* y, int64_t a,
+                                         int64_t b, Part part) {
   segment<float>(p, y, a, b, part);
 }
-void bf16_baseline(const Product& p, const int64_t* y, int64_t a, int64_t b, Part part) {
+void bf16_baseline(const gemm::Product& p, const int64_t* y, int64_t a, int64_t b, Part part) {
   segment<uint16_t>(p, y, a, b, part);
 }
-NABLA_FAST_TARGET_AVX2 void bf16_avx2(const Product& p, const int64_t* y, int64_t a, int64_t b,
-                                      Part part) {
+NABLA_FAST_TARGET_AVX2 void bf16_avx2(const gemm::Product& p, const int64_t* y, int64_t a,
+                                      int64_t b, Part part) {
   segment<uint16_t>(p, y, a, b, part);
 }
-NABLA_FAST_TARGET_AVX512 void bf16_avx512(const Product& p, const int64_t* y, int64_t a, int64_t b,
-                                          Part part) {
+NABLA_FAST_TARGET_AVX512 void bf16_avx512(const gemm::Product& p, const int64_t* y, int64_t a,
+                                          int64_t b, Part part) {
   segment<uint16_t>(p, y, a, b, part);
 }
 
-float element(const Product& p, nabla_fast_dtype dtype, int64_t token, int64_t k) {
+float element(const gemm::Product& p, nabla_fast_dtype dtype, int64_t token, int64_t k) {
   int64_t index = token * p.head_stride + k;
   if (dtype == NABLA_FAST_FLOAT32) return static_cast<const float*>(p.head)[index];
   return bits_float(static_cast<int32_t>(
@@ -132,16 +133,16 @@ float element(const Product& p, nabla_fast_dtype dtype, int64_t token, int64_t k
 }
 
 // One row's parts, from left to right.
-nabla_fast_status join(const Product& p, nabla_fast_dtype dtype, int64_t target, float* memory,
-                       int64_t segments, int64_t row, float* out) {
-  int64_t width = mix_stride_of(p.width), floats = Part::floats(p.rows, p.width);
+nabla_fast_status join(const gemm::Product& p, nabla_fast_dtype dtype, int64_t target,
+                       float* memory, int64_t segments, int64_t row, float* out) {
+  int64_t width = gemm::mix_stride_of(p.width), floats = Part::floats(p.rows, p.width);
   float top = -kInfinity, target_logit = -kInfinity;
   bool nan = false;
   for (int64_t s = 0; s < segments; ++s) {
     Part part(memory + s * floats, p.rows);
     nan = nan || part.sum[row] != part.sum[row] || part.target[row] != part.target[row];
     top = std::max(top, part.max[row]);
-    if (target / kSegment == s) target_logit = part.target[row];
+    if (target / kNllSegmentTokens == s) target_logit = part.target[row];
   }
   nabla_fast_status status = NABLA_FAST_OK;
   if (top == kInfinity)
@@ -151,7 +152,7 @@ nabla_fast_status join(const Product& p, nabla_fast_dtype dtype, int64_t target,
   else if (top == -kInfinity)
     status = NABLA_FAST_ROW_ALL_MASKED;
   if (status != NABLA_FAST_OK) {
-    for (int64_t k = 0; k < p.width; ++k) out[k] = std::numeric_limits<float>::quiet_NaN();
+    for (int64_t k = 0; k < p.width; ++k) out[k] = kNaN;
     return status;
   }
   double rest = 0;
@@ -170,12 +171,15 @@ nabla_fast_status join(const Product& p, nabla_fast_dtype dtype, int64_t target,
 }
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::nll
+
+using namespace nabla_fast;
+using namespace nabla_fast::nll;
 
 extern "C" int64_t nabla_fast_nll_grad_workspace(int64_t rows, int64_t vocab, int64_t width) {
-  using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 1 || width < 0 || !fits({{vocab, 1}, {width, 1}}, 4)) return 0;
-  const Size floats = Size(segments_of(vocab)) * Part::floats(std::min(rows, kGroup), width);
+  const Size floats =
+      Size(segments_of(vocab)) * Part::floats(std::min(rows, kRowsPerHeadRead), width);
   return (kAlignment + floats * 4).or_zero();
 }
 
@@ -184,7 +188,6 @@ extern "C" nabla_fast_status nabla_fast_nll_grad(
     nabla_fast_dtype head_dtype, int64_t vocab, int64_t width, int64_t head_stride,
     const int64_t* targets, float* grad, int64_t grad_stride, nabla_fast_status* row_status,
     void* workspace, int64_t workspace_bytes, int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 1 || width < 0) return NABLA_FAST_INVALID_SHAPE;
   if (!is_dtype(head_dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
   if (rows == 0) return NABLA_FAST_OK;
@@ -204,15 +207,15 @@ extern "C" nabla_fast_status nabla_fast_nll_grad(
                      : select_isa(bf16_baseline, bf16_avx2, bf16_avx512);
   auto* memory = reinterpret_cast<float*>(aligned(workspace));
   int64_t segments = segments_of(vocab);
-  for (int64_t first = 0; first < rows; first += kGroup) {
-    int64_t count = std::min(kGroup, rows - first);
-    Product p{hidden + first * hidden_stride, count, hidden_stride, head, vocab, width,
-              step_of(vocab, head_stride)};
+  for (int64_t first = 0; first < rows; first += kRowsPerHeadRead) {
+    int64_t count = std::min(kRowsPerHeadRead, rows - first);
+    gemm::Product p{hidden + first * hidden_stride, count, hidden_stride, head, vocab, width,
+                    step_of(vocab, head_stride)};
     int64_t floats = Part::floats(count, width);
     const int threads = threads_for(segments, 1, num_threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t s = 0; s < segments; ++s)
-      run(p, targets + first, s * kSegment, std::min(vocab, (s + 1) * kSegment),
+      run(p, targets + first, s * kNllSegmentTokens, std::min(vocab, (s + 1) * kNllSegmentTokens),
           Part(memory + s * floats, count));
     for (int64_t r = 0; r < count; ++r)
       row_status[first + r] = join(p, head_dtype, targets[first + r], memory, segments, r,

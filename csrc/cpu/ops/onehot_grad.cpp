@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "base/check.h"
+#include "base/floats.h"
 #include "base/isa.h"
 #include "gemm/row_pass.h"
 #include "nabla_fast.h"
@@ -15,7 +15,7 @@
 #include "simd/vec_exp.h"
 #include "softmax/log_sum_exp.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::onehot {
 namespace {
 
 // Between the passes, -0 stands for a masked token. Of the others none is: +0 is added to them.
@@ -30,7 +30,7 @@ struct Rows {
 template <int W>
 NABLA_FAST_INLINE void store_tile(const OnehotTile& tile, const float* base, float nll_coeff,
                                   int rows, int tokens, Rows to) {
-  const int lanes = lanes_of(rows);
+  const int lanes = gemm::lanes_of(rows);
   for (int r = 0; r < rows; r += W) {
     const Floats<W> base_of_row = load<W>(base + r);
     for (int t = 0; t < tokens; t += W) {
@@ -55,25 +55,26 @@ NABLA_FAST_INLINE void store_tile(const OnehotTile& tile, const float* base, flo
 
 template <int W>
 NABLA_FAST_INLINE void finish_tile(OnehotTile& tile, const float* base, float nll_coeff, int rows,
-                                   int tokens, int whole, LaneLogSumExp& sums, Rows to) {
-  add_tile<W>(tile.z, lanes_of(rows), whole, sums);
+                                   int tokens, int whole, softmax::LaneLogSumExp& sums, Rows to) {
+  softmax::add_exps<W>(tile.z, gemm::lanes_of(rows), whole, sums);
   store_tile<W>(tile, base, nll_coeff, rows, tokens, to);
 }
 
-using FinishTile = void(OnehotTile&, const float*, float, int, int, int, LaneLogSumExp&, Rows);
+using FinishTile = void(OnehotTile&, const float*, float, int, int, int, softmax::LaneLogSumExp&,
+                        Rows);
 
 void finish_tile_baseline(OnehotTile& tile, const float* base, float nll_coeff, int rows,
-                          int tokens, int whole, LaneLogSumExp& sums, Rows to) {
+                          int tokens, int whole, softmax::LaneLogSumExp& sums, Rows to) {
   finish_tile<4>(tile, base, nll_coeff, rows, tokens, whole, sums, to);
 }
 NABLA_FAST_TARGET_AVX2 void finish_tile_avx2(OnehotTile& tile, const float* base, float nll_coeff,
-                                             int rows, int tokens, int whole, LaneLogSumExp& sums,
-                                             Rows to) {
+                                             int rows, int tokens, int whole,
+                                             softmax::LaneLogSumExp& sums, Rows to) {
   finish_tile<8>(tile, base, nll_coeff, rows, tokens, whole, sums, to);
 }
 NABLA_FAST_TARGET_AVX512 void finish_tile_avx512(OnehotTile& tile, const float* base,
                                                  float nll_coeff, int rows, int tokens, int whole,
-                                                 LaneLogSumExp& sums, Rows to) {
+                                                 softmax::LaneLogSumExp& sums, Rows to) {
   finish_tile<16>(tile, base, nll_coeff, rows, tokens, whole, sums, to);
 }
 
@@ -95,50 +96,52 @@ NABLA_FAST_TARGET_AVX512 void add_offset_avx512(float* u, int64_t n, float offse
 
 // Of a call's workspace.
 Size pass_bytes(const nabla_fast_onehot& inputs) {
-  return RowPass::bytes(inputs.rows, factors_of(inputs));
+  return gemm::RowPass::bytes(inputs.rows, factors_of(inputs));
 }
 
 Size sums_bytes(const nabla_fast_onehot& inputs) {
-  return Size(segments_of(inputs.vocab)) * groups_of(inputs.rows) * sizeof(LaneLogSumExp);
+  return Size(gemm::pass_segments(inputs.vocab)) * gemm::groups_of(inputs.rows) *
+         sizeof(softmax::LaneLogSumExp);
 }
 
 void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* row_status,
                  char* memory, int32_t num_threads) {
   FinishTile* const finish = select_isa(finish_tile_baseline, finish_tile_avx2, finish_tile_avx512);
   AddOffset* const add = select_isa(add_offset_baseline, add_offset_avx2, add_offset_avx512);
-  const Factors factors = factors_of(inputs);
-  const int64_t vocab = inputs.vocab, segments = segments_of(vocab);
-  const int threads = pass_threads(inputs.rows, vocab, factors, num_threads);
-  auto* const sums = reinterpret_cast<LaneLogSumExp*>(memory + pass_bytes(inputs).or_zero());
+  const gemm::Factors factors = factors_of(inputs);
+  const int64_t vocab = inputs.vocab, segments = gemm::pass_segments(vocab);
+  const int threads = gemm::pass_threads(inputs.rows, vocab, factors, num_threads);
+  auto* const sums =
+      reinterpret_cast<softmax::LaneLogSumExp*>(memory + pass_bytes(inputs).or_zero());
 
-  for (int64_t first = 0; first < inputs.rows; first += kPassRows) {
-    const int64_t rows = std::min(kPassRows, inputs.rows - first);
+  for (int64_t first = 0; first < inputs.rows; first += gemm::kRowsPerPass) {
+    const int64_t rows = std::min(gemm::kRowsPerPass, inputs.rows - first);
     const OnehotPass pass(factors, vocab, inputs.nll_coeff, first, rows, memory);
     const int groups = pass.rows().groups();
-    each_tile(vocab, groups, threads, [&](int64_t segment, int group, int64_t token, int tokens) {
-      OnehotTile tile;
-      LaneLogSumExp& mine = sums[segment * groups + group];
-      if (token == segment * kSegmentTokens) mine.clear(pass.rows().lanes_of(group));
-      const int whole = pass.tile(group, token, tokens, tile);
-      float* const to = grad.data + (first + group * kGroupRows) * grad.stride + token;
-      finish(tile, pass.base(group), pass.nll_coeff(), pass.rows().rows_of(group), tokens, whole,
-             mine, {to, grad.stride});
-    });
+    gemm::for_each_pass_tile(
+        vocab, groups, threads, [&](int64_t segment, int group, int64_t token, int tokens) {
+          OnehotTile tile;
+          softmax::LaneLogSumExp& mine = sums[segment * groups + group];
+          if (token == segment * gemm::kPassSegmentTokens) mine.clear(pass.rows().lanes_of(group));
+          const int whole = pass.tile(group, token, tokens, tile);
+          float* const to = grad.data + (first + group * gemm::kRowsPerGroup) * grad.stride + token;
+          finish(tile, pass.base(group), pass.nll_coeff(), pass.rows().rows_of(group), tokens,
+                 whole, mine, {to, grad.stride});
+        });
 
-    float offset[kPassRows];
+    float offset[gemm::kRowsPerPass];
     for (int row = 0; row < rows; ++row) {
-      LogSumExp z;
+      softmax::LogSumExp z;
       for (int64_t s = 0; s < segments; ++s)
-        z.join(sums[s * groups + row / kGroupRows].lane(row % kGroupRows));
+        z.join(sums[s * groups + row / gemm::kRowsPerGroup].lane(row % gemm::kRowsPerGroup));
       row_status[first + row] = z.status();
-      offset[row] = z.status() == NABLA_FAST_OK ? static_cast<float>(pass.offset(row, z))
-                                                : std::numeric_limits<float>::quiet_NaN();
+      offset[row] = z.status() == NABLA_FAST_OK ? static_cast<float>(pass.offset(row, z)) : kNaN;
     }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t n = 0; n < rows * segments; ++n) {
-      const int64_t row = n / segments, token = n % segments * kSegmentTokens;
+      const int64_t row = n / segments, token = n % segments * gemm::kPassSegmentTokens;
       float* const u = grad.data + (first + row) * grad.stride + token;
-      const int64_t tokens = std::min(kSegmentTokens, vocab - token);
+      const int64_t tokens = std::min(gemm::kPassSegmentTokens, vocab - token);
       if (row_status[first + row] == NABLA_FAST_OK)
         add(u, tokens, offset[row]);
       else
@@ -148,10 +151,12 @@ void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* 
 }
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::onehot
+
+using namespace nabla_fast;
+using namespace nabla_fast::onehot;
 
 int64_t nabla_fast_onehot_grad_workspace(const nabla_fast_onehot* inputs) {
-  using namespace nabla_fast::cpu;
   if (check_onehot(inputs) != NABLA_FAST_OK) return 0;
   return (pass_bytes(*inputs) + sums_bytes(*inputs) + kAlignment).or_zero();
 }
@@ -160,7 +165,6 @@ nabla_fast_status nabla_fast_onehot_grad(const nabla_fast_onehot* inputs, float*
                                          int64_t grad_stride, nabla_fast_status* row_status,
                                          void* workspace, int64_t workspace_bytes,
                                          int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (const nabla_fast_status wrong = check_onehot(inputs)) return wrong;
   if (inputs->rows == 0) return NABLA_FAST_OK;
   if (!fits({{inputs->rows, grad_stride}, {inputs->vocab, 1}}, sizeof(float)))

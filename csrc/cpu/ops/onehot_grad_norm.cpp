@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "base/check.h"
+#include "base/floats.h"
 #include "base/isa.h"
 #include "gemm/row_pass.h"
 #include "nabla_fast.h"
@@ -17,12 +18,12 @@
 #include "simd/vec.h"
 #include "softmax/log_sum_exp.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::onehot {
 namespace {
 
 // Of the tokens of a row that are not masked.
 struct Moments {
-  LogSumExp z;
+  softmax::LogSumExp z;
   double count = 0, sum = 0, squares = 0;  // of u
 
   void join(const Moments& right) {
@@ -42,9 +43,9 @@ struct Moments {
 
 // The same for a group of rows.
 struct LaneMoments {
-  LaneLogSumExp z;
-  int32_t count[kGroupRows];
-  double sum[kGroupRows], squares[kGroupRows];
+  softmax::LaneLogSumExp z;
+  int32_t count[gemm::kRowsPerGroup];
+  double sum[gemm::kRowsPerGroup], squares[gemm::kRowsPerGroup];
 
   void clear(int lanes) {
     z.clear(lanes);
@@ -75,7 +76,7 @@ template <int W>
 NABLA_FAST_INLINE void add_moments(const OnehotTile& tile, const float* base, float nll_coeff,
                                    int lanes, int whole, LaneMoments& sums) {
   using Doubles = typename DoubleTypes<W / 2>::Doubles;
-  add_tile<W>(tile.z, lanes, whole, sums.z);
+  softmax::add_exps<W>(tile.z, lanes, whole, sums.z);
   for (int lane = 0; lane < lanes; lane += W) {
     const Floats<W> base_of_row = load<W>(base + lane);
     Ints<W> count = {};
@@ -122,51 +123,55 @@ NABLA_FAST_TARGET_AVX512 void add_moments_avx512(const OnehotTile& tile, const f
 
 // Of a call's workspace.
 Size pass_bytes(const nabla_fast_onehot& inputs) {
-  return RowPass::bytes(inputs.rows, factors_of(inputs));
+  return gemm::RowPass::bytes(inputs.rows, factors_of(inputs));
 }
 Size sums_bytes(const nabla_fast_onehot& inputs) {
-  return Size(segments_of(inputs.vocab)) * groups_of(inputs.rows) * sizeof(LaneMoments);
+  return Size(gemm::pass_segments(inputs.vocab)) * gemm::groups_of(inputs.rows) *
+         sizeof(LaneMoments);
 }
 
 void onehot_grad_norm(const nabla_fast_onehot& inputs, float* norm, nabla_fast_status* row_status,
                       char* memory, int32_t num_threads) {
   AddMoments* const add = select_isa(add_moments_baseline, add_moments_avx2, add_moments_avx512);
-  const Factors factors = factors_of(inputs);
-  const int64_t vocab = inputs.vocab, segments = segments_of(vocab);
-  const int threads = pass_threads(inputs.rows, vocab, factors, num_threads);
+  const gemm::Factors factors = factors_of(inputs);
+  const int64_t vocab = inputs.vocab, segments = gemm::pass_segments(vocab);
+  const int threads = gemm::pass_threads(inputs.rows, vocab, factors, num_threads);
   auto* const sums = reinterpret_cast<LaneMoments*>(memory + pass_bytes(inputs).or_zero());
 
-  for (int64_t first = 0; first < inputs.rows; first += kPassRows) {
-    const int64_t rows = std::min(kPassRows, inputs.rows - first);
+  for (int64_t first = 0; first < inputs.rows; first += gemm::kRowsPerPass) {
+    const int64_t rows = std::min(gemm::kRowsPerPass, inputs.rows - first);
     const OnehotPass pass(factors, vocab, inputs.nll_coeff, first, rows, memory);
     const int groups = pass.rows().groups();
-    each_tile(vocab, groups, threads, [&](int64_t segment, int group, int64_t token, int tokens) {
-      OnehotTile tile;
-      const int lanes = pass.rows().lanes_of(group);
-      LaneMoments& mine = sums[segment * groups + group];
-      if (token == segment * kSegmentTokens) mine.clear(lanes);
-      const int whole = pass.tile(group, token, tokens, tile);
-      add(tile, pass.base(group), pass.nll_coeff(), lanes, whole, mine);
-    });
+    gemm::for_each_pass_tile(vocab, groups, threads,
+                             [&](int64_t segment, int group, int64_t token, int tokens) {
+                               OnehotTile tile;
+                               const int lanes = pass.rows().lanes_of(group);
+                               LaneMoments& mine = sums[segment * groups + group];
+                               if (token == segment * gemm::kPassSegmentTokens) mine.clear(lanes);
+                               const int whole = pass.tile(group, token, tokens, tile);
+                               add(tile, pass.base(group), pass.nll_coeff(), lanes, whole, mine);
+                             });
 
     for (int row = 0; row < rows; ++row) {
       Moments moments;
       for (int64_t s = 0; s < segments; ++s)
-        moments.join(sums[s * groups + row / kGroupRows].lane(row % kGroupRows));
+        moments.join(sums[s * groups + row / gemm::kRowsPerGroup].lane(row % gemm::kRowsPerGroup));
       const nabla_fast_status status = moments.z.status();
       row_status[first + row] = status;
       norm[first + row] = status == NABLA_FAST_OK
                               ? static_cast<float>(moments.norm(pass.offset(row, moments.z)))
-                              : std::numeric_limits<float>::quiet_NaN();
+                              : kNaN;
     }
   }
 }
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::onehot
+
+using namespace nabla_fast;
+using namespace nabla_fast::onehot;
 
 int64_t nabla_fast_onehot_grad_norm_workspace(const nabla_fast_onehot* inputs) {
-  using namespace nabla_fast::cpu;
   if (check_onehot(inputs) != NABLA_FAST_OK) return 0;
   return (pass_bytes(*inputs) + sums_bytes(*inputs) + kAlignment).or_zero();
 }
@@ -174,7 +179,6 @@ int64_t nabla_fast_onehot_grad_norm_workspace(const nabla_fast_onehot* inputs) {
 nabla_fast_status nabla_fast_onehot_grad_norm(const nabla_fast_onehot* inputs, float* norm,
                                               nabla_fast_status* row_status, void* workspace,
                                               int64_t workspace_bytes, int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (const nabla_fast_status wrong = check_onehot(inputs)) return wrong;
   if (inputs->rows == 0) return NABLA_FAST_OK;
   if (!fits({{inputs->rows, 1}}, sizeof(float))) return NABLA_FAST_TOO_LARGE;

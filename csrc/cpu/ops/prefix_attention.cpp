@@ -9,14 +9,14 @@
 
 #include <cmath>
 
-namespace nabla_fast::cpu {
+#include "base/floats.h"
+
+namespace nabla_fast::attention {
 namespace {
 
 // Multiplications that are worth waking a thread for.
 constexpr int64_t kWorkPerThread = int64_t{1} << 20;
-constexpr int64_t kFewRows = 16;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr int64_t kMaxFewRows = 16;
 
 struct Call {
   const nabla_fast_attention& in;
@@ -43,8 +43,8 @@ NABLA_FAST_INLINE void many(const Call& call, int64_t batch, int64_t kv_head, in
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const int64_t last = std::min(first + W, call.rows()) - 1;
   const float scale = static_cast<float>(in.scale);
-  alignas(64) float q[kMostWidth * W], sums[kMostWidth * W], s[kTileKeys * W];
-  const float* others[kTileKeys];
+  alignas(64) float q[kMaxHeadDim * W], sums[kMaxHeadDim * W], s[kKeysPerTile * W];
+  const float* others[kKeysPerTile];
   Ints<W> position, lowest;
   for (int lane = 0; lane < W; ++lane) {
     const int64_t row = std::min(first + lane, last);
@@ -58,8 +58,8 @@ NABLA_FAST_INLINE void many(const Call& call, int64_t batch, int64_t kv_head, in
   Ints<W> nan = {};
 
   const int64_t end = position[W - 1] + 1;
-  for (int64_t begin = lowest[0]; begin < end; begin += kTileKeys) {
-    const int64_t count = std::min(kTileKeys, end - begin);
+  for (int64_t begin = lowest[0]; begin < end; begin += kKeysPerTile) {
+    const int64_t count = std::min(kKeysPerTile, end - begin);
     keys.find(begin, begin + count, others);
     scores<W>(others, count, q, in.dim, scale, s);
     if (begin < lowest[W - 1] || begin + count - 1 > position[0]) {
@@ -116,7 +116,7 @@ NABLA_FAST_INLINE Floats<W> products(const float* query, const float* const* key
 // A row that is worked on by itself.
 template <int W>
 struct Row {
-  alignas(64) float query[kMostWidth], sums[kMostWidth];
+  alignas(64) float query[kMaxHeadDim], sums[kMaxHeadDim];
   int64_t first, position;  // of the keys that it sees
   float max, total;
   Ints<W> nan;
@@ -165,7 +165,7 @@ NABLA_FAST_INLINE void few(const Call& call, int64_t batch, int64_t kv_head) {
   const int64_t dim = kDim ? kDim : in.dim, rows = call.rows();
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const float scale = static_cast<float>(in.scale);
-  Row<W> row[kFewRows];
+  Row<W> row[kMaxFewRows];
   for (int64_t r = 0; r < rows; ++r) {
     const float* query = call.query(batch, kv_head, r);
     for (int64_t d = 0; d < dim; d += W) {
@@ -179,12 +179,12 @@ NABLA_FAST_INLINE void few(const Call& call, int64_t batch, int64_t kv_head) {
     row[r].nan = Ints<W>{};
   }
 
-  alignas(64) float s[kTileKeys];
+  alignas(64) float s[kKeysPerTile];
   // The last key stands there again for lanes that are left over.
-  const float *key[kTileKeys + W], *value[kTileKeys];
+  const float *key[kKeysPerTile + W], *value[kKeysPerTile];
   const int64_t end = keys.prefix + (rows - 1) / call.group + 1;
-  for (int64_t begin = first_seen(in, keys.prefix); begin < end; begin += kTileKeys) {
-    const int64_t stop = std::min(begin + kTileKeys, end);
+  for (int64_t begin = first_seen(in, keys.prefix); begin < end; begin += kKeysPerTile) {
+    const int64_t stop = std::min(begin + kKeysPerTile, end);
     keys.find(begin, stop, key);
     values.find(begin, stop, value);
     for (int lane = 0; lane < W; ++lane) key[stop - begin + lane] = key[stop - begin - 1];
@@ -227,7 +227,7 @@ NABLA_FAST_INLINE void few(const Call& call, int64_t batch, int64_t kv_head) {
 // key.
 template <int W>
 constexpr bool are_few(int64_t rows, int64_t dim) {
-  return dim % W == 0 && rows <= kFewRows &&
+  return dim % W == 0 && rows <= kMaxFewRows &&
          rows * (2 * dim / W + 4) < (rows + W - 1) / W * 2 * dim;
 }
 
@@ -277,17 +277,19 @@ constexpr Kernel kBaseline{work_baseline, units_of_head<4>}, kAvx2{work_avx2, un
     kAvx512{work_avx512, units_of_head<16>};
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::attention
+
+using namespace nabla_fast;
+using namespace nabla_fast::attention;
 
 nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs, float* output,
                                               nabla_fast_strides output_strides,
                                               int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (!inputs) return NABLA_FAST_INVALID_POINTER;
   const nabla_fast_attention& in = *inputs;
   const nabla_fast_status status = check_attention(in);
   if (status != NABLA_FAST_OK || has_no_queries(in)) return status;
-  if (!fits(in, in.heads, output_strides)) return NABLA_FAST_TOO_LARGE;
+  if (!tensor_fits(in, in.heads, output_strides)) return NABLA_FAST_TOO_LARGE;
   if (!output) return NABLA_FAST_INVALID_POINTER;
 
   const Call call{in, {in.q, in.q_strides}, {output, output_strides}, in.heads / in.kv_heads};

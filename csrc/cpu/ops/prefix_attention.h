@@ -1,7 +1,7 @@
 // What the forward and the backward of prefix_attention share: where keys and values lie, which of
 // them a query sees, and the two products of a tile.
 //
-// A tile has W rows, one in each lane of a vector, and up to kTileKeys others. The rows stand
+// A tile has W rows, one in each lane of a vector, and up to kKeysPerTile others. The rows stand
 // transposed, element d of all of them in one vector, so that neither product adds across lanes:
 //
 //   scores      s[j] = scale sum_d others[j][d] rows[d]
@@ -14,18 +14,18 @@
 #include <limits>
 
 #include "base/check.h"
+#include "base/floats.h"
 #include "base/isa.h"
 #include "base/threads.h"
 #include "nabla_fast.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::attention {
 
-constexpr int64_t kTileKeys = 64;
-constexpr int64_t kMostWidth = NABLA_FAST_MOST_HEAD_DIM;
+constexpr int64_t kKeysPerTile = 64;
+constexpr int64_t kMaxHeadDim = NABLA_FAST_MOST_HEAD_DIM;
 // Positions are counted in 32-bit lanes.
-constexpr int64_t kMostPositions = std::numeric_limits<int32_t>::max();
-constexpr float kLowestExponent = -87.0f;  // exp of anything lower counts as 0
+constexpr int64_t kMaxPositions = std::numeric_limits<int32_t>::max();
 
 // A [batch, heads, tokens, dim] tensor, dim contiguous.
 template <typename T>
@@ -92,12 +92,13 @@ inline bool has_no_queries(const nabla_fast_attention& a) {
 }
 
 // Whether a [batch, heads, suffix, dim] tensor with `heads` heads has a size.
-inline bool fits(const nabla_fast_attention& a, int64_t heads, const nabla_fast_strides& strides) {
+inline bool tensor_fits(const nabla_fast_attention& a, int64_t heads,
+                        const nabla_fast_strides& strides) {
   return fits(
       {{a.batch, strides.batch}, {heads, strides.head}, {a.suffix, strides.token}, {a.dim, 1}}, 4);
 }
 
-inline bool fits(const nabla_fast_attention& a, const nabla_fast_pool_strides& strides) {
+inline bool pool_fits(const nabla_fast_attention& a, const nabla_fast_pool_strides& strides) {
   return fits({{a.blocks, strides.block},
                {a.block_size, strides.token},
                {a.kv_heads, strides.head},
@@ -107,22 +108,23 @@ inline bool fits(const nabla_fast_attention& a, const nabla_fast_pool_strides& s
 
 inline nabla_fast_status check_attention(const nabla_fast_attention& a) {
   if (a.batch < 0 || a.heads < 0 || a.kv_heads < 1 || a.suffix < 0 || a.dim < 1 ||
-      a.dim > kMostWidth || a.heads % a.kv_heads != 0 || a.blocks < 0 || a.block_size < 1 ||
+      a.dim > kMaxHeadDim || a.heads % a.kv_heads != 0 || a.blocks < 0 || a.block_size < 1 ||
       a.table_width < 0 || a.window < 0) {
     return NABLA_FAST_INVALID_HEADS;
   }
   if (has_no_queries(a)) return NABLA_FAST_OK;
-  if (!fits(a, a.heads, a.q_strides) || !fits(a, a.kv_heads, a.k_strides) ||
-      !fits(a, a.kv_heads, a.v_strides) || !fits(a, a.key_pool_strides) ||
-      !fits(a, a.value_pool_strides) || !fits({{a.batch, a.table_stride}, {a.table_width, 1}}, 8) ||
-      !(Size(a.batch) * a.heads * a.suffix * a.dim * 4).fits() || a.suffix > kMostPositions)
+  if (!tensor_fits(a, a.heads, a.q_strides) || !tensor_fits(a, a.kv_heads, a.k_strides) ||
+      !tensor_fits(a, a.kv_heads, a.v_strides) || !pool_fits(a, a.key_pool_strides) ||
+      !pool_fits(a, a.value_pool_strides) ||
+      !fits({{a.batch, a.table_stride}, {a.table_width, 1}}, 8) ||
+      !(Size(a.batch) * a.heads * a.suffix * a.dim * 4).fits() || a.suffix > kMaxPositions)
     return NABLA_FAST_TOO_LARGE;
   if (!a.q || !a.k || !a.v || !a.prefix_lengths) return NABLA_FAST_INVALID_POINTER;
   const int64_t most_prefix = (Size(a.table_width) * a.block_size).or_most();
   for (int64_t b = 0; b < a.batch; ++b) {
     const int64_t length = a.prefix_lengths[b];
     if (length < 0 || length > most_prefix) return NABLA_FAST_INVALID_PREFIX;
-    if (length > kMostPositions - a.suffix) return NABLA_FAST_TOO_LARGE;
+    if (length > kMaxPositions - a.suffix) return NABLA_FAST_TOO_LARGE;
     if (length > 0 && (!a.key_pool || !a.value_pool || !a.block_tables)) {
       return NABLA_FAST_INVALID_POINTER;
     }
@@ -192,9 +194,9 @@ NABLA_FAST_INLINE void accumulate(const float* const* others, int64_t count, con
 template <int W>
 NABLA_FAST_INLINE Floats<W> exp_of_negative(Floats<W> x, Ints<W>& nan) {
   nan |= x != x;
-  return x > kLowestExponent ? vec_exp_normal<W>(x) : Floats<W>{};
+  return x > kMinExponent ? vec_exp_normal<W>(x) : Floats<W>{};
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::attention
 
 #endif  // NABLA_FAST_CPU_OPS_PREFIX_ATTENTION_H_

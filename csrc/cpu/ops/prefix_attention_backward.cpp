@@ -9,15 +9,14 @@
 
 #include <cmath>
 
+#include "base/floats.h"
 #include "ops/prefix_attention.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::attention {
 namespace {
 
 // Multiplications that are worth waking a thread for.
 constexpr int64_t kWorkPerThread = int64_t{1} << 20;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Of a query: p = exp(s - max) * inverse.
 struct Softmax {
@@ -64,8 +63,8 @@ NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_h
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const float scale = static_cast<float>(in.scale);
   const int64_t last = std::min(first + W, call.rows()) - 1;
-  alignas(64) float q[kMostWidth * W], upstream[kMostWidth * W];
-  const float* others[kTileKeys];
+  alignas(64) float q[kMaxHeadDim * W], upstream[kMaxHeadDim * W];
+  const float* others[kKeysPerTile];
   Ints<W> position, lowest;
   for (int lane = 0; lane < W; ++lane) {
     const int64_t row = std::min(first + lane, last);
@@ -78,8 +77,8 @@ NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_h
   float *const s = stash, *const dp = stash + call.most_keys * W;
 
   Floats<W> max = splat<W>(-kInfinity);
-  for (int64_t begin = start; begin < end; begin += kTileKeys) {
-    const int64_t count = std::min(kTileKeys, end - begin);
+  for (int64_t begin = start; begin < end; begin += kKeysPerTile) {
+    const int64_t count = std::min(kKeysPerTile, end - begin);
     float* const tile = s + (begin - start) * W;
     keys.find(begin, begin + count, others);
     scores<W>(others, count, q, in.dim, scale, tile);
@@ -100,9 +99,9 @@ NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_h
 
   Floats<W> total = {}, delta = {};
   Ints<W> nan = {};
-  for (int64_t begin = start; begin < end; begin += kTileKeys) {
+  for (int64_t begin = start; begin < end; begin += kKeysPerTile) {
     Floats<W> tile_total = {}, tile_delta = {};
-    for (int64_t t = begin - start; t < std::min(begin + kTileKeys, end) - start; ++t) {
+    for (int64_t t = begin - start; t < std::min(begin + kKeysPerTile, end) - start; ++t) {
       const Floats<W> e = exp_of_negative<W>(load<W>(s + t * W) - max, nan);
       store<W>(s + t * W, e);
       tile_total += e;
@@ -114,10 +113,10 @@ NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_h
   const Floats<W> inverse = nan ? splat<W>(kNaN) : 1.0f / total;
   delta *= inverse;
 
-  alignas(64) float weights[kTileKeys * W];
+  alignas(64) float weights[kKeysPerTile * W];
   std::fill(q, q + in.dim * W, 0.0f);  // becomes dq
-  for (int64_t begin = start; begin < end; begin += kTileKeys) {
-    const int64_t count = std::min(kTileKeys, end - begin);
+  for (int64_t begin = start; begin < end; begin += kKeysPerTile) {
+    const int64_t count = std::min(kKeysPerTile, end - begin);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t t = begin - start + j;
       const Floats<W> p = load<W>(s + t * W) * inverse;
@@ -142,9 +141,10 @@ NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_hea
   const float scale = static_cast<float>(in.scale);
   const int64_t last = std::min(first + W, in.suffix) - 1;
   const Softmax* const softmax = call.softmax(batch, kv_head);
-  alignas(64) float k[kMostWidth * W], v[kMostWidth * W], dk[kMostWidth * W], dv[kMostWidth * W];
-  alignas(64) float s[kTileKeys * W], dp[kTileKeys * W];
-  const float *queries[kTileKeys], *upstreams[kTileKeys];
+  alignas(64) float k[kMaxHeadDim * W], v[kMaxHeadDim * W], dk[kMaxHeadDim * W],
+      dv[kMaxHeadDim * W];
+  alignas(64) float s[kKeysPerTile * W], dp[kKeysPerTile * W];
+  const float *queries[kKeysPerTile], *upstreams[kKeysPerTile];
   Ints<W> token;
   for (int lane = 0; lane < W; ++lane) {
     token[lane] = static_cast<int32_t>(std::min(first + lane, last));
@@ -157,8 +157,8 @@ NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_hea
 
   const bool cut = in.window > 0 && in.window < in.suffix;
   const int64_t stop = cut ? std::min(last + in.window, in.suffix) : in.suffix;
-  for (int64_t begin = first * call.group; begin < stop * call.group; begin += kTileKeys) {
-    const int64_t count = std::min(kTileKeys, stop * call.group - begin);
+  for (int64_t begin = first * call.group; begin < stop * call.group; begin += kKeysPerTile) {
+    const int64_t count = std::min(kKeysPerTile, stop * call.group - begin);
     for (int64_t j = 0; j < count; ++j) {
       queries[j] = call.query(batch, kv_head, begin + j);
       upstreams[j] = call.upstream(batch, kv_head, begin + j);
@@ -211,13 +211,13 @@ NABLA_FAST_SWEEPS(avx2, NABLA_FAST_TARGET_AVX2, 8)
 NABLA_FAST_SWEEPS(avx512, NABLA_FAST_TARGET_AVX512, 16)
 #undef NABLA_FAST_SWEEPS
 
-constexpr int64_t kMostLanes = 16;
+constexpr int64_t kMaxLanes = 16;
 
 // The sweep over all of `count` rows or tokens of every key-value head, `lanes` at a time.
 void sweep_all(const Call& call, Sweep* sweep, int64_t count, int64_t lanes, int threads) {
   const int64_t of_head = (count + lanes - 1) / lanes;
   const int64_t units = call.in.batch * call.in.kv_heads * of_head;
-  const int64_t stash = 2 * call.most_keys * kMostLanes;
+  const int64_t stash = 2 * call.most_keys * kMaxLanes;
   const auto run = [&](int64_t unit, int thread) {
     const int64_t head = unit / of_head;
     sweep(call, head / call.in.kv_heads, head % call.in.kv_heads, unit % of_head * lanes,
@@ -246,17 +246,19 @@ struct Layout {
     const auto size = static_cast<int64_t>(sizeof(Softmax));
     softmax_bytes = (Size(in.batch) * in.heads * in.suffix * size).rounded_up(64).or_most();
     const auto element = static_cast<int64_t>(sizeof(float));
-    const Size stashes = Size(threads) * 2 * most_keys * kMostLanes * element;
+    const Size stashes = Size(threads) * 2 * most_keys * kMaxLanes * element;
     bytes = (kAlignment + Size(softmax_bytes) + stashes).or_zero();
   }
 };
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::attention
+
+using namespace nabla_fast;
+using namespace nabla_fast::attention;
 
 int64_t nabla_fast_prefix_attention_backward_workspace(const nabla_fast_attention* inputs,
                                                        int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (!inputs || check_attention(*inputs) != NABLA_FAST_OK || has_no_queries(*inputs)) return 0;
   return Layout(*inputs, num_threads).bytes;
 }
@@ -266,14 +268,14 @@ nabla_fast_status nabla_fast_prefix_attention_backward(
     nabla_fast_strides cotangent_strides, float* dq, nabla_fast_strides dq_strides, float* dk,
     nabla_fast_strides dk_strides, float* dv, nabla_fast_strides dv_strides, void* workspace,
     int64_t workspace_bytes, int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (!inputs) return NABLA_FAST_INVALID_POINTER;
   const nabla_fast_attention& in = *inputs;
   const nabla_fast_status status = check_attention(in);
   if (status != NABLA_FAST_OK || has_no_queries(in)) return status;
   const Layout layout(in, num_threads);
-  if (!fits(in, in.heads, cotangent_strides) || !fits(in, in.heads, dq_strides) ||
-      !fits(in, in.kv_heads, dk_strides) || !fits(in, in.kv_heads, dv_strides) || layout.bytes == 0)
+  if (!tensor_fits(in, in.heads, cotangent_strides) || !tensor_fits(in, in.heads, dq_strides) ||
+      !tensor_fits(in, in.kv_heads, dk_strides) || !tensor_fits(in, in.kv_heads, dv_strides) ||
+      layout.bytes == 0)
     return NABLA_FAST_TOO_LARGE;
   if (!cotangent || !dq || !dk || !dv || !workspace) return NABLA_FAST_INVALID_POINTER;
   if (workspace_bytes < layout.bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;

@@ -10,9 +10,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "base/check.h"
+#include "base/floats.h"
 #include "base/isa.h"
 #include "base/prefetch.h"
 #include "base/threads.h"
@@ -20,17 +20,17 @@
 #include "simd/vec.h"
 #include "softmax/token_sums.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::stats {
 namespace {
 
-constexpr int kChunk = 1024;
-constexpr int64_t kSegment = 16 * kChunk;
+constexpr int kChunkTokens = 1024;
+constexpr int64_t kStatsSegmentTokens = 16 * kChunkTokens;
 // Segments of a row whose results are held at once when several threads share the row.
 constexpr int64_t kSharedSegments = 64;
 // Less work than this is not worth waking a thread for.
-constexpr int64_t kTokensPerThread = 2 * kSegment;
+constexpr int64_t kTokensPerThread = 2 * kStatsSegmentTokens;
 // Vectors whose operations do not wait for each other.
-constexpr int kAbreast = 4;
+constexpr int kVectorsAbreast = 4;
 // Numbers that are added up in fp32 before the sum goes on in double.
 constexpr int kAddends = 16;
 // How far behind the block at work memory is fetched.
@@ -46,21 +46,21 @@ NABLA_FAST_INLINE float to_float(uint16_t bf16) {
 constexpr float masked_logit(const float*) { return -kInfinity; }
 constexpr uint16_t masked_logit(const uint16_t*) { return 0xFF80; }
 
-// kAbreast vectors of logits.
+// kVectorsAbreast vectors of logits.
 template <int W>
-NABLA_FAST_INLINE void load_abreast(const float* logits, Floats<W> (&z)[kAbreast]) {
+NABLA_FAST_INLINE void load_abreast(const float* logits, Floats<W> (&z)[kVectorsAbreast]) {
 #pragma GCC unroll 4
-  for (int u = 0; u < kAbreast; ++u) z[u] = load<W>(logits + u * W);
+  for (int u = 0; u < kVectorsAbreast; ++u) z[u] = load<W>(logits + u * W);
 }
 
 // Of two bf16 in a word, each is a float as soon as the other is gone; in which lane a token comes
 // to stand is of no matter.
 template <int W>
-NABLA_FAST_INLINE void load_abreast(const uint16_t* logits, Floats<W> (&z)[kAbreast]) {
+NABLA_FAST_INLINE void load_abreast(const uint16_t* logits, Floats<W> (&z)[kVectorsAbreast]) {
   typedef uint32_t Words __attribute__((vector_size(4 * W)));
   typedef uint32_t Stored __attribute__((vector_size(4 * W), aligned(2), may_alias));
 #pragma GCC unroll 2
-  for (int u = 0; u < kAbreast; u += 2) {
+  for (int u = 0; u < kVectorsAbreast; u += 2) {
     const Words pairs = *reinterpret_cast<const Stored*>(logits + u * W);
     z[u] = (Floats<W>)(pairs << 16);
     z[u + 1] = (Floats<W>)(pairs & 0xFFFF0000u);
@@ -70,19 +70,19 @@ NABLA_FAST_INLINE void load_abreast(const uint16_t* logits, Floats<W> (&z)[kAbre
 // The largest logits so far by lanes, NaN left out.
 template <int W>
 struct LaneMax {
-  Floats<W> max[kAbreast];
+  Floats<W> max[kVectorsAbreast];
 
   NABLA_FAST_INLINE LaneMax() {
 #pragma GCC unroll 4
-    for (int u = 0; u < kAbreast; ++u) max[u] = splat<W>(-kInfinity);
+    for (int u = 0; u < kVectorsAbreast; ++u) max[u] = splat<W>(-kInfinity);
   }
-  // kAbreast vectors of logits.
+  // kVectorsAbreast vectors of logits.
   template <typename T>
   NABLA_FAST_INLINE void add(const T* logits) {
-    Floats<W> z[kAbreast];
+    Floats<W> z[kVectorsAbreast];
     load_abreast<W>(logits, z);
 #pragma GCC unroll 4
-    for (int u = 0; u < kAbreast; ++u) max[u] = z[u] > max[u] ? z[u] : max[u];
+    for (int u = 0; u < kVectorsAbreast; ++u) max[u] = z[u] > max[u] ? z[u] : max[u];
   }
   NABLA_FAST_INLINE float value() const {
     const Floats<W> left = max[0] > max[1] ? max[0] : max[1];
@@ -99,21 +99,22 @@ struct LaneSums {
 };
 
 // Adds n logits to the sums relative to `max`, which none of them exceeds; n a multiple of
-// kAbreast * W, at most kAddends of them. kTop: some may be equal to it, and how many are is the
+// kVectorsAbreast * W, at most kAddends of them. kTop: some may be equal to it, and how many are is the
 // result. Where one is NaN, so is a sum. Meanwhile as many logits from `next` on go to next_max.
 template <int W, bool kTop, typename T>
-NABLA_FAST_INLINE double add_block(const T* logits, const T* next, int n, float max, const Tau& tau,
-                                   LaneSums<W>& sums, LaneMax<W>& next_max) {
-  constexpr int kBytes = kAbreast * W * static_cast<int>(sizeof(T));
-  Floats<W> sum_exp[kAbreast] = {}, sum_d_exp[kAbreast] = {}, z[kAbreast];
+NABLA_FAST_INLINE double add_block(const T* logits, const T* next, int n, float max,
+                                   const softmax::Tau& tau, LaneSums<W>& sums,
+                                   LaneMax<W>& next_max) {
+  constexpr int kBytes = kVectorsAbreast * W * static_cast<int>(sizeof(T));
+  Floats<W> sum_exp[kVectorsAbreast] = {}, sum_d_exp[kVectorsAbreast] = {}, z[kVectorsAbreast];
   Floats<W> at_max = {};
   Ahead fetch{reinterpret_cast<const char*>(logits) + kBytesAhead};
-  for (int i = 0; i < n; i += kAbreast * W) {
+  for (int i = 0; i < n; i += kVectorsAbreast * W) {
     load_abreast<W>(logits + i, z);
     fetch.walk<kBytes>();
     next_max.add(next + i);
 #pragma GCC unroll 4
-    for (int u = 0; u < kAbreast; ++u) {
+    for (int u = 0; u < kVectorsAbreast; ++u) {
       const Floats<W> d = z[u] - max;
       const Mask<W> counts = above<W>(d, tau.lowest);
       const Floats<W> e = vec_exp2<W>(counts, d, tau.inverse_high, tau.inverse_low);
@@ -157,29 +158,29 @@ NABLA_FAST_INLINE int first_equal(const T* logits, int n, float value) {
   return first;
 }
 
-// logits: [n] of one segment, 1 <= n <= kSegment; `offset` is the index of its first token in the
+// logits: [n] of one segment, 1 <= n <= kStatsSegmentTokens; `offset` is the index of its first token in the
 // row.
 template <int W, typename T>
-NABLA_FAST_INLINE TokenSums segment_sums(const T* logits, int64_t n, int64_t offset,
-                                         const Tau& tau) {
-  constexpr int kStride = kAbreast * W, kBlock = kAddends * kStride;
-  alignas(64) T padded[kChunk];
-  TokenSums sums;
+NABLA_FAST_INLINE softmax::TokenSums segment_sums(const T* logits, int64_t n, int64_t offset,
+                                                  const softmax::Tau& tau) {
+  constexpr int kTokensAbreast = kVectorsAbreast * W, kBlockTokens = kAddends * kTokensAbreast;
+  alignas(64) T padded[kChunkTokens];
+  softmax::TokenSums sums;
   LaneSums<W> lanes;
   LaneMax<W> next_max;
   int64_t top = 0;  // where the chunk with the maximum begins
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
+  for (int64_t begin = 0; begin < n; begin += kChunkTokens) {
     const T* chunk = logits + begin;
-    int size = kChunk;
-    if (n - begin < kChunk) {
+    int size = kChunkTokens;
+    if (n - begin < kChunkTokens) {
       const int whole = static_cast<int>(n - begin);
-      size = (whole + kStride - 1) / kStride * kStride;
+      size = (whole + kTokensAbreast - 1) / kTokensAbreast * kTokensAbreast;
       std::fill(std::copy(chunk, chunk + whole, padded), padded + size, masked_logit(chunk));
       chunk = padded;
     }
     if (begin == 0 || chunk == padded) {
       next_max = LaneMax<W>();
-      for (int i = 0; i < size; i += kStride) next_max.add(chunk + i);
+      for (int i = 0; i < size; i += kTokensAbreast) next_max.add(chunk + i);
     }
     const float max = next_max.value();
     next_max = LaneMax<W>();
@@ -196,15 +197,15 @@ NABLA_FAST_INLINE TokenSums segment_sums(const T* logits, int64_t n, int64_t off
       top = begin;
     }
     // The maximum of the chunk behind this one is found on the way.
-    const T* next = n - begin >= 2 * kChunk ? chunk + kChunk : chunk;
+    const T* next = n - begin >= 2 * kChunkTokens ? chunk + kChunkTokens : chunk;
     if (sums.max == -kInfinity) {
       // Masked tokens alone, or NaN.
       if (status_of(chunk, size) != NABLA_FAST_OK) sums.status = NABLA_FAST_ROW_NAN;
-      for (int i = 0; i < size; i += kStride) next_max.add(next + i);
+      for (int i = 0; i < size; i += kTokensAbreast) next_max.add(next + i);
       continue;
     }
-    for (int i = 0; i < size; i += kBlock) {
-      const int block = std::min(kBlock, size - i);
+    for (int i = 0; i < size; i += kBlockTokens) {
+      const int block = std::min(kBlockTokens, size - i);
       if (max == sums.max) {
         sums.at_max += add_block<W, true>(chunk + i, next + i, block, max, tau, lanes, next_max);
       } else {
@@ -221,74 +222,80 @@ NABLA_FAST_INLINE TokenSums segment_sums(const T* logits, int64_t n, int64_t off
     return sums;
   }
   if (sums.max == -kInfinity) return sums;
-  const int size = static_cast<int>(std::min<int64_t>(kChunk, n - top));
+  const int size = static_cast<int>(std::min<int64_t>(kChunkTokens, n - top));
   sums.argmax = offset + top + first_equal(logits + top, size, sums.max);
   return sums;
 }
 
 template <typename T>
-TokenSums segment_baseline(const T* logits, int64_t n, int64_t offset, const Tau& tau) {
+softmax::TokenSums segment_baseline(const T* logits, int64_t n, int64_t offset,
+                                    const softmax::Tau& tau) {
   return segment_sums<4>(logits, n, offset, tau);
 }
 
 template <typename T>
-NABLA_FAST_TARGET_AVX2 TokenSums segment_avx2(const T* logits, int64_t n, int64_t offset,
-                                              const Tau& tau) {
+NABLA_FAST_TARGET_AVX2 softmax::TokenSums segment_avx2(const T* logits, int64_t n, int64_t offset,
+                                                       const softmax::Tau& tau) {
   return segment_sums<8>(logits, n, offset, tau);
 }
 
 template <typename T>
-NABLA_FAST_TARGET_AVX512 TokenSums segment_avx512(const T* logits, int64_t n, int64_t offset,
-                                                  const Tau& tau) {
+NABLA_FAST_TARGET_AVX512 softmax::TokenSums segment_avx512(const T* logits, int64_t n,
+                                                           int64_t offset,
+                                                           const softmax::Tau& tau) {
   return segment_sums<16>(logits, n, offset, tau);
 }
 
 // logits: [rows, vocab]
 template <typename T>
-void token_stats(const T* logits, int64_t rows, int64_t vocab, int64_t row_stride, const Tau& tau,
-                 const Outputs& outputs, int32_t num_threads) {
+void token_stats(const T* logits, int64_t rows, int64_t vocab, int64_t row_stride,
+                 const softmax::Tau& tau, const softmax::Outputs& outputs, int32_t num_threads) {
   const auto segment_of = select_isa(segment_baseline<T>, segment_avx2<T>, segment_avx512<T>);
   const auto segment = [=](int64_t row, int64_t index) {
-    const int64_t begin = index * kSegment;
-    return segment_of(logits + row * row_stride + begin, std::min(kSegment, vocab - begin), begin,
-                      tau);
+    const int64_t begin = index * kStatsSegmentTokens;
+    return segment_of(logits + row * row_stride + begin,
+                      std::min(kStatsSegmentTokens, vocab - begin), begin, tau);
   };
-  const int64_t segments = (vocab + kSegment - 1) / kSegment;
+  const int64_t segments = (vocab + kStatsSegmentTokens - 1) / kStatsSegmentTokens;
   const int threads = threads_for((Size(rows) * vocab).or_most(), kTokensPerThread, num_threads);
 
   if (rows >= 2 * threads || segments == 1 || threads == 1) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row) {
-      TokenSums sums;
-      for (int64_t s = 0; s < segments; ++s) sums = joined(sums, segment(row, s), tau.value);
+      softmax::TokenSums sums;
+      for (int64_t s = 0; s < segments; ++s)
+        sums = softmax::joined(sums, segment(row, s), tau.value);
       outputs.write(row, sums, tau);
     }
     return;
   }
 
   // Too few rows to keep the threads busy: they share each row.
-  TokenSums shared[kSharedSegments];
+  softmax::TokenSums shared[kSharedSegments];
   for (int64_t row = 0; row < rows; ++row) {
-    TokenSums sums;
+    softmax::TokenSums sums;
     for (int64_t begin = 0; begin < segments; begin += kSharedSegments) {
       const int64_t end = std::min(segments, begin + kSharedSegments);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
       for (int64_t s = begin; s < end; ++s) shared[s - begin] = segment(row, s);
-      for (int64_t s = begin; s < end; ++s) sums = joined(sums, shared[s - begin], tau.value);
+      for (int64_t s = begin; s < end; ++s)
+        sums = softmax::joined(sums, shared[s - begin], tau.value);
     }
     outputs.write(row, sums, tau);
   }
 }
 
 }  // namespace
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::stats
+
+using namespace nabla_fast;
+using namespace nabla_fast::stats;
 
 nabla_fast_status nabla_fast_token_stats(const void* logits, nabla_fast_dtype dtype, int64_t rows,
                                          int64_t vocab, int64_t row_stride, double tau,
                                          float* logsumexp, float* confidence, float* entropy,
                                          int64_t* argmax, nabla_fast_status* row_status,
                                          int32_t num_threads) {
-  using namespace nabla_fast::cpu;
   if (rows < 0 || vocab < 1) return NABLA_FAST_INVALID_SHAPE;
   if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
   if (!is_dtype(dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
@@ -298,13 +305,13 @@ nabla_fast_status nabla_fast_token_stats(const void* logits, nabla_fast_dtype dt
   if (!logits || !logsumexp || !confidence || !entropy || !argmax || !row_status) {
     return NABLA_FAST_INVALID_POINTER;
   }
-  const Outputs outputs{logsumexp, confidence, entropy, argmax, row_status};
+  const softmax::Outputs outputs{logsumexp, confidence, entropy, argmax, row_status};
   if (dtype == NABLA_FAST_FLOAT32) {
-    token_stats(static_cast<const float*>(logits), rows, vocab, row_stride, Tau(tau), outputs,
-                num_threads);
+    token_stats(static_cast<const float*>(logits), rows, vocab, row_stride, softmax::Tau(tau),
+                outputs, num_threads);
   } else {
-    token_stats(static_cast<const uint16_t*>(logits), rows, vocab, row_stride, Tau(tau), outputs,
-                num_threads);
+    token_stats(static_cast<const uint16_t*>(logits), rows, vocab, row_stride, softmax::Tau(tau),
+                outputs, num_threads);
   }
   return NABLA_FAST_OK;
 }

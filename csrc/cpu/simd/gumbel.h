@@ -6,7 +6,7 @@
 
 #include "base/isa.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast {
 
 template <int W>
 struct WideTypes {
@@ -87,6 +87,6 @@ NABLA_FAST_INLINE void gumbel_noise(int64_t seed, int64_t position, int64_t toke
   }
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast
 
 #endif  // NABLA_FAST_CPU_SIMD_GUMBEL_H_

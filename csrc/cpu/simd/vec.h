@@ -19,7 +19,7 @@
   #define NABLA_FAST_AVX512_BUILTINS 0
 #endif
 
-namespace nabla_fast::cpu {
+namespace nabla_fast {
 
 template <int W>
 struct VecTypes {
@@ -246,6 +246,6 @@ NABLA_FAST_INLINE void transpose(Vector (&x)[W]) {
   }
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast
 
 #endif  // NABLA_FAST_CPU_SIMD_VEC_H_

@@ -7,7 +7,7 @@
 
 #include "base/isa.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast {
 
 NABLA_FAST_INLINE int32_t float_bits(float x) {
   int32_t bits;
@@ -66,6 +66,6 @@ NABLA_FAST_INLINE float vec_exp_normal(float x) {
   return bits_float(float_bits(parts.mantissa) + parts.exponent * (1 << 23));
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast
 
 #endif  // NABLA_FAST_CPU_SIMD_VEC_EXP_H_

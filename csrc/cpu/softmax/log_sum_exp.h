@@ -4,23 +4,21 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
+#include "base/floats.h"
 #include "base/isa.h"
 #include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::softmax {
 
 // Tokens that are summed side by side: chains of a quarter of a tile.
-constexpr int kChains = 4;
-// exp(x) counts from here on.
-constexpr float kLowestExponent = -87.0f;
+constexpr int kSumChains = 4;
 
 // Of the tokens of a row so far.
 struct LogSumExp {
-  float max = -std::numeric_limits<float>::infinity();
+  float max = -kInfinity;
   double sum = 0;  // of exp(z - max)
   bool nan = false;
 
@@ -30,15 +28,15 @@ struct LogSumExp {
     if (right.max > max) {
       sum = sum * std::exp(static_cast<double>(max) - right.max) + right.sum;
       max = right.max;
-    } else if (right.max > -std::numeric_limits<float>::infinity()) {
+    } else if (right.max > -kInfinity) {
       sum += right.sum * std::exp(static_cast<double>(right.max) - max);
     }
   }
 
   nabla_fast_status status() const {
     if (nan) return NABLA_FAST_ROW_NAN;
-    if (max == std::numeric_limits<float>::infinity()) return NABLA_FAST_ROW_INFINITE;
-    if (max == -std::numeric_limits<float>::infinity()) return NABLA_FAST_ROW_ALL_MASKED;
+    if (max == kInfinity) return NABLA_FAST_ROW_INFINITE;
+    if (max == -kInfinity) return NABLA_FAST_ROW_ALL_MASKED;
     return NABLA_FAST_OK;
   }
 
@@ -48,13 +46,13 @@ struct LogSumExp {
 
 // The same for a group of rows.
 struct LaneLogSumExp {
-  float max[kGroupRows];
-  int32_t nan[kGroupRows];
-  double sum[kGroupRows];
+  float max[gemm::kRowsPerGroup];
+  int32_t nan[gemm::kRowsPerGroup];
+  double sum[gemm::kRowsPerGroup];
 
   void clear(int lanes) {
     for (int lane = 0; lane < lanes; ++lane) {
-      max[lane] = -std::numeric_limits<float>::infinity();
+      max[lane] = -kInfinity;
       nan[lane] = 0;
       sum[lane] = 0;
     }
@@ -62,11 +60,10 @@ struct LaneLogSumExp {
   LogSumExp lane(int lane) const { return {max[lane], sum[lane], nan[lane] != 0}; }
 };
 
-// Appends masked tokens to a tile until kChains divides their number, which is returned.
+// Appends masked tokens to a tile until kSumChains divides their number, which is returned.
 NABLA_FAST_INLINE int whole_chains(float* z, int lanes, int tokens) {
-  const int whole = (tokens + kChains - 1) / kChains * kChains;
-  for (int n = tokens * lanes; n < whole * lanes; ++n)
-    z[n] = -std::numeric_limits<float>::infinity();
+  const int whole = (tokens + kSumChains - 1) / kSumChains * kSumChains;
+  for (int n = tokens * lanes; n < whole * lanes; ++n) z[n] = -kInfinity;
   return whole;
 }
 
@@ -91,12 +88,12 @@ NABLA_FAST_INLINE bool raise_max(const float* z, int lanes, int tokens, float* m
 template <int W>
 NABLA_FAST_INLINE Floats<W> exponent_base(const float* max) {
   const Floats<W> top = load<W>(max);
-  return top > splat<W>(-std::numeric_limits<float>::infinity()) ? top : Floats<W>{};
+  return top > splat<W>(-kInfinity) ? top : Floats<W>{};
 }
 
-// One tile more, whose number of tokens kChains divides.
+// One tile more, whose number of tokens kSumChains divides.
 template <int W>
-NABLA_FAST_INLINE void add_tile(const float* z, int lanes, int tokens, LaneLogSumExp& sums) {
+NABLA_FAST_INLINE void add_exps(const float* z, int lanes, int tokens, LaneLogSumExp& sums) {
   for (int lane = 0; lane < lanes; lane += W) {
     float before[W];
     store<W>(before, load<W>(sums.max + lane));
@@ -106,12 +103,12 @@ NABLA_FAST_INLINE void add_tile(const float* z, int lanes, int tokens, LaneLogSu
           sums.sum[n] *= std::exp(static_cast<double>(before[n - lane]) - sums.max[n]);
     }
     const Floats<W> base = exponent_base<W>(sums.max + lane);
-    Floats<W> chain[kChains] = {};
-    for (int t = 0; t < tokens; t += kChains) {
+    Floats<W> chain[kSumChains] = {};
+    for (int t = 0; t < tokens; t += kSumChains) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) {
+      for (int c = 0; c < kSumChains; ++c) {
         const Floats<W> x = load<W>(z + (t + c) * lanes + lane) - base;
-        chain[c] += x > kLowestExponent ? vec_exp_normal<W>(x) : Floats<W>{};
+        chain[c] += x > kMinExponent ? vec_exp_normal<W>(x) : Floats<W>{};
       }
     }
     const Floats<W> sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
@@ -119,6 +116,6 @@ NABLA_FAST_INLINE void add_tile(const float* z, int lanes, int tokens, LaneLogSu
   }
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::softmax
 
 #endif  // NABLA_FAST_CPU_SOFTMAX_LOG_SUM_EXP_H_

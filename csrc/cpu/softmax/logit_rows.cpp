@@ -3,24 +3,20 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/floats.h"
 #include "base/isa.h"
 #include "base/threads.h"
 #include "gemm/widen.h"
 #include "simd/gumbel.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::softmax {
 namespace {
 
 // Tokens that are looked at together, and those that a thread takes.
-constexpr int kChunk = 1024;
-constexpr int64_t kPart = 16 * kChunk;
+constexpr int kChunkTokens = 1024;
+constexpr int64_t kPartTokens = 16 * kChunkTokens;
 constexpr int64_t kTokensPerThread = int64_t{1} << 16;
-
-// exp of anything lower counts as 0.
-constexpr float kLowest = -87.0f;
-constexpr float kMaxFloat = std::numeric_limits<float>::max();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <int W>
 struct Largest {
@@ -49,32 +45,32 @@ NABLA_FAST_INLINE float largest(const float* y, int n, bool& unclean) {
   return lane_max<W>(even.max > odd.max ? even.max : odd.max);
 }
 
-// y of at most kChunk tokens from `token` on: where they lie, or in `y`, which has room for kChunk.
+// y of at most kChunkTokens tokens from `token` on: where they lie, or in `y`, which has room for kChunkTokens.
 template <int W>
-NABLA_FAST_INLINE const float* chunk_of(const Table& logits, int64_t row, const NoiseKeys& keys,
-                                        int64_t token, int n, float* y) {
-  if (logits.dtype == NABLA_FAST_FLOAT32 && !keys.seed && n == kChunk)
+NABLA_FAST_INLINE const float* chunk_of(const gemm::Table& logits, int64_t row,
+                                        const NoiseKeys& keys, int64_t token, int n, float* y) {
+  if (logits.dtype == NABLA_FAST_FLOAT32 && !keys.seed && n == kChunkTokens)
     return static_cast<const float*>(logits.data) + row * logits.stride + token;
-  widen<W>(logits, row, token, n, y);
+  gemm::widen<W>(logits, row, token, n, y);
   if (keys.seed) {
-    alignas(64) float g[kChunk];
+    alignas(64) float g[kChunkTokens];
     gumbel_noise<W / 2>(keys.seed[row], keys.position[row], token, n, g);
     for (int i = 0; i < n; ++i) y[i] += g[i];
   }
-  for (int i = n; i < padded(n); ++i) y[i] = -kInfinity;
+  for (int i = n; i < gemm::padded(n); ++i) y[i] = -kInfinity;
   return y;
 }
 
 template <int W>
-NABLA_FAST_INLINE Top find_top(const Table& logits, int64_t row, const NoiseKeys& keys,
+NABLA_FAST_INLINE Top find_top(const gemm::Table& logits, int64_t row, const NoiseKeys& keys,
                                int64_t begin, int64_t end) {
-  alignas(64) float buffer[kChunk];
+  alignas(64) float buffer[kChunkTokens];
   Top top;
-  for (int64_t first = begin; first < end; first += kChunk) {
-    const int n = static_cast<int>(std::min<int64_t>(kChunk, end - first));
+  for (int64_t first = begin; first < end; first += kChunkTokens) {
+    const int n = static_cast<int>(std::min<int64_t>(kChunkTokens, end - first));
     const float* y = chunk_of<W>(logits, row, keys, first, n, buffer);
     bool unclean = false;
-    const float max = largest<W>(y, static_cast<int>(padded(n)), unclean);
+    const float max = largest<W>(y, static_cast<int>(gemm::padded(n)), unclean);
     if (unclean) {
       Top bad;
       const bool nan = std::any_of(y, y + n, [](float x) { return std::isnan(x); });
@@ -95,18 +91,18 @@ NABLA_FAST_INLINE void differentiate(const float* y, int64_t n, const JacobianRo
   const Floats<W> zero = {};
   for (int64_t i = 0; i < n; i += W) {
     const Floats<W> x = (load<W>(y + i) - of.max) * inverse;
-    const Floats<W> e = x > kLowest ? vec_exp_normal<W>(x) : zero;
+    const Floats<W> e = x > kMinExponent ? vec_exp_normal<W>(x) : zero;
     store<W>(grad + i, e > 0.0f ? e * of.weight * (load<W>(grad + i) - of.mean) : zero);
   }
 }
 
 template <int W>
-NABLA_FAST_INLINE void differentiate_row(const Table& logits, int64_t row, const NoiseKeys& keys,
-                                         int64_t begin, int64_t end, const JacobianRow& of,
-                                         float inverse, float* grad) {
-  alignas(64) float buffer[kChunk];
-  for (int64_t first = begin; first < end; first += kChunk) {
-    const int n = static_cast<int>(std::min<int64_t>(kChunk, end - first)), whole = n / W * W;
+NABLA_FAST_INLINE void differentiate_row(const gemm::Table& logits, int64_t row,
+                                         const NoiseKeys& keys, int64_t begin, int64_t end,
+                                         const JacobianRow& of, float inverse, float* grad) {
+  alignas(64) float buffer[kChunkTokens];
+  for (int64_t first = begin; first < end; first += kChunkTokens) {
+    const int n = static_cast<int>(std::min<int64_t>(kChunkTokens, end - first)), whole = n / W * W;
     const float* y = chunk_of<W>(logits, row, keys, first, n, buffer);
     differentiate<W>(y, whole, of, inverse, grad + first);
     if (whole == n) continue;
@@ -121,21 +117,21 @@ NABLA_FAST_INLINE void differentiate_row(const Table& logits, int64_t row, const
 // ------------------------------------------------------------------------
 
 struct Passes {
-  Top (*top)(const Table&, int64_t, const NoiseKeys&, int64_t, int64_t);
-  void (*differentiate)(const Table&, int64_t, const NoiseKeys&, int64_t, int64_t,
+  Top (*top)(const gemm::Table&, int64_t, const NoiseKeys&, int64_t, int64_t);
+  void (*differentiate)(const gemm::Table&, int64_t, const NoiseKeys&, int64_t, int64_t,
                         const JacobianRow&, float, float*);
 };
 
-#define NABLA_FAST_LOGIT_ROWS(NAME, TARGET, W)                                             \
-  TARGET Top top_##NAME(const Table& z, int64_t row, const NoiseKeys& keys, int64_t begin, \
-                        int64_t end) {                                                     \
-    return find_top<W>(z, row, keys, begin, end);                                          \
-  }                                                                                        \
-  TARGET void differentiate_##NAME(const Table& z, int64_t row, const NoiseKeys& keys,     \
-                                   int64_t begin, int64_t end, const JacobianRow& of,      \
-                                   float inverse, float* grad) {                           \
-    differentiate_row<W>(z, row, keys, begin, end, of, inverse, grad);                     \
-  }                                                                                        \
+#define NABLA_FAST_LOGIT_ROWS(NAME, TARGET, W)                                                   \
+  TARGET Top top_##NAME(const gemm::Table& z, int64_t row, const NoiseKeys& keys, int64_t begin, \
+                        int64_t end) {                                                           \
+    return find_top<W>(z, row, keys, begin, end);                                                \
+  }                                                                                              \
+  TARGET void differentiate_##NAME(const gemm::Table& z, int64_t row, const NoiseKeys& keys,     \
+                                   int64_t begin, int64_t end, const JacobianRow& of,            \
+                                   float inverse, float* grad) {                                 \
+    differentiate_row<W>(z, row, keys, begin, end, of, inverse, grad);                           \
+  }                                                                                              \
   constexpr Passes kPasses_##NAME{top_##NAME, differentiate_##NAME};
 
 NABLA_FAST_LOGIT_ROWS(baseline, , 4)
@@ -149,23 +145,25 @@ const Passes& passes() { return *select_isa(&kPasses_baseline, &kPasses_avx2, &k
 template <typename Work>
 void each_part(int64_t rows, int64_t vocab, int32_t num_threads, const Work& work) {
   const int64_t parts_of_row = top_parts(1, vocab), count = rows * parts_of_row;
-  const int threads = threads_for(count * kPart, kTokensPerThread, num_threads);
+  const int threads = threads_for(count * kPartTokens, kTokensPerThread, num_threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t n = 0; n < count; ++n) {
-    const int64_t begin = n % parts_of_row * kPart;
-    work(n / parts_of_row, begin, std::min(vocab, begin + kPart));
+    const int64_t begin = n % parts_of_row * kPartTokens;
+    work(n / parts_of_row, begin, std::min(vocab, begin + kPartTokens));
   }
 }
 
 }  // namespace
 
-int64_t top_parts(int64_t rows, int64_t vocab) { return rows * ((vocab + kPart - 1) / kPart); }
+int64_t top_parts(int64_t rows, int64_t vocab) {
+  return rows * ((vocab + kPartTokens - 1) / kPartTokens);
+}
 
-void tops_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
+void tops_of_rows(const gemm::Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
                   int32_t num_threads, Top* parts, Top* tops) {
   const int64_t parts_of_row = top_parts(1, vocab);
   each_part(rows, vocab, num_threads, [&](int64_t row, int64_t begin, int64_t end) {
-    parts[row * parts_of_row + begin / kPart] = passes().top(logits, row, keys, begin, end);
+    parts[row * parts_of_row + begin / kPartTokens] = passes().top(logits, row, keys, begin, end);
   });
   for (int64_t row = 0; row < rows; ++row) {
     tops[row] = Top{};
@@ -174,7 +172,7 @@ void tops_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseK
   }
 }
 
-void jacobian_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
+void jacobian_of_rows(const gemm::Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
                       const JacobianRow* of, double tau, float* grad, int64_t grad_stride,
                       int32_t num_threads) {
   const auto inverse = static_cast<float>(1 / tau);
@@ -184,4 +182,4 @@ void jacobian_of_rows(const Table& logits, int64_t rows, int64_t vocab, const No
   });
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::softmax

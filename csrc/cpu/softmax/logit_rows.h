@@ -3,17 +3,17 @@
 #define NABLA_FAST_CPU_SOFTMAX_LOGIT_ROWS_H_
 
 #include <cstdint>
-#include <limits>
 
+#include "base/floats.h"
 #include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
 #include "softmax/relaxed_tiles.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::softmax {
 
 // The largest y = z + g of a row, or of a part of it.
 struct Top {
-  float max = -std::numeric_limits<float>::infinity();
+  float max = -kInfinity;
   int64_t token = -1;  // the first with that y
   nabla_fast_status status = NABLA_FAST_OK;
 
@@ -33,7 +33,7 @@ struct Top {
 
 // The tops of rows, [rows], with threads over rows and parts of them. `parts`: room for
 // top_parts(rows, vocab) of them.
-void tops_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
+void tops_of_rows(const gemm::Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
                   int32_t num_threads, Top* parts, Top* tops);
 int64_t top_parts(int64_t rows, int64_t vocab);
 
@@ -45,10 +45,10 @@ struct JacobianRow {
 };
 
 // grad = e (grad - mean) weight, [rows, vocab] with grad = G - c; 0 where e is.
-void jacobian_of_rows(const Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
+void jacobian_of_rows(const gemm::Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
                       const JacobianRow* of, double tau, float* grad, int64_t grad_stride,
                       int32_t num_threads);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::softmax
 
 #endif  // NABLA_FAST_CPU_SOFTMAX_LOGIT_ROWS_H_

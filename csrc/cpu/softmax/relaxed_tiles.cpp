@@ -5,46 +5,42 @@
 #include <cstdint>
 #include <cstring>
 
+#include "base/floats.h"
 #include "base/isa.h"
 #include "gemm/widen.h"
 #include "simd/gumbel.h"
 #include "simd/vec.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::softmax {
 namespace {
-
-// exp of anything lower counts as 0.
-constexpr float kLowest = -87.0f;
-constexpr float kMaxFloat = std::numeric_limits<float>::max();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // -- rows in memory
 // ----------------------------------------------------------------------------------
 
 // Rows lie far apart: what a later tile takes of each is fetched by hand.
-constexpr int64_t kTokensAhead = 256;
+constexpr int64_t kPrefetchTokens = 256;
 
 template <int W>
-NABLA_FAST_INLINE void load_block(const Table& from, int64_t row, int64_t column, int columns,
+NABLA_FAST_INLINE void load_block(const gemm::Table& from, int64_t row, int64_t column, int columns,
                                   Floats<W>& x) {
   __builtin_prefetch(static_cast<const char*>(from.data) +
-                         (row * from.stride + column + kTokensAhead) * from.bytes(),
+                         (row * from.stride + column + kPrefetchTokens) * from.bytes(),
                      0, 2);
   float part[16];
   if (columns < W)
-    widen<W>(from, row, column, columns, part);
+    gemm::widen<W>(from, row, column, columns, part);
   else if (from.dtype == NABLA_FAST_FLOAT32)
     return (void)(x = load<W>(static_cast<const float*>(from.data) + row * from.stride + column));
   else
-    return (void)(x = load_wide<W>(static_cast<const uint16_t*>(from.data) + row * from.stride +
-                                   column));
+    return (void)(x = gemm::load_wide<W>(static_cast<const uint16_t*>(from.data) +
+                                         row * from.stride + column));
   x = load<W>(part);
 }
 
 template <int W>
-NABLA_FAST_INLINE void load_rows(const Table& from, int rows, int64_t token, int tokens,
+NABLA_FAST_INLINE void load_rows(const gemm::Table& from, int rows, int64_t token, int tokens,
                                  float* tile) {
-  const int lanes = lanes_of(rows);
+  const int lanes = gemm::lanes_of(rows);
   for (int t = 0; t < tokens; t += W) {
     const int some = std::min(W, tokens - t);
     for (int r = 0; r < lanes; r += W) {
@@ -67,7 +63,7 @@ NABLA_FAST_INLINE uint16_t to_bf16(float x) {
 template <int W>
 NABLA_FAST_INLINE void store_rows(const float* tile, int rows, int64_t token, int tokens, void* to,
                                   nabla_fast_dtype dtype, int64_t stride) {
-  const int lanes = lanes_of(rows);
+  const int lanes = gemm::lanes_of(rows);
   const int64_t bytes = dtype == NABLA_FAST_FLOAT32 ? 4 : 2;
   for (int t = 0; t < tokens; t += W) {
     const int some = std::min(W, tokens - t);
@@ -77,7 +73,7 @@ NABLA_FAST_INLINE void store_rows(const float* tile, int rows, int64_t token, in
       transpose<W>(x);
       for (int n = 0; n < W && r + n < rows; ++n) {
         const int64_t at = (r + n) * stride + token + t;
-        __builtin_prefetch(static_cast<const char*>(to) + (at + kTokensAhead) * bytes, 1, 2);
+        __builtin_prefetch(static_cast<const char*>(to) + (at + kPrefetchTokens) * bytes, 1, 2);
         if (dtype == NABLA_FAST_FLOAT32) {
           float* out = static_cast<float*>(to) + at;
           if (some == W)
@@ -96,12 +92,13 @@ NABLA_FAST_INLINE void store_rows(const float* tile, int rows, int64_t token, in
 template <int W>
 NABLA_FAST_INLINE void noise_rows(const NoiseKeys& keys, int rows, int64_t token, int tokens,
                                   float* tile) {
-  alignas(64) float noise[W][kTileTokens];
-  const int lanes = lanes_of(rows);
+  alignas(64) float noise[W][gemm::kVocabTileTokens];
+  const int lanes = gemm::lanes_of(rows);
   for (int r = 0; r < rows; r += W) {
     const int some = std::min(W, rows - r);
     for (int n = 0; n < some; ++n)
-      gumbel_noise<W / 2>(keys.seed[r + n], keys.position[r + n], token, kTileTokens, noise[n]);
+      gumbel_noise<W / 2>(keys.seed[r + n], keys.position[r + n], token, gemm::kVocabTileTokens,
+                          noise[n]);
     for (int t = 0; t < tokens; t += W) {
       Floats<W> x[W] = {};
       for (int n = 0; n < some; ++n) x[n] = load<W>(noise[n] + t);
@@ -143,7 +140,7 @@ NABLA_FAST_INLINE void find_tops(const float* y, int lanes, int tokens, float* m
 template <int W>
 NABLA_FAST_INLINE Floats<W> weight_of(Floats<W> y, Floats<W> max, float inverse) {
   const Floats<W> x = (y - max) * inverse;
-  return x > kLowest ? vec_exp_normal<W>(x) : Floats<W>{};
+  return x > kMinExponent ? vec_exp_normal<W>(x) : Floats<W>{};
 }
 
 template <int W>
@@ -203,7 +200,7 @@ NABLA_FAST_INLINE void jacobian_lanes(const float* y, float* grad, int lanes, in
 // ------------------------------------------------------------------------
 
 struct Passes {
-  void (*load)(const Table&, int, int64_t, int, float*);
+  void (*load)(const gemm::Table&, int, int64_t, int, float*);
   void (*store)(const float*, int, int64_t, int, void*, nabla_fast_dtype, int64_t);
   void (*noise)(const NoiseKeys&, int, int64_t, int, float*);
   void (*tops)(const float*, int, int, float*, int32_t*, int32_t*);
@@ -212,37 +209,38 @@ struct Passes {
   void (*jacobian)(const float*, float*, int, int, const float*, const float*, const float*, float);
 };
 
-#define NABLA_FAST_RELAXED(NAME, TARGET, W)                                                      \
-  TARGET void load_##NAME(const Table& from, int rows, int64_t token, int tokens, float* tile) { \
-    load_rows<W>(from, rows, token, tokens, tile);                                               \
-  }                                                                                              \
-  TARGET void store_##NAME(const float* tile, int rows, int64_t token, int tokens, void* to,     \
-                           nabla_fast_dtype dtype, int64_t stride) {                             \
-    store_rows<W>(tile, rows, token, tokens, to, dtype, stride);                                 \
-  }                                                                                              \
-  TARGET void noise_##NAME(const NoiseKeys& keys, int rows, int64_t token, int tokens,           \
-                           float* tile) {                                                        \
-    noise_rows<W>(keys, rows, token, tokens, tile);                                              \
-  }                                                                                              \
-  TARGET void tops_##NAME(const float* y, int lanes, int tokens, float* max, int32_t* token,     \
-                          int32_t* unclean) {                                                    \
-    find_tops<W>(y, lanes, tokens, max, token, unclean);                                         \
-  }                                                                                              \
-  TARGET void weigh_##NAME(float* y, int lanes, int tokens, const float* max, float inverse,     \
-                           float* sum_e) {                                                       \
-    weigh_lanes<W>(y, lanes, tokens, max, inverse, sum_e);                                       \
-  }                                                                                              \
-  TARGET void tilt_##NAME(float* y, float* grad, int lanes, int tokens, const float* max,        \
-                          const float* centre, float inverse, bool weighted, float* sum_e,       \
-                          float* sum_tilt) {                                                     \
-    tilt_lanes<W>(y, grad, lanes, tokens, max, centre, inverse, weighted, sum_e, sum_tilt);      \
-  }                                                                                              \
-  TARGET void jacobian_##NAME(const float* y, float* grad, int lanes, int tokens,                \
-                              const float* max, const float* mean, const float* weight,          \
-                              float inverse) {                                                   \
-    jacobian_lanes<W>(y, grad, lanes, tokens, max, mean, weight, inverse);                       \
-  }                                                                                              \
-  constexpr Passes kPasses_##NAME{load_##NAME,  store_##NAME, noise_##NAME,   tops_##NAME,       \
+#define NABLA_FAST_RELAXED(NAME, TARGET, W)                                                  \
+  TARGET void load_##NAME(const gemm::Table& from, int rows, int64_t token, int tokens,      \
+                          float* tile) {                                                     \
+    load_rows<W>(from, rows, token, tokens, tile);                                           \
+  }                                                                                          \
+  TARGET void store_##NAME(const float* tile, int rows, int64_t token, int tokens, void* to, \
+                           nabla_fast_dtype dtype, int64_t stride) {                         \
+    store_rows<W>(tile, rows, token, tokens, to, dtype, stride);                             \
+  }                                                                                          \
+  TARGET void noise_##NAME(const NoiseKeys& keys, int rows, int64_t token, int tokens,       \
+                           float* tile) {                                                    \
+    noise_rows<W>(keys, rows, token, tokens, tile);                                          \
+  }                                                                                          \
+  TARGET void tops_##NAME(const float* y, int lanes, int tokens, float* max, int32_t* token, \
+                          int32_t* unclean) {                                                \
+    find_tops<W>(y, lanes, tokens, max, token, unclean);                                     \
+  }                                                                                          \
+  TARGET void weigh_##NAME(float* y, int lanes, int tokens, const float* max, float inverse, \
+                           float* sum_e) {                                                   \
+    weigh_lanes<W>(y, lanes, tokens, max, inverse, sum_e);                                   \
+  }                                                                                          \
+  TARGET void tilt_##NAME(float* y, float* grad, int lanes, int tokens, const float* max,    \
+                          const float* centre, float inverse, bool weighted, float* sum_e,   \
+                          float* sum_tilt) {                                                 \
+    tilt_lanes<W>(y, grad, lanes, tokens, max, centre, inverse, weighted, sum_e, sum_tilt);  \
+  }                                                                                          \
+  TARGET void jacobian_##NAME(const float* y, float* grad, int lanes, int tokens,            \
+                              const float* max, const float* mean, const float* weight,      \
+                              float inverse) {                                               \
+    jacobian_lanes<W>(y, grad, lanes, tokens, max, mean, weight, inverse);                   \
+  }                                                                                          \
+  constexpr Passes kPasses_##NAME{load_##NAME,  store_##NAME, noise_##NAME,   tops_##NAME,   \
                                   weigh_##NAME, tilt_##NAME,  jacobian_##NAME};
 
 NABLA_FAST_RELAXED(baseline, , 4)
@@ -257,7 +255,7 @@ float inverse_of(double tau) { return static_cast<float>(1 / tau); }
 
 }  // namespace
 
-void load_tile(const Table& from, int rows, int64_t token, int tokens, float* tile) {
+void load_tile(const gemm::Table& from, int rows, int64_t token, int tokens, float* tile) {
   passes().load(from, rows, token, tokens, tile);
 }
 
@@ -271,14 +269,14 @@ void add_noise(const NoiseKeys& keys, int rows, int64_t token, int tokens, float
 }
 
 void add_tile(const float* other, int rows, int tokens, float* tile) {
-  for (int n = 0; n < tokens * lanes_of(rows); ++n) tile[n] += other[n];
+  for (int n = 0; n < tokens * gemm::lanes_of(rows); ++n) tile[n] += other[n];
 }
 
 bool raise(const float* y, int rows, int64_t token, int tokens, double tau, Tops& tops,
            float* factor) {
-  alignas(64) float max[kGroupRows];
-  int32_t at[kGroupRows], unclean[kGroupRows];
-  passes().tops(y, lanes_of(rows), tokens, max, at, unclean);
+  alignas(64) float max[gemm::kRowsPerGroup];
+  int32_t at[gemm::kRowsPerGroup], unclean[gemm::kRowsPerGroup];
+  passes().tops(y, gemm::lanes_of(rows), tokens, max, at, unclean);
   bool moved = false;
   for (int r = 0; r < rows; ++r) {
     tops.unclean[r] |= unclean[r];
@@ -293,15 +291,15 @@ bool raise(const float* y, int rows, int64_t token, int tokens, double tau, Tops
 }
 
 void weigh(float* y, int rows, int tokens, const float* max, double tau, Sums& sums) {
-  alignas(64) float e[kGroupRows];
-  passes().weigh(y, lanes_of(rows), tokens, max, inverse_of(tau), e);
+  alignas(64) float e[gemm::kRowsPerGroup];
+  passes().weigh(y, gemm::lanes_of(rows), tokens, max, inverse_of(tau), e);
   for (int r = 0; r < rows; ++r) sums.e[r] += e[r];
 }
 
 void tilt(float* y, float* grad, int rows, int tokens, const float* max, const float* centre,
           double tau, Tilted left, Sums& sums) {
-  alignas(64) float e[kGroupRows], tilted[kGroupRows];
-  passes().tilt(y, grad, lanes_of(rows), tokens, max, centre, inverse_of(tau),
+  alignas(64) float e[gemm::kRowsPerGroup], tilted[gemm::kRowsPerGroup];
+  passes().tilt(y, grad, gemm::lanes_of(rows), tokens, max, centre, inverse_of(tau),
                 left == Tilted::kWeighted, e, tilted);
   for (int r = 0; r < rows; ++r) {
     sums.e[r] += e[r];
@@ -311,7 +309,7 @@ void tilt(float* y, float* grad, int rows, int tokens, const float* max, const f
 
 void softmax_jacobian(const float* y, float* grad, int rows, int tokens, const float* max,
                       const float* mean, const float* weight, double tau) {
-  passes().jacobian(y, grad, lanes_of(rows), tokens, max, mean, weight, inverse_of(tau));
+  passes().jacobian(y, grad, gemm::lanes_of(rows), tokens, max, mean, weight, inverse_of(tau));
 }
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::softmax

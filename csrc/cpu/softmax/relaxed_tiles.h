@@ -4,15 +4,15 @@
 #define NABLA_FAST_CPU_SOFTMAX_RELAXED_TILES_H_
 
 #include <cstdint>
-#include <limits>
 
+#include "base/floats.h"
 #include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
 
-namespace nabla_fast::cpu {
+namespace nabla_fast::softmax {
 
 // Floats of a whole tile.
-constexpr int kTileFloats = kTileTokens * kGroupRows;
+constexpr int kTileFloats = gemm::kVocabTileTokens * gemm::kRowsPerGroup;
 
 // Keys of a call's noise, from a group's first row on; null where there is none.
 struct NoiseKeys {
@@ -25,13 +25,14 @@ constexpr int32_t kHasInfinity = 1, kHasNaN = 2;
 
 // What a group's rows have shown so far.
 struct Tops {
-  alignas(64) float max[kGroupRows];        // of y
-  alignas(64) int64_t token[kGroupRows];    // the first with that y; -1 while all are masked
-  alignas(64) int32_t unclean[kGroupRows];  // kHasNaN, perhaps with the other, or kHasInfinity
+  alignas(64) float max[gemm::kRowsPerGroup];      // of y
+  alignas(64) int64_t token[gemm::kRowsPerGroup];  // the first with that y; -1 while all are masked
+  alignas(
+      64) int32_t unclean[gemm::kRowsPerGroup];  // kHasNaN, perhaps with the other, or kHasInfinity
 
   void clear() {
-    for (int r = 0; r < kGroupRows; ++r) {
-      max[r] = -std::numeric_limits<float>::infinity();
+    for (int r = 0; r < gemm::kRowsPerGroup; ++r) {
+      max[r] = -kInfinity;
       token[r] = -1;
       unclean[r] = 0;
     }
@@ -40,16 +41,16 @@ struct Tops {
 
 // Sums over a group's tokens, e = exp((y - max) / tau) and c a constant of each row.
 struct Sums {
-  double e[kGroupRows];     // sum of e
-  double tilt[kGroupRows];  // sum of e (G - c)
+  double e[gemm::kRowsPerGroup];     // sum of e
+  double tilt[gemm::kRowsPerGroup];  // sum of e (G - c)
 
   void clear() {
-    for (int r = 0; r < kGroupRows; ++r) e[r] = tilt[r] = 0;
+    for (int r = 0; r < gemm::kRowsPerGroup; ++r) e[r] = tilt[r] = 0;
   }
 };
 
 // tile = rows [0, rows) of `from` at columns [token, token + tokens); 0 behind the last row.
-void load_tile(const Table& from, int rows, int64_t token, int tokens, float* tile);
+void load_tile(const gemm::Table& from, int rows, int64_t token, int tokens, float* tile);
 
 // `to` likewise = tile: [rows, ..] of `dtype`, `stride` elements apart.
 void store_tile(const float* tile, int rows, int64_t token, int tokens, void* to,
@@ -80,6 +81,6 @@ void tilt(float* y, float* grad, int rows, int tokens, const float* max, const f
 void softmax_jacobian(const float* y, float* grad, int rows, int tokens, const float* max,
                       const float* mean, const float* weight, double tau);
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::softmax
 
 #endif  // NABLA_FAST_CPU_SOFTMAX_RELAXED_TILES_H_

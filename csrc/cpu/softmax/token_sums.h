@@ -4,20 +4,18 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
+#include "base/floats.h"
 #include "nabla_fast.h"
 
-namespace nabla_fast::cpu {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+namespace nabla_fast::softmax {
 
 struct Tau {
   explicit Tau(double tau)
       : value(tau),
         inverse_high(static_cast<float>(kLog2E / tau)),
         inverse_low(static_cast<float>(kLog2E / tau - inverse_high)),
-        lowest(static_cast<float>(-87 * tau)) {}
+        lowest(static_cast<float>(kMinExponent * tau)) {}
   static constexpr double kLog2E = 1.4426950408889634;
   double value;
   // log2(e) / tau in two parts: the rounding of one float would be the same for all tokens, and
@@ -85,7 +83,7 @@ struct Outputs {
                   : sums.max == -kInfinity     ? NABLA_FAST_ROW_ALL_MASKED
                                                : NABLA_FAST_OK;
     if (status[row] != NABLA_FAST_OK) {
-      logsumexp[row] = confidence[row] = entropy[row] = std::numeric_limits<float>::quiet_NaN();
+      logsumexp[row] = confidence[row] = entropy[row] = kNaN;
       argmax[row] = -1;
       return;
     }
@@ -98,6 +96,6 @@ struct Outputs {
   }
 };
 
-}  // namespace nabla_fast::cpu
+}  // namespace nabla_fast::softmax
 
 #endif  // NABLA_FAST_CPU_SOFTMAX_TOKEN_SUMS_H_
