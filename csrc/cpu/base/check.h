@@ -1,4 +1,4 @@
-// What a function of the C interface asks of its arguments before it reads or writes anything.
+// Checks of a C function's arguments, before it reads or writes anything.
 //
 // A function checks in this order, so that a size query and its function refuse the same:
 //
@@ -30,11 +30,11 @@
 
 namespace nabla_fast {
 
-// More bytes than an address space has. Below it, sums of a few sizes are far from overflowing.
+// More bytes than an address space has; sums of a few sizes below it are far from overflowing.
 constexpr int64_t kMaxBytes = int64_t{1} << 56;
 
-// A number of elements or bytes. Beyond kMaxBytes, or below 0, it has no value, and neither has
-// what is computed from it.
+// Number of elements or bytes. Beyond kMaxBytes, or below 0, it has no value, and neither has
+// anything computed from it.
 class Size {
  public:
   constexpr Size(int64_t value) : value_(value >= 0 && value <= kMaxBytes ? value : -1) {}
@@ -60,12 +60,12 @@ class Size {
   int64_t value_;
 };
 
-// A dimension of a tensor: how many, and how many elements apart.
+// Dimension of a tensor: how many, and how many elements apart.
 struct Axis {
   int64_t count, stride;
 };
 
-// Whether no element of a tensor lies further than kMaxBytes from its first. Counts are not
+// True if no element of a tensor lies further than kMaxBytes from its first. Counts are not
 // negative; strides may be.
 inline bool fits(std::initializer_list<Axis> axes, int64_t element_bytes) {
   Size span = 0;
@@ -79,8 +79,8 @@ inline bool fits(std::initializer_list<Axis> axes, int64_t element_bytes) {
   return ((span + 1) * element_bytes).fits();
 }
 
-// A stride to compute addresses with. Nothing lies a stride away from the only one, or from none: there
-// it may be any number.
+// Stride to compute addresses with. Where there is one element, or none, nothing lies a stride away
+// and callers may pass any number.
 inline int64_t step_of(int64_t count, int64_t stride) { return count > 1 ? stride : 0; }
 
 inline bool is_dtype(nabla_fast_dtype dtype) {
@@ -91,7 +91,8 @@ inline int64_t bytes_of(nabla_fast_dtype dtype) { return dtype == NABLA_FAST_FLO
 
 inline bool is_tau(double tau) { return tau >= 0x1p-64 && tau <= 0x1p64; }
 
-// What a size query adds for a workspace that may lie anywhere, and the first aligned byte of it.
+// Bytes that a size query adds for a workspace that may lie anywhere, and the first aligned byte of
+// one.
 constexpr int64_t kAlignment = 64;
 
 inline char* aligned(void* workspace) {

@@ -1,4 +1,4 @@
-// Flushing results below 2^-126 to 0, on CPUs that can: arithmetic on them is several times slower.
+// Results below 2^-126 as 0, on CPUs that can: arithmetic on them is several times slower.
 #ifndef NABLA_FAST_CPU_BASE_FLUSH_H_
 #define NABLA_FAST_CPU_BASE_FLUSH_H_
 

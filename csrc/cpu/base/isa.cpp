@@ -30,8 +30,8 @@ nabla_fast_isa best_isa() {
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   if (avx2 && avx512 && has_amx()) return NABLA_FAST_ISA_AMX;
-  // Intel's dot product of bf16 has half the rate of its float32 multiply-add: 63 against 131 GFLOP/s
-  // on a core of a Sapphire Rapids. It is not the best that such a CPU has.
+  // Intel's dot product of bf16 has half the rate of its float32 multiply-add: 63 against 131
+  // GFLOP/s on a core of a Sapphire Rapids. It is not the best that such a CPU has.
   if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"))
     return NABLA_FAST_ISA_AVX512_BF16;
   if (avx2 && avx512) return NABLA_FAST_ISA_AVX512;

@@ -10,7 +10,7 @@
 //
 //   select_isa(kernel_baseline, kernel_avx2, kernel_avx512)(x);
 //
-// What its hot loops call must be NABLA_FAST_INLINE too: a function that is not inlined, and any
+// Functions called in its hot loops must be NABLA_FAST_INLINE too: one that is not inlined, and any
 // lambda, is compiled for the baseline alone.
 #ifndef NABLA_FAST_CPU_BASE_ISA_H_
 #define NABLA_FAST_CPU_BASE_ISA_H_

@@ -1,4 +1,4 @@
-// How many threads a call is worth.
+// Number of threads for a call.
 #ifndef NABLA_FAST_CPU_BASE_THREADS_H_
 #define NABLA_FAST_CPU_BASE_THREADS_H_
 
@@ -11,12 +11,12 @@
 
 namespace nabla_fast {
 
-// What a call gets at most, whatever it asks for: OpenMP ends the process where it cannot create a
+// Most threads of a call, whatever it asks for: OpenMP ends the process where it cannot create a
 // thread.
 constexpr int64_t kMaxThreads = 1024;
 
-// One for every `work_per_thread` of `work`, at least one, at most `asked`; OpenMP's own choice is
-// the most where `asked` is 0 or less.
+// A thread for every `work_per_thread` of `work`, at least one, at most `asked`; OpenMP's own
+// choice is the most where `asked` is 0 or less.
 inline int threads_for(int64_t work, int64_t work_per_thread, int32_t asked) {
 #ifdef _OPENMP
   // Asking for the number of threads costs as much as a small call.

@@ -1,11 +1,11 @@
-// Both products of vocab_tiles.h with bf16 tables on the CPU's matrix unit (Intel AMX), which multiplies tiles
-// of bf16 and adds up in fp32.
+// Both products of vocab_tiles.h with bf16 tables on the CPU's matrix unit (Intel AMX), which
+// multiplies tiles of bf16 and adds up in fp32.
 //
-// Float32 rows and weights enter as three bf16 terms each, whose sum they are exactly: the beginnings of a number
-// and of what is left of it. Terms below 2^-126 count as 0.
+// Float32 rows and weights enter as three bf16 terms each, whose sum they are exactly: the upper 16
+// bits of a number, then those of the remainder, twice. Terms below 2^-126 count as 0.
 //
-// A float32 table would need three terms too, and six products of terms: tried, and a gain of a tenth
-// over multiply-adds at 64 rows was a loss of a third at 16.
+// A float32 table would need three terms too, and six products of terms: tried, and a gain of a
+// tenth over multiply-adds at 64 rows was a loss of a third at 16.
 #ifndef NABLA_FAST_CPU_GEMM_AMX_H_
 #define NABLA_FAST_CPU_GEMM_AMX_H_
 
@@ -14,16 +14,16 @@
 
 namespace nabla_fast::gemm {
 
-// Rows as products_amx() takes them: terms of pairs of columns, [pairs, terms, lanes], zeros behind
-// the width. `memory`: PackedRows::bytes(), aligned to 64.
+// Rows in the form of products_amx(): terms of pairs of columns, [pairs, terms, lanes], zeros
+// behind the width. `memory`: PackedRows::bytes(), aligned to 64.
 PackedRows pack_amx(const Table& from, int rows, void* memory);
 
 // products(), of rows that pack_amx() packed and a table of bf16.
 void products_amx(const PackedRows& rows, const Table& table, int tokens, bool add, float* z);
 
-// mix() of a table of bf16, fetching from `ahead` on as much as it reads.
-void mix_amx(const float* weights, int lanes, int rows, const Table& table, int tokens, float* mix,
-             Ahead ahead);
+// add_weighted_sums() of a table of bf16, prefetching as many bytes as it reads.
+void add_weighted_sums_amx(const float* weights, int lanes, int rows, const Table& table,
+                           int tokens, float* sums, Prefetcher prefetcher);
 
 }  // namespace nabla_fast::gemm
 

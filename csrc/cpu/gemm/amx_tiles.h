@@ -1,4 +1,4 @@
-// What the two products of vocab_tiles.h share on the CPU's matrix unit: squares of sums in its registers.
+// Squares of sums in the registers of the CPU's matrix unit, for both products of vocab_tiles.h.
 #ifndef NABLA_FAST_CPU_GEMM_AMX_TILES_H_
 #define NABLA_FAST_CPU_GEMM_AMX_TILES_H_
 
@@ -12,10 +12,10 @@
 
 namespace nabla_fast::gemm {
 
-// Of a tile: numbers that are multiplied and added up, and those beside each other.
+// Sides of a tile: numbers that are multiplied and added up, and those beside each other.
 constexpr int kAmxDepth = 32;
 constexpr int kAmxSide = 16;
-// Terms of a float32.
+// bf16 terms of an fp32 number.
 constexpr int kBf16Terms = 3;
 
 #if NABLA_FAST_AMX

@@ -1,4 +1,5 @@
-// Inner products of several rows with several tokens at once, the lanes of a vector along the width.
+// Inner products of several rows with several tokens at once, the lanes of a vector along the
+// width.
 #ifndef NABLA_FAST_CPU_GEMM_DOT_PRODUCTS_H_
 #define NABLA_FAST_CPU_GEMM_DOT_PRODUCTS_H_
 
@@ -14,8 +15,8 @@ namespace nabla_fast::gemm {
 // Tokens and rows whose inner products are held in registers at once.
 constexpr int kTokensInRegisters = 4;
 constexpr int kRowsInRegisters = 4;
-// How far ahead weights are fetched, in whole tiles: the hardware's own prefetching leaves memory
-// idle during the arithmetic.
+// Bytes from the weights at work to those being prefetched: the hardware's own prefetcher leaves
+// memory idle during the arithmetic.
 constexpr int64_t kPrefetchDistance = 8192;
 
 // Rows of hidden states [rows, width] and tokens of a head [vocab, width]; T is float or, for bf16,

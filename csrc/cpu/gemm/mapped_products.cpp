@@ -1,5 +1,5 @@
-// Products with rows of a table that lie where a map says: some at a time are copied side by side,
-// so that they are multiplied as rows that lie so from the start.
+// Products with rows of a table at indices given by a map: some at a time are copied side by side,
+// and multiplied as a table that lies so from the start.
 
 #include <algorithm>
 #include <cstdint>
@@ -10,10 +10,10 @@
 namespace nabla_fast::gemm {
 namespace {
 
-// Of the stack, and of a near cache.
+// Bytes of the copies, on the stack and in a near cache.
 constexpr int64_t kNearBytes = 128 << 10;
 
-// How many of the rows follow each other in the table, from the first on.
+// Number of rows that follow each other in the table, from the first on.
 int run_length(const int64_t* token_rows, int tokens) {
   int run = 1;
   while (run < tokens && token_rows[run] == token_rows[0] + run) ++run;
@@ -26,7 +26,7 @@ void mapped_products(const PackedRows& rows, const Table& table, const int64_t* 
                      int tokens, bool add, float* z) {
   const int lanes = rows.lanes();
   const int64_t row_bytes = table.width * table.bytes();
-  // Nothing to copy, and maybe nothing to copy it from.
+  // Rows of no width need no copy, and the table may be null.
   if (row_bytes == 0) return products(rows, table, tokens, add, z);
   const int fit = static_cast<int>(std::min<int64_t>(kNearBytes / row_bytes, kVocabTileTokens));
   // Products of whole vectors of tokens are the fast ones.

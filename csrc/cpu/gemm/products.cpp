@@ -1,11 +1,11 @@
-// products() and the rows it takes.
+// products() and pack_rows().
 //
-// Many rows: rows lie in the vectors' lanes, and every element of the table is spread over a vector
-// once; nothing of the table is rearranged. Few rows: tokens lie in the lanes, a square of tokens
-// and columns being turned over in registers. An element's multiply-adds are the same ones in the
+// Many rows: rows lie in the vectors' lanes, and every element of the table is broadcast to a
+// vector once; the table is read as it is. Few rows: tokens lie in the lanes, a square of tokens
+// and columns being transposed in registers. An element's multiply-adds are the same ones in the
 // same order either way.
 //
-// A column is a float, a bf16 that is widened, or, where both sides are bf16 and the CPU has their
+// A column is a float, a bf16 converted to one, or, where both sides are bf16 and the CPU has their
 // dot product, a pair of bf16.
 
 #include <algorithm>
@@ -22,31 +22,31 @@
 namespace nabla_fast::gemm {
 namespace {
 
-// Columns of one chain: what a longer one gains in speed it loses in accuracy, whose error grows with
-// the square root of its length.
+// Columns of one chain: a longer one is faster and less accurate, its error growing with the square
+// root of its length.
 constexpr int64_t kChainColumns = 32;
 // Rows up to which tokens lie in the lanes.
 constexpr int kMaxFewRows = 8;
-// Bytes of a table that are worked on while those behind them are fetched: both stay in the
+// Bytes of a table that are multiplied while those behind them are prefetched: both stay in the
 // second-level cache.
 constexpr int64_t kBlockBytes = 256 << 10;
-// Columns between two fetches.
+// Columns between two prefetches.
 constexpr int kColumnsPerPrefetch = 4;
 
 template <int W>
 using Bits = typename VecTypes<W>::Bits;
 
-// -- what a column is
+// -- a column
 // ----------------------------------------------------------------------------------
 
 // A float32 on both sides.
 template <int W>
-struct Single {
+struct Fp32Column {
   using Element = float;
   using Vector = Floats<W>;
   static constexpr int kElements = 1;
-  static NABLA_FAST_INLINE Vector spread(const float* element) {
-    return nabla_fast::spread<W>(*element);
+  static NABLA_FAST_INLINE Vector broadcast(const float* element) {
+    return nabla_fast::broadcast<W>(*element);
   }
   static NABLA_FAST_INLINE Vector load(const float* x) { return nabla_fast::load<W>(x); }
   static NABLA_FAST_INLINE void add(Floats<W>& total, Vector a, Vector b) { total += a * b; }
@@ -54,11 +54,11 @@ struct Single {
 
 #if NABLA_FAST_X86
 // Two bf16 on both sides.
-struct Pair {
+struct Bf16PairColumn {
   using Element = uint16_t;
   using Vector = Bits<16>;
   static constexpr int kElements = 2;
-  static NABLA_FAST_INLINE Vector spread(const uint16_t* pair) {
+  static NABLA_FAST_INLINE Vector broadcast(const uint16_t* pair) {
     uint32_t word;
     std::memcpy(&word, pair, sizeof word);
     Vector words = Vector{} + word;
@@ -85,7 +85,7 @@ NABLA_FAST_INLINE void add_column(const typename Column::Element* w, int64_t str
   for (int c = 0; c < C; ++c) row[c] = Column::load(x + c * W);
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) {
-    const typename Column::Vector element = Column::spread(w + t * stride);
+    const typename Column::Vector element = Column::broadcast(w + t * stride);
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) Column::add(total[t * C + c], element, row[c]);
   }
@@ -93,12 +93,13 @@ NABLA_FAST_INLINE void add_column(const typename Column::Element* w, int64_t str
 
 template <int W, int C, int kTokens, typename Column>
 NABLA_FAST_INLINE void chain(const typename Column::Element* w, int64_t stride, const float* x,
-                             int lanes, int64_t columns, bool add, float* z, Ahead& ahead) {
+                             int lanes, int64_t columns, bool add, float* z,
+                             Prefetcher& prefetcher) {
   constexpr int kElements = Column::kElements;
   Floats<W> total[kTokens * C] = {};
   int64_t k = 0;
   for (; k + kColumnsPerPrefetch <= columns; k += kColumnsPerPrefetch) {
-    ahead.walk<kTokens * kColumnsPerPrefetch * kElements * sizeof(*w)>();
+    prefetcher.advance<kTokens * kColumnsPerPrefetch * kElements * sizeof(*w)>();
 #pragma GCC unroll 4
     for (int u = 0; u < kColumnsPerPrefetch; ++u)
       add_column<C, kTokens, W, Column>(w + (k + u) * kElements, stride, x + (k + u) * lanes,
@@ -116,38 +117,40 @@ NABLA_FAST_INLINE void chain(const typename Column::Element* w, int64_t stride, 
   }
 }
 
-// Tokens [first, last) over one chain of columns, at most kChainColumns of them. kTokens: how many share
-// what is read of the rows.
+// `tokens` tokens over one chain of columns, at most kChainColumns of them. kTokens: how many share
+// the loads of the rows.
 template <int W, int C, int kTokens, typename Column>
 NABLA_FAST_INLINE void chains(const typename Column::Element* w, int64_t stride, int tokens,
                               const float* x, int lanes, int64_t columns, bool add, float* z,
-                              Ahead& ahead) {
+                              Prefetcher& prefetcher) {
   int t = 0;
   for (; t + kTokens <= tokens; t += kTokens)
     chain<W, C, kTokens, Column>(w + t * stride, stride, x, lanes, columns, add, z + t * lanes,
-                                 ahead);
+                                 prefetcher);
   for (; t < tokens; ++t)
-    chain<W, C, 1, Column>(w + t * stride, stride, x, lanes, columns, add, z + t * lanes, ahead);
+    chain<W, C, 1, Column>(w + t * stride, stride, x, lanes, columns, add, z + t * lanes,
+                           prefetcher);
 }
 
 // The same for all lanes.
 template <int W, typename Column>
 NABLA_FAST_INLINE void all_lanes(const typename Column::Element* w, int64_t stride, int tokens,
                                  const float* x, int lanes, int64_t columns, bool add, float* z,
-                                 Ahead& ahead) {
+                                 Prefetcher& prefetcher) {
   if constexpr (W == 16) {
     // As many sums as the registers hold.
     if (lanes == 16)
-      chains<W, 1, 16, Column>(w, stride, tokens, x, lanes, columns, add, z, ahead);
+      chains<W, 1, 16, Column>(w, stride, tokens, x, lanes, columns, add, z, prefetcher);
     else if (lanes == 32)
-      chains<W, 2, 8, Column>(w, stride, tokens, x, lanes, columns, add, z, ahead);
+      chains<W, 2, 8, Column>(w, stride, tokens, x, lanes, columns, add, z, prefetcher);
     else if (lanes == 48)
-      chains<W, 3, 6, Column>(w, stride, tokens, x, lanes, columns, add, z, ahead);
+      chains<W, 3, 6, Column>(w, stride, tokens, x, lanes, columns, add, z, prefetcher);
     else
-      chains<W, 4, 4, Column>(w, stride, tokens, x, lanes, columns, add, z, ahead);
+      chains<W, 4, 4, Column>(w, stride, tokens, x, lanes, columns, add, z, prefetcher);
   } else {
     for (int lane = 0; lane < lanes; lane += 2 * W)
-      chains<W, 2, 4, Column>(w, stride, tokens, x + lane, lanes, columns, add, z + lane, ahead);
+      chains<W, 2, 4, Column>(w, stride, tokens, x + lane, lanes, columns, add, z + lane,
+                              prefetcher);
   }
 }
 
@@ -160,27 +163,27 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
   const int64_t width = table.width, stride = table.stride, token_bytes = sizeof(T) * width;
   const int block = static_cast<int>(
       std::clamp<int64_t>(kBlockBytes / (token_bytes + 1) / 16 * 16, 16, kVocabTileTokens));
-  constexpr int kTokensInFp32 = 16;  // tokens that are widened at a time
-  float wide[sizeof(T) == 2 ? kTokensInFp32 * kChainColumns : 1];
+  constexpr int kTokensInFp32 = 16;  // tokens that are converted at a time
+  float fp32[sizeof(T) == 2 ? kTokensInFp32 * kChainColumns : 1];
   for (int first = 0; first < tokens; first += block) {
     const int some = std::min(block, tokens - first);
-    Ahead ahead{reinterpret_cast<const char*>(w + (first + some) * stride)};
+    Prefetcher prefetcher{reinterpret_cast<const char*>(w + (first + some) * stride)};
     for (int64_t k = 0; k < width || k == 0; k += kChainColumns) {
       const int64_t columns = std::min(kChainColumns, width - k);
       const bool onto = add || k > 0;
       if constexpr (sizeof(T) == 4) {
-        all_lanes<W, Single<W>>(w + first * stride + k, stride, some, x + k * lanes, lanes, columns,
-                                onto, z + first * lanes, ahead);
+        all_lanes<W, Fp32Column<W>>(w + first * stride + k, stride, some, x + k * lanes, lanes,
+                                    columns, onto, z + first * lanes, prefetcher);
       } else {
         for (int t = 0; t < some; t += kTokensInFp32) {
           const int now = std::min(kTokensInFp32, some - t);
           for (int n = 0; n < now; ++n) {
-            ahead.walk<2 * kChainColumns>();
-            widen<W>(w + (first + t + n) * stride + k, columns, wide + n * kChainColumns);
+            prefetcher.advance<2 * kChainColumns>();
+            to_fp32<W>(w + (first + t + n) * stride + k, columns, fp32 + n * kChainColumns);
           }
-          Ahead nothing{ahead.at};
-          all_lanes<W, Single<W>>(wide, kChainColumns, now, x + k * lanes, lanes, columns, onto,
-                                  z + (first + t) * lanes, nothing);
+          Prefetcher none{prefetcher.next};
+          all_lanes<W, Fp32Column<W>>(fp32, kChainColumns, now, x + k * lanes, lanes, columns, onto,
+                                      z + (first + t) * lanes, none);
         }
       }
     }
@@ -201,12 +204,14 @@ NABLA_FAST_INLINE Bits<W> load_words(const char* x, int64_t bytes) {
   return words;
 }
 
-// W tokens with `R` rows. How columns follow from words: T is what the table holds.
+// total[r] += W tokens times row r, for `R` rows and at most W words of columns. T: elements of the
+// table, one or two to a word.
 template <int W, int R, typename T>
-NABLA_FAST_INLINE void square(const char* const (&w)[W], int64_t from, int64_t columns,
-                              const float* x, int lanes, Floats<W> (&total)[R], Ahead& ahead) {
+NABLA_FAST_INLINE void add_square(const char* const (&w)[W], int64_t from, int64_t columns,
+                                  const float* x, int lanes, Floats<W> (&total)[R],
+                                  Prefetcher& prefetcher) {
   constexpr int kColumns = 4 / sizeof(T);  // of a word
-  ahead.walk<4 * W * W>();
+  prefetcher.advance<4 * W * W>();
   Bits<W> words[W];
 #pragma GCC unroll 16
   for (int t = 0; t < W; ++t)
@@ -229,8 +234,8 @@ NABLA_FAST_INLINE void square(const char* const (&w)[W], int64_t from, int64_t c
 }
 
 template <int W, int R, typename T>
-NABLA_FAST_INLINE void some_rows(const float* x, int lanes, const Table& table, int tokens,
-                                 bool add, float* z) {
+NABLA_FAST_INLINE void rows_beside_tokens(const float* x, int lanes, const Table& table, int tokens,
+                                          bool add, float* z) {
   constexpr int64_t kColumns = W * (4 / sizeof(T));
   for (int first = 0; first < tokens; first += W) {
     const int some = std::min(W, tokens - first);
@@ -238,12 +243,12 @@ NABLA_FAST_INLINE void some_rows(const float* x, int lanes, const Table& table, 
     // The last token stands for those that are not there.
     for (int t = 0; t < W; ++t)
       w[t] = static_cast<const char*>(table.from(first + std::min(t, some - 1)).data);
-    Ahead ahead{static_cast<const char*>(table.from(first + some).data)};
+    Prefetcher prefetcher{static_cast<const char*>(table.from(first + some).data)};
     for (int64_t k = 0; k < table.width || k == 0; k += kChainColumns) {
       const int64_t end = std::min(table.width, k + kChainColumns);
       Floats<W> total[R] = {};
       for (int64_t at = k; at < end; at += kColumns)
-        square<W, R, T>(w, at, std::min(kColumns, end - at), x, lanes, total, ahead);
+        add_square<W, R, T>(w, at, std::min(kColumns, end - at), x, lanes, total, prefetcher);
       const bool onto = add || k > 0;
       for (int r = 0; r < R; ++r) {
         for (int t = 0; t < some; ++t) {
@@ -264,14 +269,14 @@ NABLA_FAST_INLINE void few_rows(const PackedRows& rows, const Table& table, int 
     for (int n = 0; n < tokens * lanes; ++n) z[n] = 0;
   switch (rows.rows) {
     case 1:
-      return some_rows<W, 1, T>(x, lanes, table, tokens, add, z);
+      return rows_beside_tokens<W, 1, T>(x, lanes, table, tokens, add, z);
     case 2:
-      return some_rows<W, 2, T>(x, lanes, table, tokens, add, z);
+      return rows_beside_tokens<W, 2, T>(x, lanes, table, tokens, add, z);
     case 3:
     case 4:
-      return some_rows<W, 4, T>(x, lanes, table, tokens, add, z);
+      return rows_beside_tokens<W, 4, T>(x, lanes, table, tokens, add, z);
     default:
-      return some_rows<W, 8, T>(x, lanes, table, tokens, add, z);
+      return rows_beside_tokens<W, 8, T>(x, lanes, table, tokens, add, z);
   }
 }
 
@@ -279,34 +284,34 @@ NABLA_FAST_INLINE void few_rows(const PackedRows& rows, const Table& table, int 
 // ----------------------------------------------------------------------------------------------
 
 template <int W, typename T>
-NABLA_FAST_INLINE void tile(const PackedRows& rows, const Table& table, int tokens, bool add,
-                            float* z) {
+NABLA_FAST_INLINE void product_tile(const PackedRows& rows, const Table& table, int tokens,
+                                    bool add, float* z) {
   if (rows.rows <= kMaxFewRows)
     few_rows<W, T>(rows, table, tokens, add, z);
   else
     many_rows<W, T>(rows, table, tokens, add, z);
 }
 
-using Tile = void(const PackedRows&, const Table&, int, bool, float*);
+using ProductTile = void(const PackedRows&, const Table&, int, bool, float*);
 
 template <typename T>
-void tile_baseline(const PackedRows& rows, const Table& table, int n, bool add, float* z) {
-  tile<4, T>(rows, table, n, add, z);
+void product_tile_baseline(const PackedRows& rows, const Table& table, int n, bool add, float* z) {
+  product_tile<4, T>(rows, table, n, add, z);
 }
 template <typename T>
-NABLA_FAST_TARGET_AVX2 void tile_avx2(const PackedRows& rows, const Table& table, int n, bool add,
-                                      float* z) {
-  tile<8, T>(rows, table, n, add, z);
+NABLA_FAST_TARGET_AVX2 void product_tile_avx2(const PackedRows& rows, const Table& table, int n,
+                                              bool add, float* z) {
+  product_tile<8, T>(rows, table, n, add, z);
 }
 template <typename T>
-NABLA_FAST_TARGET_AVX512 void tile_avx512(const PackedRows& rows, const Table& table, int n,
-                                          bool add, float* z) {
-  tile<16, T>(rows, table, n, add, z);
+NABLA_FAST_TARGET_AVX512 void product_tile_avx512(const PackedRows& rows, const Table& table, int n,
+                                                  bool add, float* z) {
+  product_tile<16, T>(rows, table, n, add, z);
 }
 
 #if NABLA_FAST_X86
-NABLA_FAST_TARGET_AVX512 void tile_pairs(const PackedRows& rows, const Table& table, int tokens,
-                                         bool add, float* z) {
+NABLA_FAST_TARGET_AVX512 void pair_tile(const PackedRows& rows, const Table& table, int tokens,
+                                        bool add, float* z) {
   const auto* x = static_cast<const float*>(rows.data);
   const auto* w = static_cast<const uint16_t*>(table.data);
   const int lanes = rows.lanes();
@@ -315,18 +320,18 @@ NABLA_FAST_TARGET_AVX512 void tile_pairs(const PackedRows& rows, const Table& ta
       std::clamp<int64_t>(kBlockBytes / (2 * table.width + 1) / 16 * 16, 16, kVocabTileTokens));
   for (int first = 0; first < tokens; first += block) {
     const int some = std::min(block, tokens - first);
-    Ahead ahead{reinterpret_cast<const char*>(w + (first + some) * stride)};
+    Prefetcher prefetcher{reinterpret_cast<const char*>(w + (first + some) * stride)};
     for (int64_t k = 0; k < whole || k == 0; k += kChainColumns)
-      all_lanes<16, Pair>(w + first * stride + 2 * k, stride, some, x + k * lanes, lanes,
-                          std::min(kChainColumns, whole - k), add || k > 0, z + first * lanes,
-                          ahead);
+      all_lanes<16, Bf16PairColumn>(w + first * stride + 2 * k, stride, some, x + k * lanes, lanes,
+                                    std::min(kChainColumns, whole - k), add || k > 0,
+                                    z + first * lanes, prefetcher);
   }
   if (table.width % 2 == 0) return;
-  // The last column has no other half: what lies behind it is not the row's.
+  // The last column has no other half: the next element in memory is not the row's.
   uint16_t last[2 * kVocabTileTokens] = {};
   for (int t = 0; t < tokens; ++t) last[2 * t] = w[t * stride + table.width - 1];
-  Ahead nothing{reinterpret_cast<const char*>(w)};
-  all_lanes<16, Pair>(last, 2, tokens, x + whole * lanes, lanes, 1, true, z, nothing);
+  Prefetcher none{reinterpret_cast<const char*>(w)};
+  all_lanes<16, Bf16PairColumn>(last, 2, tokens, x + whole * lanes, lanes, 1, true, z, none);
 }
 #endif
 
@@ -335,17 +340,17 @@ NABLA_FAST_TARGET_AVX512 void tile_pairs(const PackedRows& rows, const Table& ta
 
 template <int W>
 NABLA_FAST_INLINE void pack_floats(const Table& from, int rows, int lanes, float* packed) {
-  float wide[W][W];
+  float fp32[W][W];
   for (int r = 0; r < lanes; r += W) {
     for (int64_t k = 0; k < from.width; k += W) {
       const int64_t columns = std::min<int64_t>(W, from.width - k);
       for (int n = 0; n < W; ++n) {
         float padded_row[16] = {};
-        if (r + n < rows) widen<W>(from, r + n, k, columns, padded_row);
-        std::memcpy(wide[n], padded_row, sizeof wide[n]);
+        if (r + n < rows) to_fp32<W>(from, r + n, k, columns, padded_row);
+        std::memcpy(fp32[n], padded_row, sizeof fp32[n]);
       }
       Floats<W> x[W];
-      for (int n = 0; n < W; ++n) x[n] = load<W>(wide[n]);
+      for (int n = 0; n < W; ++n) x[n] = load<W>(fp32[n]);
       transpose<W>(x);
       for (int64_t n = 0; n < columns; ++n) store<W>(packed + (k + n) * lanes + r, x[n]);
     }
@@ -393,12 +398,14 @@ PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, 
 void products(const PackedRows& rows, const Table& table, int tokens, bool add, float* z) {
   if (rows.terms) return products_amx(rows, table, tokens, add, z);
 #if NABLA_FAST_X86
-  if (rows.pairs) return tile_pairs(rows, table, tokens, add, z);
+  if (rows.pairs) return pair_tile(rows, table, tokens, add, z);
 #endif
   const bool floats = table.dtype == NABLA_FAST_FLOAT32;
-  Tile* run = floats
-                  ? select_isa(tile_baseline<float>, tile_avx2<float>, tile_avx512<float>)
-                  : select_isa(tile_baseline<uint16_t>, tile_avx2<uint16_t>, tile_avx512<uint16_t>);
+  ProductTile* run = floats
+                         ? select_isa(product_tile_baseline<float>, product_tile_avx2<float>,
+                                      product_tile_avx512<float>)
+                         : select_isa(product_tile_baseline<uint16_t>, product_tile_avx2<uint16_t>,
+                                      product_tile_avx512<uint16_t>);
   run(rows, table, tokens, add, z);
 }
 

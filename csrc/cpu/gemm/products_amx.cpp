@@ -11,23 +11,25 @@
 namespace nabla_fast::gemm {
 namespace {
 
-// The bf16 that x begins with; what it leaves over has the same sign, and eight bits less.
-uint16_t begin_of(float x) {
+// The upper 16 bits of x as bf16; the remainder x - high_bf16(x) has the same sign, and eight bits
+// less.
+uint16_t high_bf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  // A NaN may have its bits at the end.
+  // A NaN may have all its payload in the lower bits.
   return std::isnan(x) ? 0x7FC0 : static_cast<uint16_t>(bits >> 16);
 }
 
-// A product with an infinity in it, which terms have made NaN of: infinity times a term that is 0.
-float product_of(const PackedRows& rows, int row, const uint16_t* w) {
+// Product of `row` with w [width] in fp32, for infinities: of infinity times a term that is 0, the
+// matrix unit makes NaN.
+float fp32_product(const PackedRows& rows, int row, const uint16_t* w) {
   const auto* x = static_cast<const uint16_t*>(rows.data);
   float sum = 0;
   for (int64_t k = 0; k < rows.width; ++k) {
     float value = 0;
     for (int term = 0; term < rows.terms; ++term)
-      value += widened(x[2 * ((k / 2 * rows.terms + term) * rows.lanes() + row) + k % 2]);
-    sum += value * widened(w[k]);
+      value += bf16_to_fp32(x[2 * ((k / 2 * rows.terms + term) * rows.lanes() + row) + k % 2]);
+    sum += value * bf16_to_fp32(w[k]);
   }
   return sum;
 }
@@ -63,11 +65,11 @@ NABLA_FAST_TARGET_AMX inline void multiply(const Tiles& a, const Tiles& b, int t
 
 // z += products of at most 32 tokens; z has room for whole tiles.
 NABLA_FAST_TARGET_AMX inline void add_tokens(const PackedRows& rows, const Table& table, int tokens,
-                                             float* z, Ahead& ahead) {
+                                             float* z, Prefetcher& prefetcher) {
   const auto* w = static_cast<const uint16_t*>(table.data);
   const int lanes = rows.lanes(), squares = (lanes + 2 * kAmxSide - 1) / (2 * kAmxSide);
   const int lines = 2 * kAmxSide * kAmxDepth * 2 / 64 / squares;
-  // What the unit reads of rows that are not there, and behind a row's last column.
+  // Zeros where the unit reads rows that are not there, or columns behind a row's last.
   alignas(64) uint16_t copy[2 * kAmxSide][kAmxDepth];
   for (int lane = 0; lane < lanes; lane += 2 * kAmxSide) {
     const Square c{z + lane, 4 * lanes, tokens <= kAmxSide, lanes - lane == kAmxSide};
@@ -84,7 +86,7 @@ NABLA_FAST_TARGET_AMX inline void add_tokens(const PackedRows& rows, const Table
       }
       const Tiles b{static_cast<const char*>(rows.data) + k / 2 * rows.terms * of_term + 4 * lane,
                     rows.terms * of_term, 4 * kAmxSide, of_term};
-      for (int line = 0; line < lines; ++line) ahead.line();
+      for (int line = 0; line < lines; ++line) prefetcher.add_line();
       multiply(a, b, rows.terms, c);
     }
     store_square(c);
@@ -96,10 +98,10 @@ NABLA_FAST_TARGET_AMX void add_products(const PackedRows& rows, const Table& tab
                                         float* z) {
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
-  Ahead ahead{static_cast<const char*>(table.from(tokens).data)};
+  Prefetcher prefetcher{static_cast<const char*>(table.from(tokens).data)};
   for (int t = 0; t < tokens; t += 2 * kAmxSide) {
-    const int some = std::min(2 * kAmxSide, tokens - t);
-    add_tokens(rows, table.from(t), some, z + t * rows.lanes(), ahead);
+    const int count = std::min(2 * kAmxSide, tokens - t);
+    add_tokens(rows, table.from(t), count, z + t * rows.lanes(), prefetcher);
   }
   _tile_release();
 }
@@ -124,9 +126,9 @@ PackedRows pack_amx(const Table& from, int rows, void* memory) {
       uint16_t* at = to + 2 * (k / 2 * packed.terms * lanes + r) + k % 2;
       float rest = from.value(r, k);
       for (int term = 0; term < packed.terms; ++term, at += 2 * lanes) {
-        *at = begin_of(rest);
+        *at = high_bf16(rest);
         if (!std::isfinite(rest)) break;
-        rest -= widened(*at);
+        rest -= bf16_to_fp32(*at);
       }
     }
   }
@@ -143,7 +145,7 @@ void products_amx(const PackedRows& rows, const Table& table, int tokens, bool a
   for (int t = 0; t < tokens && !finite; ++t) {
     const uint16_t* w = static_cast<const uint16_t*>(table.data) + t * table.stride;
     for (int r = 0; r < rows.rows; ++r)
-      if (!std::isfinite(sums[t * lanes + r])) sums[t * lanes + r] = product_of(rows, r, w);
+      if (!std::isfinite(sums[t * lanes + r])) sums[t * lanes + r] = fp32_product(rows, r, w);
   }
   for (int n = 0; n < tokens * lanes; ++n) z[n] = add ? z[n] + sums[n] : sums[n];
 }

@@ -1,8 +1,8 @@
-// Rows that pass over a vocabulary together: packed once, in groups, for the tables they meet.
+// Rows that share a pass over a vocabulary: packed once, in groups, for all tables.
 //
 // A tile of every table is read from memory once and stays in a cache for all groups. The
-// vocabulary is cut into segments by position alone: threads share these, and what a segment found
-// out about a row does not depend on who worked on it.
+// vocabulary is cut into segments by position alone: threads share these, and a segment's results
+// do not depend on the thread.
 #ifndef NABLA_FAST_CPU_GEMM_ROW_PASS_H_
 #define NABLA_FAST_CPU_GEMM_ROW_PASS_H_
 
@@ -17,13 +17,13 @@
 namespace nabla_fast::gemm {
 
 constexpr int64_t kPassSegmentTokens = 1024;
-// Rows of a pass, at most: their packed copies stay in a cache that is not too far away.
+// Most rows of a pass: their packed copies stay in a cache that is not too far away.
 constexpr int kGroupsPerPass = 4;
 constexpr int64_t kRowsPerPass = kGroupsPerPass * kRowsPerGroup;
-// Multiplications that a thread is woken for.
+// Multiplications worth another thread.
 constexpr int64_t kProductsPerThread = 1 << 18;
 
-// Of any vocabulary: what a size query is asked may be the largest number there is.
+// Segments of a vocabulary; vocab + kPassSegmentTokens - 1 may overflow in a size query.
 inline int64_t pass_segments(int64_t vocab) {
   return vocab / kPassSegmentTokens + (vocab % kPassSegmentTokens > 0);
 }
@@ -32,9 +32,9 @@ inline int groups_of(int64_t rows) {
   return static_cast<int>((std::min(rows, kRowsPerPass) + kRowsPerGroup - 1) / kRowsPerGroup);
 }
 
-// Rows [rows, width] and the table [vocab, width] that their products are taken with, for each of
-// `count` factors: the first one, and those of two arrays. A table of the latter may have other
-// rows, table_rows of them; a map [vocab] then says which of them is whose.
+// `count` factors, each of rows [rows, width] and the table [vocab, width] of their products: the
+// first one, and those of two arrays. A table of the latter may have other rows, table_rows of
+// them; a map [vocab] then gives the row of each token.
 struct Factors {
   nabla_fast_table first_rows, first_table;
   const nabla_fast_table* rows;
@@ -66,7 +66,7 @@ struct Factors {
 
 class RowPass {
  public:
-  // Of the memory that a pass of `rows` rows needs, a multiple of kAlignment.
+  // Bytes of memory for a pass of `rows` rows, a multiple of kAlignment.
   static Size bytes(int64_t rows, const Factors& factors) {
     Size sum = pointers(rows, factors.count);
     for (int64_t f = 0; f < factors.count; ++f)
@@ -107,7 +107,7 @@ class RowPass {
   static Size pointers(int64_t rows, int64_t factors) {
     return (Size(factors) * groups_of(rows) * sizeof(PackedRows)).rounded_up(kAlignment);
   }
-  // Of a group; without a value for more columns than PackedRows can count the bytes of.
+  // Bytes of a group; without a value for more columns than PackedRows can count the bytes of.
   static Size packed_bytes(int64_t rows, int64_t width) {
     if (width > kMaxBytes >> 20) return Size(-1);
     const int most = static_cast<int>(std::min<int64_t>(rows, kRowsPerGroup));
@@ -133,7 +133,7 @@ void for_each_pass_tile(int64_t vocab, int groups, int threads, const Work& work
   }
 }
 
-// How many threads a pass is worth.
+// Threads for a pass.
 inline int pass_threads(int64_t rows, int64_t vocab, const Factors& factors, int32_t asked) {
   // Reading a table costs what some rows of arithmetic cost.
   const Size work = factors.width() * vocab * (std::min(rows, kRowsPerPass) + 4);
@@ -141,8 +141,8 @@ inline int pass_threads(int64_t rows, int64_t vocab, const Factors& factors, int
   return static_cast<int>(std::min<int64_t>(threads, pass_segments(vocab)));
 }
 
-// Whether every factor has rows and a table of one width, and a dtype there is, and whether maps
-// name rows that their tables have.
+// OK if every factor has rows and a table of one width and a known dtype, and maps name rows that
+// their tables have.
 inline nabla_fast_status check_factors(const Factors& factors, int64_t rows, int64_t vocab) {
   for (int64_t f = 0; f < factors.count; ++f) {
     const nabla_fast_table& x = f == 0 ? factors.first_rows : factors.rows[f - 1];

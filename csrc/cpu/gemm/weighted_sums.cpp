@@ -1,4 +1,4 @@
-// mix(), for each instruction set.
+// add_weighted_sums(), for each instruction set.
 
 #include "gemm/weighted_sums.h"
 
@@ -11,40 +11,45 @@ namespace nabla_fast::gemm {
 namespace {
 
 template <int W>
-NABLA_FAST_INLINE void mix_tile(const float* weights, int lanes, int rows, const Table& table,
-                                int tokens, float* mix) {
-  const Ahead ahead{static_cast<const char*>(table.from(tokens).data)};
-  // Few rows pass over the tile once or twice: meanwhile the next has to come whole.
+NABLA_FAST_INLINE void weighted_sums(const float* weights, int lanes, int rows, const Table& table,
+                                     int tokens, float* add_weighted_sums) {
+  const Prefetcher prefetcher{static_cast<const char*>(table.from(tokens).data)};
+  // Few rows read the tile once or twice: the whole next tile has to arrive meanwhile.
   if (rows < 32)
-    straight_mix<W, 1>(weights, lanes, rows, table, tokens, mix, ahead);
+    add_weighted_sums_in_place<W, 1>(weights, lanes, rows, table, tokens, add_weighted_sums,
+                                     prefetcher);
   else if (table.dtype == NABLA_FAST_BFLOAT16)
-    widened_mix<W>(weights, lanes, rows, table, tokens, mix, ahead);
+    add_weighted_sums_in_fp32<W>(weights, lanes, rows, table, tokens, add_weighted_sums,
+                                 prefetcher);
   else
-    straight_mix<W, 4>(weights, lanes, rows, table, tokens, mix, ahead);
+    add_weighted_sums_in_place<W, 4>(weights, lanes, rows, table, tokens, add_weighted_sums,
+                                     prefetcher);
 }
 
-using Mix = void(const float*, int, int, const Table&, int, float*);
+using WeightedSums = void(const float*, int, int, const Table&, int, float*);
 
-void mix_baseline(const float* w, int lanes, int rows, const Table& t, int n, float* m) {
-  mix_tile<4>(w, lanes, rows, t, n, m);
+void weighted_sums_baseline(const float* w, int lanes, int rows, const Table& t, int n, float* m) {
+  weighted_sums<4>(w, lanes, rows, t, n, m);
 }
-NABLA_FAST_TARGET_AVX2 void mix_avx2(const float* w, int lanes, int rows, const Table& t, int n,
-                                     float* m) {
-  mix_tile<8>(w, lanes, rows, t, n, m);
+NABLA_FAST_TARGET_AVX2 void weighted_sums_avx2(const float* w, int lanes, int rows, const Table& t,
+                                               int n, float* m) {
+  weighted_sums<8>(w, lanes, rows, t, n, m);
 }
-NABLA_FAST_TARGET_AVX512 void mix_avx512(const float* w, int lanes, int rows, const Table& t, int n,
-                                         float* m) {
-  mix_tile<16>(w, lanes, rows, t, n, m);
+NABLA_FAST_TARGET_AVX512 void weighted_sums_avx512(const float* w, int lanes, int rows,
+                                                   const Table& t, int n, float* m) {
+  weighted_sums<16>(w, lanes, rows, t, n, m);
 }
 
 }  // namespace
 
-void mix(const float* weights, int lanes, int rows, const Table& table, int tokens, float* mix) {
+void add_weighted_sums(const float* weights, int lanes, int rows, const Table& table, int tokens,
+                       float* add_weighted_sums) {
   if (table.dtype == NABLA_FAST_BFLOAT16 && nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AMX)
-    return mix_amx(weights, lanes, rows, table, tokens, mix,
-                   Ahead{static_cast<const char*>(table.from(tokens).data)});
-  static_cast<Mix*>(select_isa(mix_baseline, mix_avx2, mix_avx512))(weights, lanes, rows, table,
-                                                                    tokens, mix);
+    return add_weighted_sums_amx(weights, lanes, rows, table, tokens, add_weighted_sums,
+                                 Prefetcher{static_cast<const char*>(table.from(tokens).data)});
+  static_cast<WeightedSums*>(
+      select_isa(weighted_sums_baseline, weighted_sums_avx2, weighted_sums_avx512))(
+      weights, lanes, rows, table, tokens, add_weighted_sums);
 }
 
 }  // namespace nabla_fast::gemm

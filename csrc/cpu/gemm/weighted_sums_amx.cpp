@@ -1,7 +1,7 @@
-// mix() of a bf16 table on the CPU's matrix unit.
+// add_weighted_sums() of a bf16 table on the CPU's matrix unit.
 //
-// What it multiplies lies there as the unit wants it, anew for each tile: weights turned over, as
-// three bf16 terms; of the table, for 32 columns at a time, pairs of tokens side by side.
+// Both factors are packed for the unit, anew for each tile: weights transposed, as three bf16
+// terms; the table, 32 columns at a time, as pairs of tokens side by side.
 
 #include <algorithm>
 #include <cstdint>
@@ -45,7 +45,7 @@ NABLA_FAST_INLINE void split_weights(const Floats<kAmxSide> (&weights)[kAmxSide]
     Floats<kAmxSide> rest = weights[r];
   #pragma GCC unroll 3
     for (int term = 0; term < kBf16Terms; ++term) {
-      // A NaN may have its bits at the end; and infinity leaves nothing over.
+      // A NaN may have all its payload in the lower bits; infinity has no remainder.
       const Bits begin = rest == rest ? (Bits)rest & 0xFFFF0000u : Bits{} + 0x7FC00000u;
       const Halves halves = __builtin_convertvector(begin >> 16, Halves);
       std::memcpy(tiles[term][r] + column, &halves, sizeof halves);
@@ -85,9 +85,9 @@ NABLA_FAST_INLINE Words load_words(const uint16_t* from, int64_t columns) {
   return words;
 }
 
-// Pairs of all tokens; whether all numbers are finite.
+// right = pairs of all tokens. Returns whether all numbers are finite.
 NABLA_FAST_TARGET_AMX inline bool pack_right(const uint16_t* w, int64_t stride, int64_t columns,
-                                             int tokens, Ahead& ahead, Right& right) {
+                                             int tokens, Prefetcher& prefetcher, Right& right) {
   Words largest = {};
   const int end = (tokens + kAmxDepth - 1) / kAmxDepth * kAmxDepth;
   for (int t = 0; t < end; t += 2) {
@@ -99,7 +99,7 @@ NABLA_FAST_TARGET_AMX inline bool pack_right(const uint16_t* w, int64_t stride, 
     constexpr std::make_integer_sequence<int, 32> kWords;
     const Words pairs[2] = {interleaved(a, b, 0, kWords), interleaved(a, b, 1, kWords)};
     std::memcpy(right.pairs[t / 2], pairs, sizeof pairs);
-    ahead.owe(2);
+    prefetcher.add_lines(2);
   }
   uint16_t most = 0;
   for (int n = 0; n < 32; ++n) most = std::max<uint16_t>(most, largest[n]);
@@ -126,52 +126,56 @@ NABLA_FAST_TARGET_AMX inline void multiply(const Left& left, int block, const Ri
   store_square(c);
 }
 
-// The sums of one by one, for numbers of which terms would make NaN: infinity times a term that is 0.
-void add_slowly(const float* weights, int lanes, int rows, const uint16_t* w, int64_t stride,
-                int64_t columns, int tokens, float* mix, int64_t mix_stride) {
+// Sums in fp32, for columns with infinities: of infinity times a term that is 0, the matrix unit
+// makes NaN.
+void add_in_fp32(const float* weights, int lanes, int rows, const uint16_t* w, int64_t stride,
+                 int64_t columns, int tokens, float* sums, int64_t sums_stride) {
   for (int r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < columns; ++k) {
       float sum = 0;
-      for (int t = 0; t < tokens; ++t) sum += weights[t * lanes + r] * widened(w[t * stride + k]);
-      mix[r * mix_stride + k] += sum;
+      for (int t = 0; t < tokens; ++t)
+        sum += weights[t * lanes + r] * bf16_to_fp32(w[t * stride + k]);
+      sums[r * sums_stride + k] += sum;
     }
   }
 }
 
 }  // namespace
 
-NABLA_FAST_TARGET_AMX void mix_amx(const float* weights, int lanes, int rows, const Table& table,
-                                   int tokens, float* mix, Ahead ahead) {
+NABLA_FAST_TARGET_AMX void add_weighted_sums_amx(const float* weights, int lanes, int rows,
+                                                 const Table& table, int tokens, float* sums,
+                                                 Prefetcher prefetcher) {
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
   const auto* w = static_cast<const uint16_t*>(table.data);
-  const int64_t mix_stride = padded(table.width);
+  const int64_t sums_stride = padded(table.width);
   const int depths = (tokens + kAmxDepth - 1) / kAmxDepth;
   Left left;
   Right right;
   pack_left(weights, lanes, tokens, left);
   for (int64_t k = 0; k < table.width; k += kPanelColumns) {
     const int64_t columns = std::min<int64_t>(kPanelColumns, table.width - k);
-    if (!pack_right(w + k, table.stride, columns, tokens, ahead, right)) {
-      add_slowly(weights, lanes, rows, w + k, table.stride, columns, tokens, mix + k, mix_stride);
+    if (!pack_right(w + k, table.stride, columns, tokens, prefetcher, right)) {
+      add_in_fp32(weights, lanes, rows, w + k, table.stride, columns, tokens, sums + k,
+                  sums_stride);
       continue;
     }
     const bool narrow = columns <= kAmxSide;
     for (int r = 0; r < rows; r += 2 * kAmxSide) {
       const int some = std::min(2 * kAmxSide, rows - r);
-      float* const out = mix + r * mix_stride + k;
+      float* const out = sums + r * sums_stride + k;
       if (some % kAmxSide == 0) {
         multiply(left, r / kAmxSide, right, depths,
-                 {out, 4 * mix_stride, some == kAmxSide, narrow});
+                 {out, 4 * sums_stride, some == kAmxSide, narrow});
         continue;
       }
       // A tile has sixteen rows, and there are fewer.
       alignas(64) float edge[2 * kAmxSide][kPanelColumns];
       const size_t bytes = 4 * (narrow ? kAmxSide : kPanelColumns);
-      for (int n = 0; n < some; ++n) std::memcpy(edge[n], out + n * mix_stride, bytes);
+      for (int n = 0; n < some; ++n) std::memcpy(edge[n], out + n * sums_stride, bytes);
       multiply(left, r / kAmxSide, right, depths,
                {edge[0], sizeof edge[0], some < kAmxSide, narrow});
-      for (int n = 0; n < some; ++n) std::memcpy(out + n * mix_stride, edge[n], bytes);
+      for (int n = 0; n < some; ++n) std::memcpy(out + n * sums_stride, edge[n], bytes);
     }
   }
   _tile_release();
@@ -179,7 +183,7 @@ NABLA_FAST_TARGET_AMX void mix_amx(const float* weights, int lanes, int rows, co
 
 #else
 
-void mix_amx(const float*, int, int, const Table&, int, float*, Ahead) {}
+void add_weighted_sums_amx(const float*, int, int, const Table&, int, float*, Prefetcher) {}
 
 #endif
 

@@ -14,7 +14,7 @@
 namespace nabla_fast::internal {
 namespace {
 
-// Less work than this is not worth waking a thread for.
+// Multiplications worth another thread.
 constexpr int64_t kProductsPerThread = 1 << 20;
 // Rows of a weight that stay in a cache while all tokens pass over them.
 constexpr int64_t kWeightBlock = 128;
@@ -147,8 +147,9 @@ NABLA_FAST_INLINE void linear_backward_part_inline(const float* dy, int64_t dy_s
                                                    int64_t in, float* dx, int64_t first,
                                                    int64_t last) {
   for (int64_t block = 0; block < out; block += kWeightBlock)
-    gemm::add_mix<float>(dy + block, dy_stride, tokens, std::min(kWeightBlock, out - block),
-                         weight + block * in + first, in, last - first, dx + first, in);
+    gemm::add_weighted_rows<float>(dy + block, dy_stride, tokens,
+                                   std::min(kWeightBlock, out - block), weight + block * in + first,
+                                   in, last - first, dx + first, in);
 }
 NABLA_FAST_FOR_EACH_ISA(linear_backward_part,
                         (const float* dy, int64_t dy_stride, int64_t tokens, const float* weight,
@@ -171,7 +172,7 @@ void linear_backward(const float* dy, int64_t dy_stride, int64_t tokens, const L
 
 // -- memory --------------------------------------------------------------------------------------
 
-// What is kept of a layer, or of the layer at hand.
+// Activations kept of a layer, or of the current layer alone.
 struct Kept {
   float *unit, *inverse;        // of the norm before attention: [T, width], [T]
   float* qkv;                   // [T, heads + 2 kv_heads, dim]
@@ -203,7 +204,7 @@ struct Kept {
   }
 };
 
-// What no part of a pass leaves to another.
+// Memory that no part of a pass leaves to another.
 struct Scratch {
   float *normed, *attended, *product, *other;
 

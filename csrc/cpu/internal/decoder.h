@@ -37,7 +37,7 @@ struct Decoder {
   int64_t qkv() const { return (heads + 2 * kv_heads) * dim; }
 };
 
-// What a pass reads and writes; T = batch * suffix tokens, padding among them.
+// Arrays of a pass; T = batch * suffix tokens, padding among them.
 struct DecoderPass {
   int64_t batch, suffix;
   float* x;          // [T, width] embeddings, overwritten
@@ -69,14 +69,14 @@ nabla_fast_status decoder_forward(const Decoder& decoder, const DecoderPass& pas
 // The backward of a pass in parts, with the attention's own between them; dx [T, width] is the
 // gradient of the residual stream, changed in place.
 
-// Of the last norm: dx becomes the gradient before it.
+// The last norm: dx becomes the gradient before it.
 void decoder_backward_norm(const Decoder& decoder, const DecoderPass& pass, float* dx);
 
-// Of a layer's MLP and output projection; d_attended [T, heads * dim].
+// A layer's MLP and output projection; d_attended [T, heads * dim].
 void decoder_backward_mlp(const Decoder& decoder, const DecoderPass& pass, int64_t layer, float* dx,
                           float* d_attended);
 
-// Of a layer's projections to queries, keys and values: d_qkv [T, heads + 2 kv_heads, dim],
+// A layer's projections to queries, keys and values: d_qkv [T, heads + 2 kv_heads, dim],
 // overwritten.
 void decoder_backward_qkv(const Decoder& decoder, const DecoderPass& pass, int64_t layer,
                           float* d_qkv, float* dx);

@@ -13,14 +13,14 @@
 namespace nabla_fast::internal {
 namespace {
 
-// Bytes from one read to what is fetched meanwhile, and places that are read at once: one stream
-// leaves memory idle.
+// Bytes from a read to the memory being prefetched, and places read at once: one stream leaves
+// memory idle.
 constexpr int64_t kPrefetchBytes = 1024;
 constexpr int kStreams = 8;
-// Elements after which a part may begin: a line of a cache.
+// Floats of a cache line; a thread's part begins at a multiple of it.
 constexpr int64_t kLineFloats = 16;
 
-// -- what a thread does
+// -- one thread
 // --------------------------------------------------------------------------------
 
 template <int W>
@@ -170,7 +170,7 @@ int this_thread() {
 #endif
 }
 
-int team() {
+int thread_count() {
 #ifdef _OPENMP
   return omp_get_num_threads();
 #else
@@ -184,7 +184,7 @@ struct Part {
 };
 
 Part part_of(int64_t n) {
-  const int64_t size = (n / team() + kLineFloats) / kLineFloats * kLineFloats;
+  const int64_t size = (n / thread_count() + kLineFloats) / kLineFloats * kLineFloats;
   const int64_t first = std::min(n, size * this_thread());
   return {first, std::min(n, first + size)};
 }

@@ -1,5 +1,5 @@
-// What this machine can do at most: loops that do nothing else, for kernels to be held against. No
-// part of the C interface.
+// Highest rates of this machine: loops that only read, copy or multiply, for comparison with
+// kernels. No part of the C interface.
 #ifndef NABLA_FAST_CPU_INTERNAL_MACHINE_H_
 #define NABLA_FAST_CPU_INTERNAL_MACHINE_H_
 

@@ -5,8 +5,8 @@
 // the S and T of the next: M stays what it was as long as the largest y stays near it, and G[token]
 // does as long as the row descends, since it stops when its token changes.
 //
-// The exponentials wait in the workspace for the next step: reading one costs less than taking it
-// again.
+// The exponentials are kept in the workspace for the next step: reading one costs less than
+// computing it again.
 //
 // A row is cut into chunks of 1,024 tokens, by position alone. A chunk's sums are taken in fp32
 // lanes and joined in double from left to right, whoever computed them.
@@ -35,18 +35,17 @@ namespace nabla_fast::descent {
 namespace {
 
 constexpr int64_t kChunkTokens = 1024;
-// What a step does to tokens is done in turns, to this many of them, and the next ones are fetched
-// meanwhile: together they leave room in the first-level cache.
+// Tokens of one turn of a step, while the next ones are prefetched: both fit the first-level cache.
 constexpr int64_t kStepTokens = 256;
-// Less than this many tokens times steps is not worth waking a thread for, nor less than this many
-// tokens of a row, whose threads meet after every step.
+// Tokens times steps worth another thread, and tokens of a row worth another one: threads of a row
+// wait for each other after every step.
 constexpr int64_t kWorkPerThread = int64_t{1} << 17;
 constexpr int64_t kTokensPerThread = int64_t{1} << 15;
 
-// How far the largest y / tau may move before the sums are taken anew from it.
+// Distance that the largest y / tau may move before the sums are taken relative to it anew.
 constexpr double kDrift = 8;
 
-// Where a row, or a chunk of it, lies.
+// Arrays of a row, or of a chunk of it.
 struct Row {
   float* z;
   const float* grad;
@@ -66,7 +65,7 @@ struct Row {
   float y(int64_t i) const { return noise ? z[i] + noise[i] : z[i]; }
 };
 
-// What sums are relative to.
+// Numbers that the sums are relative to.
 struct Centre {
   float top;           // M
   float grad;          // G[token]
@@ -89,20 +88,20 @@ struct Step {
   float mean;    // T / S, times the weight
   AdamRate adam;
 
-  // Whether the step may divide by way of estimates: nothing overflows on the way, and what they
-  // do not take, subnormal numbers, is lost beside epsilon.
+  // True if the step may divide by estimates: nothing overflows, and subnormal numbers, which
+  // estimates do not take, are lost beside epsilon.
   bool ordinary() const { return adam.rate >= 0x1p-30f && adam.rate <= 0x1p4f; }
 };
 
-// What a pass finds in a chunk.
-struct Partial {
-  double sum;    // S
-  double tilt;   // T
-  float max;     // of y
-  float second;  // largest second moment
-  float token;   // y of the hard token; only of its own chunk
-  bool tied;     // whether a token before the hard token equals it; likewise
-  bool unclean;  // whether a y is NaN or +inf
+// Sums and maxima of a chunk.
+struct ChunkSums {
+  double sum;                // S
+  double weighted_grad_sum;  // T
+  float max;                 // of y
+  float second;              // largest second moment
+  float token;               // y of the hard token; only of its own chunk
+  bool tied;                 // whether a token before the hard token equals it; likewise
+  bool nonfinite;            // whether a y is NaN or +inf
 };
 
 // -- a chunk
@@ -110,7 +109,7 @@ struct Partial {
 
 template <int W>
 struct Found {
-  Floats<W> sum = {}, tilt = {}, max = splat<W>(-kInfinity), second = {};
+  Floats<W> sum = {}, weighted_grad_sum = {}, max = splat<W>(-kInfinity), second = {};
 };
 
 template <int W, bool kNoise>
@@ -120,11 +119,11 @@ NABLA_FAST_INLINE Floats<W> load_y(const Row& row, int64_t i) {
 }
 
 template <int W, bool kNoise>
-NABLA_FAST_INLINE void survey_lanes(const Row& row, int64_t n, Found<W>& found) {
+NABLA_FAST_INLINE void find_max_lanes(const Row& row, int64_t n, Found<W>& found) {
   for (int64_t i = 0; i < n; i += W) {
     const Floats<W> y = load_y<W, kNoise>(row, i);
     found.max = y > found.max ? y : found.max;
-    // Until the sums are taken, this one tells a NaN or an infinity.
+    // `sum` is not in use yet: NaN marks a NaN or an infinity.
     found.sum += select<W>(above<W>(y, kMaxFloat), splat<W>(kNaN), Floats<W>{});
   }
 }
@@ -180,12 +179,12 @@ struct Exponential<16> {
 #endif
 
 template <int W, bool kNoise>
-NABLA_FAST_INLINE void measure_lanes(const Row& row, int64_t n, Centre centre, int64_t ahead,
-                                     Found<W>& found) {
+NABLA_FAST_INLINE void sum_exps_lanes(const Row& row, int64_t n, Centre centre, int64_t prefetch,
+                                      Found<W>& found) {
   const Exponential<W> exponential(centre);
   for (int64_t i = 0; i < n; i += W) {
-    __builtin_prefetch(row.e + i + ahead, 1);
-    __builtin_prefetch(row.grad + i + ahead);
+    __builtin_prefetch(row.e + i + prefetch, 1);
+    __builtin_prefetch(row.grad + i + prefetch);
     const Floats<W> d = load_y<W, kNoise>(row, i) - centre.top;
     const Mask<W> counts = above<W>(d, centre.lowest);
     const Floats<W> e = exponential(counts, d);
@@ -193,13 +192,14 @@ NABLA_FAST_INLINE void measure_lanes(const Row& row, int64_t n, Centre centre, i
     store<W>(row.e + i, e);
     found.sum += e;
     // G may be infinite where p is 0.
-    found.tilt = select<W>(counts, found.tilt + e * g, found.tilt);
+    found.weighted_grad_sum =
+        select<W>(counts, found.weighted_grad_sum + e * g, found.weighted_grad_sum);
   }
 }
 
-// The moments of a step.
+// Moments after a step.
 template <int W>
-NABLA_FAST_INLINE void average_lanes(const Row& row, int64_t n, Step step, Found<W>& found) {
+NABLA_FAST_INLINE void moment_lanes(const Row& row, int64_t n, Step step, Found<W>& found) {
   const float share1 = static_cast<float>(1 - kBeta1), beta2 = static_cast<float>(kBeta2);
   const float per_root = static_cast<float>((1 - kBeta1) / std::sqrt(1 - kBeta2));
   for (int64_t i = 0; i < n; i += W) {
@@ -215,7 +215,7 @@ NABLA_FAST_INLINE void average_lanes(const Row& row, int64_t n, Step step, Found
   }
 }
 
-// What logits become with these moments, and the largest y it leads to.
+// Logits after a step with these moments, and the largest y.
 template <int W, bool kNoise>
 NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, Step step, Found<W>& found) {
   for (int64_t i = 0; i < n; i += W) {
@@ -229,12 +229,12 @@ NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, Step step, Found<W>
   }
 }
 
-// The same, within about 2^-26 of a move, by estimates and one step of Newton's method each: the
-// divider needs as long for a division and a square root as the other units for all the rest. For
+// The same, within about 2^-26 of a move, by estimates and one step of Newton's method each: a
+// division and a square root take the divider as long as all the rest takes the other units. For
 // second moments of at most kEstimated.
 constexpr float kEstimated = 0x1p40f;
 template <int W, bool kNoise>
-NABLA_FAST_INLINE void move_lanes_fast(const Row& row, int64_t n, Step step, int64_t ahead,
+NABLA_FAST_INLINE void move_lanes_fast(const Row& row, int64_t n, Step step, int64_t prefetch,
                                        Found<W>& found) {
   // With a = scale / rate, a move is first / (a sqrt(second) + epsilon / rate). The square root of
   // a^2 second / 4 is half of the first term; 2^-126 keeps it from 0, where 1 / sqrt is infinite.
@@ -242,9 +242,9 @@ NABLA_FAST_INLINE void move_lanes_fast(const Row& row, int64_t n, Step step, int
       0.25f * (step.adam.scale / step.adam.rate) * (step.adam.scale / step.adam.rate);
   const float epsilon = kEpsilon / step.adam.rate;
   for (int64_t i = 0; i < n; i += W) {
-    __builtin_prefetch(row.z + i + ahead, 1);
-    __builtin_prefetch(row.exp_avg + i + ahead, 1);
-    __builtin_prefetch(row.exp_avg_sq + i + ahead, 1);
+    __builtin_prefetch(row.z + i + prefetch, 1);
+    __builtin_prefetch(row.exp_avg + i + prefetch, 1);
+    __builtin_prefetch(row.exp_avg_sq + i + prefetch, 1);
     const Floats<W> x = load<W>(row.exp_avg_sq + i) * quarter + 0x1p-126f;
     const Floats<W> inverse = vec_rsqrt14(x);
     const Floats<W> half = x * inverse;
@@ -261,25 +261,25 @@ NABLA_FAST_INLINE void move_lanes_fast(const Row& row, int64_t n, Step step, int
 
 // One step, but for the sums of the next.
 template <int W, bool kNoise>
-NABLA_FAST_INLINE void step_lanes(const Row& row, int64_t n, const Step& step, int64_t ahead,
+NABLA_FAST_INLINE void step_lanes(const Row& row, int64_t n, const Step& step, int64_t prefetch,
                                   Found<W>& found) {
-  average_lanes<W>(row, n, step, found);
+  moment_lanes<W>(row, n, step, found);
   if constexpr (kHasEstimates<W>) {
     if (step.ordinary() && !any_lane<W>(above<W>(found.second, kEstimated))) {
-      move_lanes_fast<W, kNoise>(row, n, step, ahead, found);
+      move_lanes_fast<W, kNoise>(row, n, step, prefetch, found);
       return;
     }
   }
   move_lanes<W, kNoise>(row, n, step, found);
 }
 
-// The last tokens of a row, fewer than a vector, with masked ones behind them.
+// Last tokens of a row, fewer than a vector, with masked ones behind them.
 template <int W>
-struct Rest {
+struct Tail {
   alignas(64) float z[W], grad[W] = {}, exp_avg[W] = {},
                           exp_avg_sq[W] = {}, e[W] = {}, noise[W] = {};
 
-  NABLA_FAST_INLINE Rest(const Row& row, int64_t n) {
+  NABLA_FAST_INLINE Tail(const Row& row, int64_t n) {
     for (int64_t i = 0; i < W; ++i) z[i] = -kInfinity;
     for (int64_t i = 0; i < n; ++i) {
       z[i] = row.z[i];
@@ -302,66 +302,67 @@ struct Rest {
 };
 
 template <int W>
-NABLA_FAST_INLINE void join_lanes(const Found<W>& found, Partial& partial) {
-  partial.sum = partial.tilt = 0;
+NABLA_FAST_INLINE void join_lanes(const Found<W>& found, ChunkSums& partial) {
+  partial.sum = partial.weighted_grad_sum = 0;
   for (int lane = 0; lane < W; ++lane) {
     partial.sum += found.sum[lane];
-    partial.tilt += found.tilt[lane];
+    partial.weighted_grad_sum += found.weighted_grad_sum[lane];
   }
   partial.max = lane_max<W>(found.max);
   partial.second = lane_max<W>(found.second);
-  partial.unclean = std::isnan(partial.sum);
+  partial.nonfinite = std::isnan(partial.sum);
 }
 
-// Largest y of a chunk of n tokens, and whether all are clean.
+// Largest y of a chunk of n tokens, and whether one is not finite.
 template <int W, bool kNoise>
-NABLA_FAST_INLINE void survey(const Row& row, int64_t n, Partial& partial) {
+NABLA_FAST_INLINE void find_max(const Row& row, int64_t n, ChunkSums& partial) {
   const int64_t whole = n / W * W;
   Found<W> found;
-  survey_lanes<W, kNoise>(row, whole, found);
+  find_max_lanes<W, kNoise>(row, whole, found);
   if (n > whole) {
-    Rest<W> rest(row.from(whole), n - whole);
-    survey_lanes<W, kNoise>(rest.row(), W, found);
+    Tail<W> tail(row.from(whole), n - whole);
+    find_max_lanes<W, kNoise>(tail.row(), W, found);
   }
   join_lanes<W>(found, partial);
 }
 
-// S and T of a chunk, and whether it is clean; the rest of `partial` stays.
+// S and T of a chunk, and whether one is not finite; other fields of `partial` stay.
 template <int W, bool kNoise>
-NABLA_FAST_INLINE void measure(const Row& row, int64_t n, const Centre& centre, Partial& partial) {
+NABLA_FAST_INLINE void sum_exps(const Row& row, int64_t n, const Centre& centre,
+                                ChunkSums& partial) {
   const int64_t whole = n / W * W;
   Found<W> found;
-  measure_lanes<W, kNoise>(row, whole, centre, 0, found);
+  sum_exps_lanes<W, kNoise>(row, whole, centre, 0, found);
   if (n > whole) {
-    Rest<W> rest(row.from(whole), n - whole);
-    measure_lanes<W, kNoise>(rest.row(), W, centre, 0, found);
-    rest.put_back(row.from(whole), n - whole);
+    Tail<W> tail(row.from(whole), n - whole);
+    sum_exps_lanes<W, kNoise>(tail.row(), W, centre, 0, found);
+    tail.put_back(row.from(whole), n - whole);
   }
-  Partial joined;
+  ChunkSums joined;
   join_lanes<W>(found, joined);
   partial.sum = joined.sum;
-  partial.tilt = joined.tilt;
-  partial.unclean = joined.unclean;
+  partial.weighted_grad_sum = joined.weighted_grad_sum;
+  partial.nonfinite = joined.nonfinite;
 }
 
 // One step of a chunk. token: the hard token's index in it; outside of [0, n) if it is elsewhere.
 template <int W, bool kNoise>
-NABLA_FAST_INLINE void advance(const Row& row, int64_t n, const Step& step, int64_t token,
-                               int64_t ahead, Partial& partial) {
+NABLA_FAST_INLINE void take_step(const Row& row, int64_t n, const Step& step, int64_t token,
+                                 int64_t prefetch, ChunkSums& partial) {
   const int64_t whole = n / W * W;
   Found<W> found;
   for (int64_t begin = 0; begin < whole; begin += kStepTokens) {
     const Row block = row.from(begin);
     const int64_t size = std::min(kStepTokens, whole - begin);
-    const int64_t next = begin + kStepTokens < whole ? kStepTokens : ahead - begin;
+    const int64_t next = begin + kStepTokens < whole ? kStepTokens : prefetch - begin;
     step_lanes<W, kNoise>(block, size, step, next, found);
-    measure_lanes<W, kNoise>(block, size, step.centre, next, found);
+    sum_exps_lanes<W, kNoise>(block, size, step.centre, next, found);
   }
   if (n > whole) {
-    Rest<W> rest(row.from(whole), n - whole);
-    step_lanes<W, kNoise>(rest.row(), W, step, 0, found);
-    measure_lanes<W, kNoise>(rest.row(), W, step.centre, 0, found);
-    rest.put_back(row.from(whole), n - whole);
+    Tail<W> tail(row.from(whole), n - whole);
+    step_lanes<W, kNoise>(tail.row(), W, step, 0, found);
+    sum_exps_lanes<W, kNoise>(tail.row(), W, step.centre, 0, found);
+    tail.put_back(row.from(whole), n - whole);
   }
   join_lanes<W>(found, partial);
   if (token < 0 || token >= n) return;
@@ -375,32 +376,33 @@ using NoiseOf = void(int64_t seed, int64_t position, int64_t token, int64_t n, f
 
 // The passes for one instruction set, with noise or without.
 struct Passes {
-  void (*survey)(const Row&, int64_t, Partial&);
-  void (*measure)(const Row&, int64_t, const Centre&, Partial&);
-  void (*advance)(const Row&, int64_t, const Step&, int64_t, int64_t, Partial&);
+  void (*find_max)(const Row&, int64_t, ChunkSums&);
+  void (*sum_exps)(const Row&, int64_t, const Centre&, ChunkSums&);
+  void (*take_step)(const Row&, int64_t, const Step&, int64_t, int64_t, ChunkSums&);
   NoiseOf* noise;
 };
 
-#define NABLA_FAST_PASSES(NAME, TARGET, W)                                                        \
-  template <bool kNoise>                                                                          \
-  TARGET void survey_##NAME(const Row& row, int64_t n, Partial& partial) {                        \
-    survey<W, kNoise>(row, n, partial);                                                           \
-  }                                                                                               \
-  template <bool kNoise>                                                                          \
-  TARGET void measure_##NAME(const Row& row, int64_t n, const Centre& centre, Partial& partial) { \
-    measure<W, kNoise>(row, n, centre, partial);                                                  \
-  }                                                                                               \
-  template <bool kNoise>                                                                          \
-  TARGET void advance_##NAME(const Row& row, int64_t n, const Step& step, int64_t token,          \
-                             int64_t ahead, Partial& partial) {                                   \
-    advance<W, kNoise>(row, n, step, token, ahead, partial);                                      \
-  }                                                                                               \
-  TARGET void noise_##NAME(int64_t seed, int64_t position, int64_t token, int64_t n,              \
-                           float* noise) {                                                        \
-    gumbel_noise<W / 2>(seed, position, token, n, noise);                                         \
-  }                                                                                               \
-  template <bool kNoise>                                                                          \
-  constexpr Passes kPasses_##NAME{survey_##NAME<kNoise>, measure_##NAME<kNoise>,                  \
+#define NABLA_FAST_PASSES(NAME, TARGET, W)                                               \
+  template <bool kNoise>                                                                 \
+  TARGET void survey_##NAME(const Row& row, int64_t n, ChunkSums& partial) {             \
+    find_max<W, kNoise>(row, n, partial);                                                \
+  }                                                                                      \
+  template <bool kNoise>                                                                 \
+  TARGET void measure_##NAME(const Row& row, int64_t n, const Centre& centre,            \
+                             ChunkSums& partial) {                                       \
+    sum_exps<W, kNoise>(row, n, centre, partial);                                        \
+  }                                                                                      \
+  template <bool kNoise>                                                                 \
+  TARGET void advance_##NAME(const Row& row, int64_t n, const Step& step, int64_t token, \
+                             int64_t prefetch, ChunkSums& partial) {                     \
+    take_step<W, kNoise>(row, n, step, token, prefetch, partial);                        \
+  }                                                                                      \
+  TARGET void noise_##NAME(int64_t seed, int64_t position, int64_t token, int64_t n,     \
+                           float* noise) {                                               \
+    gumbel_noise<W / 2>(seed, position, token, n, noise);                                \
+  }                                                                                      \
+  template <bool kNoise>                                                                 \
+  constexpr Passes kPasses_##NAME{survey_##NAME<kNoise>, measure_##NAME<kNoise>,         \
                                   advance_##NAME<kNoise>, noise_##NAME};
 
 NABLA_FAST_PASSES(baseline, , 4)
@@ -443,19 +445,19 @@ struct Call {
   }
 };
 
-// Memory for one row that is being worked on.
-struct Desk {
-  Partial* partials[2];  // [chunks] each
-  float* e;              // [vocab]
-  float* noise;          // [vocab], or null
-  float* copy;           // [3, vocab], or null: a row to try steps on
+// Memory for one row at a time.
+struct Scratch {
+  ChunkSums* partials[2];  // [chunks] each
+  float* e;                // [vocab]
+  float* noise;            // [vocab], or null
+  float* copy;             // [3, vocab], or null: a row to try steps on
 };
 
-// The threads that share a row.
-struct Team {
+// Threads that share a row.
+struct ThreadGroup {
   int rank, size;
 
-  void meet() const {
+  void barrier() const {
     if (size > 1) {
 #pragma omp barrier
     }
@@ -482,18 +484,19 @@ int64_t argmax_any(const Row& row, int64_t vocab) {
 
 class Descent {
  public:
-  Descent(const Call& call, const Passes& passes, const Row& row, const Desk& desk, Team team)
+  Descent(const Call& call, const Passes& passes, const Row& row, const Scratch& scratch,
+          ThreadGroup threads)
       : call_(call),
         passes_(passes),
         row_(row),
-        partials_{desk.partials[0], desk.partials[1]},
-        team_(team),
+        partials_{scratch.partials[0], scratch.partials[1]},
+        threads_(threads),
         chunks_(call.chunks()) {}
 
-  // At most `most` steps of row `index`, of which no logit is NaN or +inf and one is finite.
+  // Takes at most `most` steps of row `index`. No logit is NaN or +inf, and one is finite.
   Outcome run(int64_t index, int64_t most) {
-    each_chunk([&](const Row& chunk, int64_t n, int64_t, Partial& partial) {
-      passes_.survey(chunk, n, partial);
+    each_chunk([&](const Row& chunk, int64_t n, int64_t, ChunkSums& partial) {
+      passes_.find_max(chunk, n, partial);
     });
     Outcome outcome{0, first_of_largest(), false};
     Centre centre(max_, row_.grad[outcome.token], call_.tau);
@@ -501,75 +504,75 @@ class Descent {
     while (outcome.taken < most && !outcome.flipped) {
       if (stale) {
         centre.top = max_;
-        const Partial* before = now();
-        each_chunk([&](const Row& chunk, int64_t n, int64_t begin, Partial& partial) {
+        const ChunkSums* before = now();
+        each_chunk([&](const Row& chunk, int64_t n, int64_t begin, ChunkSums& partial) {
           partial = before[begin / kChunkTokens];
-          passes_.measure(chunk, n, centre, partial);
+          passes_.sum_exps(chunk, n, centre, partial);
         });
       }
       const Step step = next_step(index, outcome.taken, centre);
       ++outcome.taken;
-      if (unclean_ || !std::isfinite(static_cast<float>(tilt_ / sum_))) {
-        spoil();
+      if (nonfinite_ || !std::isfinite(static_cast<float>(weighted_grad_sum_ / sum_))) {
+        fill_nan();
         outcome.flipped = outcome.token != 0;
         outcome.token = 0;
         continue;
       }
       {
         const FlushToZero flush(may_flush(step));
-        each_chunk([&](const Row& chunk, int64_t n, int64_t begin, Partial& partial) {
-          passes_.advance(chunk, n, step, outcome.token - begin,
-                          turn_ & 1 ? kChunkTokens : -kChunkTokens, partial);
+        each_chunk([&](const Row& chunk, int64_t n, int64_t begin, ChunkSums& partial) {
+          passes_.take_step(chunk, n, step, outcome.token - begin,
+                            turn_ & 1 ? kChunkTokens : -kChunkTokens, partial);
         });
       }
-      if (unclean_) {
+      if (nonfinite_) {
         const int64_t moved = argmax_any(row_, call_.vocab);
         outcome.flipped = moved != outcome.token;
         outcome.token = moved;
-        team_.meet();
+        threads_.barrier();
       } else {
         outcome.flipped = leads_another(outcome.token);
       }
       stale = std::fabs(static_cast<double>(max_) - centre.top) > kDrift * call_.tau;
     }
-    if (outcome.flipped && !unclean_) outcome.token = first_of_largest();
+    if (outcome.flipped && !nonfinite_) outcome.token = first_of_largest();
     return outcome;
   }
 
  private:
-  Partial* now() const { return partials_[turn_ & 1]; }
+  ChunkSums* now() const { return partials_[turn_ & 1]; }
 
-  // work(chunk, tokens, first token, partial) on each of the thread's chunks, and the row's totals.
-  // One pass goes up and the next one down, so that it begins with what the caches still hold.
+  // Calls work(chunk, tokens, first token, partial) for each of the thread's chunks, then takes the
+  // row's totals. Passes go up and down in turn: each begins with the chunks still in the caches.
   template <typename Work>
   void each_chunk(const Work& work) {
     ++turn_;
-    const int64_t first = team_.begin(chunks_), last = team_.end(chunks_) - 1;
+    const int64_t first = threads_.begin(chunks_), last = threads_.end(chunks_) - 1;
     for (int64_t n = 0; n <= last - first; ++n) {
       const int64_t chunk = turn_ & 1 ? first + n : last - n;
       const int64_t begin = chunk * kChunkTokens;
       work(row_.from(begin), std::min(kChunkTokens, call_.vocab - begin), begin, now()[chunk]);
     }
-    team_.meet();
-    sum_ = tilt_ = 0;
+    threads_.barrier();
+    sum_ = weighted_grad_sum_ = 0;
     max_ = -kInfinity;
     second_ = 0;
-    unclean_ = false;
-    for (const Partial* partial = now(); partial < now() + chunks_; ++partial) {
+    nonfinite_ = false;
+    for (const ChunkSums* partial = now(); partial < now() + chunks_; ++partial) {
       sum_ += partial->sum;
-      tilt_ += partial->tilt;
+      weighted_grad_sum_ += partial->weighted_grad_sum;
       max_ = std::max(max_, partial->max);
       second_ = std::max(second_, partial->second);
-      unclean_ |= partial->unclean;
+      nonfinite_ |= partial->nonfinite;
     }
     // A learning rate of infinity can mask every token.
-    unclean_ |= max_ == -kInfinity;
+    nonfinite_ |= max_ == -kInfinity;
   }
 
   Step next_step(int64_t index, int64_t taken, const Centre& centre) const {
     const double weight = std::sqrt(1 - kBeta2) / (sum_ * call_.tau);
-    return {centre, static_cast<float>(weight), static_cast<float>(tilt_ / sum_ * weight),
-            call_.steps.rate(index, taken)};
+    return {centre, static_cast<float>(weight),
+            static_cast<float>(weighted_grad_sum_ / sum_ * weight), call_.steps.rate(index, taken)};
   }
 
   // Far below the largest logit, second moments are below 2^-126. They may become 0 beside much
@@ -589,79 +592,79 @@ class Descent {
     return 0;
   }
 
-  // Whether the argmax is no longer `token`, to be seen without reading other threads' chunks.
+  // True if the argmax is no longer `token`, without reading other threads' chunks.
   bool leads_another(int64_t token) const {
     const int64_t own = token / kChunkTokens;
     if (now()[own].token != max_ || now()[own].tied) return true;
-    return std::any_of(now(), now() + own, [&](const Partial& p) { return p.max == max_; });
+    return std::any_of(now(), now() + own, [&](const ChunkSums& p) { return p.max == max_; });
   }
 
-  // What a NaN or an infinity becomes in one step: the softmax of the row is NaN.
-  void spoil() {
-    const int64_t begin = team_.begin(chunks_) * kChunkTokens;
-    const int64_t end = std::min(team_.end(chunks_) * kChunkTokens, call_.vocab);
+  // A step of a row with a NaN or an infinity: its softmax is NaN.
+  void fill_nan() {
+    const int64_t begin = threads_.begin(chunks_) * kChunkTokens;
+    const int64_t end = std::min(threads_.end(chunks_) * kChunkTokens, call_.vocab);
     for (float* array : {row_.z, row_.exp_avg, row_.exp_avg_sq}) {
       std::fill(array + begin, array + std::max(begin, end), kNaN);
     }
-    unclean_ = true;
-    team_.meet();
+    nonfinite_ = true;
+    threads_.barrier();
   }
 
   const Call& call_;
   const Passes& passes_;
   const Row row_;
-  Partial* const partials_[2];
-  const Team team_;
+  ChunkSums* const partials_[2];
+  const ThreadGroup threads_;
   const int64_t chunks_;
   int64_t turn_ = 0;
-  // Of the last pass.
-  double sum_ = 0, tilt_ = 0;
+  // Totals of the last pass.
+  double sum_ = 0, weighted_grad_sum_ = 0;
   float max_ = -kInfinity, second_ = 0;
-  bool unclean_ = false;
+  bool nonfinite_ = false;
 };
 
-// A row with what stands on its desk: its noise, if there is any, is drawn there. The threads have
-// met when it is needed elsewhere.
-void set_desk(const Call& call, const Passes& passes, int64_t index, const Desk& desk, Team team,
-              Row& row) {
-  row.e = desk.e;
-  if (!desk.noise) return;
-  row.noise = desk.noise;
+// Points a row to its scratch, and draws the thread's part of its noise there. A barrier follows
+// before other threads read it.
+void prepare_scratch(const Call& call, const Passes& passes, int64_t index, const Scratch& scratch,
+                     ThreadGroup threads, Row& row) {
+  row.e = scratch.e;
+  if (!scratch.noise) return;
+  row.noise = scratch.noise;
   const int64_t chunks = call.chunks();
-  const int64_t begin = team.begin(chunks) * kChunkTokens;
-  const int64_t end = std::min(team.end(chunks) * kChunkTokens, call.vocab);
+  const int64_t begin = threads.begin(chunks) * kChunkTokens;
+  const int64_t end = std::min(threads.end(chunks) * kChunkTokens, call.vocab);
   if (begin >= end) return;
   passes.noise(call.noise_seed[index], call.noise_position[index], begin, end - begin,
-               desk.noise + begin);
+               scratch.noise + begin);
 }
 
-// Steps of a row in its own place, and what they came to.
-void descend(const Call& call, const Passes& passes, int64_t index, int64_t most, const Desk& desk,
-             Team team) {
+// Steps of a row in place, and their outcome.
+void descend(const Call& call, const Passes& passes, int64_t index, int64_t most,
+             const Scratch& scratch, ThreadGroup threads) {
   Row row = call.row(index);
-  set_desk(call, passes, index, desk, team, row);
-  const Outcome outcome = Descent(call, passes, row, desk, team).run(index, most);
-  team.meet();  // the others still read the steps taken
-  if (team.rank > 0) return;
+  prepare_scratch(call, passes, index, scratch, threads, row);
+  const Outcome outcome = Descent(call, passes, row, scratch, threads).run(index, most);
+  threads.barrier();  // the others still read the steps taken
+  if (threads.rank > 0) return;
   call.steps.taken[index] += outcome.taken;
   call.token[index] = outcome.token;
   call.flipped[index] = outcome.flipped;
 }
 
-// Steps of a row on a copy: how many until its token moves, or `most`.
+// Steps of a copy of a row until its token moves; the largest number if `most` do not move it.
 int64_t steps_to_flip(const Call& call, const Passes& passes, int64_t index, int64_t most,
-                      const Desk& desk, Team team) {
+                      const Scratch& scratch, ThreadGroup threads) {
   Row row = call.row(index);
-  set_desk(call, passes, index, desk, team, row);
-  const int64_t chunks = call.chunks(), begin = team.begin(chunks) * kChunkTokens;
-  const int64_t end = std::max(begin, std::min(team.end(chunks) * kChunkTokens, call.vocab));
-  float* copy = desk.copy;
+  prepare_scratch(call, passes, index, scratch, threads, row);
+  const int64_t chunks = call.chunks(), begin = threads.begin(chunks) * kChunkTokens;
+  const int64_t end = std::max(begin, std::min(threads.end(chunks) * kChunkTokens, call.vocab));
+  float* copy = scratch.copy;
   for (float** array : {&row.z, &row.exp_avg, &row.exp_avg_sq}) {
     std::copy(*array + begin, *array + end, copy + begin);
     *array = copy;
     copy += call.vocab;
   }
-  const Outcome outcome = Descent(call, passes, row, desk, team).run(index, most);
+  const Outcome outcome = Descent(call, passes, row, scratch, threads).run(index, most);
   return outcome.flipped ? outcome.taken : std::numeric_limits<int64_t>::max();
 }
 
@@ -671,42 +674,43 @@ int64_t steps_to_flip(const Call& call, const Passes& passes, int64_t index, int
 struct Layout {
   int threads;  // at most
   int sharing;  // threads that share a row; 1: each thread has rows of its own
-  int desks;
-  int64_t desk_bytes, bytes;  // bytes: 0 if they are too many
+  int scratches;
+  int64_t scratch_bytes, bytes;  // bytes: 0 if they are too many
 
   Layout(int64_t rows, int64_t vocab, int64_t iters, bool noise, bool groups, int32_t asked) {
     threads = threads_for((Size(rows) * vocab * std::max<int64_t>(iters, 1)).or_most(),
                           kWorkPerThread, asked);
     const int64_t most = std::clamp<int64_t>(vocab / kTokensPerThread, 1, threads);
     sharing = most > rows ? static_cast<int>(most) : 1;
-    desks =
+    scratches =
         sharing > 1 ? 1 : static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(rows, 1)));
     const int64_t chunks = (vocab + kChunkTokens - 1) / kChunkTokens;
-    desk_bytes = padded(2 * chunks * sizeof(Partial)) + padded(4 * vocab) +
-                 (noise ? padded(4 * vocab) : 0) + (groups ? padded(12 * vocab) : 0);
-    bytes = (kAlignment + Size(desks) * desk_bytes + Size(groups ? 3 * 8 : 0) * rows).or_zero();
+    scratch_bytes = whole_lines(2 * chunks * sizeof(ChunkSums)) + whole_lines(4 * vocab) +
+                    (noise ? whole_lines(4 * vocab) : 0) + (groups ? whole_lines(12 * vocab) : 0);
+    bytes =
+        (kAlignment + Size(scratches) * scratch_bytes + Size(groups ? 3 * 8 : 0) * rows).or_zero();
   }
-  static int64_t padded(int64_t size) { return (size + 63) / 64 * 64; }
+  static int64_t whole_lines(int64_t size) { return (size + 63) / 64 * 64; }
 
-  Desk desk(char* workspace, int index, int64_t vocab, bool noise, bool groups) const {
-    char* at = workspace + index * desk_bytes;
+  Scratch scratch(char* workspace, int index, int64_t vocab, bool noise, bool groups) const {
+    char* at = workspace + index * scratch_bytes;
     const int64_t chunks = (vocab + kChunkTokens - 1) / kChunkTokens;
-    Desk desk{};
-    desk.partials[0] = reinterpret_cast<Partial*>(at);
-    desk.partials[1] = desk.partials[0] + chunks;
-    at += padded(2 * chunks * sizeof(Partial));
-    desk.e = reinterpret_cast<float*>(at);
-    at += padded(4 * vocab);
+    Scratch scratch{};
+    scratch.partials[0] = reinterpret_cast<ChunkSums*>(at);
+    scratch.partials[1] = scratch.partials[0] + chunks;
+    at += whole_lines(2 * chunks * sizeof(ChunkSums));
+    scratch.e = reinterpret_cast<float*>(at);
+    at += whole_lines(4 * vocab);
     if (noise) {
-      desk.noise = reinterpret_cast<float*>(at);
-      at += padded(4 * vocab);
+      scratch.noise = reinterpret_cast<float*>(at);
+      at += whole_lines(4 * vocab);
     }
-    if (groups) desk.copy = reinterpret_cast<float*>(at);
-    return desk;
+    if (groups) scratch.copy = reinterpret_cast<float*>(at);
+    return scratch;
   }
 };
 
-// Whether the arrays of a call have a size, so that a layout of its workspace can be made.
+// True if the arrays of a call have a size, so that its workspace can be laid out.
 bool sizes_fit(int64_t rows, int64_t vocab, int64_t iters) {
   return fits({{rows, 1}}, 24) && fits({{vocab, 1}}, 64) && fits({{iters, 1}}, 8);
 }
@@ -715,9 +719,9 @@ nabla_fast_status status_of(const Call& call, const Passes& passes, int64_t inde
   const Row row = call.row(index);
   float max = -kInfinity;
   for (int64_t begin = 0; begin < call.vocab; begin += kChunkTokens) {
-    Partial partial;
-    passes.survey(row.from(begin), std::min(kChunkTokens, call.vocab - begin), partial);
-    if (partial.unclean) {
+    ChunkSums partial;
+    passes.find_max(row.from(begin), std::min(kChunkTokens, call.vocab - begin), partial);
+    if (partial.nonfinite) {
       const auto is_nan = [](float z) { return std::isnan(z); };
       return std::any_of(row.z + begin, row.z + call.vocab, is_nan) ? NABLA_FAST_ROW_NAN
                                                                     : NABLA_FAST_ROW_INFINITE;
@@ -727,35 +731,35 @@ nabla_fast_status status_of(const Call& call, const Passes& passes, int64_t inde
   return max == -kInfinity ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
 }
 
-// Calls work(row, desk, team) for every row, on all threads that share it.
+// Calls work(row, scratch, threads) for every row, on all threads that share it.
 template <typename Work>
 void each_row(const Call& call, const Layout& layout, char* workspace, const Work& work) {
   const bool noise = call.noise_seed, groups = call.group;
   if (layout.sharing > 1) {
-    const Desk desk = layout.desk(workspace, 0, call.vocab, noise, groups);
+    const Scratch scratch = layout.scratch(workspace, 0, call.vocab, noise, groups);
 #ifdef _OPENMP
   #pragma omp parallel num_threads(layout.sharing)
     {
-      const Team team{omp_get_thread_num(), omp_get_num_threads()};
+      const ThreadGroup threads{omp_get_thread_num(), omp_get_num_threads()};
       for (int64_t row = 0; row < call.rows; ++row) {
-        work(row, desk, team);
-        team.meet();  // the desk is free again
+        work(row, scratch, threads);
+        threads.barrier();  // the scratch is free again
       }
     }
 #else
-    for (int64_t row = 0; row < call.rows; ++row) work(row, desk, Team{0, 1});
+    for (int64_t row = 0; row < call.rows; ++row) work(row, scratch, ThreadGroup{0, 1});
 #endif
     return;
   }
-#pragma omp parallel for num_threads(layout.desks) schedule(dynamic) if (layout.desks > 1)
+#pragma omp parallel for num_threads(layout.scratches) schedule(dynamic) if (layout.scratches > 1)
   for (int64_t row = 0; row < call.rows; ++row) {
 #ifdef _OPENMP
     const int rank = omp_get_thread_num();
 #else
     const int rank = 0;
 #endif
-    work(row, layout.desk(workspace, layout.desks > 1 ? rank : 0, call.vocab, noise, groups),
-         Team{0, 1});
+    work(row, layout.scratch(workspace, layout.scratches > 1 ? rank : 0, call.vocab, noise, groups),
+         ThreadGroup{0, 1});
   }
 }
 
@@ -771,31 +775,32 @@ nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Lay
   if (!good) return NABLA_FAST_BAD_ROWS;
 
   const Passes& mine = call.noise_seed ? passes<true>() : plain;
-  Groups groups{};
+  StopGroups groups{};
   if (call.group) {
-    groups.order = reinterpret_cast<int64_t*>(workspace + layout.desks * layout.desk_bytes);
+    groups.order = reinterpret_cast<int64_t*>(workspace + layout.scratches * layout.scratch_bytes);
     groups.leader = groups.order + call.rows;
     groups.earliest = groups.leader + call.rows;
     groups.sort(call.group, call.rows);
-    each_row(call, layout, workspace, [&](int64_t row, const Desk& desk, Team team) {
-      const int64_t leader = groups.leader[row];
-      if (leader < 0) return;
-      int64_t* earliest = &groups.earliest[leader];
-      const int64_t so_far = __atomic_load_n(earliest, __ATOMIC_RELAXED);
-      team.meet();  // all threads of a row must have read the same number
-      const int64_t most = std::min(call.steps.left(row), so_far);
-      const int64_t steps = steps_to_flip(call, mine, row, most, desk, team);
-      if (team.rank > 0) return;
+    each_row(call, layout, workspace,
+             [&](int64_t row, const Scratch& scratch, ThreadGroup threads) {
+               const int64_t leader = groups.leader[row];
+               if (leader < 0) return;
+               int64_t* earliest = &groups.earliest[leader];
+               const int64_t so_far = __atomic_load_n(earliest, __ATOMIC_RELAXED);
+               threads.barrier();  // all threads of a row must have read the same number
+               const int64_t most = std::min(call.steps.left(row), so_far);
+               const int64_t steps = steps_to_flip(call, mine, row, most, scratch, threads);
+               if (threads.rank > 0) return;
 #pragma omp critical(nabla_fast_dto_descent_earliest)
-      if (steps < *earliest) __atomic_store_n(earliest, steps, __ATOMIC_RELAXED);
-    });
+               if (steps < *earliest) __atomic_store_n(earliest, steps, __ATOMIC_RELAXED);
+             });
   }
-  each_row(call, layout, workspace, [&](int64_t row, const Desk& desk, Team team) {
+  each_row(call, layout, workspace, [&](int64_t row, const Scratch& scratch, ThreadGroup threads) {
     int64_t most = call.steps.left(row);
     if (call.group && groups.leader[row] >= 0) {
       most = std::min(most, groups.earliest[groups.leader[row]]);
     }
-    descend(call, mine, row, most, desk, team);
+    descend(call, mine, row, most, scratch, threads);
   });
   return NABLA_FAST_OK;
 }

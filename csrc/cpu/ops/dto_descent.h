@@ -1,5 +1,5 @@
-// What the descents on logits and on latents share: Adam's step, how many steps a row takes, and
-// which rows stop together.
+// Adam's step, the number of steps of a row, and rows that stop together: for the descents on
+// logits and on latents.
 #ifndef NABLA_FAST_CPU_OPS_DTO_DESCENT_H_
 #define NABLA_FAST_CPU_OPS_DTO_DESCENT_H_
 
@@ -21,8 +21,7 @@ struct AdamRate {
   float scale;  // 1 / sqrt(1 - beta2^step)
 };
 
-// A step of parameters `x` along gradients `g`; returns where they are then. The moments are brought
-// up to date.
+// Parameters `x` after a step along gradients `g`. The moments are updated.
 template <int W>
 NABLA_FAST_INLINE Floats<W> adam(Floats<W> x, Floats<W> g, AdamRate step, Floats<W>& exp_avg,
                                  Floats<W>& exp_avg_sq) {
@@ -33,19 +32,19 @@ NABLA_FAST_INLINE Floats<W> adam(Floats<W> x, Floats<W> g, AdamRate step, Floats
   return x - step.rate * (exp_avg / (vec_sqrt<W>(exp_avg_sq) * step.scale + kEpsilon));
 }
 
-// The steps of a call's rows.
+// Steps of a call's rows.
 struct Steps {
   int64_t* taken;          // [rows]
   const double* schedule;  // [iters] of each row, or of all
   int64_t iters, schedule_stride;
   const int64_t* until;  // [rows], or null
 
-  // How many a row may take.
+  // Number of steps that a row may take.
   int64_t left(int64_t row) const {
     const int64_t last = until ? until[row] : iters;
     return last > taken[row] ? last - taken[row] : 0;
   }
-  // Of the step that follows `more` ones of this call.
+  // Rate of the step that follows `more` steps of this call.
   AdamRate rate(int64_t row, int64_t more) const {
     const int64_t before = taken[row] + more;
     const double count = static_cast<double>(before + 1);
@@ -60,8 +59,8 @@ struct Steps {
   }
 };
 
-// Which rows stop together: sorted by group, each row's leader is the first of its group.
-struct Groups {
+// Groups of rows that stop together. A row's leader is the first row of its group.
+struct StopGroups {
   int64_t* order;     // [rows]
   int64_t* leader;    // [rows]; -1: the row has a group to itself
   int64_t* earliest;  // [rows], of a leader: after how many steps its group's first token moves

@@ -1,8 +1,8 @@
 // nabla_fast_dto_descent_latents: rounds of one step and one pass over the head.
 //
-// A pass finds the hard tokens and the gradients of all rows that are on their way. It decides
-// whether the step before it moved a token, and prepares the step behind it: K steps take K + 1
-// passes, of which the last looks for tokens alone. Rows that have stopped are in none.
+// A pass finds the hard tokens and the gradients of all active rows. It decides whether the step
+// before it moved a token, and gives the step after it its gradient: K steps take K + 1 passes, of
+// which the last looks for tokens alone. Rows that have stopped are in none.
 
 #include <algorithm>
 #include <cmath>
@@ -22,10 +22,10 @@
 namespace nabla_fast::descent {
 namespace {
 
-// Less work than this is not worth waking a thread for.
+// Multiplications worth another thread.
 constexpr int64_t kProductsPerThread = int64_t{1} << 18;
 
-// The arguments of a call.
+// Arguments of a call.
 struct Call {
   float* h;
   gemm::Table head;
@@ -47,23 +47,23 @@ struct Call {
   int64_t width() const { return head.width; }
 };
 
-// A row on its way.
+// State of a row.
 struct Row {
-  Passed passed;  // by the last pass
-  int64_t taken;  // steps of this call
+  HeadPassResult result;  // by the last pass
+  int64_t taken;          // steps of this call
   int64_t token;
-  bool started, flipped, going;
+  bool started, flipped, active;
 };
 
 struct Workspace {
-  Row* rows;        // [rows]
-  Groups groups;    // [rows]
-  int64_t* list;    // [2, rows]: of a pass, those with a gradient and those without
-  float* gradient;  // [rows, width]
-  Found* found;     // [segments, rows of a pass]
-  float* hidden;    // [rows of a pass, width]
-  char* packed;     // the same as products() reads them
-  float* mix;       // [segments, mix_floats()]
+  Row* rows;             // [rows]
+  StopGroups groups;     // [rows]
+  int64_t* list;         // [2, rows]: of a pass, those with a gradient and those without
+  float* gradient;       // [rows, width]
+  SegmentSums* found;    // [segments, rows of a pass]
+  float* hidden;         // [rows of a pass, width]
+  char* packed;          // the same as products() reads them
+  float* weighted_sums;  // [segments, weighted_sums_floats()]
 
   // Bytes, 0 if they are too many. memory: aligned, or null to count alone.
   static int64_t lay_out(int64_t rows, int64_t vocab, int64_t width, char* memory,
@@ -83,10 +83,10 @@ struct Workspace {
     take(w.groups.earliest, Size(rows) * 8);
     take(w.list, Size(rows) * 16);
     take(w.gradient, Size(rows) * width * 4);
-    take(w.found, Size(segments) * together * sizeof(Found));
+    take(w.found, Size(segments) * together * sizeof(SegmentSums));
     take(w.hidden, Size(together) * width * 4);
     take(w.packed, Size(gemm::PackedRows::bytes(together, width)));
-    take(w.mix, Size(segments) * mix_floats(together, width) * 4);
+    take(w.weighted_sums, Size(segments) * weighted_sums_floats(together, width) * 4);
     return (used + kAlignment).or_zero();
   }
 };
@@ -149,24 +149,24 @@ class Descent {
   nabla_fast_status run() {
     for (int64_t row = 0; row < call_.rows; ++row) {
       w_.rows[row] = {};
-      w_.rows[row].going = true;
+      w_.rows[row].active = true;
     }
-    pass_all();
+    pass_active_rows();
     bool good = true;
     for (int64_t row = 0; row < call_.rows; ++row) {
-      call_.row_status[row] = status_of(w_.rows[row].passed);
+      call_.row_status[row] = status_of(w_.rows[row].result);
       good = good && call_.row_status[row] == NABLA_FAST_OK;
     }
     if (!good) return NABLA_FAST_BAD_ROWS;
     if (call_.group) w_.groups.sort(call_.group, call_.rows);
     for (int64_t row = 0; row < call_.rows; ++row) {
       Row& state = w_.rows[row];
-      state.token = state.passed.token;
+      state.token = state.result.token;
       state.started = true;
-      state.going = call_.steps.left(row) > 0;
+      state.active = call_.steps.left(row) > 0;
     }
-    while (step_all()) {
-      pass_all();
+    while (step_active_rows()) {
+      pass_active_rows();
       stop_rows();
     }
     for (int64_t row = 0; row < call_.rows; ++row) {
@@ -178,40 +178,40 @@ class Descent {
   }
 
  private:
-  static nabla_fast_status status_of(const Passed& passed) {
-    if (passed.nan) return NABLA_FAST_ROW_NAN;
-    if (passed.max == kInfinity) return NABLA_FAST_ROW_INFINITE;
-    return passed.max == -kInfinity ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
+  static nabla_fast_status status_of(const HeadPassResult& result) {
+    if (result.nan) return NABLA_FAST_ROW_NAN;
+    if (result.max == kInfinity) return NABLA_FAST_ROW_INFINITE;
+    return result.max == -kInfinity ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
   }
 
-  // A pass for every row on its way; with a gradient for those that may take another step.
-  void pass_all() {
+  // A pass for every active row; with a gradient for those that may take another step.
+  void pass_active_rows() {
     int64_t* const more = w_.list;
     int64_t* const last = w_.list + call_.rows;
     int64_t more_rows = 0, last_rows = 0;
     for (int64_t row = 0; row < call_.rows; ++row) {
-      if (!w_.rows[row].going) continue;
+      if (!w_.rows[row].active) continue;
       if (w_.rows[row].taken < call_.steps.left(row))
         more[more_rows++] = row;
       else
         last[last_rows++] = row;
     }
-    pass_list(more, more_rows, true);
-    pass_list(last, last_rows, false);
+    pass_rows(more, more_rows, true);
+    pass_rows(last, last_rows, false);
   }
 
-  void pass_list(const int64_t* list, int64_t count, bool sums) {
+  void pass_rows(const int64_t* list, int64_t count, bool sums) {
     const int64_t passes = (count + kRowsPerHeadPass - 1) / kRowsPerHeadPass;
     // As many rows in each: a pass costs no less than reading the head.
     for (int64_t n = 0; n < passes; ++n) {
       const int64_t begin = count * n / passes, end = count * (n + 1) / passes;
-      pass_some(list + begin, static_cast<int>(end - begin), sums);
+      pass_together(list + begin, static_cast<int>(end - begin), sums);
     }
   }
 
-  void pass_some(const int64_t* list, int count, bool sums) {
+  void pass_together(const int64_t* list, int count, bool sums) {
     const int64_t width = call_.width();
-    Pass pass;
+    HeadPass pass;
     for (int n = 0; n < count; ++n) {
       const int64_t row = list[n];
       const float* const h = call_.h + row * call_.h_stride;
@@ -229,34 +229,34 @@ class Descent {
     pass.noise = call_.noise_seed;
 
     const int64_t segments = head_segments(call_.vocab), tokens = head_segment_tokens(call_.vocab);
-    const int64_t mix = mix_floats(count, width);
-    // Reading the head costs what some rows of arithmetic cost.
+    const int64_t weighted_sums = weighted_sums_floats(count, width);
+    // Reading the head costs as much as the arithmetic of some rows.
     const int64_t work = (Size(call_.vocab) * std::max<int64_t>(width, 1) * (count + 4)).or_most();
     const int threads = threads_for(work, kProductsPerThread, call_.num_threads);
     // Not in equal shares: where a core is slower than another, or shared, they would wait for it.
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t s = 0; s < segments; ++s)
       pass_segment(pass, s * tokens, std::min(call_.vocab, (s + 1) * tokens), w_.found + s * count,
-                   sums ? w_.mix + s * mix : nullptr);
+                   sums ? w_.weighted_sums + s * weighted_sums : nullptr);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int n = 0; n < count; ++n)
-      w_.rows[list[n]].passed =
-          join_segments(w_.found, w_.mix, segments, count, n, width, call_.tau,
+      w_.rows[list[n]].result =
+          join_segments(w_.found, w_.weighted_sums, segments, count, n, width, call_.tau,
                         sums ? w_.gradient + list[n] * width : nullptr);
   }
 
-  // A step of every row on its way; whether there was one.
-  bool step_all() {
+  // A step of every active row. Returns whether there was one.
+  bool step_active_rows() {
     TakeStep* const step = select_isa(step_baseline, step_avx2, step_avx512);
     bool any = false;
     for (int64_t row = 0; row < call_.rows; ++row) {
       Row& state = w_.rows[row];
-      if (!state.going) continue;
+      if (!state.active) continue;
       any = true;
       const StepRow at{call_.h + row * call_.h_stride, call_.exp_avg + row * call_.exp_avg_stride,
                        call_.exp_avg_sq + row * call_.exp_avg_sq_stride,
                        w_.gradient + row * call_.width()};
-      if (status_of(state.passed) == NABLA_FAST_OK && std::isfinite(state.passed.mean)) {
+      if (status_of(state.result) == NABLA_FAST_OK && std::isfinite(state.result.mean)) {
         step(at, call_.width(), call_.steps.rate(row, state.taken));
       } else {
         // The softmax of the row is NaN.
@@ -268,21 +268,20 @@ class Descent {
     return any;
   }
 
-  // Which rows the last pass was the last for: a token has moved, theirs or one of their group, or
-  // they have no step left.
+  // Stops rows whose token has moved, or one of their group, or that have no step left.
   void stop_rows() {
     for (int64_t row = 0; row < call_.rows; ++row) {
       Row& state = w_.rows[row];
-      if (!state.going) continue;
-      state.flipped = state.passed.token != state.token;
-      state.token = state.passed.token;
+      if (!state.active) continue;
+      state.flipped = state.result.token != state.token;
+      state.token = state.result.token;
       if (state.flipped && leader(row) >= 0) w_.groups.earliest[leader(row)] = state.taken;
     }
     for (int64_t row = 0; row < call_.rows; ++row) {
       Row& state = w_.rows[row];
       const bool together = leader(row) >= 0 && w_.groups.earliest[leader(row)] <= state.taken;
-      state.going =
-          state.going && !state.flipped && !together && state.taken < call_.steps.left(row);
+      state.active =
+          state.active && !state.flipped && !together && state.taken < call_.steps.left(row);
     }
   }
 
@@ -292,7 +291,7 @@ class Descent {
   Workspace w_;
 };
 
-// Whether the arrays of a call have a size, so that its workspace can be laid out.
+// True if the arrays of a call have a size, so that its workspace can be laid out.
 bool sizes_fit(int64_t rows, int64_t vocab, int64_t width) {
   return fits({{rows, 1}}, 64) && fits({{vocab, 1}}, 8) &&
          fits({{width, 1}}, 4 * gemm::kRowsPerGroup) &&

@@ -16,8 +16,8 @@
 
 namespace nabla_fast::descent {
 
-// Rows that share a pass. Each has two sums over head rows, and their arithmetic takes several times
-// as long as reading the head.
+// Rows that share a pass. Each has two sums over head rows, and their arithmetic takes several
+// times as long as reading the head.
 constexpr int kRowsPerHeadPass = gemm::kRowsPerGroup / 2;
 
 constexpr int64_t kMaxHeadSegments = 32;
@@ -40,7 +40,7 @@ struct PassRow {
   float centre;
 };
 
-struct Pass {
+struct HeadPass {
   gemm::PackedRows rows;  // hidden states, at most kRowsPerHeadPass
   gemm::Table head;       // [vocab, width]
   float inverse_tau;
@@ -48,36 +48,38 @@ struct Pass {
   PassRow row[kRowsPerHeadPass];
 };
 
-// What a segment found out about a row.
-struct Found {
-  double sum;     // of e
-  double tilt;    // of e (G - c)
-  float max;      // M
-  float centre;   // c
-  int64_t token;  // the first at M
-  int64_t nan;    // the first token whose y is NaN, or -1
+// Sums of a row over a segment.
+struct SegmentSums {
+  double sum;                // of e
+  double weighted_grad_sum;  // of e (G - c)
+  float max;                 // M
+  float centre;              // c
+  int64_t token;             // the first at M
+  int64_t nan;               // the first token whose y is NaN, or -1
 };
 
 // A row of the two sums over head rows has room for padded(width) floats; those of e w of all rows
 // come before those of e (G - c) w.
-inline int64_t mix_floats(int rows, int64_t width) { return 2 * rows * gemm::padded(width); }
+inline int64_t weighted_sums_floats(int rows, int64_t width) { return 2 * rows * padded(width); }
 
-// Tokens [first, last) of a segment. found: [rows]; mix: mix_floats(), null if no sums are asked for.
-void pass_segment(const Pass& pass, int64_t first, int64_t last, Found* found, float* mix);
+// Tokens [first, last) of a segment. found: [rows]; weighted_sums: weighted_sums_floats(), null if no sums
+// are asked for.
+void pass_segment(const HeadPass& pass, int64_t first, int64_t last, SegmentSums* found,
+                  float* weighted_sums);
 
-// What a pass comes to for a row.
-struct Passed {
+// Results of a pass for a row.
+struct HeadPassResult {
   float max;      // largest y
   int64_t token;  // argmax as torch has it: the first NaN, or else the first of the largest
   bool nan;       // whether a y is NaN
   double mean;    // <p, G - G[token]>, if sums were asked for
 };
 
-// Joins what segments found out about row `index` of a pass: found[s * rows + index], with the mixes
-// of segment s from mix + s * mix_floats(rows, width) on. gradient: [width] of the row's hidden
-// state, null if no sums were asked for.
-Passed join_segments(const Found* found, const float* mix, int64_t segments, int rows, int index,
-                     int64_t width, double tau, float* gradient);
+// Joins the sums of all segments of row `index` of a pass: found[s * rows + index], with the
+// weighted sums of segment s from weighted_sums + s * weighted_sums_floats(rows, width) on.
+// gradient: [width] of the row's hidden state, null if no sums were asked for.
+HeadPassResult join_segments(const SegmentSums* found, const float* weighted_sums, int64_t segments,
+                             int rows, int index, int64_t width, double tau, float* gradient);
 
 }  // namespace nabla_fast::descent
 

@@ -1,4 +1,4 @@
-// nabla_fast_embedding_mix: what rows of a relaxed one-hot mix of tables.
+// nabla_fast_embedding_mix: products of relaxed one-hot rows with tables.
 //
 // Soft: a segment's weights are relative to the largest y that its row has shown so far; where that
 // moves, what has been added up is scaled to it. Hard: only the largest y is looked for.
@@ -18,7 +18,7 @@
 namespace nabla_fast::mix {
 namespace {
 
-// Multiply-adds that are worth waking a thread for.
+// Multiply-adds worth another thread.
 constexpr int64_t kWorkPerThread = int64_t{1} << 21;
 
 // Floats of a group's mixes of all tables.
@@ -29,7 +29,7 @@ Size mix_floats(const nabla_fast_mix& call) {
   return width * std::min<int64_t>(call.rows, gemm::kRowsPerGroup);
 }
 
-// Segments that are worked on at once.
+// Segments computed at once.
 int parts_of(const nabla_fast_mix& call, int32_t hard, int32_t num_threads) {
   Size width = is_linear(call) ? call.head.width : 0;
   for (int64_t t = 0; t < call.table_count && !hard; ++t) width = width + call.tables[t].width;
@@ -39,7 +39,7 @@ int parts_of(const nabla_fast_mix& call, int32_t hard, int32_t num_threads) {
       threads_for(work.or_most(), kWorkPerThread, num_threads), mix_segments(call.vocab)));
 }
 
-// A row's mixes where `status` is not OK, or those of its hard token.
+// Writes a row's mixes: those of its hard token, or NaN where `status` is not OK.
 void write_row(const nabla_fast_mix& call, int64_t row, nabla_fast_status status, int64_t token,
                float* const* mixes) {
   for (int64_t t = 0; t < call.table_count; ++t) {
@@ -54,36 +54,37 @@ void write_row(const nabla_fast_mix& call, int64_t row, nabla_fast_status status
 // -- soft
 // --------------------------------------------------------------------------------------------
 
-void add_segment(const Group& group, int64_t segment, int64_t floats, MixSums& part) {
+void add_segment(const RowGroup& group, int64_t segment, int64_t floats, MixSums& part) {
   const nabla_fast_mix& call = group.call;
   alignas(64) float y[softmax::kTileFloats];
   float factor[gemm::kRowsPerGroup];
   part.clear(floats);
   for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
     group.load(token, tokens, y);
-    if (softmax::raise(y, group.rows, token, tokens, call.tau, part.tops, factor)) {
+    if (softmax::update_max(y, group.rows, token, tokens, call.tau, part.tops, factor)) {
       float* mixed = part.mixes();
       for (int r = 0; r < group.rows; ++r) part.sums.e[r] *= factor[r];
       for (int64_t t = 0; t < call.table_count; ++t) {
-        const int64_t width = gemm::padded(call.tables[t].width);
+        const int64_t width = padded(call.tables[t].width);
         for (int r = 0; r < group.rows; ++r, mixed += width)
           if (factor[r] != 1)
             for (int64_t k = 0; k < width; ++k) mixed[k] *= factor[r];
       }
     }
-    softmax::weigh(y, group.rows, tokens, part.tops.max, call.tau, part.sums);
+    softmax::exp_and_sum(y, group.rows, tokens, part.tops.max, call.tau, part.sums);
     float* mixed = part.mixes();
     for (int64_t t = 0; t < call.table_count; ++t) {
       const gemm::Table table = gemm::table_of(call.tables[t], call.vocab);
-      gemm::mix(y, gemm::lanes_of(group.rows), group.rows, table.from(token), tokens, mixed);
-      mixed += group.rows * gemm::padded(table.width);
+      gemm::add_weighted_sums(y, gemm::lanes_of(group.rows), group.rows, table.from(token), tokens,
+                              mixed);
+      mixed += group.rows * padded(table.width);
     }
   });
 }
 
-void join_row(const Group& group, int row, MixSums& part, MixSums& total) {
+void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
   softmax::Tops& tops = total.tops;
-  tops.unclean[row] |= part.tops.unclean[row];
+  tops.nonfinite[row] |= part.tops.nonfinite[row];
   const float before = tops.max[row], here = part.tops.max[row];
   if (here > before) {
     tops.max[row] = here;
@@ -95,7 +96,7 @@ void join_row(const Group& group, int row, MixSums& part, MixSums& total) {
   total.sums.e[row] = scale * total.sums.e[row] + part_scale * part.sums.e[row];
   int64_t begin = 0;
   for (int64_t t = 0; t < group.call.table_count; ++t) {
-    const int64_t width = gemm::padded(group.call.tables[t].width);
+    const int64_t width = padded(group.call.tables[t].width);
     float* to = total.mixes() + begin + row * width;
     const float* from = part.mixes() + begin + row * width;
     const float a = static_cast<float>(scale), b = static_cast<float>(part_scale);
@@ -104,7 +105,7 @@ void join_row(const Group& group, int row, MixSums& part, MixSums& total) {
   }
 }
 
-void soft_group(const Group& group, int threads, char* memory, float* const* mixes,
+void soft_group(const RowGroup& group, int threads, char* memory, float* const* mixes,
                 nabla_fast_status* row_status) {
   const nabla_fast_mix& call = group.call;
   const int64_t floats = mix_floats(call).or_zero(), bytes = MixSums::bytes(floats).or_zero();
@@ -127,8 +128,8 @@ void soft_group(const Group& group, int threads, char* memory, float* const* mix
     for (int64_t t = 0; t < call.table_count; ++t) {
       const int64_t width = call.tables[t].width;
       for (int64_t k = 0; k < width; ++k)
-        mixes[t][row * width + k] = mixed[r * gemm::padded(width) + k] * inverse;
-      mixed += group.rows * gemm::padded(width);
+        mixes[t][row * width + k] = mixed[r * padded(width) + k] * inverse;
+      mixed += group.rows * padded(width);
     }
   }
 }
@@ -136,7 +137,7 @@ void soft_group(const Group& group, int threads, char* memory, float* const* mix
 // -- hard
 // --------------------------------------------------------------------------------------------
 
-void hard_group(const Group& group, int threads, char* memory, float* const* mixes,
+void hard_group(const RowGroup& group, int threads, char* memory, float* const* mixes,
                 nabla_fast_status* row_status) {
   const nabla_fast_mix& call = group.call;
   auto* total = reinterpret_cast<softmax::Tops*>(memory);
@@ -149,12 +150,12 @@ void hard_group(const Group& group, int threads, char* memory, float* const* mix
         total[n + 1].clear();
         for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
           group.load(token, tokens, y);
-          softmax::raise(y, group.rows, token, tokens, call.tau, total[n + 1], factor);
+          softmax::update_max(y, group.rows, token, tokens, call.tau, total[n + 1], factor);
         });
       },
       [&](int row, int64_t n) {
         const softmax::Tops& part = total[n + 1];
-        total->unclean[row] |= part.unclean[row];
+        total->nonfinite[row] |= part.nonfinite[row];
         if (!(part.max[row] > total->max[row])) return;
         total->max[row] = part.max[row];
         total->token[row] = part.token[row];
@@ -194,7 +195,7 @@ int64_t nabla_fast_embedding_mix_workspace(const nabla_fast_mix* inputs, int32_t
                                    static_cast<int64_t>(sizeof(softmax::Top)))
         .or_zero();
   const Size part = hard ? Size(sizeof(softmax::Tops)) : MixSums::bytes(mix_floats(call));
-  return (Size(kAlignment) + Group::hidden_bytes(call) +
+  return (Size(kAlignment) + RowGroup::hidden_bytes(call) +
           part * (parts_of(call, hard, num_threads) + 1))
       .or_zero();
 }
@@ -224,8 +225,8 @@ nabla_fast_status nabla_fast_embedding_mix(const nabla_fast_mix* inputs, int32_t
       hard_rows(call, first, rows, memory, mixes, row_status, num_threads);
       continue;
     }
-    const Group group(call, first, memory);
-    char* sums = memory + Group::hidden_bytes(call).or_zero();
+    const RowGroup group(call, first, memory);
+    char* sums = memory + RowGroup::hidden_bytes(call).or_zero();
     if (hard)
       hard_group(group, threads, sums, mixes, row_status);
     else

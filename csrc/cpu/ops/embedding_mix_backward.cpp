@@ -3,12 +3,12 @@
 // G is taken relative to that of the hard token: where p is nearly one-hot, G[token] - <p, G> is a
 // difference of nearly equal numbers.
 //
-// To logits: the largest y of each row first, which is a pass over memory; then G by tiles, and with
-// it <p, G>; then dz. Between the two, G waits where dz will be if that is float32; for others it is
-// taken twice.
+// To logits: the largest y of each row first, which is a pass over memory; then G by tiles, and
+// with it <p, G>; then dz. Between the two, G is kept in the place of dz if that is float32; else
+// it is computed twice.
 //
-// To hidden states: dz head = (sum e (G - c) w - mean sum e w) / (tau sum e) over rows w of the head,
-// all in one pass. Both sums and c, the G of the hard token, follow the largest y so far.
+// To hidden states: dz head = (sum e (G - c) w - mean sum e w) / (tau sum e) over rows w of the
+// head, all in one pass. Both sums and c, the G of the hard token, follow the largest y so far.
 
 #include <algorithm>
 #include <cmath>
@@ -26,7 +26,7 @@
 namespace nabla_fast::mix {
 namespace {
 
-// Multiply-adds that are worth waking a thread for.
+// Multiply-adds worth another thread.
 constexpr int64_t kWorkPerThread = int64_t{1} << 21;
 
 int threads_of(const nabla_fast_mix& call, int32_t num_threads) {
@@ -41,7 +41,7 @@ int threads_of(const nabla_fast_mix& call, int32_t num_threads) {
 // -- to logits
 // ---------------------------------------------------------------------------------------
 
-// What a group's rows are relative to, once known.
+// Numbers of a group's whole rows.
 struct Rows {
   alignas(64) float max[gemm::kRowsPerGroup];
   alignas(64) float centre[gemm::kRowsPerGroup];
@@ -80,9 +80,9 @@ struct Output {
   }
 };
 
-// dz by tiles, from G anew.
-void take_again(const Group& group, const Cotangents& cotangents, const Rows& of, const Output& out,
-                int threads) {
+// dz by tiles, computing G a second time.
+void write_grad(const RowGroup& group, const Cotangents& cotangents, const Rows& of,
+                const Output& out, int threads) {
   const nabla_fast_mix& call = group.call;
   const int rows = group.rows, lanes = gemm::lanes_of(rows);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
@@ -99,8 +99,8 @@ void take_again(const Group& group, const Cotangents& cotangents, const Rows& of
   }
 }
 
-void logits_group(const Group& group, const Cotangents& cotangents, const Output& out, int threads,
-                  char* memory, nabla_fast_status* row_status, int32_t num_threads) {
+void logits_group(const RowGroup& group, const Cotangents& cotangents, const Output& out,
+                  int threads, char* memory, nabla_fast_status* row_status, int32_t num_threads) {
   const nabla_fast_mix& call = group.call;
   const int64_t segments = mix_segments(call.vocab);
   const int rows = group.rows;
@@ -120,18 +120,18 @@ void logits_group(const Group& group, const Cotangents& cotangents, const Output
     for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
       cotangents.gradient(token, tokens, grad);
       group.load(token, tokens, y);
-      softmax::tilt(y, grad, rows, tokens, of.max, of.centre, call.tau, softmax::Tilted::kCentred,
-                    sums[segment]);
+      softmax::weighted_grad_sum(y, grad, rows, tokens, of.max, of.centre, call.tau,
+                                 softmax::GradTile::kCentred, sums[segment]);
       if (waits) out.store(grad, rows, token, tokens);
     });
   }
   for (int r = 0; r < rows; ++r) {
-    double sum = 0, tilted = 0;
+    double sum = 0, weighted_grad = 0;
     for (int64_t segment = 0; segment < segments; ++segment) {
       sum += sums[segment].e[r];
-      tilted += sums[segment].tilt[r];
+      weighted_grad += sums[segment].weighted_grad_sum[r];
     }
-    of.mean[r] = static_cast<float>(tilted / sum);
+    of.mean[r] = static_cast<float>(weighted_grad / sum);
     of.weight[r] = static_cast<float>(1 / (sum * call.tau));
   }
   if (waits) {
@@ -140,7 +140,7 @@ void logits_group(const Group& group, const Cotangents& cotangents, const Output
     softmax::jacobian_of_rows(logits, rows, call.vocab, keys, of_rows, call.tau,
                               static_cast<float*>(out.grad), out.stride, num_threads);
   } else {
-    take_again(group, cotangents, of, out, threads);
+    write_grad(group, cotangents, of, out, threads);
   }
   for (int r = 0; r < rows; ++r) {
     row_status[group.first + r] = tops[r].of_row();
@@ -151,36 +151,36 @@ void logits_group(const Group& group, const Cotangents& cotangents, const Output
 // -- to hidden states
 // --------------------------------------------------------------------------------
 
-// Of a row: the sum of e (G - c) w, and behind those of all rows, the sum of e w.
+// Sums of a row over head rows w: of e (G - c) w, and, behind those of all rows, of e w.
 struct RowMixes {
-  float* tilted;
+  float* weighted_grad;
   float* plain;
 
   RowMixes(MixSums& sums, int rows, int row, int64_t width)
-      : tilted(sums.mixes() + row * width), plain(sums.mixes() + (rows + row) * width) {}
+      : weighted_grad(sums.mixes() + row * width), plain(sums.mixes() + (rows + row) * width) {}
 
-  // Relative to another largest y, of which e is `scale` here, and to c + shift.
+  // Moves the sums to a larger y, whose e was 1 / scale, and to c + shift.
   void move(float scale, float shift, int64_t width) const {
     for (int64_t k = 0; k < width; ++k) {
-      tilted[k] = scale * (tilted[k] - shift * plain[k]);
+      weighted_grad[k] = scale * (weighted_grad[k] - shift * plain[k]);
       plain[k] *= scale;
     }
   }
 };
 
 void move_sums(softmax::Sums& sums, int row, double scale, double shift) {
-  sums.tilt[row] = scale * (sums.tilt[row] - shift * sums.e[row]);
+  sums.weighted_grad_sum[row] = scale * (sums.weighted_grad_sum[row] - shift * sums.e[row]);
   sums.e[row] *= scale;
 }
 
-// A row's <p, G> over the tokens so far and those of a tile that holds their maximum. Relative to it
-// the sums are smallest, whether p is flat or not, and so is what they lose to rounding.
+// <p, G> of a row over the tokens so far and a tile that holds their maximum. Relative to it the
+// sums are smallest, whether p is flat or not, and so is their rounding error.
 float mean_so_far(const float* y, const float* grad, int row, int rows, int tokens, double tau,
                   float factor, const MixSums& part) {
   const int lanes = gemm::lanes_of(rows);
   const float max = part.tops.max[row], inverse_tau = static_cast<float>(1 / tau);
   double sum = factor * part.sums.e[row];
-  double weighted = factor * part.sums.tilt[row] + sum * part.centre[row];
+  double weighted = factor * part.sums.weighted_grad_sum[row] + sum * part.centre[row];
   float of_max = 0;
   for (int t = 0; t < tokens; ++t) {
     const float e = std::exp((y[t * lanes + row] - max) * inverse_tau);
@@ -193,10 +193,12 @@ float mean_so_far(const float* y, const float* grad, int row, int rows, int toke
   return std::isfinite(mean) ? mean : of_max;
 }
 
-// Turns the sums to <p, G> of what has been added up: as they grow, so does what an old one costs.
+// Moves the centres to <p, G> of the tokens so far: as sums grow, so does the rounding error of an
+// old centre.
 void centre_rows(int rows, int64_t width, MixSums& part) {
   for (int r = 0; r < rows; ++r) {
-    const auto centre = static_cast<float>(part.centre[r] + part.sums.tilt[r] / part.sums.e[r]);
+    const auto centre =
+        static_cast<float>(part.centre[r] + part.sums.weighted_grad_sum[r] / part.sums.e[r]);
     if (!std::isfinite(centre)) continue;
     const float shift = centre - part.centre[r];
     part.centre[r] = centre;
@@ -209,10 +211,11 @@ void centre_rows(int rows, int64_t width, MixSums& part) {
 constexpr int64_t kCentredTiles = 8;
 static_assert(kMixSegmentTokens % (kCentredTiles * gemm::kVocabTileTokens) == 0);
 
-void add_segment(const Group& group, const Cotangents& cotangents, int64_t segment, MixSums& part) {
+void add_segment(const RowGroup& group, const Cotangents& cotangents, int64_t segment,
+                 MixSums& part) {
   const nabla_fast_mix& call = group.call;
   const gemm::Table head = gemm::table_of(call.head, call.vocab);
-  const int64_t width = gemm::padded(head.width);
+  const int64_t width = padded(head.width);
   const int rows = group.rows, lanes = gemm::lanes_of(rows);
   alignas(64) float y[softmax::kTileFloats], grad[softmax::kTileFloats];
   float factor[gemm::kRowsPerGroup];
@@ -220,7 +223,7 @@ void add_segment(const Group& group, const Cotangents& cotangents, int64_t segme
   for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
     group.load(token, tokens, y);
     cotangents.gradient(token, tokens, grad);
-    if (softmax::raise(y, rows, token, tokens, call.tau, part.tops, factor)) {
+    if (softmax::update_max(y, rows, token, tokens, call.tau, part.tops, factor)) {
       for (int r = 0; r < rows; ++r) {
         if (part.tops.token[r] < token) continue;  // moved in an earlier tile
         const float centre = mean_so_far(y, grad, r, rows, tokens, call.tau, factor[r], part);
@@ -231,21 +234,21 @@ void add_segment(const Group& group, const Cotangents& cotangents, int64_t segme
         RowMixes(part, rows, r, width).move(factor[r], shift, width);
       }
     }
-    softmax::tilt(y, grad, rows, tokens, part.tops.max, part.centre, call.tau,
-                  softmax::Tilted::kWeighted, part.sums);
-    gemm::mix(grad, lanes, rows, head.from(token), tokens, part.mixes());
-    gemm::mix(y, lanes, rows, head.from(token), tokens, part.mixes() + rows * width);
+    softmax::weighted_grad_sum(y, grad, rows, tokens, part.tops.max, part.centre, call.tau,
+                               softmax::GradTile::kWeighted, part.sums);
+    gemm::add_weighted_sums(grad, lanes, rows, head.from(token), tokens, part.mixes());
+    gemm::add_weighted_sums(y, lanes, rows, head.from(token), tokens, part.mixes() + rows * width);
     const int64_t end = token + tokens;
     if (end % (kCentredTiles * gemm::kVocabTileTokens) == 0 || end == call.vocab)
       centre_rows(rows, width, part);
   });
 }
 
-void join_row(const Group& group, int row, MixSums& part, MixSums& total) {
-  const int64_t width = gemm::padded(group.call.head.width);
+void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
+  const int64_t width = padded(group.call.head.width);
   const double tau = group.call.tau;
   softmax::Tops& tops = total.tops;
-  tops.unclean[row] |= part.tops.unclean[row];
+  tops.nonfinite[row] |= part.tops.nonfinite[row];
   if (part.tops.token[row] < 0) return;
   const RowMixes mine(total, group.rows, row, width), other(part, group.rows, row, width);
   const double before = tops.max[row];
@@ -264,19 +267,20 @@ void join_row(const Group& group, int row, MixSums& part, MixSums& total) {
     scale = rescale(part.tops.max[row], tops.max[row], tau);
     shift = static_cast<double>(total.centre[row]) - part.centre[row];
   }
-  total.sums.tilt[row] += scale * (part.sums.tilt[row] - shift * part.sums.e[row]);
+  total.sums.weighted_grad_sum[row] +=
+      scale * (part.sums.weighted_grad_sum[row] - shift * part.sums.e[row]);
   total.sums.e[row] += scale * part.sums.e[row];
   const auto a = static_cast<float>(scale), s = static_cast<float>(shift);
   for (int64_t k = 0; k < width; ++k) {
-    mine.tilted[k] += a * (other.tilted[k] - s * other.plain[k]);
+    mine.weighted_grad[k] += a * (other.weighted_grad[k] - s * other.plain[k]);
     mine.plain[k] += a * other.plain[k];
   }
 }
 
-void hidden_group(const Group& group, const Cotangents& cotangents, float* grad,
+void hidden_group(const RowGroup& group, const Cotangents& cotangents, float* grad,
                   int64_t grad_stride, int threads, char* memory, nabla_fast_status* row_status) {
   const nabla_fast_mix& call = group.call;
-  const int64_t width = gemm::padded(call.head.width), floats = 2 * group.rows * width;
+  const int64_t width = padded(call.head.width), floats = 2 * group.rows * width;
   const int64_t bytes = MixSums::bytes(floats).or_zero();
   auto* total = reinterpret_cast<MixSums*>(memory);
   const auto part = [=](int64_t n) { return reinterpret_cast<MixSums*>(memory + (n + 1) * bytes); };
@@ -290,11 +294,12 @@ void hidden_group(const Group& group, const Cotangents& cotangents, float* grad,
     row_status[group.first + r] = status;
     const RowMixes mixes(*total, group.rows, r, width);
     const double sum = total->sums.e[r];
-    const auto mean = static_cast<float>(total->sums.tilt[r] / sum);
+    const auto mean = static_cast<float>(total->sums.weighted_grad_sum[r] / sum);
     const auto weight = static_cast<float>(1 / (sum * call.tau));
     float* out = grad + (group.first + r) * grad_stride;
     for (int64_t k = 0; k < call.head.width; ++k)
-      out[k] = status == NABLA_FAST_OK ? (mixes.tilted[k] - mean * mixes.plain[k]) * weight : kNaN;
+      out[k] = status == NABLA_FAST_OK ? (mixes.weighted_grad[k] - mean * mixes.plain[k]) * weight
+                                       : kNaN;
   }
 }
 
@@ -321,7 +326,7 @@ int64_t nabla_fast_embedding_mix_backward_workspace(const nabla_fast_mix* inputs
                                                     int32_t num_threads) {
   if (check_mix(inputs) != NABLA_FAST_OK || inputs->rows == 0) return 0;
   if (check_cotangents(*inputs, cotangents, nullptr) != NABLA_FAST_OK) return 0;
-  return (Size(kAlignment) + Group::hidden_bytes(*inputs) + Cotangents::bytes(*inputs) +
+  return (Size(kAlignment) + RowGroup::hidden_bytes(*inputs) + Cotangents::bytes(*inputs) +
           sums_bytes(*inputs, num_threads))
       .or_zero();
 }
@@ -346,11 +351,11 @@ nabla_fast_status nabla_fast_embedding_mix_backward(const nabla_fast_mix* inputs
   if (needed == 0) return NABLA_FAST_TOO_LARGE;
   if (workspace_bytes < needed) return NABLA_FAST_WORKSPACE_TOO_SMALL;
   char* memory = aligned(workspace);
-  Cotangents packed(call, cotangents, direct, memory + Group::hidden_bytes(call).or_zero());
-  char* sums = memory + (Group::hidden_bytes(call) + Cotangents::bytes(call)).or_zero();
+  Cotangents packed(call, cotangents, direct, memory + RowGroup::hidden_bytes(call).or_zero());
+  char* sums = memory + (RowGroup::hidden_bytes(call) + Cotangents::bytes(call)).or_zero();
   const int threads = threads_of(call, num_threads);
   for (int64_t first = 0; first < call.rows; first += gemm::kRowsPerGroup) {
-    const Group group(call, first, memory);
+    const RowGroup group(call, first, memory);
     packed.pack(first, group.rows);
     if (is_linear(call))
       hidden_group(group, packed, static_cast<float*>(grad), grad_stride, threads, sums,

@@ -53,7 +53,7 @@ Size Cotangents::bytes(const nabla_fast_mix& call) {
   Size sum = (Size(call.table_count) * static_cast<int64_t>(sizeof(gemm::PackedRows)))
                  .rounded_up(kAlignment);
   for (int64_t t = 0; t < call.table_count; ++t)
-    sum = sum + Group::packed_bytes(call.tables[t].width);
+    sum = sum + RowGroup::packed_bytes(call.tables[t].width);
   return sum;
 }
 
@@ -66,7 +66,7 @@ void Cotangents::pack(int64_t first, int rows) {
   for (int64_t t = 0; t < call_.table_count; ++t) {
     packed()[t] = gemm::pack_rows(gemm::table_of(cotangents_[t], call_.rows).from(first), rows,
                                   call_.tables[t].dtype, memory);
-    memory += Group::packed_bytes(call_.tables[t].width).or_zero();
+    memory += RowGroup::packed_bytes(call_.tables[t].width).or_zero();
   }
 }
 

@@ -1,4 +1,4 @@
-// What the mixes share: the checks of a call, and its rows in groups that share a pass over tables.
+// Checks of an embedding mix, and its rows in groups that share a pass over tables.
 #ifndef NABLA_FAST_CPU_OPS_EMBEDDING_MIX_CALL_H_
 #define NABLA_FAST_CPU_OPS_EMBEDDING_MIX_CALL_H_
 
@@ -23,7 +23,7 @@ inline int64_t mix_segments(int64_t vocab) {
 // OK, or why the call is refused before its outputs are looked at.
 nabla_fast_status check_mix(const nabla_fast_mix* inputs);
 
-// Whether a matrix can be read: OK where it has `rows` rows that memory has room for.
+// OK if a matrix has `rows` rows that can be read.
 nabla_fast_status check_matrix(const nabla_fast_table& matrix, int64_t rows);
 
 inline bool is_linear(const nabla_fast_mix& call) { return call.logits.data == nullptr; }
@@ -33,7 +33,7 @@ inline softmax::NoiseKeys keys_from(const nabla_fast_mix& call, int64_t row) {
   return {call.noise_seed + row, call.noise_position + row};
 }
 
-// Cotangents of a group's mixes, ready for products with the tables.
+// Cotangents of a group's mixes, packed for products with the tables.
 class Cotangents {
  public:
   // `memory`: bytes(call) of it, aligned.
@@ -43,7 +43,7 @@ class Cotangents {
 
   static Size bytes(const nabla_fast_mix& call);
 
-  // Turns to rows [first, first + rows).
+  // Packs rows [first, first + rows).
   void pack(int64_t first, int rows);
 
   // G of tokens [token, token + tokens): [tokens, lanes].
@@ -65,14 +65,14 @@ nabla_fast_status check_cotangents(const nabla_fast_mix& call, const nabla_fast_
                                    const nabla_fast_table* direct);
 
 // At most kRowsPerGroup rows of a call.
-struct Group {
+struct RowGroup {
   const nabla_fast_mix& call;
   int64_t first;
   int rows;
   gemm::PackedRows hidden;  // where the logits are products
 
   // `memory`: hidden_bytes(call) of it, aligned.
-  Group(const nabla_fast_mix& call, int64_t first, char* memory)
+  RowGroup(const nabla_fast_mix& call, int64_t first, char* memory)
       : call(call),
         first(first),
         rows(static_cast<int>(std::min<int64_t>(gemm::kRowsPerGroup, call.rows - first))),
@@ -85,7 +85,7 @@ struct Group {
   static Size hidden_bytes(const nabla_fast_mix& call) {
     return is_linear(call) ? packed_bytes(call.head.width) : Size(0);
   }
-  // Of a group's rows as products() takes them.
+  // Bytes of a group's packed rows.
   static Size packed_bytes(int64_t width) {
     return ((Size(width) + 31) * (6 * gemm::kRowsPerGroup) + kAlignment).rounded_up(kAlignment);
   }
@@ -110,10 +110,10 @@ void for_each_segment_tile(int64_t segment, int64_t vocab, const Visit& visit) {
     visit(token, static_cast<int>(std::min<int64_t>(gemm::kVocabTileTokens, end - token)));
 }
 
-// What a row that showed `top` is, when all of it has been seen.
+// Status of a row, of the Tops of all its tokens.
 inline nabla_fast_status status_of(const softmax::Tops& tops, int row) {
-  if (tops.unclean[row] & softmax::kHasNaN) return NABLA_FAST_ROW_NAN;
-  if (tops.unclean[row]) return NABLA_FAST_ROW_INFINITE;
+  if (tops.nonfinite[row] & softmax::kHasNaN) return NABLA_FAST_ROW_NAN;
+  if (tops.nonfinite[row]) return NABLA_FAST_ROW_INFINITE;
   return tops.token[row] < 0 ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
 }
 

@@ -15,8 +15,8 @@
 
 namespace nabla_fast::mix {
 
-// A segment's, or those of all segments so far. Mixes lie behind one another, as mix() has them:
-// [rows, padded(width)] each.
+// Sums of a segment, or of all segments so far. Mixes lie behind one another, as
+// add_weighted_sums() has them: [rows, padded(width)] each.
 struct MixSums {
   softmax::Tops tops;
   softmax::Sums sums;
@@ -37,8 +37,8 @@ struct MixSums {
   }
 };
 
-// The threads that share a group's segments: `run(segment, part)` on one of `parts` each, then
-// `join(row, part)` for every row and every part in the order of the segments.
+// Rounds of `threads` segments of a group: run(segment, part) on a thread each, then join(row,
+// part) for every row and every part in the order of the segments.
 template <typename Run, typename Join>
 void in_rounds(int64_t segments, int rows, int threads, const Run& run, const Join& join) {
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -15,7 +15,7 @@
 namespace nabla_fast::stats {
 namespace {
 
-// TokenSums of a group of rows over the tokens of a segment so far.
+// TokenSums of a group of rows, over the tokens of a segment so far.
 struct LaneSums {
   float max[gemm::kRowsPerGroup];
   int32_t nan[gemm::kRowsPerGroup];
@@ -49,32 +49,33 @@ struct LaneSums {
   }
 };
 
-// The maximum of a lane has risen to that of the tile whose first token is `token`.
-void rise(const float* z, int lanes, int lane, int64_t token, float before, const softmax::Tau& tau,
-          LaneSums& sums) {
+// Sums of a lane relative to its new maximum, which is in the tile z that begins at `token`.
+void rescale_to_new_max(const float* z, int lanes, int lane, int64_t token, float before,
+                        const softmax::Tau& tau, LaneSums& sums) {
   const float max = sums.max[lane];
-  softmax::TokenSums risen;
-  // What is relative to -inf or +inf is nothing.
+  softmax::TokenSums moved;
+  // Sums relative to -inf or +inf are 0.
   if (before > -kInfinity && max < kInfinity) {
     sums.max[lane] = before;
-    risen = softmax::lowered(sums.lane(lane), max, tau.value);
+    moved = softmax::rescaled(sums.lane(lane), max, tau.value);
   }
-  risen.max = max;
-  risen.argmax = token;
-  for (const float* x = z + lane; *x != max; x += lanes) ++risen.argmax;
-  sums.set(lane, risen);
+  moved.max = max;
+  moved.argmax = token;
+  for (const float* x = z + lane; *x != max; x += lanes) ++moved.argmax;
+  sums.set(lane, moved);
 }
 
-// One tile more, whose number of tokens softmax::kSumChains divides.
+// Adds a tile z[tokens, lanes]; kSumChains divides `tokens`.
 template <int W>
 NABLA_FAST_INLINE void add_sums(const float* z, int lanes, int tokens, int64_t token,
                                 const softmax::Tau& tau, LaneSums& sums) {
   for (int lane = 0; lane < lanes; lane += W) {
     float before[W];
     store<W>(before, load<W>(sums.max + lane));
-    if (softmax::raise_max<W>(z + lane, lanes, tokens, sums.max + lane, sums.nan + lane)) {
+    if (softmax::update_max<W>(z + lane, lanes, tokens, sums.max + lane, sums.nan + lane)) {
       for (int n = lane; n < lane + W; ++n)
-        if (sums.max[n] > before[n - lane]) rise(z, lanes, n, token, before[n - lane], tau, sums);
+        if (sums.max[n] > before[n - lane])
+          rescale_to_new_max(z, lanes, n, token, before[n - lane], tau, sums);
     }
     const Floats<W> base = softmax::exponent_base<W>(sums.max + lane);
     Floats<W> at_max = {}, sum_exp[softmax::kSumChains] = {}, sum_d_exp[softmax::kSumChains] = {};
@@ -131,7 +132,7 @@ Size sums_bytes(int64_t rows, int64_t vocab) {
 }
 
 void linear_token_stats(const gemm::Factors& factors, int64_t rows, int64_t vocab,
-                        const softmax::Tau& tau, const softmax::Outputs& outputs, char* memory,
+                        const softmax::Tau& tau, const softmax::StatsOutputs& outputs, char* memory,
                         int32_t num_threads) {
   AddSums* const add = select_isa(add_sums_baseline, add_sums_avx2, add_sums_avx512);
   const int64_t segments = gemm::pass_segments(vocab);
@@ -150,7 +151,7 @@ void linear_token_stats(const gemm::Factors& factors, int64_t rows, int64_t voca
           LaneSums& mine = sums[segment * groups + group];
           if (token == segment * gemm::kPassSegmentTokens) mine.clear(lanes);
           pass.product(0, group, token, tokens, false, z);
-          add(z, lanes, softmax::whole_chains(z, lanes, tokens), token, tau, mine);
+          add(z, lanes, softmax::pad_to_chains(z, lanes, tokens), token, tau, mine);
         });
     for (int row = 0; row < some; ++row) {
       softmax::TokenSums joint;

@@ -1,5 +1,5 @@
 // nabla_fast_lm_logits: hidden states times a head. For few rows the head is read once, at the rate
-// of memory, and a bf16 head is never widened as a whole.
+// of memory, and a bf16 head is never converted as a whole.
 
 #include <algorithm>
 #include <cstdint>
@@ -19,7 +19,7 @@ constexpr int64_t kTokensInL2 = 64;
 constexpr int64_t kRowsInL1 = 16;
 // Tokens between which threads may be split.
 constexpr int64_t kTokensPerTask = 512;
-// Less work than this is not worth waking a thread for.
+// Multiplications worth another thread.
 constexpr int64_t kProductsPerThread = 1 << 18;
 
 // All rows with tokens [first, last).
@@ -91,7 +91,7 @@ extern "C" nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64_t r
   Chunk* run = head_dtype == NABLA_FAST_FLOAT32 ? select_isa(f32_baseline, f32_avx2, f32_avx512)
                                                 : select_isa(bf16_baseline, bf16_avx2, bf16_avx512);
   int64_t chunks = (vocab + kTokensPerTask - 1) / kTokensPerTask;
-  // Reading the head costs what some rows of arithmetic cost.
+  // Reading the head costs as much as the arithmetic of some rows.
   const int64_t work = (Size(vocab) * width * (Size(rows) + 4)).or_most();
   const int threads = threads_for(work, kProductsPerThread, num_threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)

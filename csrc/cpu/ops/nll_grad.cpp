@@ -1,6 +1,5 @@
 // nabla_fast_nll_grad: the gradient of a linear cross-entropy with respect to its hidden states.
-// The vocabulary passes through in blocks; of the logits, one block of one group of rows exists at
-// a time.
+// The vocabulary is read in blocks; logits exist for one block of one group of rows at a time.
 //
 // The vocabulary is cut into segments, by position alone. A segment keeps for each row the largest
 // logit so far, the sum of exponentials under it and their sum times the head's rows; segments are
@@ -32,33 +31,33 @@ constexpr int64_t kRowsInL1 = 16;
 
 int64_t segments_of(int64_t vocab) { return (vocab + kNllSegmentTokens - 1) / kNllSegmentTokens; }
 
-// What a segment found out about a group of rows.
+// Sums of a group of rows over a segment.
 struct Part {
-  float* max;     // [rows]
-  float* sum;     // [rows] of exp(logit - max), the target's left out
-  float* target;  // [rows] its logit, if it lies in the segment
-  float*
-      mix;  // [rows, mix_stride_of(width)] sum of exp(logit - max) times the head's row, likewise
+  float* max;            // [rows]
+  float* sum;            // [rows] of exp(logit - max), the target's left out
+  float* target;         // [rows] its logit, if it lies in the segment
+  float* weighted_rows;  // [rows, padded(width)] of exp(logit - max) times the head's row, likewise
 
-  static int64_t floats(int64_t rows, int64_t width) {
-    return rows * (3 + gemm::mix_stride_of(width));
-  }
+  static int64_t floats(int64_t rows, int64_t width) { return rows * (3 + padded(width)); }
 
   Part(float* memory, int64_t rows)
-      : max(memory), sum(memory + rows), target(memory + 2 * rows), mix(memory + 3 * rows) {}
+      : max(memory),
+        sum(memory + rows),
+        target(memory + 2 * rows),
+        weighted_rows(memory + 3 * rows) {}
 };
 
 // Tokens [first, last) for the rows of `p`, at most kRowsPerHeadRead.
 template <typename T>
 NABLA_FAST_INLINE void segment(const gemm::Product& p, const int64_t* targets, int64_t first,
                                int64_t last, Part part) {
-  int64_t width = gemm::mix_stride_of(p.width);
+  int64_t width = padded(p.width);
   for (int64_t r = 0; r < p.rows; ++r) {
     part.max[r] = -kInfinity;
     part.sum[r] = 0;
     part.target[r] = -kInfinity;
   }
-  std::fill_n(part.mix, p.rows * width, 0.0f);
+  std::fill_n(part.weighted_rows, p.rows * width, 0.0f);
   float z[kRowsPerHeadRead * kLogitTokens];
   for (int64_t block = first; block < last; block += kLogitTokens) {
     int tokens = static_cast<int>(std::min(kLogitTokens, last - block));
@@ -83,7 +82,7 @@ NABLA_FAST_INLINE void segment(const gemm::Product& p, const int64_t* targets, i
       if (top > part.max[r]) {
         float scale = vec_exp(part.max[r] - top);
         part.sum[r] *= scale;
-        for (int64_t k = 0; k < width; ++k) part.mix[r * width + k] *= scale;
+        for (int64_t k = 0; k < width; ++k) part.weighted_rows[r * width + k] *= scale;
         part.max[r] = top;
       }
       // A row of -inf alone so far: its differences would be NaN.
@@ -95,8 +94,8 @@ NABLA_FAST_INLINE void segment(const gemm::Product& p, const int64_t* targets, i
       part.sum[r] += sum;
     }
     const T* head = static_cast<const T*>(p.head) + block * p.head_stride;
-    gemm::add_mix<T>(z, kLogitTokens, p.rows, tokens, head, p.head_stride, p.width, part.mix,
-                     width);
+    gemm::add_weighted_rows<T>(z, kLogitTokens, p.rows, tokens, head, p.head_stride, p.width,
+                               part.weighted_rows, width);
   }
 }
 
@@ -135,7 +134,7 @@ float element(const gemm::Product& p, nabla_fast_dtype dtype, int64_t token, int
 // One row's parts, from left to right.
 nabla_fast_status join(const gemm::Product& p, nabla_fast_dtype dtype, int64_t target,
                        float* memory, int64_t segments, int64_t row, float* out) {
-  int64_t width = gemm::mix_stride_of(p.width), floats = Part::floats(p.rows, p.width);
+  int64_t width = padded(p.width), floats = Part::floats(p.rows, p.width);
   float top = -kInfinity, target_logit = -kInfinity;
   bool nan = false;
   for (int64_t s = 0; s < segments; ++s) {
@@ -162,7 +161,7 @@ nabla_fast_status join(const gemm::Product& p, nabla_fast_dtype dtype, int64_t t
     double scale = std::exp(static_cast<double>(part.max[row]) - top);
     rest += scale * part.sum[row];
     for (int64_t k = 0; k < p.width; ++k)
-      out[k] += static_cast<float>(scale) * part.mix[row * width + k];
+      out[k] += static_cast<float>(scale) * part.weighted_rows[row * width + k];
   }
   double inverse = 1 / (rest + std::exp(static_cast<double>(target_logit) - top));
   for (int64_t k = 0; k < p.width; ++k)

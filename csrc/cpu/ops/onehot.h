@@ -1,6 +1,6 @@
-// What onehot_grad and onehot_grad_norm share. With u = sum_t <T_t[v], g_t> - nu (z[v] - s), where
-// z = <head[v], hidden> and s is a number of the row's own, G[v] = u + nu (logsumexp(z) - s): u
-// comes by tiles, and one number a row follows when the pass is over.
+// One-hot gradients G, for onehot_grad and onehot_grad_norm. With u = sum_t <T_t[v], g_t> - nu
+// (z[v] - s), where z = <head[v], hidden> and s is a number of the row's own, G[v] = u + nu
+// (logsumexp(z) - s): u comes by tiles, and one number a row follows when the pass is over.
 #ifndef NABLA_FAST_CPU_OPS_ONEHOT_H_
 #define NABLA_FAST_CPU_OPS_ONEHOT_H_
 
@@ -22,7 +22,7 @@ inline gemm::Factors factors_of(const nabla_fast_onehot& inputs) {
           inputs.rows,   inputs.vocab, inputs.token_maps, inputs.table_rows};
 }
 
-// What is wrong with the inputs; of the pointers, those to elements.
+// OK, or why the inputs are refused; outputs are not looked at.
 inline nabla_fast_status check_onehot(const nabla_fast_onehot* inputs) {
   if (!inputs) return NABLA_FAST_INVALID_POINTER;
   if (inputs->rows < 0 || inputs->vocab < 1 || inputs->table_count < 0)
@@ -41,7 +41,8 @@ struct OnehotTile {
 
 class OnehotPass {
  public:
-  // Rows [first, first + rows) of the inputs, at most gemm::kRowsPerPass. `memory`: RowPass::bytes().
+  // Rows [first, first + rows) of the inputs, at most gemm::kRowsPerPass. `memory`:
+  // RowPass::bytes().
   OnehotPass(const gemm::Factors& factors, int64_t vocab, double nll_coeff, int64_t first,
              int64_t rows, char* memory)
       : rows_(factors, first, rows, memory),
@@ -67,18 +68,19 @@ class OnehotPass {
   // s of a group's rows.
   const float* base(int group) const { return base_ + group * gemm::kRowsPerGroup; }
 
-  // A tile and its number of tokens, which masked ones bring up to a multiple of softmax::kSumChains.
+  // A tile and its number of tokens, which masked ones bring up to a multiple of
+  // softmax::kSumChains.
   int tile(int group, int64_t token, int tokens, OnehotTile& tile) const {
     const int lanes = rows_.lanes_of(group);
     rows_.product(0, group, token, tokens, false, tile.z);
     if (tables_ == 0) std::fill_n(tile.a, tokens * lanes, 0.0f);
     for (int64_t t = 0; t < tables_; ++t) rows_.product(1 + t, group, token, tokens, t > 0, tile.a);
-    const int whole = softmax::whole_chains(tile.z, lanes, tokens);
+    const int whole = softmax::pad_to_chains(tile.z, lanes, tokens);
     std::fill(tile.a + tokens * lanes, tile.a + whole * lanes, 0.0f);
     return whole;
   }
 
-  // What u + .. is G.
+  // G - u of a row.
   double offset(int row, const softmax::LogSumExp& z) const {
     return nll_coeff_ * z.above(base_[row]);
   }

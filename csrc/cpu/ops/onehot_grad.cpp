@@ -18,7 +18,7 @@
 namespace nabla_fast::onehot {
 namespace {
 
-// Between the passes, -0 stands for a masked token. Of the others none is: +0 is added to them.
+// Mark of a masked token between the passes. No other u is -0: +0 is added to them.
 constexpr float kMasked = -0.0f;
 
 struct Rows {
@@ -28,8 +28,8 @@ struct Rows {
 
 // u of a tile into the rows of `to`, which begin at the tile's first token.
 template <int W>
-NABLA_FAST_INLINE void store_tile(const OnehotTile& tile, const float* base, float nll_coeff,
-                                  int rows, int tokens, Rows to) {
+NABLA_FAST_INLINE void store_u(const OnehotTile& tile, const float* base, float nll_coeff, int rows,
+                               int tokens, Rows to) {
   const int lanes = gemm::lanes_of(rows);
   for (int r = 0; r < rows; r += W) {
     const Floats<W> base_of_row = load<W>(base + r);
@@ -57,7 +57,7 @@ template <int W>
 NABLA_FAST_INLINE void finish_tile(OnehotTile& tile, const float* base, float nll_coeff, int rows,
                                    int tokens, int whole, softmax::LaneLogSumExp& sums, Rows to) {
   softmax::add_exps<W>(tile.z, gemm::lanes_of(rows), whole, sums);
-  store_tile<W>(tile, base, nll_coeff, rows, tokens, to);
+  store_u<W>(tile, base, nll_coeff, rows, tokens, to);
 }
 
 using FinishTile = void(OnehotTile&, const float*, float, int, int, int, softmax::LaneLogSumExp&,
@@ -94,7 +94,7 @@ NABLA_FAST_TARGET_AVX512 void add_offset_avx512(float* u, int64_t n, float offse
   add_offset(u, n, offset);
 }
 
-// Of a call's workspace.
+// Bytes of a call's workspace.
 Size pass_bytes(const nabla_fast_onehot& inputs) {
   return gemm::RowPass::bytes(inputs.rows, factors_of(inputs));
 }

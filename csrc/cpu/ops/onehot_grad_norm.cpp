@@ -21,7 +21,7 @@
 namespace nabla_fast::onehot {
 namespace {
 
-// Of the tokens of a row that are not masked.
+// Sums over a row's tokens that are not masked.
 struct Moments {
   softmax::LogSumExp z;
   double count = 0, sum = 0, squares = 0;  // of u
@@ -71,7 +71,7 @@ NABLA_FAST_INLINE void add_to(double* x, typename DoubleTypes<W>::Doubles y) {
   *stored += y;
 }
 
-// One tile more; `whole`: its tokens, masked ones behind the last included.
+// Adds a tile; `whole`: its tokens, masked ones behind the last included.
 template <int W>
 NABLA_FAST_INLINE void add_moments(const OnehotTile& tile, const float* base, float nll_coeff,
                                    int lanes, int whole, LaneMoments& sums) {
@@ -121,7 +121,7 @@ NABLA_FAST_TARGET_AVX512 void add_moments_avx512(const OnehotTile& tile, const f
   add_moments<16>(tile, base, nll_coeff, lanes, whole, sums);
 }
 
-// Of a call's workspace.
+// Bytes of a call's workspace.
 Size pass_bytes(const nabla_fast_onehot& inputs) {
   return gemm::RowPass::bytes(inputs.rows, factors_of(inputs));
 }

@@ -14,7 +14,7 @@
 namespace nabla_fast::attention {
 namespace {
 
-// Multiplications that are worth waking a thread for.
+// Multiplications worth another thread.
 constexpr int64_t kWorkPerThread = int64_t{1} << 20;
 constexpr int64_t kMaxFewRows = 16;
 
@@ -38,7 +38,8 @@ struct Call {
 
 // Rows first to first + W - 1 of a key-value head; those behind the last repeat it.
 template <int W>
-NABLA_FAST_INLINE void many(const Call& call, int64_t batch, int64_t kv_head, int64_t first) {
+NABLA_FAST_INLINE void attend_rows_in_lanes(const Call& call, int64_t batch, int64_t kv_head,
+                                            int64_t first) {
   const nabla_fast_attention& in = call.in;
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const int64_t last = std::min(first + W, call.rows()) - 1;
@@ -76,16 +77,16 @@ NABLA_FAST_INLINE void many(const Call& call, int64_t batch, int64_t kv_head, in
     }
     // A row may have seen nothing yet.
     const Floats<W> base = tile_max > -kInfinity ? tile_max : Floats<W>{};
-    const Floats<W> shrink = exp_of_negative<W>(max - base, nan);
+    const Floats<W> rescale = exp_of_negative<W>(max - base, nan);
     Floats<W> tile_total = {};
     for (int64_t j = 0; j < count; ++j) {
       const Floats<W> e = exp_of_negative<W>(load<W>(s + j * W) - base, nan);
       store<W>(s + j * W, e);
       tile_total += e;
     }
-    total = total * shrink + tile_total;
+    total = total * rescale + tile_total;
     max = tile_max;
-    for (int64_t d = 0; d < in.dim; ++d) store<W>(sums + d * W, load<W>(sums + d * W) * shrink);
+    for (int64_t d = 0; d < in.dim; ++d) store<W>(sums + d * W, load<W>(sums + d * W) * rescale);
     values.find(begin, begin + count, others);
     accumulate<W>(others, count, s, in.dim, sums);
   }
@@ -122,11 +123,11 @@ struct Row {
   Ints<W> nan;
 };
 
-// sums += weights [count] values [count] [dim], after a multiplication with `shrink`. kDim: the
+// sums += weights [count] values [count] [dim], after a multiplication with `rescale`. kDim: the
 // width if it is known, else 0.
 template <int W, int kDim>
 NABLA_FAST_INLINE void add_values(const float* weights, const float* const* values, int64_t count,
-                                  int64_t dim, Floats<W> shrink, float* sums) {
+                                  int64_t dim, Floats<W> rescale, float* sums) {
   // Values in turn go to kSets sums, so that their additions need not wait for each other.
   constexpr int kVectors = kDim ? kDim / W : 1,
                 kSets = kVectors >= 8 ? 1 : std::min(8 / kVectors, 4);
@@ -152,7 +153,7 @@ NABLA_FAST_INLINE void add_values(const float* weights, const float* const* valu
 #pragma GCC unroll 4
       for (int set = 1; set < kSets; ++set) joined += sum[set][n];
       float* into = sums + d + n * W;
-      store<W>(into, load<W>(into) * shrink + joined);
+      store<W>(into, load<W>(into) * rescale + joined);
     }
   }
 }
@@ -160,7 +161,7 @@ NABLA_FAST_INLINE void add_values(const float* weights, const float* const* valu
 // All rows of a key-value head, each by itself, over one tile of keys after the other. kDim: the
 // head's width if it is known, else 0; a multiple of W in either case.
 template <int W, int kDim>
-NABLA_FAST_INLINE void few(const Call& call, int64_t batch, int64_t kv_head) {
+NABLA_FAST_INLINE void attend_rows_singly(const Call& call, int64_t batch, int64_t kv_head) {
   const nabla_fast_attention& in = call.in;
   const int64_t dim = kDim ? kDim : in.dim, rows = call.rows();
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
@@ -204,7 +205,7 @@ NABLA_FAST_INLINE void few(const Call& call, int64_t batch, int64_t kv_head) {
         highest = score > highest ? score : highest;
       }
       const float max = lane_max<W>(highest), base = max > -kInfinity ? max : 0;
-      const Floats<W> shrink = exp_of_negative<W>(splat<W>(mine.max - base), mine.nan);
+      const Floats<W> rescale = exp_of_negative<W>(splat<W>(mine.max - base), mine.nan);
       Floats<W> total = {};
       for (int64_t j = 0; j < padded; j += W) {
         const Floats<W> e = exp_of_negative<W>(load<W>(s + j) - base, mine.nan);
@@ -212,8 +213,8 @@ NABLA_FAST_INLINE void few(const Call& call, int64_t batch, int64_t kv_head) {
         total += e;
       }
       mine.max = max;
-      mine.total = mine.total * shrink[0] + lane_sum<W>(total);
-      add_values<W, kDim>(s, value + offset, count, dim, shrink, mine.sums);
+      mine.total = mine.total * rescale[0] + lane_sum<W>(total);
+      add_values<W, kDim>(s, value + offset, count, dim, rescale, mine.sums);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -223,8 +224,7 @@ NABLA_FAST_INLINE void few(const Call& call, int64_t batch, int64_t kv_head) {
   }
 }
 
-// Whether the rows of a head are too few to go into lanes: by the vector operations it takes for a
-// key.
+// True if the rows of a head are too few to go into lanes, by the vector operations for a key.
 template <int W>
 constexpr bool are_few(int64_t rows, int64_t dim) {
   return dim % W == 0 && rows <= kMaxFewRows &&
@@ -246,20 +246,20 @@ NABLA_FAST_INLINE void work(const Call& call, int64_t unit) {
   const int64_t of_head = units_of_head<W>(call), head = unit / of_head;
   const int64_t batch = head / call.in.kv_heads, kv_head = head % call.in.kv_heads;
   if (!are_few<W>(call.rows(), call.in.dim)) {
-    many<W>(call, batch, kv_head, unit % of_head * W);
+    attend_rows_in_lanes<W>(call, batch, kv_head, unit % of_head * W);
     return;
   }
   switch (call.in.dim) {
     case 16:
-      return few<W, 16>(call, batch, kv_head);
+      return attend_rows_singly<W, 16>(call, batch, kv_head);
     case 32:
-      return few<W, 32>(call, batch, kv_head);
+      return attend_rows_singly<W, 32>(call, batch, kv_head);
     case 64:
-      return few<W, 64>(call, batch, kv_head);
+      return attend_rows_singly<W, 64>(call, batch, kv_head);
     case 128:
-      return few<W, 128>(call, batch, kv_head);
+      return attend_rows_singly<W, 128>(call, batch, kv_head);
     default:
-      return few<W, 0>(call, batch, kv_head);
+      return attend_rows_singly<W, 0>(call, batch, kv_head);
   }
 }
 

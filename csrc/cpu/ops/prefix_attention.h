@@ -1,5 +1,5 @@
-// What the forward and the backward of prefix_attention share: where keys and values lie, which of
-// them a query sees, and the two products of a tile.
+// Keys and values in memory, which of them a query sees, and the two products of a tile: for the
+// forward and the backward of prefix_attention.
 //
 // A tile has W rows, one in each lane of a vector, and up to kKeysPerTile others. The rows stand
 // transposed, element d of all of them in one vector, so that neither product adds across lanes:
@@ -91,7 +91,7 @@ inline bool has_no_queries(const nabla_fast_attention& a) {
   return a.batch == 0 || a.heads == 0 || a.suffix == 0;
 }
 
-// Whether a [batch, heads, suffix, dim] tensor with `heads` heads has a size.
+// True if a [batch, heads, suffix, dim] tensor with `heads` heads has a size.
 inline bool tensor_fits(const nabla_fast_attention& a, int64_t heads,
                         const nabla_fast_strides& strides) {
   return fits(

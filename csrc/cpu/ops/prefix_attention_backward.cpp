@@ -15,10 +15,10 @@
 namespace nabla_fast::attention {
 namespace {
 
-// Multiplications that are worth waking a thread for.
+// Multiplications worth another thread.
 constexpr int64_t kWorkPerThread = int64_t{1} << 20;
 
-// Of a query: p = exp(s - max) * inverse.
+// Softmax of a query: p = exp(s - max) * inverse.
 struct Softmax {
   float max, inverse, delta;
 };
@@ -30,7 +30,7 @@ struct Call {
   int64_t group;       // query heads of a key-value head
   int64_t most_keys;   // of a query
   Softmax* softmaxes;  // [batch, kv_heads, suffix * group]
-  float* stashes;      // [threads, 2, most_keys, W]
+  float* scratches;    // [threads, 2, most_keys, W]
 
   // Row n of a key-value head is token n / group and head n mod group of its group.
   int64_t rows() const { return group * in.suffix; }
@@ -58,7 +58,7 @@ NABLA_FAST_INLINE void take_lane(const float* rows, int64_t dim, int lane, float
 // dq of the rows from `first` on, as many as there are lanes, and their softmaxes.
 template <int W>
 NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_head, int64_t first,
-                                   float* stash) {
+                                   float* scratch) {
   const nabla_fast_attention& in = call.in;
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const float scale = static_cast<float>(in.scale);
@@ -74,7 +74,7 @@ NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_h
     lowest[lane] = static_cast<int32_t>(first_seen(in, position[lane]));
   }
   const int64_t start = lowest[0], end = position[W - 1] + 1;
-  float *const s = stash, *const dp = stash + call.most_keys * W;
+  float *const s = scratch, *const dp = scratch + call.most_keys * W;
 
   Floats<W> max = splat<W>(-kInfinity);
   for (int64_t begin = start; begin < end; begin += kKeysPerTile) {
@@ -171,7 +171,7 @@ NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_hea
       const int32_t position = static_cast<int32_t>(query);
       const int32_t lowest = static_cast<int32_t>(first_seen(in, query));
       const Ints<W> seen = (token <= position) & (token >= lowest);
-      // Of what is not seen, s - max may be above 0.
+      // Unseen keys may have s - max above 0.
       const Floats<W> x = seen ? load<W>(s + j * W) - row.max : splat<W>(-kInfinity);
       const Floats<W> p = exp_of_negative<W>(x, nan) * row.inverse;
       const Floats<W> ds = scale * p * (load<W>(dp + j * W) - row.delta);
@@ -187,7 +187,7 @@ NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_hea
   }
 }
 
-using Sweep = void(const Call& call, int64_t batch, int64_t kv_head, int64_t first, float* stash);
+using Sweep = void(const Call& call, int64_t batch, int64_t kv_head, int64_t first, float* scratch);
 
 // The sweeps for one instruction set.
 struct Sweeps {
@@ -197,8 +197,8 @@ struct Sweeps {
 
 #define NABLA_FAST_SWEEPS(NAME, TARGET, W)                                                        \
   TARGET void query_sweep_##NAME(const Call& call, int64_t batch, int64_t kv_head, int64_t first, \
-                                 float* stash) {                                                  \
-    query_sweep<W>(call, batch, kv_head, first, stash);                                           \
+                                 float* scratch) {                                                \
+    query_sweep<W>(call, batch, kv_head, first, scratch);                                         \
   }                                                                                               \
   TARGET void key_sweep_##NAME(const Call& call, int64_t batch, int64_t kv_head, int64_t first,   \
                                float*) {                                                          \
@@ -217,11 +217,11 @@ constexpr int64_t kMaxLanes = 16;
 void sweep_all(const Call& call, Sweep* sweep, int64_t count, int64_t lanes, int threads) {
   const int64_t of_head = (count + lanes - 1) / lanes;
   const int64_t units = call.in.batch * call.in.kv_heads * of_head;
-  const int64_t stash = 2 * call.most_keys * kMaxLanes;
+  const int64_t scratch = 2 * call.most_keys * kMaxLanes;
   const auto run = [&](int64_t unit, int thread) {
     const int64_t head = unit / of_head;
     sweep(call, head / call.in.kv_heads, head % call.in.kv_heads, unit % of_head * lanes,
-          call.stashes + thread * stash);
+          call.scratches + thread * scratch);
   };
   if (threads == 1) {
     for (int64_t unit = 0; unit < units; ++unit) run(unit, 0);
@@ -246,8 +246,8 @@ struct Layout {
     const auto size = static_cast<int64_t>(sizeof(Softmax));
     softmax_bytes = (Size(in.batch) * in.heads * in.suffix * size).rounded_up(64).or_most();
     const auto element = static_cast<int64_t>(sizeof(float));
-    const Size stashes = Size(threads) * 2 * most_keys * kMaxLanes * element;
-    bytes = (kAlignment + Size(softmax_bytes) + stashes).or_zero();
+    const Size scratches = Size(threads) * 2 * most_keys * kMaxLanes * element;
+    bytes = (kAlignment + Size(softmax_bytes) + scratches).or_zero();
   }
 };
 

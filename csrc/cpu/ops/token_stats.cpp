@@ -25,16 +25,16 @@ namespace {
 
 constexpr int kChunkTokens = 1024;
 constexpr int64_t kStatsSegmentTokens = 16 * kChunkTokens;
-// Segments of a row whose results are held at once when several threads share the row.
+// Segments whose results are held at once when several threads share a row.
 constexpr int64_t kSharedSegments = 64;
-// Less work than this is not worth waking a thread for.
+// Tokens worth another thread.
 constexpr int64_t kTokensPerThread = 2 * kStatsSegmentTokens;
-// Vectors whose operations do not wait for each other.
+// Vectors side by side, whose operations do not wait for each other.
 constexpr int kVectorsAbreast = 4;
-// Numbers that are added up in fp32 before the sum goes on in double.
+// Numbers added up in fp32 before their sum is added to one in double.
 constexpr int kAddends = 16;
-// How far behind the block at work memory is fetched.
-constexpr int64_t kBytesAhead = 8192;
+// Bytes from the block at work to the memory being prefetched.
+constexpr int64_t kPrefetchBytes = 8192;
 
 NABLA_FAST_INLINE float to_float(float x) { return x; }
 NABLA_FAST_INLINE float to_float(uint16_t bf16) {
@@ -53,8 +53,8 @@ NABLA_FAST_INLINE void load_abreast(const float* logits, Floats<W> (&z)[kVectors
   for (int u = 0; u < kVectorsAbreast; ++u) z[u] = load<W>(logits + u * W);
 }
 
-// Of two bf16 in a word, each is a float as soon as the other is gone; in which lane a token comes
-// to stand is of no matter.
+// The same of bf16: each of the two in a word is a float once the other is masked out. The order of
+// tokens in lanes does not matter.
 template <int W>
 NABLA_FAST_INLINE void load_abreast(const uint16_t* logits, Floats<W> (&z)[kVectorsAbreast]) {
   typedef uint32_t Words __attribute__((vector_size(4 * W)));
@@ -67,7 +67,7 @@ NABLA_FAST_INLINE void load_abreast(const uint16_t* logits, Floats<W> (&z)[kVect
   }
 }
 
-// The largest logits so far by lanes, NaN left out.
+// Largest logits so far by lanes, NaN left out.
 template <int W>
 struct LaneMax {
   Floats<W> max[kVectorsAbreast];
@@ -99,8 +99,9 @@ struct LaneSums {
 };
 
 // Adds n logits to the sums relative to `max`, which none of them exceeds; n a multiple of
-// kVectorsAbreast * W, at most kAddends of them. kTop: some may be equal to it, and how many are is the
-// result. Where one is NaN, so is a sum. Meanwhile as many logits from `next` on go to next_max.
+// kVectorsAbreast * W, at most kAddends of them. kTop: some may be equal to it, and how many are is
+// the result. Where one is NaN, so is a sum. Meanwhile as many logits from `next` on go to
+// next_max.
 template <int W, bool kTop, typename T>
 NABLA_FAST_INLINE double add_block(const T* logits, const T* next, int n, float max,
                                    const softmax::Tau& tau, LaneSums<W>& sums,
@@ -108,10 +109,10 @@ NABLA_FAST_INLINE double add_block(const T* logits, const T* next, int n, float 
   constexpr int kBytes = kVectorsAbreast * W * static_cast<int>(sizeof(T));
   Floats<W> sum_exp[kVectorsAbreast] = {}, sum_d_exp[kVectorsAbreast] = {}, z[kVectorsAbreast];
   Floats<W> at_max = {};
-  Ahead fetch{reinterpret_cast<const char*>(logits) + kBytesAhead};
+  Prefetcher prefetcher{reinterpret_cast<const char*>(logits) + kPrefetchBytes};
   for (int i = 0; i < n; i += kVectorsAbreast * W) {
     load_abreast<W>(logits + i, z);
-    fetch.walk<kBytes>();
+    prefetcher.advance<kBytes>();
     next_max.add(next + i);
 #pragma GCC unroll 4
     for (int u = 0; u < kVectorsAbreast; ++u) {
@@ -158,8 +159,8 @@ NABLA_FAST_INLINE int first_equal(const T* logits, int n, float value) {
   return first;
 }
 
-// logits: [n] of one segment, 1 <= n <= kStatsSegmentTokens; `offset` is the index of its first token in the
-// row.
+// logits: [n] of one segment, 1 <= n <= kStatsSegmentTokens; `offset` is the index of its first
+// token in the row.
 template <int W, typename T>
 NABLA_FAST_INLINE softmax::TokenSums segment_sums(const T* logits, int64_t n, int64_t offset,
                                                   const softmax::Tau& tau) {
@@ -196,10 +197,10 @@ NABLA_FAST_INLINE softmax::TokenSums segment_sums(const T* logits, int64_t n, in
       sums.at_max = 0;
       top = begin;
     }
-    // The maximum of the chunk behind this one is found on the way.
+    // The maximum of the next chunk is found in the same loop.
     const T* next = n - begin >= 2 * kChunkTokens ? chunk + kChunkTokens : chunk;
     if (sums.max == -kInfinity) {
-      // Masked tokens alone, or NaN.
+      // All masked, or NaN.
       if (status_of(chunk, size) != NABLA_FAST_OK) sums.status = NABLA_FAST_ROW_NAN;
       for (int i = 0; i < size; i += kTokensAbreast) next_max.add(next + i);
       continue;
@@ -249,7 +250,8 @@ NABLA_FAST_TARGET_AVX512 softmax::TokenSums segment_avx512(const T* logits, int6
 // logits: [rows, vocab]
 template <typename T>
 void token_stats(const T* logits, int64_t rows, int64_t vocab, int64_t row_stride,
-                 const softmax::Tau& tau, const softmax::Outputs& outputs, int32_t num_threads) {
+                 const softmax::Tau& tau, const softmax::StatsOutputs& outputs,
+                 int32_t num_threads) {
   const auto segment_of = select_isa(segment_baseline<T>, segment_avx2<T>, segment_avx512<T>);
   const auto segment = [=](int64_t row, int64_t index) {
     const int64_t begin = index * kStatsSegmentTokens;
@@ -305,7 +307,7 @@ nabla_fast_status nabla_fast_token_stats(const void* logits, nabla_fast_dtype dt
   if (!logits || !logsumexp || !confidence || !entropy || !argmax || !row_status) {
     return NABLA_FAST_INVALID_POINTER;
   }
-  const softmax::Outputs outputs{logsumexp, confidence, entropy, argmax, row_status};
+  const softmax::StatsOutputs outputs{logsumexp, confidence, entropy, argmax, row_status};
   if (dtype == NABLA_FAST_FLOAT32) {
     token_stats(static_cast<const float*>(logits), rows, vocab, row_stride, softmax::Tau(tau),
                 outputs, num_threads);

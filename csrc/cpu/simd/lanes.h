@@ -15,6 +15,9 @@ constexpr int kLanes = 16;
 
 using Lanes = Floats<kLanes>;
 
+// `n` numbers rounded up to whole vectors, as rows have room for them.
+constexpr int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
 NABLA_FAST_INLINE Lanes load(const float* x) { return load<kLanes>(x); }
 
 NABLA_FAST_INLINE Lanes load(const uint16_t* x) {
@@ -38,7 +41,7 @@ NABLA_FAST_INLINE Lanes load_part(const T* x, int count) {
 
 NABLA_FAST_INLINE void store(float* x, Lanes lanes) { store<kLanes>(x, lanes); }
 
-// The sums of 16 vectors' lanes, in order.
+// Sums of 16 vectors' lanes, in order.
 NABLA_FAST_INLINE Lanes sums(const Lanes (&x)[16]) {
   constexpr auto kIndices = std::make_integer_sequence<int, kLanes>{};
   Lanes a[8], b[4];

@@ -10,8 +10,8 @@
 
 #include "base/isa.h"
 
-// What the language of vectors has no words for. gcc takes a mask that several selections share
-// apart, lane by lane, unless it is a number.
+// Operations that gcc's vectors lack. gcc splits a mask that several selections share into its
+// lanes, unless the mask is a number.
 #if NABLA_FAST_X86 && !defined(__clang__)
   #define NABLA_FAST_AVX512_BUILTINS 1
   #include <immintrin.h>
@@ -53,7 +53,7 @@ NABLA_FAST_INLINE void store(float* y, Floats<W> x) {
 // `x` in every lane, and in a register: for elements that several operations share. Left to itself,
 // the compiler reads the element anew for every operation, or adds it to 0.
 template <int W>
-NABLA_FAST_INLINE Floats<W> spread(const float& x) {
+NABLA_FAST_INLINE Floats<W> broadcast(const float& x) {
 #if NABLA_FAST_X86
   Floats<W> lanes;
   if constexpr (W == 16) {
@@ -76,8 +76,8 @@ NABLA_FAST_INLINE Floats<W> vec_sqrt(Floats<W> x) {
   return y;
 }
 
-// exp(x) 2^kPower where that is in [exp(-87), exp(88)], within 2 ulp; anything elsewhere. The steps of
-// vec_exp_normal.
+// exp(x) 2^kPower where that is in [exp(-87), exp(88)], within 2 ulp; anything elsewhere. The steps
+// of vec_exp_normal.
 template <int W, int kPower = 0>
 NABLA_FAST_INLINE Floats<W> vec_exp_normal(Floats<W> x) {
   const float round = 12582912.0f;
@@ -149,7 +149,7 @@ NABLA_FAST_INLINE Floats<W> vec_exp2(Mask<W> mask, Floats<W> x, float high, floa
   }
 }
 
-// Whether vec_rsqrt14 and vec_rcp14 are there: 1 / sqrt(x) and 1 / x within 2^-14, relatively, for
+// True if vec_rsqrt14 and vec_rcp14 exist: 1 / sqrt(x) and 1 / x within 2^-14, relatively, for
 // normal numbers.
 template <int W>
 constexpr bool kHasEstimates = NABLA_FAST_AVX512_BUILTINS && W == 16;
@@ -172,7 +172,7 @@ NABLA_FAST_INLINE void split(Floats<W> x, Floats<W / 2>& low, Floats<W / 2>& hig
   __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
 }
 
-// Halves are folded onto each other: lane by lane, every operation would wait for the one before.
+// Halves are combined with each other: lane by lane, every operation would wait for the one before.
 template <int W>
 NABLA_FAST_INLINE float lane_max(Floats<W> x) {
   if constexpr (W == 1) {
@@ -209,8 +209,8 @@ NABLA_FAST_INLINE bool any_lane(Ints<W> mask) {
   return any != 0;
 }
 
-// Of two vectors that hold sums of segments of 2 * kHalf lanes, one vector with half as long
-// segments of both, in order.
+// Vector with the segments of a, then those of b, both halved: the two halves of every segment of
+// 2 * kHalf lanes are added.
 template <int W, int kHalf, int... kLane>
 NABLA_FAST_INLINE Floats<W> folded(Floats<W> a, Floats<W> b, std::integer_sequence<int, kLane...>) {
   constexpr int kSegments = W / (2 * kHalf);
@@ -223,7 +223,7 @@ NABLA_FAST_INLINE Floats<W> folded(Floats<W> a, Floats<W> b, std::integer_sequen
               kLane % kHalf)...);
 }
 
-// Of two rows of blocks of kHalf lanes, the two blocks beside the diagonal change places.
+// Two rows of blocks of kHalf lanes, whose two blocks beside the diagonal change places.
 template <int W, int kHalf, typename Vector, int... kLane>
 NABLA_FAST_INLINE void swap_blocks(Vector& a, Vector& b, std::integer_sequence<int, kLane...>) {
   const Vector upper =
@@ -234,7 +234,7 @@ NABLA_FAST_INLINE void swap_blocks(Vector& a, Vector& b, std::integer_sequence<i
   b = lower;
 }
 
-// Turns a square of W x W numbers over.
+// Transpose of W x W numbers.
 template <int W, typename Vector, int kHalf = 1>
 NABLA_FAST_INLINE void transpose(Vector (&x)[W]) {
   if constexpr (kHalf < W) {

@@ -13,16 +13,16 @@
 
 namespace nabla_fast::softmax {
 
-// Tokens that are summed side by side: chains of a quarter of a tile.
+// Chains of a quarter of a tile, summed side by side.
 constexpr int kSumChains = 4;
 
-// Of the tokens of a row so far.
+// Maximum and sum of exponentials of a row's tokens so far.
 struct LogSumExp {
   float max = -kInfinity;
   double sum = 0;  // of exp(z - max)
   bool nan = false;
 
-  // With tokens further to the right.
+  // Adds tokens further to the right.
   void join(const LogSumExp& right) {
     nan = nan || right.nan;
     if (right.max > max) {
@@ -61,16 +61,16 @@ struct LaneLogSumExp {
 };
 
 // Appends masked tokens to a tile until kSumChains divides their number, which is returned.
-NABLA_FAST_INLINE int whole_chains(float* z, int lanes, int tokens) {
+NABLA_FAST_INLINE int pad_to_chains(float* z, int lanes, int tokens) {
   const int whole = (tokens + kSumChains - 1) / kSumChains * kSumChains;
   for (int n = tokens * lanes; n < whole * lanes; ++n) z[n] = -kInfinity;
   return whole;
 }
 
-// W lanes of a tile from `lane` on: raises the maximum to that of `tokens` more tokens and notices
-// NaN. Returns whether it rose in any lane.
+// max[W] = maximum of it and of `tokens` tokens z[t * lanes]; nan[W] |= whether one is NaN. Returns
+// whether the maximum of any lane moved.
 template <int W>
-NABLA_FAST_INLINE bool raise_max(const float* z, int lanes, int tokens, float* max, int32_t* nan) {
+NABLA_FAST_INLINE bool update_max(const float* z, int lanes, int tokens, float* max, int32_t* nan) {
   const Floats<W> before = load<W>(max);
   Floats<W> top = before;
   Ints<W> unordered = {};
@@ -84,20 +84,20 @@ NABLA_FAST_INLINE bool raise_max(const float* z, int lanes, int tokens, float* m
   return any_lane<W>(top > before);
 }
 
-// What exponents are taken relative to: 0 instead of -inf, which is no distance from -inf.
+// Subtrahend of exponents: the maximum, or 0 instead of -inf, where -inf - -inf would be NaN.
 template <int W>
 NABLA_FAST_INLINE Floats<W> exponent_base(const float* max) {
   const Floats<W> top = load<W>(max);
   return top > splat<W>(-kInfinity) ? top : Floats<W>{};
 }
 
-// One tile more, whose number of tokens kSumChains divides.
+// Adds a tile z[tokens, lanes]; kSumChains divides `tokens`.
 template <int W>
 NABLA_FAST_INLINE void add_exps(const float* z, int lanes, int tokens, LaneLogSumExp& sums) {
   for (int lane = 0; lane < lanes; lane += W) {
     float before[W];
     store<W>(before, load<W>(sums.max + lane));
-    if (raise_max<W>(z + lane, lanes, tokens, sums.max + lane, sums.nan + lane)) {
+    if (update_max<W>(z + lane, lanes, tokens, sums.max + lane, sums.nan + lane)) {
       for (int n = lane; n < lane + W; ++n)
         if (sums.max[n] > before[n - lane])
           sums.sum[n] *= std::exp(static_cast<double>(before[n - lane]) - sums.max[n]);

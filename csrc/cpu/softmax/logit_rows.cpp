@@ -13,7 +13,7 @@
 namespace nabla_fast::softmax {
 namespace {
 
-// Tokens that are looked at together, and those that a thread takes.
+// Tokens of a buffer, those of a part, and those worth another thread.
 constexpr int kChunkTokens = 1024;
 constexpr int64_t kPartTokens = 16 * kChunkTokens;
 constexpr int64_t kTokensPerThread = int64_t{1} << 16;
@@ -22,42 +22,43 @@ template <int W>
 struct Largest {
   Floats<W> max = splat<W>(-kInfinity);
   // A number, not a mask, which the compiler would take apart lane by lane.
-  Floats<W> unclean = {};
+  Floats<W> nonfinite = {};
 
-  NABLA_FAST_INLINE void see(const float* y) {
+  NABLA_FAST_INLINE void add(const float* y) {
     const Floats<W> x = load<W>(y), one = splat<W>(1.0f);
     max = x > max ? x : max;
-    unclean = x <= kMaxFloat ? unclean : one;
+    nonfinite = x <= kMaxFloat ? nonfinite : one;
   }
 };
 
 // The largest of n numbers, n a multiple of 16, and whether one is NaN or +inf.
 template <int W>
-NABLA_FAST_INLINE float largest(const float* y, int n, bool& unclean) {
+NABLA_FAST_INLINE float largest(const float* y, int n, bool& nonfinite) {
   Largest<W> even, odd;
   int i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
-    even.see(y + i);
-    odd.see(y + i + W);
+    even.add(y + i);
+    odd.add(y + i + W);
   }
-  if (i < n) even.see(y + i);
-  unclean = lane_max<W>(even.unclean + odd.unclean) > 0;
+  if (i < n) even.add(y + i);
+  nonfinite = lane_max<W>(even.nonfinite + odd.nonfinite) > 0;
   return lane_max<W>(even.max > odd.max ? even.max : odd.max);
 }
 
-// y of at most kChunkTokens tokens from `token` on: where they lie, or in `y`, which has room for kChunkTokens.
+// y of n <= kChunkTokens tokens from `token` on, -inf behind them up to a multiple of 16: in place,
+// or in y [kChunkTokens].
 template <int W>
 NABLA_FAST_INLINE const float* chunk_of(const gemm::Table& logits, int64_t row,
                                         const NoiseKeys& keys, int64_t token, int n, float* y) {
   if (logits.dtype == NABLA_FAST_FLOAT32 && !keys.seed && n == kChunkTokens)
     return static_cast<const float*>(logits.data) + row * logits.stride + token;
-  gemm::widen<W>(logits, row, token, n, y);
+  gemm::to_fp32<W>(logits, row, token, n, y);
   if (keys.seed) {
     alignas(64) float g[kChunkTokens];
     gumbel_noise<W / 2>(keys.seed[row], keys.position[row], token, n, g);
     for (int i = 0; i < n; ++i) y[i] += g[i];
   }
-  for (int i = n; i < gemm::padded(n); ++i) y[i] = -kInfinity;
+  for (int i = n; i < padded(n); ++i) y[i] = -kInfinity;
   return y;
 }
 
@@ -69,9 +70,9 @@ NABLA_FAST_INLINE Top find_top(const gemm::Table& logits, int64_t row, const Noi
   for (int64_t first = begin; first < end; first += kChunkTokens) {
     const int n = static_cast<int>(std::min<int64_t>(kChunkTokens, end - first));
     const float* y = chunk_of<W>(logits, row, keys, first, n, buffer);
-    bool unclean = false;
-    const float max = largest<W>(y, static_cast<int>(gemm::padded(n)), unclean);
-    if (unclean) {
+    bool nonfinite = false;
+    const float max = largest<W>(y, static_cast<int>(padded(n)), nonfinite);
+    if (nonfinite) {
       Top bad;
       const bool nan = std::any_of(y, y + n, [](float x) { return std::isnan(x); });
       bad.status = nan ? NABLA_FAST_ROW_NAN : NABLA_FAST_ROW_INFINITE;

@@ -17,7 +17,7 @@ struct Top {
   int64_t token = -1;  // the first with that y
   nabla_fast_status status = NABLA_FAST_OK;
 
-  // Brought up to date with what follows this part.
+  // Adds the part that follows this one.
   void join(const Top& next) {
     if (next.status == NABLA_FAST_ROW_NAN || status == NABLA_FAST_OK) status = next.status;
     if (next.max > max) {
@@ -31,13 +31,13 @@ struct Top {
   }
 };
 
-// The tops of rows, [rows], with threads over rows and parts of them. `parts`: room for
-// top_parts(rows, vocab) of them.
+// tops[rows] of the rows, with threads over rows and parts of them. parts: [top_parts(rows,
+// vocab)].
 void tops_of_rows(const gemm::Table& logits, int64_t rows, int64_t vocab, const NoiseKeys& keys,
                   int32_t num_threads, Top* parts, Top* tops);
 int64_t top_parts(int64_t rows, int64_t vocab);
 
-// What a row of the Jacobian needs of the whole row.
+// Numbers of a whole row that its Jacobian needs.
 struct JacobianRow {
   float max;     // of y
   float mean;    // <p, G - c>

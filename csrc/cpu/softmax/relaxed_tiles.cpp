@@ -17,7 +17,7 @@ namespace {
 // -- rows in memory
 // ----------------------------------------------------------------------------------
 
-// Rows lie far apart: what a later tile takes of each is fetched by hand.
+// Rows lie far apart: the part of each that a later tile reads is prefetched.
 constexpr int64_t kPrefetchTokens = 256;
 
 template <int W>
@@ -28,11 +28,11 @@ NABLA_FAST_INLINE void load_block(const gemm::Table& from, int64_t row, int64_t 
                      0, 2);
   float part[16];
   if (columns < W)
-    gemm::widen<W>(from, row, column, columns, part);
+    gemm::to_fp32<W>(from, row, column, columns, part);
   else if (from.dtype == NABLA_FAST_FLOAT32)
     return (void)(x = load<W>(static_cast<const float*>(from.data) + row * from.stride + column));
   else
-    return (void)(x = gemm::load_wide<W>(static_cast<const uint16_t*>(from.data) +
+    return (void)(x = gemm::load_fp32<W>(static_cast<const uint16_t*>(from.data) +
                                          row * from.stride + column));
   x = load<W>(part);
 }
@@ -114,10 +114,10 @@ NABLA_FAST_INLINE void noise_rows(const NoiseKeys& keys, int rows, int64_t token
 // -- rows in lanes
 // -----------------------------------------------------------------------------------
 
-// Largest y of the tile, the first token that has it, and whether a y is unclean: [lanes] each.
+// Largest y of the tile, the first token that has it, and bits of `nonfinite`: [lanes] each.
 template <int W>
 NABLA_FAST_INLINE void find_tops(const float* y, int lanes, int tokens, float* max, int32_t* token,
-                                 int32_t* unclean) {
+                                 int32_t* nonfinite) {
   for (int lane = 0; lane < lanes; lane += W) {
     Floats<W> top = splat<W>(-kInfinity);
     Ints<W> at = {}, bad = {}, nan = {}, now = {};
@@ -133,7 +133,7 @@ NABLA_FAST_INLINE void find_tops(const float* y, int lanes, int tokens, float* m
     bad = (bad & kHasInfinity) | (nan & kHasNaN);
     store<W>(max + lane, top);
     std::memcpy(token + lane, &at, sizeof at);
-    std::memcpy(unclean + lane, &bad, sizeof bad);
+    std::memcpy(nonfinite + lane, &bad, sizeof bad);
   }
 }
 
@@ -144,8 +144,8 @@ NABLA_FAST_INLINE Floats<W> weight_of(Floats<W> y, Floats<W> max, float inverse)
 }
 
 template <int W>
-NABLA_FAST_INLINE void weigh_lanes(float* y, int lanes, int tokens, const float* max, float inverse,
-                                   float* sum_e) {
+NABLA_FAST_INLINE void exp_and_sum_lanes(float* y, int lanes, int tokens, const float* max,
+                                         float inverse, float* sum_e) {
   for (int lane = 0; lane < lanes; lane += W) {
     const Floats<W> top = load<W>(max + lane);
     Floats<W> sum = {};
@@ -160,13 +160,14 @@ NABLA_FAST_INLINE void weigh_lanes(float* y, int lanes, int tokens, const float*
 }
 
 template <int W>
-NABLA_FAST_INLINE void tilt_lanes(float* y, float* grad, int lanes, int tokens, const float* max,
-                                  const float* centre, float inverse, bool weighted, float* sum_e,
-                                  float* sum_tilt) {
+NABLA_FAST_INLINE void weighted_grad_sum_lanes(float* y, float* grad, int lanes, int tokens,
+                                               const float* max, const float* centre, float inverse,
+                                               bool weighted, float* sum_e,
+                                               float* sum_weighted_grad) {
   const Floats<W> zero = {};
   for (int lane = 0; lane < lanes; lane += W) {
     const Floats<W> top = load<W>(max + lane), c = load<W>(centre + lane);
-    Floats<W> sum = {}, tilted = {};
+    Floats<W> sum = {}, weighted_grad = {};
     for (int t = 0; t < tokens; ++t) {
       const int64_t at = t * lanes + lane;
       const Floats<W> e = weight_of<W>(load<W>(y + at), top, inverse);
@@ -174,10 +175,10 @@ NABLA_FAST_INLINE void tilt_lanes(float* y, float* grad, int lanes, int tokens, 
       store<W>(y + at, e);
       store<W>(grad + at, weighted ? e * g : g);
       sum += e;
-      tilted += e * g;
+      weighted_grad += e * g;
     }
     store<W>(sum_e + lane, sum);
-    store<W>(sum_tilt + lane, tilted);
+    store<W>(sum_weighted_grad + lane, weighted_grad);
   }
 }
 
@@ -204,43 +205,45 @@ struct Passes {
   void (*store)(const float*, int, int64_t, int, void*, nabla_fast_dtype, int64_t);
   void (*noise)(const NoiseKeys&, int, int64_t, int, float*);
   void (*tops)(const float*, int, int, float*, int32_t*, int32_t*);
-  void (*weigh)(float*, int, int, const float*, float, float*);
-  void (*tilt)(float*, float*, int, int, const float*, const float*, float, bool, float*, float*);
+  void (*exp_and_sum)(float*, int, int, const float*, float, float*);
+  void (*weighted_grad_sum)(float*, float*, int, int, const float*, const float*, float, bool,
+                            float*, float*);
   void (*jacobian)(const float*, float*, int, int, const float*, const float*, const float*, float);
 };
 
-#define NABLA_FAST_RELAXED(NAME, TARGET, W)                                                  \
-  TARGET void load_##NAME(const gemm::Table& from, int rows, int64_t token, int tokens,      \
-                          float* tile) {                                                     \
-    load_rows<W>(from, rows, token, tokens, tile);                                           \
-  }                                                                                          \
-  TARGET void store_##NAME(const float* tile, int rows, int64_t token, int tokens, void* to, \
-                           nabla_fast_dtype dtype, int64_t stride) {                         \
-    store_rows<W>(tile, rows, token, tokens, to, dtype, stride);                             \
-  }                                                                                          \
-  TARGET void noise_##NAME(const NoiseKeys& keys, int rows, int64_t token, int tokens,       \
-                           float* tile) {                                                    \
-    noise_rows<W>(keys, rows, token, tokens, tile);                                          \
-  }                                                                                          \
-  TARGET void tops_##NAME(const float* y, int lanes, int tokens, float* max, int32_t* token, \
-                          int32_t* unclean) {                                                \
-    find_tops<W>(y, lanes, tokens, max, token, unclean);                                     \
-  }                                                                                          \
-  TARGET void weigh_##NAME(float* y, int lanes, int tokens, const float* max, float inverse, \
-                           float* sum_e) {                                                   \
-    weigh_lanes<W>(y, lanes, tokens, max, inverse, sum_e);                                   \
-  }                                                                                          \
-  TARGET void tilt_##NAME(float* y, float* grad, int lanes, int tokens, const float* max,    \
-                          const float* centre, float inverse, bool weighted, float* sum_e,   \
-                          float* sum_tilt) {                                                 \
-    tilt_lanes<W>(y, grad, lanes, tokens, max, centre, inverse, weighted, sum_e, sum_tilt);  \
-  }                                                                                          \
-  TARGET void jacobian_##NAME(const float* y, float* grad, int lanes, int tokens,            \
-                              const float* max, const float* mean, const float* weight,      \
-                              float inverse) {                                               \
-    jacobian_lanes<W>(y, grad, lanes, tokens, max, mean, weight, inverse);                   \
-  }                                                                                          \
-  constexpr Passes kPasses_##NAME{load_##NAME,  store_##NAME, noise_##NAME,   tops_##NAME,   \
+#define NABLA_FAST_RELAXED(NAME, TARGET, W)                                                   \
+  TARGET void load_##NAME(const gemm::Table& from, int rows, int64_t token, int tokens,       \
+                          float* tile) {                                                      \
+    load_rows<W>(from, rows, token, tokens, tile);                                            \
+  }                                                                                           \
+  TARGET void store_##NAME(const float* tile, int rows, int64_t token, int tokens, void* to,  \
+                           nabla_fast_dtype dtype, int64_t stride) {                          \
+    store_rows<W>(tile, rows, token, tokens, to, dtype, stride);                              \
+  }                                                                                           \
+  TARGET void noise_##NAME(const NoiseKeys& keys, int rows, int64_t token, int tokens,        \
+                           float* tile) {                                                     \
+    noise_rows<W>(keys, rows, token, tokens, tile);                                           \
+  }                                                                                           \
+  TARGET void tops_##NAME(const float* y, int lanes, int tokens, float* max, int32_t* token,  \
+                          int32_t* nonfinite) {                                               \
+    find_tops<W>(y, lanes, tokens, max, token, nonfinite);                                    \
+  }                                                                                           \
+  TARGET void weigh_##NAME(float* y, int lanes, int tokens, const float* max, float inverse,  \
+                           float* sum_e) {                                                    \
+    exp_and_sum_lanes<W>(y, lanes, tokens, max, inverse, sum_e);                              \
+  }                                                                                           \
+  TARGET void tilt_##NAME(float* y, float* grad, int lanes, int tokens, const float* max,     \
+                          const float* centre, float inverse, bool weighted, float* sum_e,    \
+                          float* sum_weighted_grad) {                                         \
+    weighted_grad_sum_lanes<W>(y, grad, lanes, tokens, max, centre, inverse, weighted, sum_e, \
+                               sum_weighted_grad);                                            \
+  }                                                                                           \
+  TARGET void jacobian_##NAME(const float* y, float* grad, int lanes, int tokens,             \
+                              const float* max, const float* mean, const float* weight,       \
+                              float inverse) {                                                \
+    jacobian_lanes<W>(y, grad, lanes, tokens, max, mean, weight, inverse);                    \
+  }                                                                                           \
+  constexpr Passes kPasses_##NAME{load_##NAME,  store_##NAME, noise_##NAME,   tops_##NAME,    \
                                   weigh_##NAME, tilt_##NAME,  jacobian_##NAME};
 
 NABLA_FAST_RELAXED(baseline, , 4)
@@ -272,14 +275,14 @@ void add_tile(const float* other, int rows, int tokens, float* tile) {
   for (int n = 0; n < tokens * gemm::lanes_of(rows); ++n) tile[n] += other[n];
 }
 
-bool raise(const float* y, int rows, int64_t token, int tokens, double tau, Tops& tops,
-           float* factor) {
+bool update_max(const float* y, int rows, int64_t token, int tokens, double tau, Tops& tops,
+                float* factor) {
   alignas(64) float max[gemm::kRowsPerGroup];
-  int32_t at[gemm::kRowsPerGroup], unclean[gemm::kRowsPerGroup];
-  passes().tops(y, gemm::lanes_of(rows), tokens, max, at, unclean);
+  int32_t at[gemm::kRowsPerGroup], nonfinite[gemm::kRowsPerGroup];
+  passes().tops(y, gemm::lanes_of(rows), tokens, max, at, nonfinite);
   bool moved = false;
   for (int r = 0; r < rows; ++r) {
-    tops.unclean[r] |= unclean[r];
+    tops.nonfinite[r] |= nonfinite[r];
     factor[r] = 1;
     if (!(max[r] > tops.max[r])) continue;
     factor[r] = static_cast<float>(std::exp((static_cast<double>(tops.max[r]) - max[r]) / tau));
@@ -290,20 +293,20 @@ bool raise(const float* y, int rows, int64_t token, int tokens, double tau, Tops
   return moved;
 }
 
-void weigh(float* y, int rows, int tokens, const float* max, double tau, Sums& sums) {
+void exp_and_sum(float* y, int rows, int tokens, const float* max, double tau, Sums& sums) {
   alignas(64) float e[gemm::kRowsPerGroup];
-  passes().weigh(y, gemm::lanes_of(rows), tokens, max, inverse_of(tau), e);
+  passes().exp_and_sum(y, gemm::lanes_of(rows), tokens, max, inverse_of(tau), e);
   for (int r = 0; r < rows; ++r) sums.e[r] += e[r];
 }
 
-void tilt(float* y, float* grad, int rows, int tokens, const float* max, const float* centre,
-          double tau, Tilted left, Sums& sums) {
-  alignas(64) float e[gemm::kRowsPerGroup], tilted[gemm::kRowsPerGroup];
-  passes().tilt(y, grad, gemm::lanes_of(rows), tokens, max, centre, inverse_of(tau),
-                left == Tilted::kWeighted, e, tilted);
+void weighted_grad_sum(float* y, float* grad, int rows, int tokens, const float* max,
+                       const float* centre, double tau, GradTile left, Sums& sums) {
+  alignas(64) float e[gemm::kRowsPerGroup], weighted_grad[gemm::kRowsPerGroup];
+  passes().weighted_grad_sum(y, grad, gemm::lanes_of(rows), tokens, max, centre, inverse_of(tau),
+                             left == GradTile::kWeighted, e, weighted_grad);
   for (int r = 0; r < rows; ++r) {
     sums.e[r] += e[r];
-    sums.tilt[r] += tilted[r];
+    sums.weighted_grad_sum[r] += weighted_grad[r];
   }
 }
 

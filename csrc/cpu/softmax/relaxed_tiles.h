@@ -1,5 +1,5 @@
-// What the mixes do with tiles [tokens, lanes], a row of a group in each lane: of perturbed logits y,
-// of gradients G with respect to the relaxed one-hot, and of direct gradients.
+// Tiles [tokens, lanes], a row of a group in each lane: of perturbed logits y = z + noise, of
+// gradients G with respect to the relaxed one-hot, and of direct gradients.
 #ifndef NABLA_FAST_CPU_SOFTMAX_RELAXED_TILES_H_
 #define NABLA_FAST_CPU_SOFTMAX_RELAXED_TILES_H_
 
@@ -20,32 +20,31 @@ struct NoiseKeys {
   const int64_t* position;
 };
 
-// What `unclean` says.
+// Bits of `nonfinite`.
 constexpr int32_t kHasInfinity = 1, kHasNaN = 2;
 
-// What a group's rows have shown so far.
+// Largest y of a group's rows so far.
 struct Tops {
   alignas(64) float max[gemm::kRowsPerGroup];      // of y
   alignas(64) int64_t token[gemm::kRowsPerGroup];  // the first with that y; -1 while all are masked
-  alignas(
-      64) int32_t unclean[gemm::kRowsPerGroup];  // kHasNaN, perhaps with the other, or kHasInfinity
+  alignas(64) int32_t nonfinite[gemm::kRowsPerGroup];  // kHasNaN | kHasInfinity
 
   void clear() {
     for (int r = 0; r < gemm::kRowsPerGroup; ++r) {
       max[r] = -kInfinity;
       token[r] = -1;
-      unclean[r] = 0;
+      nonfinite[r] = 0;
     }
   }
 };
 
 // Sums over a group's tokens, e = exp((y - max) / tau) and c a constant of each row.
 struct Sums {
-  double e[gemm::kRowsPerGroup];     // sum of e
-  double tilt[gemm::kRowsPerGroup];  // sum of e (G - c)
+  double e[gemm::kRowsPerGroup];                  // sum of e
+  double weighted_grad_sum[gemm::kRowsPerGroup];  // sum of e (G - c)
 
   void clear() {
-    for (int r = 0; r < gemm::kRowsPerGroup; ++r) e[r] = tilt[r] = 0;
+    for (int r = 0; r < gemm::kRowsPerGroup; ++r) e[r] = weighted_grad_sum[r] = 0;
   }
 };
 
@@ -62,20 +61,20 @@ void add_noise(const NoiseKeys& keys, int rows, int64_t token, int tokens, float
 // tile += other
 void add_tile(const float* other, int rows, int tokens, float* tile);
 
-// Brings `tops` up to date with the y of tokens [token, token + tokens). Returns whether a maximum
-// moved; then factor[r] = exp((old - new) / tau), 1 where it did not move.
-bool raise(const float* y, int rows, int64_t token, int tokens, double tau, Tops& tops,
-           float* factor);
+// Adds the y of tokens [token, token + tokens) to `tops`. Returns whether a maximum moved; then
+// factor[r] = exp((old - new) / tau), 1 where it did not move.
+bool update_max(const float* y, int rows, int64_t token, int tokens, double tau, Tops& tops,
+                float* factor);
 
 // y = e, added to sums.e.
-void weigh(float* y, int rows, int tokens, const float* max, double tau, Sums& sums);
+void exp_and_sum(float* y, int rows, int tokens, const float* max, double tau, Sums& sums);
 
-// What is left in the tile of G.
-enum class Tilted { kCentred, kWeighted };
+// Contents of the tile of G after weighted_grad_sum().
+enum class GradTile { kCentred, kWeighted };
 
 // y = e; grad = G - c, or e (G - c), and 0 where e is: G may be infinite there. Adds to `sums`.
-void tilt(float* y, float* grad, int rows, int tokens, const float* max, const float* centre,
-          double tau, Tilted left, Sums& sums);
+void weighted_grad_sum(float* y, float* grad, int rows, int tokens, const float* max,
+                       const float* centre, double tau, GradTile left, Sums& sums);
 
 // grad = e (grad - mean) weight, with e of the tile's y and grad = G - c; 0 where e is.
 void softmax_jacobian(const float* y, float* grad, int rows, int tokens, const float* max,

@@ -1,4 +1,4 @@
-// TokenSums over the tokens of a row from which its statistics follow, and how they are joined.
+// Sums over the tokens of a row, from which its statistics follow.
 #ifndef NABLA_FAST_CPU_SOFTMAX_TOKEN_SUMS_H_
 #define NABLA_FAST_CPU_SOFTMAX_TOKEN_SUMS_H_
 
@@ -26,8 +26,9 @@ struct Tau {
   float lowest;
 };
 
-// Of the tokens of a segment or a row, with d_v = logits_v - max. Tokens at the maximum are counted
-// apart: added to 1, a sum below 2^-24 would be lost, and with it the entropy of a peaked row.
+// Sums over the tokens of a segment or a row, with d_v = logits_v - max. Tokens at the maximum are
+// counted apart: added to 1, a sum below 2^-24 would be lost, and with it the entropy of a peaked
+// row.
 struct TokenSums {
   float max = -kInfinity;
   nabla_fast_status status = NABLA_FAST_OK;
@@ -37,8 +38,8 @@ struct TokenSums {
   double sum_d_exp = 0;  // sum of d_v exp(d_v / tau)
 };
 
-// `sums` as seen from a higher maximum, both finite.
-inline TokenSums lowered(const TokenSums& sums, float max, double tau) {
+// `sums` relative to a higher maximum, both finite.
+inline TokenSums rescaled(const TokenSums& sums, float max, double tau) {
   const double gap = static_cast<double>(sums.max) - max;
   const double scale = std::exp(gap / tau);
   const double total = sums.at_max + sums.sum_exp;
@@ -61,8 +62,8 @@ inline TokenSums joined(const TokenSums& left, const TokenSums& right, double ta
   if (right.max == -kInfinity) return left;
   if (left.max == -kInfinity) return right;
   TokenSums result = left.max < right.max ? right : left;
-  const TokenSums other = left.max < right.max   ? lowered(left, right.max, tau)
-                          : right.max < left.max ? lowered(right, left.max, tau)
+  const TokenSums other = left.max < right.max   ? rescaled(left, right.max, tau)
+                          : right.max < left.max ? rescaled(right, left.max, tau)
                                                  : right;
   result.at_max += other.at_max;
   result.sum_exp += other.sum_exp;
@@ -70,8 +71,8 @@ inline TokenSums joined(const TokenSums& left, const TokenSums& right, double ta
   return result;
 }
 
-// Where the results of a call go: each [rows].
-struct Outputs {
+// Results of a call, each [rows].
+struct StatsOutputs {
   float* logsumexp;
   float* confidence;
   float* entropy;
