@@ -1,17 +1,18 @@
-// Which instruction set a kernel runs with, asked once per call.
+// Kernels compiled for each instruction set, of which a call runs one.
 //
-// A kernel is written once, as plain loops in an always-inlined function, and compiled for each
-// level by a function that carries a target attribute and does nothing but call it:
+// A kernel is written once, as an always-inlined function of vectors of W floats or plain loops:
 //
-//   NABLA_FAST_INLINE void kernel(const float* x) {...}
-//   void kernel_baseline(const float* x) { kernel(x); }
-//   NABLA_FAST_TARGET_AVX2 void kernel_avx2(const float* x) { kernel(x); }
-//   NABLA_FAST_TARGET_AVX512 void kernel_avx512(const float* x) { kernel(x); }
+//   template <int W>
+//   NABLA_FAST_INLINE float sum_kernel(const float* x, int64_t n) {...}
+//   NABLA_FAST_FOR_EACH_ISA(sum, sum_kernel<W>)
 //
-//   select_isa(kernel_baseline, kernel_avx2, kernel_avx512)(x);
+//   sum(x, n);                            // at the level in force
+//   auto* const sum_here = sum.select();  // the same, once for many calls
 //
-// Functions called in its hot loops must be NABLA_FAST_INLINE too: one that is not inlined, and any
-// lambda, is compiled for the baseline alone.
+// The macro compiles it for the baseline (W = 4), AVX2 (8) and AVX-512 (16). gcc's target_clones would
+// leave out W, and nabla_fast_limit_cpu_isa(), which changes the level between calls. Functions called
+// in a kernel's hot loops must be NABLA_FAST_INLINE too: one that is not inlined, and any lambda, is
+// compiled for the baseline alone.
 #ifndef NABLA_FAST_CPU_BASE_ISA_H_
 #define NABLA_FAST_CPU_BASE_ISA_H_
 
@@ -42,21 +43,56 @@
 
 namespace nabla_fast {
 
-// The variant of a kernel for the level in force. Elsewhere than on x86-64 the three are the same.
+// A kernel's variants, as the macro below makes them. Elsewhere than on x86-64 they differ in W alone,
+// and the baseline runs.
 template <typename Function>
-Function* select_isa(Function* baseline, Function* avx2, Function* avx512) {
-  switch (nabla_fast_cpu_isa()) {
-    case NABLA_FAST_ISA_AMX:
-    case NABLA_FAST_ISA_AVX512_BF16:
-    case NABLA_FAST_ISA_AVX512:
-      return avx512;
-    case NABLA_FAST_ISA_AVX2:
-      return avx2;
-    default:
-      return baseline;
+struct IsaVariants;
+template <typename Result, typename... Parameters>
+struct IsaVariants<Result(Parameters...)> {
+  Result (*baseline)(Parameters...);
+  Result (*avx2)(Parameters...);
+  Result (*avx512)(Parameters...);
+
+  auto select() const {
+    switch (nabla_fast_cpu_isa()) {
+      case NABLA_FAST_ISA_AMX:
+      case NABLA_FAST_ISA_AVX512_BF16:
+      case NABLA_FAST_ISA_AVX512:
+        return avx512;
+      case NABLA_FAST_ISA_AVX2:
+        return avx2;
+      default:
+        return baseline;
+    }
   }
-}
+  Result operator()(Parameters... x) const { return select()(x...); }
+};
 
 }  // namespace nabla_fast
+
+// Defines NAME, the variants of a kernel given as an expression in W: sum_kernel<W>, or
+// tile_kernel<W, float>.
+#define NABLA_FAST_FOR_EACH_ISA(NAME, ...)                                                 \
+  template <int W>                                                                         \
+  using NAME##_function = decltype(__VA_ARGS__);                                           \
+  template <typename Function>                                                             \
+  struct NAME##_variants;                                                                  \
+  template <typename Result, typename... Parameters>                                       \
+  struct NAME##_variants<Result(Parameters...)> {                                          \
+    static Result baseline(Parameters... x) {                                              \
+      [[maybe_unused]] constexpr int W = 4;                                                \
+      return __VA_ARGS__(x...);                                                            \
+    }                                                                                      \
+    NABLA_FAST_TARGET_AVX2 static Result avx2(Parameters... x) {                           \
+      [[maybe_unused]] constexpr int W = 8;                                                \
+      return __VA_ARGS__(x...);                                                            \
+    }                                                                                      \
+    NABLA_FAST_TARGET_AVX512 static Result avx512(Parameters... x) {                       \
+      [[maybe_unused]] constexpr int W = 16;                                               \
+      return __VA_ARGS__(x...);                                                            \
+    }                                                                                      \
+    static constexpr IsaVariants<Result(Parameters...)> kVariants{baseline, avx2, avx512}; \
+  };                                                                                       \
+  constexpr auto& NAME = NAME##_variants<NAME##_function<4>>::kVariants;
 
 #endif  // NABLA_FAST_CPU_BASE_ISA_H_

@@ -71,7 +71,7 @@ NABLA_FAST_INLINE void product_tile(const Product& p, int64_t row, int64_t token
     }
   }
   float result[kLanes];
-  store(result, sums(total));
+  store(result, lane_sums(total));
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
     std::memcpy(logits + r * stride, result + r * kTokensInRegisters,

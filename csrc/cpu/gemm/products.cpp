@@ -292,22 +292,8 @@ NABLA_FAST_INLINE void product_tile(const PackedRows& rows, const Table& table, 
     many_rows<W, T>(rows, table, tokens, add, z);
 }
 
-using ProductTile = void(const PackedRows&, const Table&, int, bool, float*);
-
-template <typename T>
-void product_tile_baseline(const PackedRows& rows, const Table& table, int n, bool add, float* z) {
-  product_tile<4, T>(rows, table, n, add, z);
-}
-template <typename T>
-NABLA_FAST_TARGET_AVX2 void product_tile_avx2(const PackedRows& rows, const Table& table, int n,
-                                              bool add, float* z) {
-  product_tile<8, T>(rows, table, n, add, z);
-}
-template <typename T>
-NABLA_FAST_TARGET_AVX512 void product_tile_avx512(const PackedRows& rows, const Table& table, int n,
-                                                  bool add, float* z) {
-  product_tile<16, T>(rows, table, n, add, z);
-}
+NABLA_FAST_FOR_EACH_ISA(fp32_tile, product_tile<W, float>)
+NABLA_FAST_FOR_EACH_ISA(bf16_tile, product_tile<W, uint16_t>)
 
 #if NABLA_FAST_X86
 NABLA_FAST_TARGET_AVX512 void pair_tile(const PackedRows& rows, const Table& table, int tokens,
@@ -357,17 +343,7 @@ NABLA_FAST_INLINE void pack_floats(const Table& from, int rows, int lanes, float
   }
 }
 
-using Pack = void(const Table&, int, int, float*);
-
-void pack_baseline(const Table& from, int rows, int lanes, float* packed) {
-  pack_floats<4>(from, rows, lanes, packed);
-}
-NABLA_FAST_TARGET_AVX2 void pack_avx2(const Table& from, int rows, int lanes, float* packed) {
-  pack_floats<8>(from, rows, lanes, packed);
-}
-NABLA_FAST_TARGET_AVX512 void pack_avx512(const Table& from, int rows, int lanes, float* packed) {
-  pack_floats<16>(from, rows, lanes, packed);
-}
+NABLA_FAST_FOR_EACH_ISA(pack_fp32, pack_floats<W>)
 
 void pack_pairs(const Table& from, int rows, int lanes, uint16_t* packed) {
   const auto* data = static_cast<const uint16_t*>(from.data);
@@ -390,8 +366,7 @@ PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, 
   if (pairs)
     pack_pairs(from, rows, lanes, static_cast<uint16_t*>(memory));
   else
-    static_cast<Pack*>(select_isa(pack_baseline, pack_avx2, pack_avx512))(
-        from, rows, lanes, static_cast<float*>(memory));
+    pack_fp32(from, rows, lanes, static_cast<float*>(memory));
   return {memory, rows, from.width, pairs, 0};
 }
 
@@ -401,12 +376,7 @@ void products(const PackedRows& rows, const Table& table, int tokens, bool add, 
   if (rows.pairs) return pair_tile(rows, table, tokens, add, z);
 #endif
   const bool floats = table.dtype == NABLA_FAST_FLOAT32;
-  ProductTile* run = floats
-                         ? select_isa(product_tile_baseline<float>, product_tile_avx2<float>,
-                                      product_tile_avx512<float>)
-                         : select_isa(product_tile_baseline<uint16_t>, product_tile_avx2<uint16_t>,
-                                      product_tile_avx512<uint16_t>);
-  run(rows, table, tokens, add, z);
+  (floats ? fp32_tile : bf16_tile)(rows, table, tokens, add, z);
 }
 
 }  // namespace nabla_fast::gemm

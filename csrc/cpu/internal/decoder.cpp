@@ -19,17 +19,10 @@ constexpr int64_t kProductsPerThread = 1 << 20;
 // Rows of a weight that stay in a cache while all tokens pass over them.
 constexpr int64_t kWeightBlock = 128;
 
-// Defines a function compiled for each instruction set, and `name` that calls the one in force.
-#define NABLA_FAST_FOR_EACH_ISA(name, parameters, arguments)                          \
-  void name##_baseline parameters { name##_inline arguments; }                        \
-  NABLA_FAST_TARGET_AVX2 void name##_avx2 parameters { name##_inline arguments; }     \
-  NABLA_FAST_TARGET_AVX512 void name##_avx512 parameters { name##_inline arguments; } \
-  void name parameters { select_isa(name##_baseline, name##_avx2, name##_avx512) arguments; }
-
 // -- element by element --------------------------------------------------------------------------
 
 // unit = x / rms and y = unit * weight, row by row; row r takes weight row r mod weight_rows.
-NABLA_FAST_INLINE void norm_rows_inline(const float* x, int64_t x_stride, int64_t rows,
+NABLA_FAST_INLINE void norm_rows_kernel(const float* x, int64_t x_stride, int64_t rows,
                                         int64_t width, const float* weight, int64_t weight_rows,
                                         float eps, float* unit, float* inverse, float* y,
                                         int64_t y_stride) {
@@ -47,15 +40,10 @@ NABLA_FAST_INLINE void norm_rows_inline(const float* x, int64_t x_stride, int64_
     }
   }
 }
-NABLA_FAST_FOR_EACH_ISA(norm_rows,
-                        (const float* x, int64_t x_stride, int64_t rows, int64_t width,
-                         const float* weight, int64_t weight_rows, float eps, float* unit,
-                         float* inverse, float* y, int64_t y_stride),
-                        (x, x_stride, rows, width, weight, weight_rows, eps, unit, inverse, y,
-                         y_stride))
+NABLA_FAST_FOR_EACH_ISA(norm_rows, norm_rows_kernel)
 
 // dx = or += (g - unit mean(g unit)) / rms with g = dy weight; dy may be dx.
-NABLA_FAST_INLINE void norm_backward_inline(const float* dy, int64_t dy_stride, int64_t rows,
+NABLA_FAST_INLINE void norm_backward_kernel(const float* dy, int64_t dy_stride, int64_t rows,
                                             int64_t width, const float* weight, int64_t weight_rows,
                                             const float* unit, const float* inverse, float* dx,
                                             int64_t dx_stride, bool add) {
@@ -72,16 +60,11 @@ NABLA_FAST_INLINE void norm_backward_inline(const float* dy, int64_t dy_stride, 
     }
   }
 }
-NABLA_FAST_FOR_EACH_ISA(norm_backward,
-                        (const float* dy, int64_t dy_stride, int64_t rows, int64_t width,
-                         const float* weight, int64_t weight_rows, const float* unit,
-                         const float* inverse, float* dx, int64_t dx_stride, bool add),
-                        (dy, dy_stride, rows, width, weight, weight_rows, unit, inverse, dx,
-                         dx_stride, add))
+NABLA_FAST_FOR_EACH_ISA(norm_backward, norm_backward_kernel)
 
 // x = x cos + swapped halves of x * sin, for the first `heads` heads of each token, in place.
 // Backward: x = x cos + swapped halves of (x * sin).
-NABLA_FAST_INLINE void rotate_inline(float* x, int64_t stride, int64_t tokens, int64_t heads,
+NABLA_FAST_INLINE void rotate_kernel(float* x, int64_t stride, int64_t tokens, int64_t heads,
                                      int64_t dim, const float* cos, const float* sin,
                                      bool backward) {
   int64_t half = dim / 2;
@@ -98,23 +81,19 @@ NABLA_FAST_INLINE void rotate_inline(float* x, int64_t stride, int64_t tokens, i
     }
   }
 }
-NABLA_FAST_FOR_EACH_ISA(rotate,
-                        (float* x, int64_t stride, int64_t tokens, int64_t heads, int64_t dim,
-                         const float* cos, const float* sin, bool backward),
-                        (x, stride, tokens, heads, dim, cos, sin, backward))
+NABLA_FAST_FOR_EACH_ISA(rotate, rotate_kernel)
 
 NABLA_FAST_INLINE float sigmoid(float x) { return 1 / (1 + vec_exp(-x)); }
 
 // product = silu(gate) * up.
-NABLA_FAST_INLINE void gated_inline(const float* gate, const float* up, float* product,
+NABLA_FAST_INLINE void gated_kernel(const float* gate, const float* up, float* product,
                                     int64_t count) {
   for (int64_t n = 0; n < count; ++n) product[n] = gate[n] * sigmoid(gate[n]) * up[n];
 }
-NABLA_FAST_FOR_EACH_ISA(gated, (const float* gate, const float* up, float* product, int64_t count),
-                        (gate, up, product, count))
+NABLA_FAST_FOR_EACH_ISA(gated, gated_kernel)
 
 // Gradients of gate and up from the product's, which may stand where the gate's goes.
-NABLA_FAST_INLINE void gated_backward_inline(const float* d_product, const float* gate,
+NABLA_FAST_INLINE void gated_backward_kernel(const float* d_product, const float* gate,
                                              const float* up, float* d_gate, float* d_up,
                                              int64_t count) {
   for (int64_t n = 0; n < count; ++n) {
@@ -123,10 +102,7 @@ NABLA_FAST_INLINE void gated_backward_inline(const float* d_product, const float
     d_up[n] = d * (g * s);
   }
 }
-NABLA_FAST_FOR_EACH_ISA(gated_backward,
-                        (const float* d_product, const float* gate, const float* up, float* d_gate,
-                         float* d_up, int64_t count),
-                        (d_product, gate, up, d_gate, d_up, count))
+NABLA_FAST_FOR_EACH_ISA(gated_backward, gated_backward_kernel)
 
 // -- products ------------------------------------------------------------------------------------
 
@@ -142,7 +118,7 @@ void linear(const float* x, int64_t x_stride, int64_t tokens, const Linear& laye
 }
 
 // Columns [first, last) of dx[T, in] += dy[T, out] weight[out, in].
-NABLA_FAST_INLINE void linear_backward_part_inline(const float* dy, int64_t dy_stride,
+NABLA_FAST_INLINE void linear_backward_part_kernel(const float* dy, int64_t dy_stride,
                                                    int64_t tokens, const float* weight, int64_t out,
                                                    int64_t in, float* dx, int64_t first,
                                                    int64_t last) {
@@ -151,10 +127,7 @@ NABLA_FAST_INLINE void linear_backward_part_inline(const float* dy, int64_t dy_s
                                    std::min(kWeightBlock, out - block), weight + block * in + first,
                                    in, last - first, dx + first, in);
 }
-NABLA_FAST_FOR_EACH_ISA(linear_backward_part,
-                        (const float* dy, int64_t dy_stride, int64_t tokens, const float* weight,
-                         int64_t out, int64_t in, float* dx, int64_t first, int64_t last),
-                        (dy, dy_stride, tokens, weight, out, in, dx, first, last))
+NABLA_FAST_FOR_EACH_ISA(linear_backward_part, linear_backward_part_kernel)
 
 void linear_backward(const float* dy, int64_t dy_stride, int64_t tokens, const Linear& layer,
                      int64_t out, int64_t in, float* dx, int32_t num_threads) {

@@ -17,7 +17,7 @@ NABLA_FAST_INLINE uint32_t twisted(uint32_t upper, uint32_t lower, uint32_t far)
 }
 
 // The next 624 words, in place (Matsumoto & Nishimura 1998).
-NABLA_FAST_INLINE void renew(uint32_t* words) {
+NABLA_FAST_INLINE void renew_kernel(uint32_t* words) {
   for (int n = 0; n < kWords - kShift; ++n)
     words[n] = twisted(words[n], words[n + 1], words[n + kShift]);
   // Two loops, so that each reads only words that it has not written within a vector's width.
@@ -26,9 +26,7 @@ NABLA_FAST_INLINE void renew(uint32_t* words) {
   words[kWords - 1] = twisted(words[kWords - 1], words[0], words[kShift - 1]);
 }
 
-void renew_baseline(uint32_t* words) { renew(words); }
-NABLA_FAST_TARGET_AVX2 void renew_avx2(uint32_t* words) { renew(words); }
-NABLA_FAST_TARGET_AVX512 void renew_avx512(uint32_t* words) { renew(words); }
+NABLA_FAST_FOR_EACH_ISA(renew, renew_kernel)
 
 uint32_t tempered(uint32_t word) {
   word ^= word >> 11;
@@ -42,7 +40,7 @@ class Words {
  public:
   explicit Words(Mt19937* generator)
       : generator_(generator),
-        renew_(select_isa(renew_baseline, renew_avx2, renew_avx512)),
+        renew_(renew.select()),
         // Once the last word is taken, torch renews the state at the next draw.
         next_(generator->left == 1 ? kWords : static_cast<int64_t>(generator->next)) {
     for (int n = 0; n < kWords; ++n) words_[n] = static_cast<uint32_t>(generator->state[n]);

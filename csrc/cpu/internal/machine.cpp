@@ -24,7 +24,7 @@ constexpr int64_t kLineFloats = 16;
 // --------------------------------------------------------------------------------
 
 template <int W>
-NABLA_FAST_INLINE double read(const float* x, int64_t n) {
+NABLA_FAST_INLINE double read_kernel(const float* x, int64_t n) {
   const int64_t stream = n / (kStreams * kLineFloats) * kLineFloats;
   Floats<W> sum[kStreams] = {};
   for (int64_t k = 0; k < stream; k += kLineFloats) {
@@ -61,7 +61,7 @@ NABLA_FAST_INLINE void store_past_caches(float* y, Floats<W> x) {
 }
 
 template <int W>
-NABLA_FAST_INLINE void triad(float* a, const float* b, const float* c, float s, int64_t n) {
+NABLA_FAST_INLINE void triad_kernel(float* a, const float* b, const float* c, float s, int64_t n) {
   const Floats<W> factor = splat<W>(s);
   int64_t i = 0;
   for (; i + kLineFloats <= n; i += kLineFloats) {
@@ -96,7 +96,7 @@ NABLA_FAST_INLINE void keep(Floats<W>& x) {
 }
 
 template <int W>
-NABLA_FAST_INLINE double multiply_adds(int64_t rounds) {
+NABLA_FAST_INLINE double multiply_adds_kernel(int64_t rounds) {
   Floats<W> sum[kIndependentSums<W>] = {}, factor = splat<W>(0.5f), term = splat<W>(1.0f);
   keep<W>(factor);
   keep<W>(term);
@@ -115,29 +115,9 @@ NABLA_FAST_INLINE double multiply_adds(int64_t rounds) {
   return 2.0 * W * kIndependentSums<W> * kUnrolled * static_cast<double>(rounds);
 }
 
-double read_baseline(const float* x, int64_t n) { return read<4>(x, n); }
-NABLA_FAST_TARGET_AVX2 double read_avx2(const float* x, int64_t n) { return read<8>(x, n); }
-NABLA_FAST_TARGET_AVX512 double read_avx512(const float* x, int64_t n) { return read<16>(x, n); }
-
-void triad_baseline(float* a, const float* b, const float* c, float s, int64_t n) {
-  triad<4>(a, b, c, s, n);
-}
-NABLA_FAST_TARGET_AVX2 void triad_avx2(float* a, const float* b, const float* c, float s,
-                                       int64_t n) {
-  triad<8>(a, b, c, s, n);
-}
-NABLA_FAST_TARGET_AVX512 void triad_avx512(float* a, const float* b, const float* c, float s,
-                                           int64_t n) {
-  triad<16>(a, b, c, s, n);
-}
-
-double multiply_adds_baseline(int64_t rounds) { return multiply_adds<4>(rounds); }
-NABLA_FAST_TARGET_AVX2 double multiply_adds_avx2(int64_t rounds) {
-  return multiply_adds<8>(rounds);
-}
-NABLA_FAST_TARGET_AVX512 double multiply_adds_avx512(int64_t rounds) {
-  return multiply_adds<16>(rounds);
-}
+NABLA_FAST_FOR_EACH_ISA(read, read_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(triad, triad_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(multiply_adds, multiply_adds_kernel<W>)
 
 #if NABLA_FAST_X86
 NABLA_FAST_TARGET_AVX512 double dot_products(int64_t rounds) {
@@ -200,7 +180,7 @@ double in_all_threads(double (*work)(int64_t), int64_t rounds, int threads) {
 }  // namespace
 
 double machine_read(const float* x, int64_t n, int threads) {
-  auto* run = select_isa(read_baseline, read_avx2, read_avx512);
+  auto* run = read.select();
   double total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
   {
@@ -212,7 +192,7 @@ double machine_read(const float* x, int64_t n, int threads) {
 }
 
 void machine_triad(float* a, const float* b, const float* c, float s, int64_t n, int threads) {
-  auto* run = select_isa(triad_baseline, triad_avx2, triad_avx512);
+  auto* run = triad.select();
 #pragma omp parallel num_threads(threads)
   {
     const auto [first, last] = part_of(n);
@@ -222,9 +202,7 @@ void machine_triad(float* a, const float* b, const float* c, float s, int64_t n,
 }
 
 double machine_multiply_adds(int64_t rounds, int threads) {
-  return in_all_threads(
-      select_isa(multiply_adds_baseline, multiply_adds_avx2, multiply_adds_avx512), rounds,
-      threads);
+  return in_all_threads(multiply_adds.select(), rounds, threads);
 }
 
 double machine_dot_products(int64_t rounds, int threads) {

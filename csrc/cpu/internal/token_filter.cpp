@@ -23,25 +23,13 @@ NABLA_FAST_INLINE T score_block(const T* logits, int64_t count, T temperature, T
   return top;
 }
 
-float block_baseline_f32(const float* x, int64_t n, float t, float* s) {
-  return score_block(x, n, t, s);
-}
-NABLA_FAST_TARGET_AVX2 float block_avx2_f32(const float* x, int64_t n, float t, float* s) {
-  return score_block(x, n, t, s);
-}
-NABLA_FAST_TARGET_AVX512 float block_avx512_f32(const float* x, int64_t n, float t, float* s) {
-  return score_block(x, n, t, s);
+NABLA_FAST_FOR_EACH_ISA(score_block_fp32, score_block<float>)
+double score_block_fp64(const double* logits, int64_t count, double temperature, double* scores) {
+  return score_block(logits, count, temperature, scores);
 }
 
-using Block = float(const float*, int64_t, float, float*);
-
-Block* block_of(float) { return select_isa(block_baseline_f32, block_avx2_f32, block_avx512_f32); }
-
-double block_f64(const double* x, int64_t n, double t, double* s) {
-  return score_block(x, n, t, s);
-}
-
-double (*block_of(double))(const double*, int64_t, double, double*) { return block_f64; }
+auto* block_of(float) { return score_block_fp32.select(); }
+auto* block_of(double) { return &score_block_fp64; }
 
 // probabilities = softmax of the `count` scores that stand there; dropped ones are -inf.
 template <typename T>

@@ -372,48 +372,31 @@ NABLA_FAST_INLINE void take_step(const Row& row, int64_t n, const Step& step, in
 }
 
 // Noise of n tokens from `token` on.
-using NoiseOf = void(int64_t seed, int64_t position, int64_t token, int64_t n, float* noise);
+template <int W>
+NABLA_FAST_INLINE void draw_noise_kernel(int64_t seed, int64_t position, int64_t token, int64_t n,
+                                         float* noise) {
+  gumbel_noise<W / 2>(seed, position, token, n, noise);
+}
 
-// The passes for one instruction set, with noise or without.
+NABLA_FAST_FOR_EACH_ISA(find_max_plain, find_max<W, false>)
+NABLA_FAST_FOR_EACH_ISA(find_max_noisy, find_max<W, true>)
+NABLA_FAST_FOR_EACH_ISA(sum_exps_plain, sum_exps<W, false>)
+NABLA_FAST_FOR_EACH_ISA(sum_exps_noisy, sum_exps<W, true>)
+NABLA_FAST_FOR_EACH_ISA(take_step_plain, take_step<W, false>)
+NABLA_FAST_FOR_EACH_ISA(take_step_noisy, take_step<W, true>)
+NABLA_FAST_FOR_EACH_ISA(draw_noise, draw_noise_kernel<W>)
+
+// Passes over a chunk at the level in force, with noise or without.
 struct Passes {
   void (*find_max)(const Row&, int64_t, ChunkSums&);
   void (*sum_exps)(const Row&, int64_t, const Centre&, ChunkSums&);
   void (*take_step)(const Row&, int64_t, const Step&, int64_t, int64_t, ChunkSums&);
-  NoiseOf* noise;
+
+  explicit Passes(bool noise)
+      : find_max((noise ? find_max_noisy : find_max_plain).select()),
+        sum_exps((noise ? sum_exps_noisy : sum_exps_plain).select()),
+        take_step((noise ? take_step_noisy : take_step_plain).select()) {}
 };
-
-#define NABLA_FAST_PASSES(NAME, TARGET, W)                                               \
-  template <bool kNoise>                                                                 \
-  TARGET void survey_##NAME(const Row& row, int64_t n, ChunkSums& partial) {             \
-    find_max<W, kNoise>(row, n, partial);                                                \
-  }                                                                                      \
-  template <bool kNoise>                                                                 \
-  TARGET void measure_##NAME(const Row& row, int64_t n, const Centre& centre,            \
-                             ChunkSums& partial) {                                       \
-    sum_exps<W, kNoise>(row, n, centre, partial);                                        \
-  }                                                                                      \
-  template <bool kNoise>                                                                 \
-  TARGET void advance_##NAME(const Row& row, int64_t n, const Step& step, int64_t token, \
-                             int64_t prefetch, ChunkSums& partial) {                     \
-    take_step<W, kNoise>(row, n, step, token, prefetch, partial);                        \
-  }                                                                                      \
-  TARGET void noise_##NAME(int64_t seed, int64_t position, int64_t token, int64_t n,     \
-                           float* noise) {                                               \
-    gumbel_noise<W / 2>(seed, position, token, n, noise);                                \
-  }                                                                                      \
-  template <bool kNoise>                                                                 \
-  constexpr Passes kPasses_##NAME{survey_##NAME<kNoise>, measure_##NAME<kNoise>,         \
-                                  advance_##NAME<kNoise>, noise_##NAME};
-
-NABLA_FAST_PASSES(baseline, , 4)
-NABLA_FAST_PASSES(avx2, NABLA_FAST_TARGET_AVX2, 8)
-NABLA_FAST_PASSES(avx512, NABLA_FAST_TARGET_AVX512, 16)
-#undef NABLA_FAST_PASSES
-
-template <bool kNoise>
-const Passes& passes() {
-  return *select_isa(&kPasses_baseline<kNoise>, &kPasses_avx2<kNoise>, &kPasses_avx512<kNoise>);
-}
 
 // -- a row
 // --------------------------------------------------------------------------------------------
@@ -625,8 +608,8 @@ class Descent {
 
 // Points a row to its scratch, and draws the thread's part of its noise there. A barrier follows
 // before other threads read it.
-void prepare_scratch(const Call& call, const Passes& passes, int64_t index, const Scratch& scratch,
-                     ThreadGroup threads, Row& row) {
+void prepare_scratch(const Call& call, int64_t index, const Scratch& scratch, ThreadGroup threads,
+                     Row& row) {
   row.e = scratch.e;
   if (!scratch.noise) return;
   row.noise = scratch.noise;
@@ -634,15 +617,15 @@ void prepare_scratch(const Call& call, const Passes& passes, int64_t index, cons
   const int64_t begin = threads.begin(chunks) * kChunkTokens;
   const int64_t end = std::min(threads.end(chunks) * kChunkTokens, call.vocab);
   if (begin >= end) return;
-  passes.noise(call.noise_seed[index], call.noise_position[index], begin, end - begin,
-               scratch.noise + begin);
+  draw_noise(call.noise_seed[index], call.noise_position[index], begin, end - begin,
+             scratch.noise + begin);
 }
 
 // Steps of a row in place, and their outcome.
 void descend(const Call& call, const Passes& passes, int64_t index, int64_t most,
              const Scratch& scratch, ThreadGroup threads) {
   Row row = call.row(index);
-  prepare_scratch(call, passes, index, scratch, threads, row);
+  prepare_scratch(call, index, scratch, threads, row);
   const Outcome outcome = Descent(call, passes, row, scratch, threads).run(index, most);
   threads.barrier();  // the others still read the steps taken
   if (threads.rank > 0) return;
@@ -655,7 +638,7 @@ void descend(const Call& call, const Passes& passes, int64_t index, int64_t most
 int64_t steps_to_flip(const Call& call, const Passes& passes, int64_t index, int64_t most,
                       const Scratch& scratch, ThreadGroup threads) {
   Row row = call.row(index);
-  prepare_scratch(call, passes, index, scratch, threads, row);
+  prepare_scratch(call, index, scratch, threads, row);
   const int64_t chunks = call.chunks(), begin = threads.begin(chunks) * kChunkTokens;
   const int64_t end = std::max(begin, std::min(threads.end(chunks) * kChunkTokens, call.vocab));
   float* copy = scratch.copy;
@@ -765,7 +748,7 @@ void each_row(const Call& call, const Layout& layout, char* workspace, const Wor
 
 nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Layout& layout,
                       char* workspace) {
-  const Passes& plain = passes<false>();
+  const Passes plain(false);
   bool good = true;
 #pragma omp parallel for num_threads(layout.threads) reduction(&& : good) if (layout.threads > 1)
   for (int64_t row = 0; row < call.rows; ++row) {
@@ -774,7 +757,7 @@ nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Lay
   }
   if (!good) return NABLA_FAST_BAD_ROWS;
 
-  const Passes& mine = call.noise_seed ? passes<true>() : plain;
+  const Passes mine(call.noise_seed != nullptr);
   StopGroups groups{};
   if (call.group) {
     groups.order = reinterpret_cast<int64_t*>(workspace + layout.scratches * layout.scratch_bytes);

@@ -113,7 +113,7 @@ NABLA_FAST_INLINE void step_columns(const StepRow& row, int64_t columns, AdamRat
 }
 
 template <int W>
-NABLA_FAST_INLINE void step_row(const StepRow& row, int64_t width, AdamRate rate) {
+NABLA_FAST_INLINE void step_row_kernel(const StepRow& row, int64_t width, AdamRate rate) {
   step_columns<W>(row, width, rate);
   const int64_t whole = width / W * W, rest = width - whole;
   if (rest == 0) return;
@@ -127,17 +127,7 @@ NABLA_FAST_INLINE void step_row(const StepRow& row, int64_t width, AdamRate rate
   for (int n = 0; n < 3; ++n) std::memcpy(from[n], last[n], bytes);
 }
 
-using TakeStep = void(const StepRow&, int64_t, AdamRate);
-
-void step_baseline(const StepRow& row, int64_t width, AdamRate rate) {
-  step_row<4>(row, width, rate);
-}
-NABLA_FAST_TARGET_AVX2 void step_avx2(const StepRow& row, int64_t width, AdamRate rate) {
-  step_row<8>(row, width, rate);
-}
-NABLA_FAST_TARGET_AVX512 void step_avx512(const StepRow& row, int64_t width, AdamRate rate) {
-  step_row<16>(row, width, rate);
-}
+NABLA_FAST_FOR_EACH_ISA(step_row, step_row_kernel<W>)
 
 // -- the rows
 // --------------------------------------------------------------------------------------
@@ -247,7 +237,7 @@ class Descent {
 
   // A step of every active row. Returns whether there was one.
   bool step_active_rows() {
-    TakeStep* const step = select_isa(step_baseline, step_avx2, step_avx512);
+    auto* const step = step_row.select();
     bool any = false;
     for (int64_t row = 0; row < call_.rows; ++row) {
       Row& state = w_.rows[row];

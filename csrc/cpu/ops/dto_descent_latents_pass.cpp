@@ -154,8 +154,8 @@ NABLA_FAST_INLINE void exp_and_weighted_grad(int rows, int lanes, int tokens, fl
 }
 
 template <int W>
-NABLA_FAST_INLINE void segment(const HeadPass& pass, int64_t first, int64_t last,
-                               SegmentSums* found, float* weighted_sums) {
+NABLA_FAST_INLINE void segment_kernel(const HeadPass& pass, int64_t first, int64_t last,
+                                      SegmentSums* found, float* weighted_sums) {
   const int rows = pass.rows.rows, lanes = pass.rows.lanes(), stride = gemm::lanes_of(2 * rows);
   const int64_t width = padded(pass.head.width);
   Tile tile;
@@ -211,8 +211,8 @@ struct SegmentShare {
   const float* weighted_grad;
 };
 
-NABLA_FAST_INLINE void add_shares(const SegmentShare* shares, int count, int64_t width,
-                                  float* gradient) {
+NABLA_FAST_INLINE void add_shares_kernel(const SegmentShare* shares, int count, int64_t width,
+                                         float* gradient) {
   constexpr int kColumns = 16;  // rows of a mix have room for a multiple of it
   for (int64_t column = 0; column < width; column += kColumns) {
     double total[kColumns] = {};
@@ -227,37 +227,14 @@ NABLA_FAST_INLINE void add_shares(const SegmentShare* shares, int count, int64_t
   }
 }
 
-// The two for one instruction set.
-struct Kernels {
-  void (*segment)(const HeadPass&, int64_t, int64_t, SegmentSums*, float*);
-  void (*add_shares)(const SegmentShare*, int, int64_t, float*);
-};
-
-#define NABLA_FAST_KERNELS(NAME, TARGET, W)                                           \
-  TARGET void segment_##NAME(const HeadPass& pass, int64_t first, int64_t last,       \
-                             SegmentSums* found, float* weighted_sums) {              \
-    segment<W>(pass, first, last, found, weighted_sums);                              \
-  }                                                                                   \
-  TARGET void add_shares_##NAME(const SegmentShare* shares, int count, int64_t width, \
-                                float* gradient) {                                    \
-    add_shares(shares, count, width, gradient);                                       \
-  }                                                                                   \
-  constexpr Kernels kKernels_##NAME{segment_##NAME, add_shares_##NAME};
-
-NABLA_FAST_KERNELS(baseline, , 4)
-NABLA_FAST_KERNELS(avx2, NABLA_FAST_TARGET_AVX2, 8)
-NABLA_FAST_KERNELS(avx512, NABLA_FAST_TARGET_AVX512, 16)
-#undef NABLA_FAST_KERNELS
-
-const Kernels& kernels() {
-  return *select_isa(&kKernels_baseline, &kKernels_avx2, &kKernels_avx512);
-}
+NABLA_FAST_FOR_EACH_ISA(sum_segment, segment_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(add_shares, add_shares_kernel)
 
 }  // namespace
 
 void pass_segment(const HeadPass& pass, int64_t first, int64_t last, SegmentSums* found,
                   float* weighted_sums) {
-  kernels().segment(pass, first, last, found, weighted_sums);
+  sum_segment(pass, first, last, found, weighted_sums);
 }
 
 HeadPassResult join_segments(const SegmentSums* found, const float* weighted_sums, int64_t segments,
@@ -291,7 +268,7 @@ HeadPassResult join_segments(const SegmentSums* found, const float* weighted_sum
     shares[n].scale /= sum * tau;
     shares[n].offset -= result.mean;
   }
-  kernels().add_shares(shares, count, width, gradient);
+  add_shares(shares, count, width, gradient);
   return result;
 }
 

@@ -67,8 +67,8 @@ void rescale_to_new_max(const float* z, int lanes, int lane, int64_t token, floa
 
 // Adds a tile z[tokens, lanes]; kSumChains divides `tokens`.
 template <int W>
-NABLA_FAST_INLINE void add_sums(const float* z, int lanes, int tokens, int64_t token,
-                                const softmax::Tau& tau, LaneSums& sums) {
+NABLA_FAST_INLINE void add_sums_kernel(const float* z, int lanes, int tokens, int64_t token,
+                                       const softmax::Tau& tau, LaneSums& sums) {
   for (int lane = 0; lane < lanes; lane += W) {
     float before[W];
     store<W>(before, load<W>(sums.max + lane));
@@ -100,20 +100,7 @@ NABLA_FAST_INLINE void add_sums(const float* z, int lanes, int tokens, int64_t t
   }
 }
 
-using AddSums = void(const float*, int, int, int64_t, const softmax::Tau&, LaneSums&);
-
-void add_sums_baseline(const float* z, int lanes, int tokens, int64_t token,
-                       const softmax::Tau& tau, LaneSums& sums) {
-  add_sums<4>(z, lanes, tokens, token, tau, sums);
-}
-NABLA_FAST_TARGET_AVX2 void add_sums_avx2(const float* z, int lanes, int tokens, int64_t token,
-                                          const softmax::Tau& tau, LaneSums& sums) {
-  add_sums<8>(z, lanes, tokens, token, tau, sums);
-}
-NABLA_FAST_TARGET_AVX512 void add_sums_avx512(const float* z, int lanes, int tokens, int64_t token,
-                                              const softmax::Tau& tau, LaneSums& sums) {
-  add_sums<16>(z, lanes, tokens, token, tau, sums);
-}
+NABLA_FAST_FOR_EACH_ISA(add_sums, add_sums_kernel<W>)
 
 gemm::Factors factors_of(const nabla_fast_table& hidden, int64_t rows, const nabla_fast_table& head,
                          int64_t vocab) {
@@ -134,7 +121,7 @@ Size sums_bytes(int64_t rows, int64_t vocab) {
 void linear_token_stats(const gemm::Factors& factors, int64_t rows, int64_t vocab,
                         const softmax::Tau& tau, const softmax::StatsOutputs& outputs, char* memory,
                         int32_t num_threads) {
-  AddSums* const add = select_isa(add_sums_baseline, add_sums_avx2, add_sums_avx512);
+  auto* const add = add_sums.select();
   const int64_t segments = gemm::pass_segments(vocab);
   const int threads = gemm::pass_threads(rows, vocab, factors, num_threads);
   auto* const sums =

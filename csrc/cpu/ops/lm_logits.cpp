@@ -42,30 +42,8 @@ NABLA_FAST_INLINE void chunk(const gemm::Product& p, int64_t first, int64_t last
   }
 }
 
-using Chunk = void(const gemm::Product&, int64_t, int64_t, float*, int64_t);
-
-void f32_baseline(const gemm::Product& p, int64_t a, int64_t b, float* z, int64_t s) {
-  chunk<float>(p, a, b, z, s);
-}
-NABLA_FAST_TARGET_AVX2 void f32_avx2(const gemm::Product& p, int64_t a, int64_t b, float* z,
-                                     int64_t s) {
-  chunk<float>(p, a, b, z, s);
-}
-NABLA_FAST_TARGET_AVX512 void f32_avx512(const gemm::Product& p, int64_t a, int64_t b, float* z,
-                                         int64_t s) {
-  chunk<float>(p, a, b, z, s);
-}
-void bf16_baseline(const gemm::Product& p, int64_t a, int64_t b, float* z, int64_t s) {
-  chunk<uint16_t>(p, a, b, z, s);
-}
-NABLA_FAST_TARGET_AVX2 void bf16_avx2(const gemm::Product& p, int64_t a, int64_t b, float* z,
-                                      int64_t s) {
-  chunk<uint16_t>(p, a, b, z, s);
-}
-NABLA_FAST_TARGET_AVX512 void bf16_avx512(const gemm::Product& p, int64_t a, int64_t b, float* z,
-                                          int64_t s) {
-  chunk<uint16_t>(p, a, b, z, s);
-}
+NABLA_FAST_FOR_EACH_ISA(fp32_chunk, chunk<float>)
+NABLA_FAST_FOR_EACH_ISA(bf16_chunk, chunk<uint16_t>)
 
 }  // namespace
 }  // namespace nabla_fast::logits
@@ -88,8 +66,7 @@ extern "C" nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64_t r
   if (!logits || (width > 0 && (!hidden || !head))) return NABLA_FAST_INVALID_POINTER;
   head_stride = step_of(vocab, head_stride);
   gemm::Product product{hidden, rows, hidden_stride, head, vocab, width, head_stride};
-  Chunk* run = head_dtype == NABLA_FAST_FLOAT32 ? select_isa(f32_baseline, f32_avx2, f32_avx512)
-                                                : select_isa(bf16_baseline, bf16_avx2, bf16_avx512);
+  auto* const run = (head_dtype == NABLA_FAST_FLOAT32 ? fp32_chunk : bf16_chunk).select();
   int64_t chunks = (vocab + kTokensPerTask - 1) / kTokensPerTask;
   // Reading the head costs as much as the arithmetic of some rows.
   const int64_t work = (Size(vocab) * width * (Size(rows) + 4)).or_most();

@@ -99,30 +99,8 @@ NABLA_FAST_INLINE void segment(const gemm::Product& p, const int64_t* targets, i
   }
 }
 
-using Segment = void(const gemm::Product&, const int64_t*, int64_t, int64_t, Part);
-
-void f32_baseline(const gemm::Product& p, const int64_t* y, int64_t a, int64_t b, Part part) {
-  segment<float>(p, y, a, b, part);
-}
-NABLA_FAST_TARGET_AVX2 void f32_avx2(const gemm::Product& p, const int64_t* y, int64_t a, int64_t b,
-                                     Part part) {
-  segment<float>(p, y, a, b, part);
-}
-NABLA_FAST_TARGET_AVX512 void f32_avx512(const gemm::Product& p, const int64_t* y, int64_t a,
-                                         int64_t b, Part part) {
-  segment<float>(p, y, a, b, part);
-}
-void bf16_baseline(const gemm::Product& p, const int64_t* y, int64_t a, int64_t b, Part part) {
-  segment<uint16_t>(p, y, a, b, part);
-}
-NABLA_FAST_TARGET_AVX2 void bf16_avx2(const gemm::Product& p, const int64_t* y, int64_t a,
-                                      int64_t b, Part part) {
-  segment<uint16_t>(p, y, a, b, part);
-}
-NABLA_FAST_TARGET_AVX512 void bf16_avx512(const gemm::Product& p, const int64_t* y, int64_t a,
-                                          int64_t b, Part part) {
-  segment<uint16_t>(p, y, a, b, part);
-}
+NABLA_FAST_FOR_EACH_ISA(fp32_segment, segment<float>)
+NABLA_FAST_FOR_EACH_ISA(bf16_segment, segment<uint16_t>)
 
 float element(const gemm::Product& p, nabla_fast_dtype dtype, int64_t token, int64_t k) {
   int64_t index = token * p.head_stride + k;
@@ -201,9 +179,7 @@ extern "C" nabla_fast_status nabla_fast_nll_grad(
   if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
   for (int64_t r = 0; r < rows; ++r)
     if (targets[r] < 0 || targets[r] >= vocab) return NABLA_FAST_INVALID_TOKEN;
-  Segment* run = head_dtype == NABLA_FAST_FLOAT32
-                     ? select_isa(f32_baseline, f32_avx2, f32_avx512)
-                     : select_isa(bf16_baseline, bf16_avx2, bf16_avx512);
+  auto* const run = (head_dtype == NABLA_FAST_FLOAT32 ? fp32_segment : bf16_segment).select();
   auto* memory = reinterpret_cast<float*>(aligned(workspace));
   int64_t segments = segments_of(vocab);
   for (int64_t first = 0; first < rows; first += kRowsPerHeadRead) {

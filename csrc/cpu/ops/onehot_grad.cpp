@@ -54,45 +54,22 @@ NABLA_FAST_INLINE void store_u(const OnehotTile& tile, const float* base, float 
 }
 
 template <int W>
-NABLA_FAST_INLINE void finish_tile(OnehotTile& tile, const float* base, float nll_coeff, int rows,
-                                   int tokens, int whole, softmax::LaneLogSumExp& sums, Rows to) {
+NABLA_FAST_INLINE void finish_tile_kernel(OnehotTile& tile, const float* base, float nll_coeff,
+                                          int rows, int tokens, int whole,
+                                          softmax::LaneLogSumExp& sums, Rows to) {
   softmax::add_exps<W>(tile.z, gemm::lanes_of(rows), whole, sums);
   store_u<W>(tile, base, nll_coeff, rows, tokens, to);
 }
 
-using FinishTile = void(OnehotTile&, const float*, float, int, int, int, softmax::LaneLogSumExp&,
-                        Rows);
-
-void finish_tile_baseline(OnehotTile& tile, const float* base, float nll_coeff, int rows,
-                          int tokens, int whole, softmax::LaneLogSumExp& sums, Rows to) {
-  finish_tile<4>(tile, base, nll_coeff, rows, tokens, whole, sums, to);
-}
-NABLA_FAST_TARGET_AVX2 void finish_tile_avx2(OnehotTile& tile, const float* base, float nll_coeff,
-                                             int rows, int tokens, int whole,
-                                             softmax::LaneLogSumExp& sums, Rows to) {
-  finish_tile<8>(tile, base, nll_coeff, rows, tokens, whole, sums, to);
-}
-NABLA_FAST_TARGET_AVX512 void finish_tile_avx512(OnehotTile& tile, const float* base,
-                                                 float nll_coeff, int rows, int tokens, int whole,
-                                                 softmax::LaneLogSumExp& sums, Rows to) {
-  finish_tile<16>(tile, base, nll_coeff, rows, tokens, whole, sums, to);
-}
+NABLA_FAST_FOR_EACH_ISA(finish_tile, finish_tile_kernel<W>)
 
 // G from u: 0 where the token is masked.
-NABLA_FAST_INLINE void add_offset(float* u, int64_t n, float offset) {
+NABLA_FAST_INLINE void add_offset_kernel(float* u, int64_t n, float offset) {
   for (int64_t i = 0; i < n; ++i)
     u[i] = float_bits(u[i]) == float_bits(kMasked) ? 0.0f : u[i] + offset;
 }
 
-using AddOffset = void(float*, int64_t, float);
-
-void add_offset_baseline(float* u, int64_t n, float offset) { add_offset(u, n, offset); }
-NABLA_FAST_TARGET_AVX2 void add_offset_avx2(float* u, int64_t n, float offset) {
-  add_offset(u, n, offset);
-}
-NABLA_FAST_TARGET_AVX512 void add_offset_avx512(float* u, int64_t n, float offset) {
-  add_offset(u, n, offset);
-}
+NABLA_FAST_FOR_EACH_ISA(add_offset, add_offset_kernel)
 
 // Bytes of a call's workspace.
 Size pass_bytes(const nabla_fast_onehot& inputs) {
@@ -106,8 +83,8 @@ Size sums_bytes(const nabla_fast_onehot& inputs) {
 
 void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* row_status,
                  char* memory, int32_t num_threads) {
-  FinishTile* const finish = select_isa(finish_tile_baseline, finish_tile_avx2, finish_tile_avx512);
-  AddOffset* const add = select_isa(add_offset_baseline, add_offset_avx2, add_offset_avx512);
+  auto* const finish = finish_tile.select();
+  auto* const add = add_offset.select();
   const gemm::Factors factors = factors_of(inputs);
   const int64_t vocab = inputs.vocab, segments = gemm::pass_segments(vocab);
   const int threads = gemm::pass_threads(inputs.rows, vocab, factors, num_threads);

@@ -73,8 +73,9 @@ NABLA_FAST_INLINE void add_to(double* x, typename DoubleTypes<W>::Doubles y) {
 
 // Adds a tile; `whole`: its tokens, masked ones behind the last included.
 template <int W>
-NABLA_FAST_INLINE void add_moments(const OnehotTile& tile, const float* base, float nll_coeff,
-                                   int lanes, int whole, LaneMoments& sums) {
+NABLA_FAST_INLINE void add_moments_kernel(const OnehotTile& tile, const float* base,
+                                          float nll_coeff, int lanes, int whole,
+                                          LaneMoments& sums) {
   using Doubles = typename DoubleTypes<W / 2>::Doubles;
   softmax::add_exps<W>(tile.z, lanes, whole, sums.z);
   for (int lane = 0; lane < lanes; lane += W) {
@@ -104,22 +105,7 @@ NABLA_FAST_INLINE void add_moments(const OnehotTile& tile, const float* base, fl
   }
 }
 
-using AddMoments = void(const OnehotTile&, const float*, float, int, int, LaneMoments&);
-
-void add_moments_baseline(const OnehotTile& tile, const float* base, float nll_coeff, int lanes,
-                          int whole, LaneMoments& sums) {
-  add_moments<4>(tile, base, nll_coeff, lanes, whole, sums);
-}
-NABLA_FAST_TARGET_AVX2 void add_moments_avx2(const OnehotTile& tile, const float* base,
-                                             float nll_coeff, int lanes, int whole,
-                                             LaneMoments& sums) {
-  add_moments<8>(tile, base, nll_coeff, lanes, whole, sums);
-}
-NABLA_FAST_TARGET_AVX512 void add_moments_avx512(const OnehotTile& tile, const float* base,
-                                                 float nll_coeff, int lanes, int whole,
-                                                 LaneMoments& sums) {
-  add_moments<16>(tile, base, nll_coeff, lanes, whole, sums);
-}
+NABLA_FAST_FOR_EACH_ISA(add_moments, add_moments_kernel<W>)
 
 // Bytes of a call's workspace.
 Size pass_bytes(const nabla_fast_onehot& inputs) {
@@ -132,7 +118,7 @@ Size sums_bytes(const nabla_fast_onehot& inputs) {
 
 void onehot_grad_norm(const nabla_fast_onehot& inputs, float* norm, nabla_fast_status* row_status,
                       char* memory, int32_t num_threads) {
-  AddMoments* const add = select_isa(add_moments_baseline, add_moments_avx2, add_moments_avx512);
+  auto* const add = add_moments.select();
   const gemm::Factors factors = factors_of(inputs);
   const int64_t vocab = inputs.vocab, segments = gemm::pass_segments(vocab);
   const int threads = gemm::pass_threads(inputs.rows, vocab, factors, num_threads);

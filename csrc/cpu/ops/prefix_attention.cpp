@@ -237,13 +237,13 @@ constexpr bool are_few(int64_t rows, int64_t dim) {
 // A call falls into units that touch nothing in common: a head's rows together where they are few,
 // W of them otherwise.
 template <int W>
-int64_t units_of_head(const Call& call) {
+NABLA_FAST_INLINE int64_t units_of_head_kernel(const Call& call) {
   return are_few<W>(call.rows(), call.in.dim) ? 1 : (call.rows() + W - 1) / W;
 }
 
 template <int W>
-NABLA_FAST_INLINE void work(const Call& call, int64_t unit) {
-  const int64_t of_head = units_of_head<W>(call), head = unit / of_head;
+NABLA_FAST_INLINE void attend_kernel(const Call& call, int64_t unit) {
+  const int64_t of_head = units_of_head_kernel<W>(call), head = unit / of_head;
   const int64_t batch = head / call.in.kv_heads, kv_head = head % call.in.kv_heads;
   if (!are_few<W>(call.rows(), call.in.dim)) {
     attend_rows_in_lanes<W>(call, batch, kv_head, unit % of_head * W);
@@ -263,18 +263,8 @@ NABLA_FAST_INLINE void work(const Call& call, int64_t unit) {
   }
 }
 
-// The functions for one instruction set.
-struct Kernel {
-  void (*work)(const Call& call, int64_t unit);
-  int64_t (*units_of_head)(const Call& call);
-};
-
-void work_baseline(const Call& call, int64_t unit) { work<4>(call, unit); }
-NABLA_FAST_TARGET_AVX2 void work_avx2(const Call& call, int64_t unit) { work<8>(call, unit); }
-NABLA_FAST_TARGET_AVX512 void work_avx512(const Call& call, int64_t unit) { work<16>(call, unit); }
-
-constexpr Kernel kBaseline{work_baseline, units_of_head<4>}, kAvx2{work_avx2, units_of_head<8>},
-    kAvx512{work_avx512, units_of_head<16>};
+NABLA_FAST_FOR_EACH_ISA(attend, attend_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(units_of_head, units_of_head_kernel<W>)
 
 }  // namespace
 }  // namespace nabla_fast::attention
@@ -293,15 +283,15 @@ nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs
   if (!output) return NABLA_FAST_INVALID_POINTER;
 
   const Call call{in, {in.q, in.q_strides}, {output, output_strides}, in.heads / in.kv_heads};
-  const Kernel& kernel = *select_isa(&kBaseline, &kAvx2, &kAvx512);
-  const int64_t units = in.batch * in.kv_heads * kernel.units_of_head(call);
+  auto* const run = attend.select();
+  const int64_t units = in.batch * in.kv_heads * units_of_head(call);
   const int threads =
       threads_for((Size(2) * attention_work(in)).or_most(), kWorkPerThread, num_threads);
   if (threads == 1) {
-    for (int64_t unit = 0; unit < units; ++unit) kernel.work(call, unit);
+    for (int64_t unit = 0; unit < units; ++unit) run(call, unit);
     return NABLA_FAST_OK;
   }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t unit = 0; unit < units; ++unit) kernel.work(call, unit);
+  for (int64_t unit = 0; unit < units; ++unit) run(call, unit);
   return NABLA_FAST_OK;
 }

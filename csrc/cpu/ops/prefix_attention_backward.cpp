@@ -136,7 +136,8 @@ NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_h
 
 // dk and dv of the suffix's tokens from `first` on, as many as there are lanes.
 template <int W>
-NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_head, int64_t first) {
+NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_head, int64_t first,
+                                 float*) {
   const nabla_fast_attention& in = call.in;
   const float scale = static_cast<float>(in.scale);
   const int64_t last = std::min(first + W, in.suffix) - 1;
@@ -187,29 +188,16 @@ NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_hea
   }
 }
 
+template <int W>
+NABLA_FAST_INLINE int64_t lanes_kernel() {
+  return W;
+}
+
+NABLA_FAST_FOR_EACH_ISA(sweep_queries, query_sweep<W>)
+NABLA_FAST_FOR_EACH_ISA(sweep_keys, key_sweep<W>)
+NABLA_FAST_FOR_EACH_ISA(lanes_in_force, lanes_kernel<W>)
+
 using Sweep = void(const Call& call, int64_t batch, int64_t kv_head, int64_t first, float* scratch);
-
-// The sweeps for one instruction set.
-struct Sweeps {
-  Sweep *queries, *keys;
-  int64_t lanes;
-};
-
-#define NABLA_FAST_SWEEPS(NAME, TARGET, W)                                                        \
-  TARGET void query_sweep_##NAME(const Call& call, int64_t batch, int64_t kv_head, int64_t first, \
-                                 float* scratch) {                                                \
-    query_sweep<W>(call, batch, kv_head, first, scratch);                                         \
-  }                                                                                               \
-  TARGET void key_sweep_##NAME(const Call& call, int64_t batch, int64_t kv_head, int64_t first,   \
-                               float*) {                                                          \
-    key_sweep<W>(call, batch, kv_head, first);                                                    \
-  }                                                                                               \
-  constexpr Sweeps kSweeps_##NAME{query_sweep_##NAME, key_sweep_##NAME, W};
-
-NABLA_FAST_SWEEPS(baseline, , 4)
-NABLA_FAST_SWEEPS(avx2, NABLA_FAST_TARGET_AVX2, 8)
-NABLA_FAST_SWEEPS(avx512, NABLA_FAST_TARGET_AVX512, 16)
-#undef NABLA_FAST_SWEEPS
 
 constexpr int64_t kMaxLanes = 16;
 
@@ -293,8 +281,8 @@ nabla_fast_status nabla_fast_prefix_attention_backward(
                   layout.most_keys,
                   reinterpret_cast<Softmax*>(memory),
                   reinterpret_cast<float*>(memory + layout.softmax_bytes)};
-  const Sweeps& sweeps = *select_isa(&kSweeps_baseline, &kSweeps_avx2, &kSweeps_avx512);
-  sweep_all(call, sweeps.queries, call.rows(), sweeps.lanes, layout.threads);
-  sweep_all(call, sweeps.keys, in.suffix, sweeps.lanes, layout.threads);
+  const int64_t lanes = lanes_in_force();
+  sweep_all(call, sweep_queries.select(), call.rows(), lanes, layout.threads);
+  sweep_all(call, sweep_keys.select(), in.suffix, lanes, layout.threads);
   return NABLA_FAST_OK;
 }

@@ -228,31 +228,14 @@ NABLA_FAST_INLINE softmax::TokenSums segment_sums(const T* logits, int64_t n, in
   return sums;
 }
 
-template <typename T>
-softmax::TokenSums segment_baseline(const T* logits, int64_t n, int64_t offset,
-                                    const softmax::Tau& tau) {
-  return segment_sums<4>(logits, n, offset, tau);
-}
+NABLA_FAST_FOR_EACH_ISA(fp32_segment_sums, segment_sums<W, float>)
+NABLA_FAST_FOR_EACH_ISA(bf16_segment_sums, segment_sums<W, uint16_t>)
 
-template <typename T>
-NABLA_FAST_TARGET_AVX2 softmax::TokenSums segment_avx2(const T* logits, int64_t n, int64_t offset,
-                                                       const softmax::Tau& tau) {
-  return segment_sums<8>(logits, n, offset, tau);
-}
-
-template <typename T>
-NABLA_FAST_TARGET_AVX512 softmax::TokenSums segment_avx512(const T* logits, int64_t n,
-                                                           int64_t offset,
-                                                           const softmax::Tau& tau) {
-  return segment_sums<16>(logits, n, offset, tau);
-}
-
-// logits: [rows, vocab]
-template <typename T>
-void token_stats(const T* logits, int64_t rows, int64_t vocab, int64_t row_stride,
-                 const softmax::Tau& tau, const softmax::StatsOutputs& outputs,
+// logits: [rows, vocab]; segment_of: segment_sums() of T at the level in force.
+template <typename T, typename SegmentSums>
+void token_stats(SegmentSums* segment_of, const T* logits, int64_t rows, int64_t vocab,
+                 int64_t row_stride, const softmax::Tau& tau, const softmax::StatsOutputs& outputs,
                  int32_t num_threads) {
-  const auto segment_of = select_isa(segment_baseline<T>, segment_avx2<T>, segment_avx512<T>);
   const auto segment = [=](int64_t row, int64_t index) {
     const int64_t begin = index * kStatsSegmentTokens;
     return segment_of(logits + row * row_stride + begin,
@@ -309,11 +292,11 @@ nabla_fast_status nabla_fast_token_stats(const void* logits, nabla_fast_dtype dt
   }
   const softmax::StatsOutputs outputs{logsumexp, confidence, entropy, argmax, row_status};
   if (dtype == NABLA_FAST_FLOAT32) {
-    token_stats(static_cast<const float*>(logits), rows, vocab, row_stride, softmax::Tau(tau),
-                outputs, num_threads);
+    token_stats(fp32_segment_sums.select(), static_cast<const float*>(logits), rows, vocab,
+                row_stride, softmax::Tau(tau), outputs, num_threads);
   } else {
-    token_stats(static_cast<const uint16_t*>(logits), rows, vocab, row_stride, softmax::Tau(tau),
-                outputs, num_threads);
+    token_stats(bf16_segment_sums.select(), static_cast<const uint16_t*>(logits), rows, vocab,
+                row_stride, softmax::Tau(tau), outputs, num_threads);
   }
   return NABLA_FAST_OK;
 }

@@ -42,7 +42,7 @@ NABLA_FAST_INLINE Lanes load_part(const T* x, int count) {
 NABLA_FAST_INLINE void store(float* x, Lanes lanes) { store<kLanes>(x, lanes); }
 
 // Sums of 16 vectors' lanes, in order.
-NABLA_FAST_INLINE Lanes sums(const Lanes (&x)[16]) {
+NABLA_FAST_INLINE Lanes lane_sums(const Lanes (&x)[16]) {
   constexpr auto kIndices = std::make_integer_sequence<int, kLanes>{};
   Lanes a[8], b[4];
 #pragma GCC unroll 8

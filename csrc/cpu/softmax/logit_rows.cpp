@@ -63,8 +63,8 @@ NABLA_FAST_INLINE const float* chunk_of(const gemm::Table& logits, int64_t row,
 }
 
 template <int W>
-NABLA_FAST_INLINE Top find_top(const gemm::Table& logits, int64_t row, const NoiseKeys& keys,
-                               int64_t begin, int64_t end) {
+NABLA_FAST_INLINE Top find_top_kernel(const gemm::Table& logits, int64_t row, const NoiseKeys& keys,
+                                      int64_t begin, int64_t end) {
   alignas(64) float buffer[kChunkTokens];
   Top top;
   for (int64_t first = begin; first < end; first += kChunkTokens) {
@@ -98,9 +98,9 @@ NABLA_FAST_INLINE void differentiate(const float* y, int64_t n, const JacobianRo
 }
 
 template <int W>
-NABLA_FAST_INLINE void differentiate_row(const gemm::Table& logits, int64_t row,
-                                         const NoiseKeys& keys, int64_t begin, int64_t end,
-                                         const JacobianRow& of, float inverse, float* grad) {
+NABLA_FAST_INLINE void differentiate_row_kernel(const gemm::Table& logits, int64_t row,
+                                                const NoiseKeys& keys, int64_t begin, int64_t end,
+                                                const JacobianRow& of, float inverse, float* grad) {
   alignas(64) float buffer[kChunkTokens];
   for (int64_t first = begin; first < end; first += kChunkTokens) {
     const int n = static_cast<int>(std::min<int64_t>(kChunkTokens, end - first)), whole = n / W * W;
@@ -117,30 +117,8 @@ NABLA_FAST_INLINE void differentiate_row(const gemm::Table& logits, int64_t row,
 // -- for each instruction set
 // ------------------------------------------------------------------------
 
-struct Passes {
-  Top (*top)(const gemm::Table&, int64_t, const NoiseKeys&, int64_t, int64_t);
-  void (*differentiate)(const gemm::Table&, int64_t, const NoiseKeys&, int64_t, int64_t,
-                        const JacobianRow&, float, float*);
-};
-
-#define NABLA_FAST_LOGIT_ROWS(NAME, TARGET, W)                                                   \
-  TARGET Top top_##NAME(const gemm::Table& z, int64_t row, const NoiseKeys& keys, int64_t begin, \
-                        int64_t end) {                                                           \
-    return find_top<W>(z, row, keys, begin, end);                                                \
-  }                                                                                              \
-  TARGET void differentiate_##NAME(const gemm::Table& z, int64_t row, const NoiseKeys& keys,     \
-                                   int64_t begin, int64_t end, const JacobianRow& of,            \
-                                   float inverse, float* grad) {                                 \
-    differentiate_row<W>(z, row, keys, begin, end, of, inverse, grad);                           \
-  }                                                                                              \
-  constexpr Passes kPasses_##NAME{top_##NAME, differentiate_##NAME};
-
-NABLA_FAST_LOGIT_ROWS(baseline, , 4)
-NABLA_FAST_LOGIT_ROWS(avx2, NABLA_FAST_TARGET_AVX2, 8)
-NABLA_FAST_LOGIT_ROWS(avx512, NABLA_FAST_TARGET_AVX512, 16)
-#undef NABLA_FAST_LOGIT_ROWS
-
-const Passes& passes() { return *select_isa(&kPasses_baseline, &kPasses_avx2, &kPasses_avx512); }
+NABLA_FAST_FOR_EACH_ISA(find_top, find_top_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(differentiate_row, differentiate_row_kernel<W>)
 
 // Calls work(row, begin, end) for parts of rows, by position alone.
 template <typename Work>
@@ -164,7 +142,7 @@ void tops_of_rows(const gemm::Table& logits, int64_t rows, int64_t vocab, const 
                   int32_t num_threads, Top* parts, Top* tops) {
   const int64_t parts_of_row = top_parts(1, vocab);
   each_part(rows, vocab, num_threads, [&](int64_t row, int64_t begin, int64_t end) {
-    parts[row * parts_of_row + begin / kPartTokens] = passes().top(logits, row, keys, begin, end);
+    parts[row * parts_of_row + begin / kPartTokens] = find_top(logits, row, keys, begin, end);
   });
   for (int64_t row = 0; row < rows; ++row) {
     tops[row] = Top{};
@@ -178,8 +156,7 @@ void jacobian_of_rows(const gemm::Table& logits, int64_t rows, int64_t vocab, co
                       int32_t num_threads) {
   const auto inverse = static_cast<float>(1 / tau);
   each_part(rows, vocab, num_threads, [&](int64_t row, int64_t begin, int64_t end) {
-    passes().differentiate(logits, row, keys, begin, end, of[row], inverse,
-                           grad + row * grad_stride);
+    differentiate_row(logits, row, keys, begin, end, of[row], inverse, grad + row * grad_stride);
   });
 }
 

@@ -38,8 +38,8 @@ NABLA_FAST_INLINE void load_block(const gemm::Table& from, int64_t row, int64_t 
 }
 
 template <int W>
-NABLA_FAST_INLINE void load_rows(const gemm::Table& from, int rows, int64_t token, int tokens,
-                                 float* tile) {
+NABLA_FAST_INLINE void load_rows_kernel(const gemm::Table& from, int rows, int64_t token,
+                                        int tokens, float* tile) {
   const int lanes = gemm::lanes_of(rows);
   for (int t = 0; t < tokens; t += W) {
     const int some = std::min(W, tokens - t);
@@ -61,8 +61,8 @@ NABLA_FAST_INLINE uint16_t to_bf16(float x) {
 }
 
 template <int W>
-NABLA_FAST_INLINE void store_rows(const float* tile, int rows, int64_t token, int tokens, void* to,
-                                  nabla_fast_dtype dtype, int64_t stride) {
+NABLA_FAST_INLINE void store_rows_kernel(const float* tile, int rows, int64_t token, int tokens,
+                                         void* to, nabla_fast_dtype dtype, int64_t stride) {
   const int lanes = gemm::lanes_of(rows);
   const int64_t bytes = dtype == NABLA_FAST_FLOAT32 ? 4 : 2;
   for (int t = 0; t < tokens; t += W) {
@@ -90,8 +90,8 @@ NABLA_FAST_INLINE void store_rows(const float* tile, int rows, int64_t token, in
 }
 
 template <int W>
-NABLA_FAST_INLINE void noise_rows(const NoiseKeys& keys, int rows, int64_t token, int tokens,
-                                  float* tile) {
+NABLA_FAST_INLINE void noise_rows_kernel(const NoiseKeys& keys, int rows, int64_t token, int tokens,
+                                         float* tile) {
   alignas(64) float noise[W][gemm::kVocabTileTokens];
   const int lanes = gemm::lanes_of(rows);
   for (int r = 0; r < rows; r += W) {
@@ -116,8 +116,8 @@ NABLA_FAST_INLINE void noise_rows(const NoiseKeys& keys, int rows, int64_t token
 
 // Largest y of the tile, the first token that has it, and bits of `nonfinite`: [lanes] each.
 template <int W>
-NABLA_FAST_INLINE void find_tops(const float* y, int lanes, int tokens, float* max, int32_t* token,
-                                 int32_t* nonfinite) {
+NABLA_FAST_INLINE void find_tops_kernel(const float* y, int lanes, int tokens, float* max,
+                                        int32_t* token, int32_t* nonfinite) {
   for (int lane = 0; lane < lanes; lane += W) {
     Floats<W> top = splat<W>(-kInfinity);
     Ints<W> at = {}, bad = {}, nan = {}, now = {};
@@ -144,8 +144,8 @@ NABLA_FAST_INLINE Floats<W> weight_of(Floats<W> y, Floats<W> max, float inverse)
 }
 
 template <int W>
-NABLA_FAST_INLINE void exp_and_sum_lanes(float* y, int lanes, int tokens, const float* max,
-                                         float inverse, float* sum_e) {
+NABLA_FAST_INLINE void exp_and_sum_lanes_kernel(float* y, int lanes, int tokens, const float* max,
+                                                float inverse, float* sum_e) {
   for (int lane = 0; lane < lanes; lane += W) {
     const Floats<W> top = load<W>(max + lane);
     Floats<W> sum = {};
@@ -160,10 +160,10 @@ NABLA_FAST_INLINE void exp_and_sum_lanes(float* y, int lanes, int tokens, const 
 }
 
 template <int W>
-NABLA_FAST_INLINE void weighted_grad_sum_lanes(float* y, float* grad, int lanes, int tokens,
-                                               const float* max, const float* centre, float inverse,
-                                               bool weighted, float* sum_e,
-                                               float* sum_weighted_grad) {
+NABLA_FAST_INLINE void weighted_grad_sum_lanes_kernel(float* y, float* grad, int lanes, int tokens,
+                                                      const float* max, const float* centre,
+                                                      float inverse, bool weighted, float* sum_e,
+                                                      float* sum_weighted_grad) {
   const Floats<W> zero = {};
   for (int lane = 0; lane < lanes; lane += W) {
     const Floats<W> top = load<W>(max + lane), c = load<W>(centre + lane);
@@ -183,9 +183,9 @@ NABLA_FAST_INLINE void weighted_grad_sum_lanes(float* y, float* grad, int lanes,
 }
 
 template <int W>
-NABLA_FAST_INLINE void jacobian_lanes(const float* y, float* grad, int lanes, int tokens,
-                                      const float* max, const float* mean, const float* weight,
-                                      float inverse) {
+NABLA_FAST_INLINE void jacobian_lanes_kernel(const float* y, float* grad, int lanes, int tokens,
+                                             const float* max, const float* mean,
+                                             const float* weight, float inverse) {
   const Floats<W> zero = {};
   for (int lane = 0; lane < lanes; lane += W) {
     const Floats<W> top = load<W>(max + lane), m = load<W>(mean + lane), w = load<W>(weight + lane);
@@ -200,58 +200,13 @@ NABLA_FAST_INLINE void jacobian_lanes(const float* y, float* grad, int lanes, in
 // -- for each instruction set
 // ------------------------------------------------------------------------
 
-struct Passes {
-  void (*load)(const gemm::Table&, int, int64_t, int, float*);
-  void (*store)(const float*, int, int64_t, int, void*, nabla_fast_dtype, int64_t);
-  void (*noise)(const NoiseKeys&, int, int64_t, int, float*);
-  void (*tops)(const float*, int, int, float*, int32_t*, int32_t*);
-  void (*exp_and_sum)(float*, int, int, const float*, float, float*);
-  void (*weighted_grad_sum)(float*, float*, int, int, const float*, const float*, float, bool,
-                            float*, float*);
-  void (*jacobian)(const float*, float*, int, int, const float*, const float*, const float*, float);
-};
-
-#define NABLA_FAST_RELAXED(NAME, TARGET, W)                                                   \
-  TARGET void load_##NAME(const gemm::Table& from, int rows, int64_t token, int tokens,       \
-                          float* tile) {                                                      \
-    load_rows<W>(from, rows, token, tokens, tile);                                            \
-  }                                                                                           \
-  TARGET void store_##NAME(const float* tile, int rows, int64_t token, int tokens, void* to,  \
-                           nabla_fast_dtype dtype, int64_t stride) {                          \
-    store_rows<W>(tile, rows, token, tokens, to, dtype, stride);                              \
-  }                                                                                           \
-  TARGET void noise_##NAME(const NoiseKeys& keys, int rows, int64_t token, int tokens,        \
-                           float* tile) {                                                     \
-    noise_rows<W>(keys, rows, token, tokens, tile);                                           \
-  }                                                                                           \
-  TARGET void tops_##NAME(const float* y, int lanes, int tokens, float* max, int32_t* token,  \
-                          int32_t* nonfinite) {                                               \
-    find_tops<W>(y, lanes, tokens, max, token, nonfinite);                                    \
-  }                                                                                           \
-  TARGET void weigh_##NAME(float* y, int lanes, int tokens, const float* max, float inverse,  \
-                           float* sum_e) {                                                    \
-    exp_and_sum_lanes<W>(y, lanes, tokens, max, inverse, sum_e);                              \
-  }                                                                                           \
-  TARGET void tilt_##NAME(float* y, float* grad, int lanes, int tokens, const float* max,     \
-                          const float* centre, float inverse, bool weighted, float* sum_e,    \
-                          float* sum_weighted_grad) {                                         \
-    weighted_grad_sum_lanes<W>(y, grad, lanes, tokens, max, centre, inverse, weighted, sum_e, \
-                               sum_weighted_grad);                                            \
-  }                                                                                           \
-  TARGET void jacobian_##NAME(const float* y, float* grad, int lanes, int tokens,             \
-                              const float* max, const float* mean, const float* weight,       \
-                              float inverse) {                                                \
-    jacobian_lanes<W>(y, grad, lanes, tokens, max, mean, weight, inverse);                    \
-  }                                                                                           \
-  constexpr Passes kPasses_##NAME{load_##NAME,  store_##NAME, noise_##NAME,   tops_##NAME,    \
-                                  weigh_##NAME, tilt_##NAME,  jacobian_##NAME};
-
-NABLA_FAST_RELAXED(baseline, , 4)
-NABLA_FAST_RELAXED(avx2, NABLA_FAST_TARGET_AVX2, 8)
-NABLA_FAST_RELAXED(avx512, NABLA_FAST_TARGET_AVX512, 16)
-#undef NABLA_FAST_RELAXED
-
-const Passes& passes() { return *select_isa(&kPasses_baseline, &kPasses_avx2, &kPasses_avx512); }
+NABLA_FAST_FOR_EACH_ISA(load_rows, load_rows_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(store_rows, store_rows_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(add_noise_rows, noise_rows_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(find_tops, find_tops_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(exp_and_sum_lanes, exp_and_sum_lanes_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(weighted_grad_sum_lanes, weighted_grad_sum_lanes_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(jacobian_lanes, jacobian_lanes_kernel<W>)
 
 // 1 / tau for differences of logits; finite.
 float inverse_of(double tau) { return static_cast<float>(1 / tau); }
@@ -259,16 +214,16 @@ float inverse_of(double tau) { return static_cast<float>(1 / tau); }
 }  // namespace
 
 void load_tile(const gemm::Table& from, int rows, int64_t token, int tokens, float* tile) {
-  passes().load(from, rows, token, tokens, tile);
+  load_rows(from, rows, token, tokens, tile);
 }
 
 void store_tile(const float* tile, int rows, int64_t token, int tokens, void* to,
                 nabla_fast_dtype dtype, int64_t stride) {
-  passes().store(tile, rows, token, tokens, to, dtype, stride);
+  store_rows(tile, rows, token, tokens, to, dtype, stride);
 }
 
 void add_noise(const NoiseKeys& keys, int rows, int64_t token, int tokens, float* tile) {
-  passes().noise(keys, rows, token, tokens, tile);
+  add_noise_rows(keys, rows, token, tokens, tile);
 }
 
 void add_tile(const float* other, int rows, int tokens, float* tile) {
@@ -279,7 +234,7 @@ bool update_max(const float* y, int rows, int64_t token, int tokens, double tau,
                 float* factor) {
   alignas(64) float max[gemm::kRowsPerGroup];
   int32_t at[gemm::kRowsPerGroup], nonfinite[gemm::kRowsPerGroup];
-  passes().tops(y, gemm::lanes_of(rows), tokens, max, at, nonfinite);
+  find_tops(y, gemm::lanes_of(rows), tokens, max, at, nonfinite);
   bool moved = false;
   for (int r = 0; r < rows; ++r) {
     tops.nonfinite[r] |= nonfinite[r];
@@ -295,15 +250,15 @@ bool update_max(const float* y, int rows, int64_t token, int tokens, double tau,
 
 void exp_and_sum(float* y, int rows, int tokens, const float* max, double tau, Sums& sums) {
   alignas(64) float e[gemm::kRowsPerGroup];
-  passes().exp_and_sum(y, gemm::lanes_of(rows), tokens, max, inverse_of(tau), e);
+  exp_and_sum_lanes(y, gemm::lanes_of(rows), tokens, max, inverse_of(tau), e);
   for (int r = 0; r < rows; ++r) sums.e[r] += e[r];
 }
 
 void weighted_grad_sum(float* y, float* grad, int rows, int tokens, const float* max,
                        const float* centre, double tau, GradTile left, Sums& sums) {
   alignas(64) float e[gemm::kRowsPerGroup], weighted_grad[gemm::kRowsPerGroup];
-  passes().weighted_grad_sum(y, grad, gemm::lanes_of(rows), tokens, max, centre, inverse_of(tau),
-                             left == GradTile::kWeighted, e, weighted_grad);
+  weighted_grad_sum_lanes(y, grad, gemm::lanes_of(rows), tokens, max, centre, inverse_of(tau),
+                          left == GradTile::kWeighted, e, weighted_grad);
   for (int r = 0; r < rows; ++r) {
     sums.e[r] += e[r];
     sums.weighted_grad_sum[r] += weighted_grad[r];
@@ -312,7 +267,7 @@ void weighted_grad_sum(float* y, float* grad, int rows, int tokens, const float*
 
 void softmax_jacobian(const float* y, float* grad, int rows, int tokens, const float* max,
                       const float* mean, const float* weight, double tau) {
-  passes().jacobian(y, grad, gemm::lanes_of(rows), tokens, max, mean, weight, inverse_of(tau));
+  jacobian_lanes(y, grad, gemm::lanes_of(rows), tokens, max, mean, weight, inverse_of(tau));
 }
 
 }  // namespace nabla_fast::softmax
