@@ -16,7 +16,7 @@
 #include "base/prefetch.h"
 #include "gemm/amx.h"
 #include "gemm/vocab_tiles.h"
-#include "gemm/widen.h"
+#include "simd/bf16.h"
 #include "simd/vec.h"
 
 namespace nabla_fast::gemm {
@@ -179,7 +179,8 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
           const int now = std::min(kTokensInFp32, some - t);
           for (int n = 0; n < now; ++n) {
             prefetcher.advance<2 * kChainColumns>();
-            to_fp32<W>(w + (first + t + n) * stride + k, columns, fp32 + n * kChainColumns);
+            nabla_fast::copy_to_fp32<W>(w + (first + t + n) * stride + k, columns,
+                                        fp32 + n * kChainColumns);
           }
           Prefetcher none{prefetcher.next};
           all_lanes<W, Fp32Column<W>>(fp32, kChainColumns, now, x + k * lanes, lanes, columns, onto,
@@ -224,11 +225,11 @@ NABLA_FAST_INLINE void add_square(const char* const (&w)[W], int64_t from, int64
     for (int part = 0; part < kColumns; ++part) {
       const int64_t k = n * kColumns + part;
       if (k >= columns) return;
-      const Bits<W> bits = kColumns == 1 ? words[n]
-                           : part        ? words[n] & 0xFFFF0000u
-                                         : words[n] << 16;
+      const Floats<W> column = kColumns == 1 ? (Floats<W>)words[n]
+                               : part        ? upper_to_fp32<W>(words[n])
+                                             : lower_to_fp32<W>(words[n]);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) total[r] += (Floats<W>)bits * x[(from + k) * lanes + r];
+      for (int r = 0; r < R; ++r) total[r] += column * x[(from + k) * lanes + r];
     }
   }
 }
@@ -332,7 +333,7 @@ NABLA_FAST_INLINE void pack_floats(const Table& from, int rows, int lanes, float
       const int64_t columns = std::min<int64_t>(W, from.width - k);
       for (int n = 0; n < W; ++n) {
         float padded_row[16] = {};
-        if (r + n < rows) to_fp32<W>(from, r + n, k, columns, padded_row);
+        if (r + n < rows) copy_to_fp32<W>(from, r + n, k, columns, padded_row);
         std::memcpy(fp32[n], padded_row, sizeof fp32[n]);
       }
       Floats<W> x[W];

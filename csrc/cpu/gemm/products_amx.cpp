@@ -17,7 +17,7 @@ uint16_t high_bf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   // A NaN may have all its payload in the lower bits.
-  return std::isnan(x) ? 0x7FC0 : static_cast<uint16_t>(bits >> 16);
+  return std::isnan(x) ? kBf16NaN : static_cast<uint16_t>(bits >> 16);
 }
 
 // Product of `row` with w [width] in fp32, for infinities: of infinity times a term that is 0, the

@@ -15,10 +15,11 @@
 #define NABLA_FAST_CPU_GEMM_VOCAB_TILES_H_
 
 #include <cstdint>
-#include <cstring>
 
 #include "base/check.h"
+#include "base/isa.h"
 #include "nabla_fast.h"
+#include "simd/bf16.h"
 #include "simd/lanes.h"
 
 namespace nabla_fast::gemm {
@@ -29,13 +30,6 @@ constexpr int kVocabTileTokens = 64;
 
 // Rows of a group lie side by side in a tile [tokens, lanes]; a vector never holds fewer.
 constexpr int lanes_of(int rows) { return (rows + 15) / 16 * 16; }
-
-inline float bf16_to_fp32(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // A table [.., width] of float32 or bf16, from one of its rows on.
 struct Table {
@@ -53,6 +47,18 @@ struct Table {
                                        : bf16_to_fp32(static_cast<const uint16_t*>(data)[at]);
   }
 };
+
+// to[k] = columns [column, column + columns) of a row of a table, and zeros up to the next multiple of
+// 16.
+template <int W>
+NABLA_FAST_INLINE void copy_to_fp32(const Table& table, int64_t token, int64_t column,
+                                    int64_t columns, float* to) {
+  const int64_t at = token * table.stride + column;
+  if (table.dtype == NABLA_FAST_FLOAT32)
+    nabla_fast::copy_to_fp32<W>(static_cast<const float*>(table.data) + at, columns, to);
+  else
+    nabla_fast::copy_to_fp32<W>(static_cast<const uint16_t*>(table.data) + at, columns, to);
+}
 
 // First `count` rows of a table, which fit (base/check.h).
 inline Table table_of(const nabla_fast_table& t, int64_t count) {

@@ -12,7 +12,7 @@
 #include "base/isa.h"
 #include "base/prefetch.h"
 #include "gemm/vocab_tiles.h"
-#include "gemm/widen.h"
+#include "simd/bf16.h"
 #include "simd/vec.h"
 
 namespace nabla_fast::gemm {
@@ -107,7 +107,8 @@ NABLA_FAST_INLINE void add_weighted_sums_in_fp32(const float* weights, int lanes
   alignas(64) float strip[kVocabTileTokens * kStripColumns];
   for (int64_t k = 0; k < table.width; k += kStripColumns) {
     const int64_t columns = std::min<int64_t>(kStripColumns, table.width - k);
-    for (int t = 0; t < tokens; ++t) to_fp32<W>(table, t, k, columns, strip + t * kStripColumns);
+    for (int t = 0; t < tokens; ++t)
+      copy_to_fp32<W>(table, t, k, columns, strip + t * kStripColumns);
     const Table wide{strip, NABLA_FAST_FLOAT32, columns, kStripColumns};
     add_all<W, kRows, 8, float>(weights, lanes, rows, wide, tokens, sums + k, padded(table.width),
                                 prefetcher);

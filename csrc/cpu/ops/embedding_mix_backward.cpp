@@ -22,6 +22,7 @@
 #include "nabla_fast.h"
 #include "ops/embedding_mix_call.h"
 #include "ops/embedding_mix_sums.h"
+#include "simd/bf16.h"
 
 namespace nabla_fast::mix {
 namespace {
@@ -75,7 +76,7 @@ struct Output {
       if (dtype == NABLA_FAST_FLOAT32)
         static_cast<float*>(grad)[row * stride + v] = kNaN;
       else
-        static_cast<uint16_t*>(grad)[row * stride + v] = 0x7FC0;
+        static_cast<uint16_t*>(grad)[row * stride + v] = kBf16NaN;
     }
   }
 };

@@ -16,6 +16,7 @@
 #include "base/threads.h"
 #include "gemm/add_weighted_rows.h"
 #include "gemm/dot_products.h"
+#include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
 #include "simd/vec_exp.h"
 
@@ -102,13 +103,6 @@ NABLA_FAST_INLINE void segment(const gemm::Product& p, const int64_t* targets, i
 NABLA_FAST_FOR_EACH_ISA(fp32_segment, segment<float>)
 NABLA_FAST_FOR_EACH_ISA(bf16_segment, segment<uint16_t>)
 
-float element(const gemm::Product& p, nabla_fast_dtype dtype, int64_t token, int64_t k) {
-  int64_t index = token * p.head_stride + k;
-  if (dtype == NABLA_FAST_FLOAT32) return static_cast<const float*>(p.head)[index];
-  return bits_float(static_cast<int32_t>(
-      static_cast<uint32_t>(static_cast<const uint16_t*>(p.head)[index]) << 16));
-}
-
 // One row's parts, from left to right.
 nabla_fast_status join(const gemm::Product& p, nabla_fast_dtype dtype, int64_t target,
                        float* memory, int64_t segments, int64_t row, float* out) {
@@ -132,6 +126,7 @@ nabla_fast_status join(const gemm::Product& p, nabla_fast_dtype dtype, int64_t t
     for (int64_t k = 0; k < p.width; ++k) out[k] = kNaN;
     return status;
   }
+  const gemm::Table head{p.head, dtype, p.width, p.head_stride};
   double rest = 0;
   for (int64_t k = 0; k < p.width; ++k) out[k] = 0;
   for (int64_t s = 0; s < segments; ++s) {
@@ -143,7 +138,7 @@ nabla_fast_status join(const gemm::Product& p, nabla_fast_dtype dtype, int64_t t
   }
   double inverse = 1 / (rest + std::exp(static_cast<double>(target_logit) - top));
   for (int64_t k = 0; k < p.width; ++k)
-    out[k] = static_cast<float>((out[k] - rest * element(p, dtype, target, k)) * inverse);
+    out[k] = static_cast<float>((out[k] - rest * head.value(target, k)) * inverse);
   return NABLA_FAST_OK;
 }
 

@@ -17,6 +17,7 @@
 #include "base/prefetch.h"
 #include "base/threads.h"
 #include "nabla_fast.h"
+#include "simd/bf16.h"
 #include "simd/vec.h"
 #include "softmax/token_sums.h"
 
@@ -36,15 +37,8 @@ constexpr int kAddends = 16;
 // Bytes from the block at work to the memory being prefetched.
 constexpr int64_t kPrefetchBytes = 8192;
 
-NABLA_FAST_INLINE float to_float(float x) { return x; }
-NABLA_FAST_INLINE float to_float(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
 constexpr float masked_logit(const float*) { return -kInfinity; }
-constexpr uint16_t masked_logit(const uint16_t*) { return 0xFF80; }
+constexpr uint16_t masked_logit(const uint16_t*) { return kBf16MinusInfinity; }
 
 // kVectorsAbreast vectors of logits.
 template <int W>
@@ -57,13 +51,12 @@ NABLA_FAST_INLINE void load_abreast(const float* logits, Floats<W> (&z)[kVectors
 // tokens in lanes does not matter.
 template <int W>
 NABLA_FAST_INLINE void load_abreast(const uint16_t* logits, Floats<W> (&z)[kVectorsAbreast]) {
-  typedef uint32_t Words __attribute__((vector_size(4 * W)));
   typedef uint32_t Stored __attribute__((vector_size(4 * W), aligned(2), may_alias));
 #pragma GCC unroll 2
   for (int u = 0; u < kVectorsAbreast; u += 2) {
-    const Words pairs = *reinterpret_cast<const Stored*>(logits + u * W);
-    z[u] = (Floats<W>)(pairs << 16);
-    z[u + 1] = (Floats<W>)(pairs & 0xFFFF0000u);
+    const typename VecTypes<W>::Bits pairs = *reinterpret_cast<const Stored*>(logits + u * W);
+    z[u] = lower_to_fp32<W>(pairs);
+    z[u + 1] = upper_to_fp32<W>(pairs);
   }
 }
 
@@ -141,7 +134,7 @@ template <typename T>
 nabla_fast_status status_of(const T* logits, int64_t n) {
   bool infinite = false;
   for (int64_t i = 0; i < n; ++i) {
-    const float z = to_float(logits[i]);
+    const float z = to_fp32(logits[i]);
     if (std::isnan(z)) return NABLA_FAST_ROW_NAN;
     infinite |= z == kInfinity;
   }
@@ -153,7 +146,7 @@ NABLA_FAST_INLINE int first_equal(const T* logits, int n, float value) {
   int first = n;
 #pragma omp simd reduction(min : first)
   for (int i = 0; i < n; ++i) {
-    const int here = to_float(logits[i]) == value ? i : n;
+    const int here = to_fp32(logits[i]) == value ? i : n;
     first = here < first ? here : first;
   }
   return first;

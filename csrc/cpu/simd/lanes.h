@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/isa.h"
+#include "simd/bf16.h"
 #include "simd/vec.h"
 
 namespace nabla_fast {
@@ -19,17 +20,7 @@ using Lanes = Floats<kLanes>;
 constexpr int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 NABLA_FAST_INLINE Lanes load(const float* x) { return load<kLanes>(x); }
-
-NABLA_FAST_INLINE Lanes load(const uint16_t* x) {
-  typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-  Halves halves;
-  std::memcpy(&halves, x, sizeof halves);
-  Words words = __builtin_convertvector(halves, Words) << 16;
-  Lanes lanes;
-  std::memcpy(&lanes, &words, sizeof lanes);
-  return lanes;
-}
+NABLA_FAST_INLINE Lanes load(const uint16_t* bf16) { return load_fp32<kLanes>(bf16); }
 
 // The first `count` elements, and zeros.
 template <typename T>

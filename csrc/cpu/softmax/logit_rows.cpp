@@ -6,7 +6,7 @@
 #include "base/floats.h"
 #include "base/isa.h"
 #include "base/threads.h"
-#include "gemm/widen.h"
+#include "simd/bf16.h"
 #include "simd/gumbel.h"
 #include "simd/vec.h"
 
@@ -52,7 +52,7 @@ NABLA_FAST_INLINE const float* chunk_of(const gemm::Table& logits, int64_t row,
                                         const NoiseKeys& keys, int64_t token, int n, float* y) {
   if (logits.dtype == NABLA_FAST_FLOAT32 && !keys.seed && n == kChunkTokens)
     return static_cast<const float*>(logits.data) + row * logits.stride + token;
-  gemm::to_fp32<W>(logits, row, token, n, y);
+  gemm::copy_to_fp32<W>(logits, row, token, n, y);
   if (keys.seed) {
     alignas(64) float g[kChunkTokens];
     gumbel_noise<W / 2>(keys.seed[row], keys.position[row], token, n, g);

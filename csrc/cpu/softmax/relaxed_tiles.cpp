@@ -7,7 +7,7 @@
 
 #include "base/floats.h"
 #include "base/isa.h"
-#include "gemm/widen.h"
+#include "simd/bf16.h"
 #include "simd/gumbel.h"
 #include "simd/vec.h"
 
@@ -28,12 +28,12 @@ NABLA_FAST_INLINE void load_block(const gemm::Table& from, int64_t row, int64_t 
                      0, 2);
   float part[16];
   if (columns < W)
-    gemm::to_fp32<W>(from, row, column, columns, part);
+    gemm::copy_to_fp32<W>(from, row, column, columns, part);
   else if (from.dtype == NABLA_FAST_FLOAT32)
     return (void)(x = load<W>(static_cast<const float*>(from.data) + row * from.stride + column));
   else
-    return (void)(x = gemm::load_fp32<W>(static_cast<const uint16_t*>(from.data) +
-                                         row * from.stride + column));
+    return (void)(x = load_fp32<W>(static_cast<const uint16_t*>(from.data) + row * from.stride +
+                                   column));
   x = load<W>(part);
 }
 
@@ -50,14 +50,6 @@ NABLA_FAST_INLINE void load_rows_kernel(const gemm::Table& from, int rows, int64
       for (int n = 0; n < some; ++n) store<W>(tile + (t + n) * lanes + r, x[n]);
     }
   }
-}
-
-NABLA_FAST_INLINE uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >>
-                               16);  // to nearest, ties to even
 }
 
 template <int W>
@@ -82,7 +74,7 @@ NABLA_FAST_INLINE void store_rows_kernel(const float* tile, int rows, int64_t to
             for (int lane = 0; lane < some; ++lane) out[lane] = x[n][lane];
         } else {
           auto* out = static_cast<uint16_t*>(to) + at;
-          for (int lane = 0; lane < some; ++lane) out[lane] = to_bf16(x[n][lane]);
+          for (int lane = 0; lane < some; ++lane) out[lane] = fp32_to_bf16(x[n][lane]);
         }
       }
     }
