@@ -30,6 +30,7 @@
 #include "ops/dto_descent.h"
 #include "simd/gumbel.h"
 #include "simd/vec.h"
+#include "softmax/row_status.h"
 
 namespace nabla_fast::descent {
 namespace {
@@ -706,12 +707,11 @@ nabla_fast_status status_of(const Call& call, const Passes& passes, int64_t inde
     passes.find_max(row.from(begin), std::min(kChunkTokens, call.vocab - begin), partial);
     if (partial.nonfinite) {
       const auto is_nan = [](float z) { return std::isnan(z); };
-      return std::any_of(row.z + begin, row.z + call.vocab, is_nan) ? NABLA_FAST_ROW_NAN
-                                                                    : NABLA_FAST_ROW_INFINITE;
+      return softmax::row_status(kInfinity, std::any_of(row.z + begin, row.z + call.vocab, is_nan));
     }
     max = std::max(max, partial.max);
   }
-  return max == -kInfinity ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
+  return softmax::row_status(max, false);
 }
 
 // Calls work(row, scratch, threads) for every row, on all threads that share it.

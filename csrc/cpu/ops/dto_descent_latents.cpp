@@ -18,6 +18,7 @@
 #include "ops/dto_descent.h"
 #include "ops/dto_descent_latents_pass.h"
 #include "simd/vec.h"
+#include "softmax/row_status.h"
 
 namespace nabla_fast::descent {
 namespace {
@@ -169,9 +170,7 @@ class Descent {
 
  private:
   static nabla_fast_status status_of(const HeadPassResult& result) {
-    if (result.nan) return NABLA_FAST_ROW_NAN;
-    if (result.max == kInfinity) return NABLA_FAST_ROW_INFINITE;
-    return result.max == -kInfinity ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
+    return softmax::row_status(result.max, result.nan);
   }
 
   // A pass for every active row; with a gradient for those that may take another step.

@@ -84,7 +84,7 @@ void add_segment(const RowGroup& group, int64_t segment, int64_t floats, MixSums
 
 void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
   softmax::Tops& tops = total.tops;
-  tops.nonfinite[row] |= part.tops.nonfinite[row];
+  tops.nan[row] |= part.tops.nan[row];
   const float before = tops.max[row], here = part.tops.max[row];
   if (here > before) {
     tops.max[row] = here;
@@ -118,7 +118,7 @@ void soft_group(const RowGroup& group, int threads, char* memory, float* const* 
       [&](int row, int64_t n) { join_row(group, row, *part(n), *total); });
   for (int r = 0; r < group.rows; ++r) {
     const int64_t row = group.first + r;
-    row_status[row] = status_of(total->tops, r);
+    row_status[row] = total->tops.status(r);
     if (row_status[row] != NABLA_FAST_OK) {
       write_row(call, row, row_status[row], -1, mixes);
       continue;
@@ -155,14 +155,14 @@ void hard_group(const RowGroup& group, int threads, char* memory, float* const* 
       },
       [&](int row, int64_t n) {
         const softmax::Tops& part = total[n + 1];
-        total->nonfinite[row] |= part.nonfinite[row];
+        total->nan[row] |= part.nan[row];
         if (!(part.max[row] > total->max[row])) return;
         total->max[row] = part.max[row];
         total->token[row] = part.token[row];
       });
   for (int r = 0; r < group.rows; ++r) {
     const int64_t row = group.first + r;
-    row_status[row] = status_of(*total, r);
+    row_status[row] = total->status(r);
     write_row(call, row, row_status[row], total->token[r], mixes);
   }
 }
@@ -174,7 +174,7 @@ void hard_rows(const nabla_fast_mix& call, int64_t first, int rows, char* memory
                         keys_from(call, first), num_threads,
                         reinterpret_cast<softmax::Top*>(memory), tops);
   for (int r = 0; r < rows; ++r) {
-    row_status[first + r] = tops[r].of_row();
+    row_status[first + r] = tops[r].status();
     write_row(call, first + r, row_status[first + r], tops[r].token, mixes);
   }
 }

@@ -144,7 +144,7 @@ void logits_group(const RowGroup& group, const Cotangents& cotangents, const Out
     write_grad(group, cotangents, of, out, threads);
   }
   for (int r = 0; r < rows; ++r) {
-    row_status[group.first + r] = tops[r].of_row();
+    row_status[group.first + r] = tops[r].status();
     if (row_status[group.first + r] != NABLA_FAST_OK) out.fill_nan(r, call.vocab);
   }
 }
@@ -249,7 +249,7 @@ void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
   const int64_t width = padded(group.call.head.width);
   const double tau = group.call.tau;
   softmax::Tops& tops = total.tops;
-  tops.nonfinite[row] |= part.tops.nonfinite[row];
+  tops.nan[row] |= part.tops.nan[row];
   if (part.tops.token[row] < 0) return;
   const RowMixes mine(total, group.rows, row, width), other(part, group.rows, row, width);
   const double before = tops.max[row];
@@ -291,7 +291,7 @@ void hidden_group(const RowGroup& group, const Cotangents& cotangents, float* gr
       [&](int64_t segment, int64_t n) { add_segment(group, cotangents, segment, *part(n)); },
       [&](int row, int64_t n) { join_row(group, row, *part(n), *total); });
   for (int r = 0; r < group.rows; ++r) {
-    const nabla_fast_status status = status_of(total->tops, r);
+    const nabla_fast_status status = total->tops.status(r);
     row_status[group.first + r] = status;
     const RowMixes mixes(*total, group.rows, r, width);
     const double sum = total->sums.e[r];

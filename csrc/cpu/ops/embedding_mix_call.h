@@ -110,13 +110,6 @@ void for_each_segment_tile(int64_t segment, int64_t vocab, const Visit& visit) {
     visit(token, static_cast<int>(std::min<int64_t>(gemm::kVocabTileTokens, end - token)));
 }
 
-// Status of a row, of the Tops of all its tokens.
-inline nabla_fast_status status_of(const softmax::Tops& tops, int row) {
-  if (tops.nonfinite[row] & softmax::kHasNaN) return NABLA_FAST_ROW_NAN;
-  if (tops.nonfinite[row]) return NABLA_FAST_ROW_INFINITE;
-  return tops.token[row] < 0 ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
-}
-
 }  // namespace nabla_fast::mix
 
 #endif  // NABLA_FAST_CPU_OPS_EMBEDDING_MIX_CALL_H_

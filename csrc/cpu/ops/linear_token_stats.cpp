@@ -31,9 +31,7 @@ struct LaneSums {
   softmax::TokenSums lane(int lane) const {
     softmax::TokenSums sums;
     sums.max = max[lane];
-    sums.status = nan[lane]                ? NABLA_FAST_ROW_NAN
-                  : max[lane] == kInfinity ? NABLA_FAST_ROW_INFINITE
-                                           : NABLA_FAST_OK;
+    sums.nan = nan[lane] != 0;
     sums.argmax = argmax[lane];
     sums.at_max = at_max[lane];
     sums.sum_exp = sum_exp[lane];

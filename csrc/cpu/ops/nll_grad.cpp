@@ -19,6 +19,7 @@
 #include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
 #include "simd/vec_exp.h"
+#include "softmax/row_status.h"
 
 namespace nabla_fast::nll {
 namespace {
@@ -115,13 +116,8 @@ nabla_fast_status join(const gemm::Product& p, nabla_fast_dtype dtype, int64_t t
     top = std::max(top, part.max[row]);
     if (target / kNllSegmentTokens == s) target_logit = part.target[row];
   }
-  nabla_fast_status status = NABLA_FAST_OK;
-  if (top == kInfinity)
-    status = NABLA_FAST_ROW_INFINITE;
-  else if (nan)
-    status = NABLA_FAST_ROW_NAN;
-  else if (top == -kInfinity)
-    status = NABLA_FAST_ROW_ALL_MASKED;
+  // An infinite logit makes the sums NaN too.
+  const nabla_fast_status status = softmax::row_status(top, nan && top < kInfinity);
   if (status != NABLA_FAST_OK) {
     for (int64_t k = 0; k < p.width; ++k) out[k] = kNaN;
     return status;

@@ -131,14 +131,8 @@ NABLA_FAST_INLINE double add_block(const T* logits, const T* next, int n, float 
 }
 
 template <typename T>
-nabla_fast_status status_of(const T* logits, int64_t n) {
-  bool infinite = false;
-  for (int64_t i = 0; i < n; ++i) {
-    const float z = to_fp32(logits[i]);
-    if (std::isnan(z)) return NABLA_FAST_ROW_NAN;
-    infinite |= z == kInfinity;
-  }
-  return infinite ? NABLA_FAST_ROW_INFINITE : NABLA_FAST_OK;
+bool has_nan(const T* logits, int64_t n) {
+  return std::any_of(logits, logits + n, [](T z) { return std::isnan(to_fp32(z)); });
 }
 
 template <typename T>
@@ -194,7 +188,7 @@ NABLA_FAST_INLINE softmax::TokenSums segment_sums(const T* logits, int64_t n, in
     const T* next = n - begin >= 2 * kChunkTokens ? chunk + kChunkTokens : chunk;
     if (sums.max == -kInfinity) {
       // All masked, or NaN.
-      if (status_of(chunk, size) != NABLA_FAST_OK) sums.status = NABLA_FAST_ROW_NAN;
+      sums.nan = sums.nan || has_nan(chunk, size);
       for (int i = 0; i < size; i += kTokensAbreast) next_max.add(next + i);
       continue;
     }
@@ -211,8 +205,8 @@ NABLA_FAST_INLINE softmax::TokenSums segment_sums(const T* logits, int64_t n, in
     sums.sum_exp += lanes.sum_exp[lane];
     sums.sum_d_exp += lanes.sum_d_exp[lane];
   }
-  if (sums.status != NABLA_FAST_OK || sums.max == kInfinity || std::isnan(sums.sum_d_exp)) {
-    sums.status = status_of(logits, n);
+  if (sums.nan || sums.max == kInfinity || std::isnan(sums.sum_d_exp)) {
+    sums.nan = has_nan(logits, n);
     return sums;
   }
   if (sums.max == -kInfinity) return sums;

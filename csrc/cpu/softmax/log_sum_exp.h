@@ -10,6 +10,7 @@
 #include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
 #include "simd/vec.h"
+#include "softmax/row_status.h"
 
 namespace nabla_fast::softmax {
 
@@ -33,12 +34,7 @@ struct LogSumExp {
     }
   }
 
-  nabla_fast_status status() const {
-    if (nan) return NABLA_FAST_ROW_NAN;
-    if (max == kInfinity) return NABLA_FAST_ROW_INFINITE;
-    if (max == -kInfinity) return NABLA_FAST_ROW_ALL_MASKED;
-    return NABLA_FAST_OK;
-  }
+  nabla_fast_status status() const { return row_status(max, nan); }
 
   // log sum_v exp(z_v) - shift
   double above(float shift) const { return (static_cast<double>(max) - shift) + std::log(sum); }

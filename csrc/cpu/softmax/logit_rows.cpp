@@ -72,12 +72,8 @@ NABLA_FAST_INLINE Top find_top_kernel(const gemm::Table& logits, int64_t row, co
     const float* y = chunk_of<W>(logits, row, keys, first, n, buffer);
     bool nonfinite = false;
     const float max = largest<W>(y, static_cast<int>(padded(n)), nonfinite);
-    if (nonfinite) {
-      Top bad;
-      const bool nan = std::any_of(y, y + n, [](float x) { return std::isnan(x); });
-      bad.status = nan ? NABLA_FAST_ROW_NAN : NABLA_FAST_ROW_INFINITE;
-      top.join(bad);
-    }
+    if (nonfinite)
+      top.nan = top.nan || std::any_of(y, y + n, [](float x) { return std::isnan(x); });
     if (max > top.max) {
       top.max = max;
       top.token = first + (std::find(y, y + n, max) - y);

@@ -8,6 +8,7 @@
 #include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
 #include "softmax/relaxed_tiles.h"
+#include "softmax/row_status.h"
 
 namespace nabla_fast::softmax {
 
@@ -15,20 +16,18 @@ namespace nabla_fast::softmax {
 struct Top {
   float max = -kInfinity;
   int64_t token = -1;  // the first with that y
-  nabla_fast_status status = NABLA_FAST_OK;
+  bool nan = false;    // whether a y is NaN
 
   // Adds the part that follows this one.
   void join(const Top& next) {
-    if (next.status == NABLA_FAST_ROW_NAN || status == NABLA_FAST_OK) status = next.status;
+    nan = nan || next.nan;
     if (next.max > max) {
       max = next.max;
       token = next.token;
     }
   }
-  // The status of a whole row.
-  nabla_fast_status of_row() const {
-    return status == NABLA_FAST_OK && token < 0 ? NABLA_FAST_ROW_ALL_MASKED : status;
-  }
+  // Of a whole row.
+  nabla_fast_status status() const { return row_status(max, nan); }
 };
 
 // tops[rows] of the rows, with threads over rows and parts of them. parts: [top_parts(rows,

@@ -106,26 +106,24 @@ NABLA_FAST_INLINE void noise_rows_kernel(const NoiseKeys& keys, int rows, int64_
 // -- rows in lanes
 // -----------------------------------------------------------------------------------
 
-// Largest y of the tile, the first token that has it, and bits of `nonfinite`: [lanes] each.
+// Largest y of the tile, the first token that has it, and whether one is NaN: [lanes] each.
 template <int W>
 NABLA_FAST_INLINE void find_tops_kernel(const float* y, int lanes, int tokens, float* max,
-                                        int32_t* token, int32_t* nonfinite) {
+                                        int32_t* token, int32_t* nan) {
   for (int lane = 0; lane < lanes; lane += W) {
     Floats<W> top = splat<W>(-kInfinity);
-    Ints<W> at = {}, bad = {}, nan = {}, now = {};
+    Ints<W> at = {}, unordered = {}, now = {};
     for (int t = 0; t < tokens; ++t) {
       const Floats<W> value = load<W>(y + t * lanes + lane);
       const Ints<W> higher = value > top;
       top = higher ? value : top;
       at = higher ? now : at;
-      bad |= ~(value <= kMaxFloat);
-      nan |= value != value;
+      unordered |= value != value;
       now += 1;
     }
-    bad = (bad & kHasInfinity) | (nan & kHasNaN);
     store<W>(max + lane, top);
     std::memcpy(token + lane, &at, sizeof at);
-    std::memcpy(nonfinite + lane, &bad, sizeof bad);
+    std::memcpy(nan + lane, &unordered, sizeof unordered);
   }
 }
 
@@ -225,11 +223,11 @@ void add_tile(const float* other, int rows, int tokens, float* tile) {
 bool update_max(const float* y, int rows, int64_t token, int tokens, double tau, Tops& tops,
                 float* factor) {
   alignas(64) float max[gemm::kRowsPerGroup];
-  int32_t at[gemm::kRowsPerGroup], nonfinite[gemm::kRowsPerGroup];
-  find_tops(y, gemm::lanes_of(rows), tokens, max, at, nonfinite);
+  int32_t at[gemm::kRowsPerGroup], nan[gemm::kRowsPerGroup];
+  find_tops(y, gemm::lanes_of(rows), tokens, max, at, nan);
   bool moved = false;
   for (int r = 0; r < rows; ++r) {
-    tops.nonfinite[r] |= nonfinite[r];
+    tops.nan[r] |= nan[r];
     factor[r] = 1;
     if (!(max[r] > tops.max[r])) continue;
     factor[r] = static_cast<float>(std::exp((static_cast<double>(tops.max[r]) - max[r]) / tau));

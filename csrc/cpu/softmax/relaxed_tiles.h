@@ -8,6 +8,7 @@
 #include "base/floats.h"
 #include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
+#include "softmax/row_status.h"
 
 namespace nabla_fast::softmax {
 
@@ -20,22 +21,22 @@ struct NoiseKeys {
   const int64_t* position;
 };
 
-// Bits of `nonfinite`.
-constexpr int32_t kHasInfinity = 1, kHasNaN = 2;
-
 // Largest y of a group's rows so far.
 struct Tops {
   alignas(64) float max[gemm::kRowsPerGroup];      // of y
   alignas(64) int64_t token[gemm::kRowsPerGroup];  // the first with that y; -1 while all are masked
-  alignas(64) int32_t nonfinite[gemm::kRowsPerGroup];  // kHasNaN | kHasInfinity
+  alignas(64) int32_t nan[gemm::kRowsPerGroup];    // other than 0 if a y is NaN
 
   void clear() {
     for (int r = 0; r < gemm::kRowsPerGroup; ++r) {
       max[r] = -kInfinity;
       token[r] = -1;
-      nonfinite[r] = 0;
+      nan[r] = 0;
     }
   }
+
+  // Of rows whose tokens are all here.
+  nabla_fast_status status(int row) const { return row_status(max[row], nan[row] != 0); }
 };
 
 // Sums over a group's tokens, e = exp((y - max) / tau) and c a constant of each row.

@@ -7,6 +7,7 @@
 
 #include "base/floats.h"
 #include "nabla_fast.h"
+#include "softmax/row_status.h"
 
 namespace nabla_fast::softmax {
 
@@ -31,7 +32,7 @@ struct Tau {
 // row.
 struct TokenSums {
   float max = -kInfinity;
-  nabla_fast_status status = NABLA_FAST_OK;
+  bool nan = false;
   int64_t argmax = -1;
   double at_max = 0;     // how many tokens are at the maximum
   double sum_exp = 0;    // sum of exp(d_v / tau) over the others
@@ -53,10 +54,11 @@ inline TokenSums rescaled(const TokenSums& sums, float max, double tau) {
 
 // The sums of two neighbours; `right` holds the tokens with the higher indices.
 inline TokenSums joined(const TokenSums& left, const TokenSums& right, double tau) {
-  if (left.status != NABLA_FAST_OK || right.status != NABLA_FAST_OK) {
+  const float max = left.max < right.max ? right.max : left.max;
+  if (left.nan || right.nan || max == kInfinity) {
     TokenSums result;
-    const bool nan = left.status == NABLA_FAST_ROW_NAN || right.status == NABLA_FAST_ROW_NAN;
-    result.status = nan ? NABLA_FAST_ROW_NAN : NABLA_FAST_ROW_INFINITE;
+    result.max = max;
+    result.nan = left.nan || right.nan;
     return result;
   }
   if (right.max == -kInfinity) return left;
@@ -80,9 +82,7 @@ struct StatsOutputs {
   nabla_fast_status* status;
 
   void write(int64_t row, const TokenSums& sums, const Tau& tau) const {
-    status[row] = sums.status != NABLA_FAST_OK ? sums.status
-                  : sums.max == -kInfinity     ? NABLA_FAST_ROW_ALL_MASKED
-                                               : NABLA_FAST_OK;
+    status[row] = row_status(sums.max, sums.nan);
     if (status[row] != NABLA_FAST_OK) {
       logsumexp[row] = confidence[row] = entropy[row] = kNaN;
       argmax[row] = -1;
