@@ -91,8 +91,8 @@ void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
     tops.token[row] = part.tops.token[row];
   }
   if (tops.token[row] < 0) return;
-  const double scale = rescale(before, tops.max[row], group.call.tau);
-  const double part_scale = rescale(here, tops.max[row], group.call.tau);
+  const double scale = softmax::rescale(before, tops.max[row], group.call.tau);
+  const double part_scale = softmax::rescale(here, tops.max[row], group.call.tau);
   total.sums.e[row] = scale * total.sums.e[row] + part_scale * part.sums.e[row];
   int64_t begin = 0;
   for (int64_t t = 0; t < group.call.table_count; ++t) {

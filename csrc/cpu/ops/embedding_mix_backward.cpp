@@ -255,7 +255,7 @@ void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
   const double before = tops.max[row];
   double scale = 1, shift = 0;  // of the part
   if (part.tops.max[row] > before) {
-    const double own = rescale(tops.max[row], part.tops.max[row], tau);
+    const double own = softmax::rescale(tops.max[row], part.tops.max[row], tau);
     if (tops.token[row] >= 0) {
       const double moved = static_cast<double>(part.centre[row]) - total.centre[row];
       move_sums(total.sums, row, own, moved);
@@ -265,7 +265,7 @@ void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
     tops.token[row] = part.tops.token[row];
     total.centre[row] = part.centre[row];
   } else {
-    scale = rescale(part.tops.max[row], tops.max[row], tau);
+    scale = softmax::rescale(part.tops.max[row], tops.max[row], tau);
     shift = static_cast<double>(total.centre[row]) - part.centre[row];
   }
   total.sums.weighted_grad_sum[row] +=

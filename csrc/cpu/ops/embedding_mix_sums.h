@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "gemm/vocab_tiles.h"
 #include "softmax/relaxed_tiles.h"
+#include "softmax/row_softmax.h"
 
 #ifdef _OPENMP
   #include <omp.h>
@@ -57,11 +58,6 @@ void in_rounds(int64_t segments, int rows, int threads, const Run& run, const Jo
 #pragma omp barrier
     }
   }
-}
-
-// exp((low - high) / tau), 0 where low is the maximum of nothing.
-inline double rescale(float low, float high, double tau) {
-  return std::exp((static_cast<double>(low) - high) / tau);
 }
 
 }  // namespace nabla_fast::mix

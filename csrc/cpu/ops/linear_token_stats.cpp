@@ -9,7 +9,7 @@
 #include "gemm/row_pass.h"
 #include "nabla_fast.h"
 #include "simd/vec.h"
-#include "softmax/log_sum_exp.h"
+#include "softmax/row_softmax.h"
 #include "softmax/token_sums.h"
 
 namespace nabla_fast::stats {

@@ -19,6 +19,7 @@
 #include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
 #include "simd/vec_exp.h"
+#include "softmax/row_softmax.h"
 #include "softmax/row_status.h"
 
 namespace nabla_fast::nll {
@@ -127,12 +128,12 @@ nabla_fast_status join(const gemm::Product& p, nabla_fast_dtype dtype, int64_t t
   for (int64_t k = 0; k < p.width; ++k) out[k] = 0;
   for (int64_t s = 0; s < segments; ++s) {
     Part part(memory + s * floats, p.rows);
-    double scale = std::exp(static_cast<double>(part.max[row]) - top);
+    double scale = softmax::rescale(part.max[row], top);
     rest += scale * part.sum[row];
     for (int64_t k = 0; k < p.width; ++k)
       out[k] += static_cast<float>(scale) * part.weighted_rows[row * width + k];
   }
-  double inverse = 1 / (rest + std::exp(static_cast<double>(target_logit) - top));
+  double inverse = 1 / (rest + softmax::rescale(target_logit, top));
   for (int64_t k = 0; k < p.width; ++k)
     out[k] = static_cast<float>((out[k] - rest * head.value(target, k)) * inverse);
   return NABLA_FAST_OK;

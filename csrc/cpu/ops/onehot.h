@@ -13,7 +13,7 @@
 #include "base/isa.h"
 #include "gemm/row_pass.h"
 #include "simd/vec.h"
-#include "softmax/log_sum_exp.h"
+#include "softmax/row_softmax.h"
 
 namespace nabla_fast::onehot {
 
@@ -81,7 +81,7 @@ class OnehotPass {
   }
 
   // G - u of a row.
-  double offset(int row, const softmax::LogSumExp& z) const {
+  double offset(int row, const softmax::RowSoftmax& z) const {
     return nll_coeff_ * z.above(base_[row]);
   }
 

@@ -13,7 +13,7 @@
 #include "ops/onehot.h"
 #include "simd/vec.h"
 #include "simd/vec_exp.h"
-#include "softmax/log_sum_exp.h"
+#include "softmax/row_softmax.h"
 
 namespace nabla_fast::onehot {
 namespace {
@@ -56,7 +56,7 @@ NABLA_FAST_INLINE void store_u(const OnehotTile& tile, const float* base, float 
 template <int W>
 NABLA_FAST_INLINE void finish_tile_kernel(OnehotTile& tile, const float* base, float nll_coeff,
                                           int rows, int tokens, int whole,
-                                          softmax::LaneLogSumExp& sums, Rows to) {
+                                          softmax::LaneSoftmax& sums, Rows to) {
   softmax::add_exps<W>(tile.z, gemm::lanes_of(rows), whole, sums);
   store_u<W>(tile, base, nll_coeff, rows, tokens, to);
 }
@@ -78,7 +78,7 @@ Size pass_bytes(const nabla_fast_onehot& inputs) {
 
 Size sums_bytes(const nabla_fast_onehot& inputs) {
   return Size(gemm::pass_segments(inputs.vocab)) * gemm::groups_of(inputs.rows) *
-         sizeof(softmax::LaneLogSumExp);
+         sizeof(softmax::LaneSoftmax);
 }
 
 void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* row_status,
@@ -88,8 +88,7 @@ void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* 
   const gemm::Factors factors = factors_of(inputs);
   const int64_t vocab = inputs.vocab, segments = gemm::pass_segments(vocab);
   const int threads = gemm::pass_threads(inputs.rows, vocab, factors, num_threads);
-  auto* const sums =
-      reinterpret_cast<softmax::LaneLogSumExp*>(memory + pass_bytes(inputs).or_zero());
+  auto* const sums = reinterpret_cast<softmax::LaneSoftmax*>(memory + pass_bytes(inputs).or_zero());
 
   for (int64_t first = 0; first < inputs.rows; first += gemm::kRowsPerPass) {
     const int64_t rows = std::min(gemm::kRowsPerPass, inputs.rows - first);
@@ -98,7 +97,7 @@ void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* 
     gemm::for_each_pass_tile(
         vocab, groups, threads, [&](int64_t segment, int group, int64_t token, int tokens) {
           OnehotTile tile;
-          softmax::LaneLogSumExp& mine = sums[segment * groups + group];
+          softmax::LaneSoftmax& mine = sums[segment * groups + group];
           if (token == segment * gemm::kPassSegmentTokens) mine.clear(pass.rows().lanes_of(group));
           const int whole = pass.tile(group, token, tokens, tile);
           float* const to = grad.data + (first + group * gemm::kRowsPerGroup) * grad.stride + token;
@@ -108,7 +107,7 @@ void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* 
 
     float offset[gemm::kRowsPerPass];
     for (int row = 0; row < rows; ++row) {
-      softmax::LogSumExp z;
+      softmax::RowSoftmax z;
       for (int64_t s = 0; s < segments; ++s)
         z.join(sums[s * groups + row / gemm::kRowsPerGroup].lane(row % gemm::kRowsPerGroup));
       row_status[first + row] = z.status();

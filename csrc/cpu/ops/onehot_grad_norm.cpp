@@ -16,14 +16,14 @@
 #include "nabla_fast.h"
 #include "ops/onehot.h"
 #include "simd/vec.h"
-#include "softmax/log_sum_exp.h"
+#include "softmax/row_softmax.h"
 
 namespace nabla_fast::onehot {
 namespace {
 
 // Sums over a row's tokens that are not masked.
 struct Moments {
-  softmax::LogSumExp z;
+  softmax::RowSoftmax z;
   double count = 0, sum = 0, squares = 0;  // of u
 
   void join(const Moments& right) {
@@ -43,7 +43,7 @@ struct Moments {
 
 // The same for a group of rows.
 struct LaneMoments {
-  softmax::LaneLogSumExp z;
+  softmax::LaneSoftmax z;
   int32_t count[gemm::kRowsPerGroup];
   double sum[gemm::kRowsPerGroup], squares[gemm::kRowsPerGroup];
 

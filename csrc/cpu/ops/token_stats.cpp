@@ -19,6 +19,7 @@
 #include "nabla_fast.h"
 #include "simd/bf16.h"
 #include "simd/vec.h"
+#include "softmax/row_softmax.h"
 #include "softmax/token_sums.h"
 
 namespace nabla_fast::stats {
@@ -175,7 +176,7 @@ NABLA_FAST_INLINE softmax::TokenSums segment_sums(const T* logits, int64_t n, in
     if (max > sums.max) {
       if (sums.max != -kInfinity) {
         const double gap = static_cast<double>(sums.max) - max;
-        const double scale = std::exp(gap / tau.value);
+        const double scale = softmax::rescale(sums.max, max, tau.value);
         lanes.sum_exp[0] += sums.at_max;
         lanes.sum_d_exp = scale * (lanes.sum_d_exp + gap * lanes.sum_exp);
         lanes.sum_exp *= scale;

@@ -10,6 +10,7 @@
 #include "simd/bf16.h"
 #include "simd/gumbel.h"
 #include "simd/vec.h"
+#include "softmax/row_softmax.h"
 
 namespace nabla_fast::softmax {
 namespace {
@@ -230,7 +231,7 @@ bool update_max(const float* y, int rows, int64_t token, int tokens, double tau,
     tops.nan[r] |= nan[r];
     factor[r] = 1;
     if (!(max[r] > tops.max[r])) continue;
-    factor[r] = static_cast<float>(std::exp((static_cast<double>(tops.max[r]) - max[r]) / tau));
+    factor[r] = static_cast<float>(rescale(tops.max[r], max[r], tau));
     tops.max[r] = max[r];
     tops.token[r] = token + at[r];
     moved = true;

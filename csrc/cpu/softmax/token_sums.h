@@ -7,6 +7,7 @@
 
 #include "base/floats.h"
 #include "nabla_fast.h"
+#include "softmax/row_softmax.h"
 #include "softmax/row_status.h"
 
 namespace nabla_fast::softmax {
@@ -42,7 +43,7 @@ struct TokenSums {
 // `sums` relative to a higher maximum, both finite.
 inline TokenSums rescaled(const TokenSums& sums, float max, double tau) {
   const double gap = static_cast<double>(sums.max) - max;
-  const double scale = std::exp(gap / tau);
+  const double scale = rescale(sums.max, max, tau);
   const double total = sums.at_max + sums.sum_exp;
   TokenSums result = sums;
   result.max = max;

@@ -1,6 +1,18 @@
-// The log-sum-exp of rows whose logits come by tiles [tokens, lanes], a row in each lane.
-#ifndef NABLA_FAST_CPU_SOFTMAX_LOG_SUM_EXP_H_
-#define NABLA_FAST_CPU_SOFTMAX_LOG_SUM_EXP_H_
+// Softmax of rows whose logits come in parts (online softmax): the largest logit so far, and sums of
+// exponentials relative to it, which are rescaled when it moves.
+//
+// A row is a RowSoftmax, or a lane of a LaneSoftmax where logits come by tiles [tokens, lanes]. Other
+// accumulators keep to the rule of row_status() and to rescale(), but add up in another order, or other
+// terms, and their bits are promised:
+//
+//   TokenSums (token_sums.h)           tokens at the maximum apart, for the entropy of peaked rows
+//   Tops, Sums (relaxed_tiles.h)       one chain of fp32 a tile: the exponentials are stored as weights
+//   SegmentSums (latents pass)         exponentials times 2^24, down to the smallest of fp32
+//   nll_grad                           sums in fp32, without the target's own term
+//   prefix_attention                   sums in fp32, by tiles of keys
+//   dto_descent                        relative to a number that stays while the maximum drifts
+#ifndef NABLA_FAST_CPU_SOFTMAX_ROW_SOFTMAX_H_
+#define NABLA_FAST_CPU_SOFTMAX_ROW_SOFTMAX_H_
 
 #include <cmath>
 #include <cstdint>
@@ -17,20 +29,26 @@ namespace nabla_fast::softmax {
 // Chains of a quarter of a tile, summed side by side.
 constexpr int kSumChains = 4;
 
-// Maximum and sum of exponentials of a row's tokens so far.
-struct LogSumExp {
+// Factor of sums relative to `low` that makes them relative to `high`: exp((low - high) / tau); 0 where
+// low is the maximum of no tokens.
+inline double rescale(float low, float high, double tau = 1) {
+  return std::exp((static_cast<double>(low) - high) / tau);
+}
+
+// A row's tokens so far.
+struct RowSoftmax {
   float max = -kInfinity;
   double sum = 0;  // of exp(z - max)
   bool nan = false;
 
   // Adds tokens further to the right.
-  void join(const LogSumExp& right) {
+  void join(const RowSoftmax& right) {
     nan = nan || right.nan;
     if (right.max > max) {
-      sum = sum * std::exp(static_cast<double>(max) - right.max) + right.sum;
+      sum = sum * rescale(max, right.max) + right.sum;
       max = right.max;
     } else if (right.max > -kInfinity) {
-      sum += right.sum * std::exp(static_cast<double>(right.max) - max);
+      sum += right.sum * rescale(right.max, max);
     }
   }
 
@@ -41,7 +59,7 @@ struct LogSumExp {
 };
 
 // The same for a group of rows.
-struct LaneLogSumExp {
+struct LaneSoftmax {
   float max[gemm::kRowsPerGroup];
   int32_t nan[gemm::kRowsPerGroup];
   double sum[gemm::kRowsPerGroup];
@@ -53,7 +71,7 @@ struct LaneLogSumExp {
       sum[lane] = 0;
     }
   }
-  LogSumExp lane(int lane) const { return {max[lane], sum[lane], nan[lane] != 0}; }
+  RowSoftmax lane(int lane) const { return {max[lane], sum[lane], nan[lane] != 0}; }
 };
 
 // Appends masked tokens to a tile until kSumChains divides their number, which is returned.
@@ -89,14 +107,13 @@ NABLA_FAST_INLINE Floats<W> exponent_base(const float* max) {
 
 // Adds a tile z[tokens, lanes]; kSumChains divides `tokens`.
 template <int W>
-NABLA_FAST_INLINE void add_exps(const float* z, int lanes, int tokens, LaneLogSumExp& sums) {
+NABLA_FAST_INLINE void add_exps(const float* z, int lanes, int tokens, LaneSoftmax& sums) {
   for (int lane = 0; lane < lanes; lane += W) {
     float before[W];
     store<W>(before, load<W>(sums.max + lane));
     if (update_max<W>(z + lane, lanes, tokens, sums.max + lane, sums.nan + lane)) {
       for (int n = lane; n < lane + W; ++n)
-        if (sums.max[n] > before[n - lane])
-          sums.sum[n] *= std::exp(static_cast<double>(before[n - lane]) - sums.max[n]);
+        if (sums.max[n] > before[n - lane]) sums.sum[n] *= rescale(before[n - lane], sums.max[n]);
     }
     const Floats<W> base = exponent_base<W>(sums.max + lane);
     Floats<W> chain[kSumChains] = {};
@@ -114,4 +131,4 @@ NABLA_FAST_INLINE void add_exps(const float* z, int lanes, int tokens, LaneLogSu
 
 }  // namespace nabla_fast::softmax
 
-#endif  // NABLA_FAST_CPU_SOFTMAX_LOG_SUM_EXP_H_
+#endif  // NABLA_FAST_CPU_SOFTMAX_ROW_SOFTMAX_H_
