@@ -1,5 +1,9 @@
-// Inner products of several rows with several tokens at once, the lanes of a vector along the
-// width.
+// Inner products of several rows with several tokens at once, the lanes of a vector along the width:
+// for lm_logits, nll_grad and the decoder.
+//
+// An element is summed in 16 lanes over the width, and the lanes in a tree: in one order at every
+// instruction set. products() of vocab_tiles.h has rows or tokens in its lanes and chains of 32
+// columns, which is faster for many rows, and has other bits.
 #ifndef NABLA_FAST_CPU_GEMM_DOT_PRODUCTS_H_
 #define NABLA_FAST_CPU_GEMM_DOT_PRODUCTS_H_
 
@@ -15,6 +19,10 @@ namespace nabla_fast::gemm {
 // Tokens and rows whose inner products are held in registers at once.
 constexpr int kTokensInRegisters = 4;
 constexpr int kRowsInRegisters = 4;
+// Tokens of a block, which stay in the second-level cache while rows pass over it, and rows that stay
+// in the first meanwhile.
+constexpr int64_t kTokensInL2 = 64;
+constexpr int64_t kRowsInL1 = 16;
 // Bytes from the weights at work to those being prefetched: the hardware's own prefetcher leaves
 // memory idle during the arithmetic.
 constexpr int64_t kPrefetchDistance = 8192;
@@ -94,6 +102,24 @@ NABLA_FAST_INLINE void product_column(const Product& p, int64_t first, int64_t l
   if (last - row == 3) product_tile<3, kPrefetch, T>(p, row, token, tokens, rest, stride);
   if (last - row == 2) product_tile<2, kPrefetch, T>(p, row, token, tokens, rest, stride);
   if (last - row == 1) product_tile<1, kPrefetch, T>(p, row, token, tokens, rest, stride);
+}
+
+// out[r * stride + t - first] of all rows and tokens [first, last), at most kTokensInL2. The first
+// rows read the tokens from memory, and the others from the second-level cache.
+template <typename T>
+NABLA_FAST_INLINE void product_block(const Product& p, int64_t first, int64_t last, float* out,
+                                     int64_t stride) {
+  for (int64_t row = 0; row < p.rows; row += kRowsInL1) {
+    const int64_t end = std::min(p.rows, row + kRowsInL1);
+    for (int64_t token = first; token < last; token += kTokensInRegisters) {
+      const int tokens = static_cast<int>(std::min<int64_t>(kTokensInRegisters, last - token));
+      float* to = out + row * stride + token - first;
+      if (row == 0)
+        product_column<true, T>(p, row, end, token, tokens, to, stride);
+      else
+        product_column<false, T>(p, row, end, token, tokens, to, stride);
+    }
+  }
 }
 
 }  // namespace nabla_fast::gemm

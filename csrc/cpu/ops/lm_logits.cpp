@@ -13,10 +13,6 @@
 namespace nabla_fast::logits {
 namespace {
 
-// Blocks that stay in a cache: of tokens in the second level, while blocks of rows, which stay in
-// the first, pass over it.
-constexpr int64_t kTokensInL2 = 64;
-constexpr int64_t kRowsInL1 = 16;
 // Tokens between which threads may be split.
 constexpr int64_t kTokensPerTask = 512;
 // Multiplications worth another thread.
@@ -26,20 +22,9 @@ constexpr int64_t kProductsPerThread = 1 << 18;
 template <typename T>
 NABLA_FAST_INLINE void chunk(const gemm::Product& p, int64_t first, int64_t last, float* logits,
                              int64_t stride) {
-  for (int64_t block = first; block < last; block += kTokensInL2) {
-    int64_t end = std::min(last, block + kTokensInL2);
-    for (int64_t row = 0; row < p.rows; row += kRowsInL1) {
-      int64_t rows_end = std::min(p.rows, row + kRowsInL1);
-      for (int64_t token = block; token < end; token += gemm::kTokensInRegisters) {
-        int tokens = static_cast<int>(std::min<int64_t>(gemm::kTokensInRegisters, end - token));
-        float* out = logits + row * stride + token;
-        if (row == 0)
-          gemm::product_column<true, T>(p, row, rows_end, token, tokens, out, stride);
-        else
-          gemm::product_column<false, T>(p, row, rows_end, token, tokens, out, stride);
-      }
-    }
-  }
+  for (int64_t block = first; block < last; block += gemm::kTokensInL2)
+    gemm::product_block<T>(p, block, std::min(last, block + gemm::kTokensInL2), logits + block,
+                           stride);
 }
 
 NABLA_FAST_FOR_EACH_ISA(fp32_chunk, chunk<float>)

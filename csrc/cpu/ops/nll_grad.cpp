@@ -26,11 +26,9 @@ namespace nabla_fast::nll {
 namespace {
 
 constexpr int64_t kNllSegmentTokens = 8192;
-// Rows that a pass over the head serves, tokens whose logits exist at once, and the rows of a group
-// whose hidden states stay in the first-level cache.
+// Rows that share a reading of the head, and tokens whose logits exist at once.
 constexpr int64_t kRowsPerHeadRead = 64;
-constexpr int64_t kLogitTokens = 64;
-constexpr int64_t kRowsInL1 = 16;
+constexpr int64_t kLogitTokens = gemm::kTokensInL2;
 
 int64_t segments_of(int64_t vocab) { return (vocab + kNllSegmentTokens - 1) / kNllSegmentTokens; }
 
@@ -64,17 +62,7 @@ NABLA_FAST_INLINE void segment(const gemm::Product& p, const int64_t* targets, i
   float z[kRowsPerHeadRead * kLogitTokens];
   for (int64_t block = first; block < last; block += kLogitTokens) {
     int tokens = static_cast<int>(std::min(kLogitTokens, last - block));
-    for (int64_t row = 0; row < p.rows; row += kRowsInL1) {
-      int64_t end = std::min(p.rows, row + kRowsInL1);
-      for (int t = 0; t < tokens; t += gemm::kTokensInRegisters) {
-        int count = std::min(gemm::kTokensInRegisters, tokens - t);
-        float* out = z + row * kLogitTokens + t;
-        if (row == 0)
-          gemm::product_column<true, T>(p, row, end, block + t, count, out, kLogitTokens);
-        else
-          gemm::product_column<false, T>(p, row, end, block + t, count, out, kLogitTokens);
-      }
-    }
+    gemm::product_block<T>(p, block, block + tokens, z, kLogitTokens);
     for (int64_t r = 0; r < p.rows; ++r) {
       float* row = z + r * kLogitTokens;
       int64_t target = targets[r] - block;
