@@ -9,10 +9,10 @@
 //   sum(x, n);                            // at the level in force
 //   auto* const sum_here = sum.select();  // the same, once for many calls
 //
-// The macro compiles it for the baseline (W = 4), AVX2 (8) and AVX-512 (16). gcc's target_clones would
-// leave out W, and nabla_fast_limit_cpu_isa(), which changes the level between calls. Functions called
-// in a kernel's hot loops must be NABLA_FAST_INLINE too: one that is not inlined, and any lambda, is
-// compiled for the baseline alone.
+// The macro compiles it for the baseline (W = 4), AVX2 (8) and AVX-512 (16). gcc's target_clones
+// would leave out W, and nabla_fast_limit_cpu_isa(), which changes the level between calls.
+// Functions called in a kernel's hot loops must be NABLA_FAST_INLINE too: one that is not inlined,
+// and any lambda, is compiled for the baseline alone.
 #ifndef NABLA_FAST_CPU_BASE_ISA_H_
 #define NABLA_FAST_CPU_BASE_ISA_H_
 
@@ -43,8 +43,8 @@
 
 namespace nabla_fast {
 
-// A kernel's variants, as the macro below makes them. Elsewhere than on x86-64 they differ in W alone,
-// and the baseline runs.
+// A kernel's variants, as the macro below makes them. Elsewhere than on x86-64 they differ in W
+// alone, and the baseline runs.
 template <typename Function>
 struct IsaVariants;
 template <typename Result, typename... Parameters>

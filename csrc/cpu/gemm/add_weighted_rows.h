@@ -1,6 +1,6 @@
-// Weighted sums of a table's rows, the tokens of an element in order from the first to the last: the
-// other product of a linear layer, for nll_grad and the decoder. add_weighted_sums() of vocab_tiles.h
-// sums the tokens of a tile before it adds them, and has other bits.
+// Weighted sums of a table's rows, the tokens of an element in order from the first to the last:
+// the other product of a linear layer, for nll_grad and the decoder. add_weighted_sums() of
+// vocab_tiles.h sums the tokens of a tile before it adds them, and has other bits.
 #ifndef NABLA_FAST_CPU_GEMM_ADD_WEIGHTED_ROWS_H_
 #define NABLA_FAST_CPU_GEMM_ADD_WEIGHTED_ROWS_H_
 

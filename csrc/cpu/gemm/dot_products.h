@@ -1,5 +1,5 @@
-// Inner products of several rows with several tokens at once, the lanes of a vector along the width:
-// for lm_logits, nll_grad and the decoder.
+// Inner products of several rows with several tokens at once, the lanes of a vector along the
+// width: for lm_logits, nll_grad and the decoder.
 //
 // An element is summed in 16 lanes over the width, and the lanes in a tree: in one order at every
 // instruction set. products() of vocab_tiles.h has rows or tokens in its lanes and chains of 32
@@ -19,8 +19,8 @@ namespace nabla_fast::gemm {
 // Tokens and rows whose inner products are held in registers at once.
 constexpr int kTokensInRegisters = 4;
 constexpr int kRowsInRegisters = 4;
-// Tokens of a block, which stay in the second-level cache while rows pass over it, and rows that stay
-// in the first meanwhile.
+// Tokens of a block, which stay in the second-level cache while rows pass over it, and rows that
+// stay in the first meanwhile.
 constexpr int64_t kTokensInL2 = 64;
 constexpr int64_t kRowsInL1 = 16;
 // Bytes from the weights at work to those being prefetched: the hardware's own prefetcher leaves
@@ -29,7 +29,7 @@ constexpr int64_t kPrefetchDistance = 8192;
 
 // Rows of hidden states [rows, width] and tokens of a head [vocab, width]; T is float or, for bf16,
 // uint16_t.
-struct Product {
+struct HeadProduct {
   const float* hidden;
   int64_t rows, hidden_stride;
   const void* head;
@@ -40,8 +40,8 @@ struct Product {
 // first `tokens` are stored. Summed in 16 lanes over the width, and the lanes in a tree: in one
 // order.
 template <int R, bool kPrefetch, typename T>
-NABLA_FAST_INLINE void product_tile(const Product& p, int64_t row, int64_t token, int tokens,
-                                    float* logits, int64_t stride) {
+NABLA_FAST_INLINE void dot_tile(const HeadProduct& p, int64_t row, int64_t token, int tokens,
+                                float* logits, int64_t stride) {
   const T* w[kTokensInRegisters];
 #pragma GCC unroll 4
   for (int t = 0; t < kTokensInRegisters; ++t)
@@ -88,36 +88,36 @@ NABLA_FAST_INLINE void product_tile(const Product& p, int64_t row, int64_t token
 
 // logits[(r - first) * stride + t] of rows [first, last) and up to four tokens.
 template <bool kPrefetch, typename T>
-NABLA_FAST_INLINE void product_column(const Product& p, int64_t first, int64_t last, int64_t token,
-                                      int tokens, float* logits, int64_t stride) {
+NABLA_FAST_INLINE void dot_column(const HeadProduct& p, int64_t first, int64_t last, int64_t token,
+                                  int tokens, float* logits, int64_t stride) {
   int64_t row = first;
   if (kPrefetch && last - first >= kRowsInRegisters) {
-    product_tile<kRowsInRegisters, true, T>(p, row, token, tokens, logits, stride);
+    dot_tile<kRowsInRegisters, true, T>(p, row, token, tokens, logits, stride);
     row += kRowsInRegisters;
   }
   for (; row + kRowsInRegisters <= last; row += kRowsInRegisters)
-    product_tile<kRowsInRegisters, false, T>(p, row, token, tokens, logits + (row - first) * stride,
-                                             stride);
+    dot_tile<kRowsInRegisters, false, T>(p, row, token, tokens, logits + (row - first) * stride,
+                                         stride);
   float* rest = logits + (row - first) * stride;
-  if (last - row == 3) product_tile<3, kPrefetch, T>(p, row, token, tokens, rest, stride);
-  if (last - row == 2) product_tile<2, kPrefetch, T>(p, row, token, tokens, rest, stride);
-  if (last - row == 1) product_tile<1, kPrefetch, T>(p, row, token, tokens, rest, stride);
+  if (last - row == 3) dot_tile<3, kPrefetch, T>(p, row, token, tokens, rest, stride);
+  if (last - row == 2) dot_tile<2, kPrefetch, T>(p, row, token, tokens, rest, stride);
+  if (last - row == 1) dot_tile<1, kPrefetch, T>(p, row, token, tokens, rest, stride);
 }
 
 // out[r * stride + t - first] of all rows and tokens [first, last), at most kTokensInL2. The first
 // rows read the tokens from memory, and the others from the second-level cache.
 template <typename T>
-NABLA_FAST_INLINE void product_block(const Product& p, int64_t first, int64_t last, float* out,
-                                     int64_t stride) {
+NABLA_FAST_INLINE void dot_block(const HeadProduct& p, int64_t first, int64_t last, float* out,
+                                 int64_t stride) {
   for (int64_t row = 0; row < p.rows; row += kRowsInL1) {
     const int64_t end = std::min(p.rows, row + kRowsInL1);
     for (int64_t token = first; token < last; token += kTokensInRegisters) {
       const int tokens = static_cast<int>(std::min<int64_t>(kTokensInRegisters, last - token));
       float* to = out + row * stride + token - first;
       if (row == 0)
-        product_column<true, T>(p, row, end, token, tokens, to, stride);
+        dot_column<true, T>(p, row, end, token, tokens, to, stride);
       else
-        product_column<false, T>(p, row, end, token, tokens, to, stride);
+        dot_column<false, T>(p, row, end, token, tokens, to, stride);
     }
   }
 }

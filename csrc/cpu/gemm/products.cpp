@@ -36,8 +36,7 @@ constexpr int kColumnsPerPrefetch = 4;
 template <int W>
 using Bits = typename VecTypes<W>::Bits;
 
-// -- a column
-// ----------------------------------------------------------------------------------
+// -- a column -------------------------------------------------------------------------------------
 
 // A float32 on both sides.
 template <int W>
@@ -73,8 +72,7 @@ struct Bf16PairColumn {
 };
 #endif
 
-// -- many rows
-// -----------------------------------------------------------------------------------------
+// -- many rows ------------------------------------------------------------------------------------
 
 // `kTokens` tokens, `stride` elements apart, with `C` vectors of rows, over some columns.
 template <int C, int kTokens, int W, typename Column>
@@ -191,8 +189,7 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
   }
 }
 
-// -- few rows
-// ------------------------------------------------------------------------------------------
+// -- few rows -------------------------------------------------------------------------------------
 
 // W words of a row: floats or pairs of bf16; zeros behind the first `bytes` bytes.
 template <int W>
@@ -235,8 +232,8 @@ NABLA_FAST_INLINE void add_square(const char* const (&w)[W], int64_t from, int64
 }
 
 template <int W, int R, typename T>
-NABLA_FAST_INLINE void rows_beside_tokens(const float* x, int lanes, const Table& table, int tokens,
-                                          bool add, float* z) {
+NABLA_FAST_INLINE void rows_with_tokens_in_lanes(const float* x, int lanes, const Table& table,
+                                                 int tokens, bool add, float* z) {
   constexpr int64_t kColumns = W * (4 / sizeof(T));
   for (int first = 0; first < tokens; first += W) {
     const int some = std::min(W, tokens - first);
@@ -270,19 +267,18 @@ NABLA_FAST_INLINE void few_rows(const PackedRows& rows, const Table& table, int 
     for (int n = 0; n < tokens * lanes; ++n) z[n] = 0;
   switch (rows.rows) {
     case 1:
-      return rows_beside_tokens<W, 1, T>(x, lanes, table, tokens, add, z);
+      return rows_with_tokens_in_lanes<W, 1, T>(x, lanes, table, tokens, add, z);
     case 2:
-      return rows_beside_tokens<W, 2, T>(x, lanes, table, tokens, add, z);
+      return rows_with_tokens_in_lanes<W, 2, T>(x, lanes, table, tokens, add, z);
     case 3:
     case 4:
-      return rows_beside_tokens<W, 4, T>(x, lanes, table, tokens, add, z);
+      return rows_with_tokens_in_lanes<W, 4, T>(x, lanes, table, tokens, add, z);
     default:
-      return rows_beside_tokens<W, 8, T>(x, lanes, table, tokens, add, z);
+      return rows_with_tokens_in_lanes<W, 8, T>(x, lanes, table, tokens, add, z);
   }
 }
 
-// -- both
-// ----------------------------------------------------------------------------------------------
+// -- both -----------------------------------------------------------------------------------------
 
 template <int W, typename T>
 NABLA_FAST_INLINE void product_tile(const PackedRows& rows, const Table& table, int tokens,
@@ -322,8 +318,7 @@ NABLA_FAST_TARGET_AVX512 void pair_tile(const PackedRows& rows, const Table& tab
 }
 #endif
 
-// -- rows
-// ----------------------------------------------------------------------------------------------
+// -- rows -----------------------------------------------------------------------------------------
 
 template <int W>
 NABLA_FAST_INLINE void pack_floats(const Table& from, int rows, int lanes, float* packed) {

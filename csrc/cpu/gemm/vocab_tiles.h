@@ -48,8 +48,8 @@ struct Table {
   }
 };
 
-// to[k] = columns [column, column + columns) of a row of a table, and zeros up to the next multiple of
-// 16.
+// to[k] = columns [column, column + columns) of a row of a table, and zeros up to the next multiple
+// of 16.
 template <int W>
 NABLA_FAST_INLINE void copy_to_fp32(const Table& table, int64_t token, int64_t column,
                                     int64_t columns, float* to) {

@@ -19,7 +19,7 @@ constexpr int64_t kProductsPerThread = 1 << 20;
 // Rows of a weight that stay in a cache while all tokens pass over them.
 constexpr int64_t kWeightBlock = 128;
 
-// -- element by element --------------------------------------------------------------------------
+// -- element by element ---------------------------------------------------------------------------
 
 // unit = x / rms and y = unit * weight, row by row; row r takes weight row r mod weight_rows.
 NABLA_FAST_INLINE void norm_rows_kernel(const float* x, int64_t x_stride, int64_t rows,
@@ -104,7 +104,7 @@ NABLA_FAST_INLINE void gated_backward_kernel(const float* d_product, const float
 }
 NABLA_FAST_FOR_EACH_ISA(gated_backward, gated_backward_kernel)
 
-// -- products ------------------------------------------------------------------------------------
+// -- products -------------------------------------------------------------------------------------
 
 // y[T, out] = x[T, in] weight^T + bias.
 void linear(const float* x, int64_t x_stride, int64_t tokens, const Linear& layer, int64_t out,
@@ -143,7 +143,7 @@ void linear_backward(const float* dy, int64_t dy_stride, int64_t tokens, const L
                          std::min(in, first + kColumnsPerTask));
 }
 
-// -- memory --------------------------------------------------------------------------------------
+// -- memory ---------------------------------------------------------------------------------------
 
 // Activations kept of a layer, or of the current layer alone.
 struct Kept {

@@ -20,8 +20,7 @@ constexpr int kStreams = 8;
 // Floats of a cache line; a thread's part begins at a multiple of it.
 constexpr int64_t kLineFloats = 16;
 
-// -- one thread
-// --------------------------------------------------------------------------------
+// -- one thread -----------------------------------------------------------------------------------
 
 template <int W>
 NABLA_FAST_INLINE double read_kernel(const float* x, int64_t n) {
@@ -139,8 +138,7 @@ NABLA_FAST_TARGET_AVX512 double dot_products(int64_t rounds) {
 }
 #endif
 
-// -- all threads
-// --------------------------------------------------------------------------------------
+// -- all threads ----------------------------------------------------------------------------------
 
 int this_thread() {
 #ifdef _OPENMP

@@ -105,11 +105,10 @@ struct ChunkSums {
   bool nonfinite;            // whether a y is NaN or +inf
 };
 
-// -- a chunk
-// ------------------------------------------------------------------------------------------
+// -- a chunk --------------------------------------------------------------------------------------
 
 template <int W>
-struct Found {
+struct LaneSums {
   Floats<W> sum = {}, weighted_grad_sum = {}, max = splat<W>(-kInfinity), second = {};
 };
 
@@ -120,12 +119,12 @@ NABLA_FAST_INLINE Floats<W> load_y(const Row& row, int64_t i) {
 }
 
 template <int W, bool kNoise>
-NABLA_FAST_INLINE void find_max_lanes(const Row& row, int64_t n, Found<W>& found) {
+NABLA_FAST_INLINE void find_max_lanes(const Row& row, int64_t n, LaneSums<W>& lanes) {
   for (int64_t i = 0; i < n; i += W) {
     const Floats<W> y = load_y<W, kNoise>(row, i);
-    found.max = y > found.max ? y : found.max;
+    lanes.max = y > lanes.max ? y : lanes.max;
     // `sum` is not in use yet: NaN marks a NaN or an infinity.
-    found.sum += select<W>(above<W>(y, kMaxFloat), splat<W>(kNaN), Floats<W>{});
+    lanes.sum += select<W>(above<W>(y, kMaxFloat), splat<W>(kNaN), Floats<W>{});
   }
 }
 
@@ -181,7 +180,7 @@ struct Exponential<16> {
 
 template <int W, bool kNoise>
 NABLA_FAST_INLINE void sum_exps_lanes(const Row& row, int64_t n, Centre centre, int64_t prefetch,
-                                      Found<W>& found) {
+                                      LaneSums<W>& lanes) {
   const Exponential<W> exponential(centre);
   for (int64_t i = 0; i < n; i += W) {
     __builtin_prefetch(row.e + i + prefetch, 1);
@@ -191,16 +190,16 @@ NABLA_FAST_INLINE void sum_exps_lanes(const Row& row, int64_t n, Centre centre, 
     const Floats<W> e = exponential(counts, d);
     const Floats<W> g = load<W>(row.grad + i) - centre.grad;
     store<W>(row.e + i, e);
-    found.sum += e;
+    lanes.sum += e;
     // G may be infinite where p is 0.
-    found.weighted_grad_sum =
-        select<W>(counts, found.weighted_grad_sum + e * g, found.weighted_grad_sum);
+    lanes.weighted_grad_sum =
+        select<W>(counts, lanes.weighted_grad_sum + e * g, lanes.weighted_grad_sum);
   }
 }
 
 // Moments after a step.
 template <int W>
-NABLA_FAST_INLINE void moment_lanes(const Row& row, int64_t n, Step step, Found<W>& found) {
+NABLA_FAST_INLINE void moment_lanes(const Row& row, int64_t n, Step step, LaneSums<W>& lanes) {
   const float share1 = static_cast<float>(1 - kBeta1), beta2 = static_cast<float>(kBeta2);
   const float per_root = static_cast<float>((1 - kBeta1) / std::sqrt(1 - kBeta2));
   for (int64_t i = 0; i < n; i += W) {
@@ -212,13 +211,13 @@ NABLA_FAST_INLINE void moment_lanes(const Row& row, int64_t n, Step step, Found<
     const Floats<W> second = root * root + beta2 * load<W>(row.exp_avg_sq + i);
     store<W>(row.exp_avg + i, root * per_root + (m - share1 * m));
     store<W>(row.exp_avg_sq + i, second);
-    found.second = second > found.second ? second : found.second;
+    lanes.second = second > lanes.second ? second : lanes.second;
   }
 }
 
 // Logits after a step with these moments, and the largest y.
 template <int W, bool kNoise>
-NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, Step step, Found<W>& found) {
+NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, Step step, LaneSums<W>& lanes) {
   for (int64_t i = 0; i < n; i += W) {
     const Floats<W> root = vec_sqrt<W>(load<W>(row.exp_avg_sq + i));
     const Floats<W> moved =
@@ -226,7 +225,7 @@ NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, Step step, Found<W>
         step.adam.rate * (load<W>(row.exp_avg + i) / (root * step.adam.scale + kEpsilon));
     store<W>(row.z + i, moved);
     const Floats<W> y = kNoise ? moved + load<W>(row.noise + i) : moved;
-    found.max = y > found.max ? y : found.max;
+    lanes.max = y > lanes.max ? y : lanes.max;
   }
 }
 
@@ -236,7 +235,7 @@ NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, Step step, Found<W>
 constexpr float kEstimated = 0x1p40f;
 template <int W, bool kNoise>
 NABLA_FAST_INLINE void move_lanes_fast(const Row& row, int64_t n, Step step, int64_t prefetch,
-                                       Found<W>& found) {
+                                       LaneSums<W>& lanes) {
   // With a = scale / rate, a move is first / (a sqrt(second) + epsilon / rate). The square root of
   // a^2 second / 4 is half of the first term; 2^-126 keeps it from 0, where 1 / sqrt is infinite.
   const float quarter =
@@ -256,22 +255,22 @@ NABLA_FAST_INLINE void move_lanes_fast(const Row& row, int64_t n, Step step, int
     const Floats<W> moved = load<W>(row.z + i) - load<W>(row.exp_avg + i) * estimate * refined;
     store<W>(row.z + i, moved);
     const Floats<W> y = kNoise ? moved + load<W>(row.noise + i) : moved;
-    found.max = y > found.max ? y : found.max;
+    lanes.max = y > lanes.max ? y : lanes.max;
   }
 }
 
 // One step, but for the sums of the next.
 template <int W, bool kNoise>
 NABLA_FAST_INLINE void step_lanes(const Row& row, int64_t n, const Step& step, int64_t prefetch,
-                                  Found<W>& found) {
-  moment_lanes<W>(row, n, step, found);
+                                  LaneSums<W>& lanes) {
+  moment_lanes<W>(row, n, step, lanes);
   if constexpr (kHasEstimates<W>) {
-    if (step.ordinary() && !any_lane<W>(above<W>(found.second, kEstimated))) {
-      move_lanes_fast<W, kNoise>(row, n, step, prefetch, found);
+    if (step.ordinary() && !any_lane<W>(above<W>(lanes.second, kEstimated))) {
+      move_lanes_fast<W, kNoise>(row, n, step, prefetch, lanes);
       return;
     }
   }
-  move_lanes<W, kNoise>(row, n, step, found);
+  move_lanes<W, kNoise>(row, n, step, lanes);
 }
 
 // Last tokens of a row, fewer than a vector, with masked ones behind them.
@@ -303,14 +302,14 @@ struct Tail {
 };
 
 template <int W>
-NABLA_FAST_INLINE void join_lanes(const Found<W>& found, ChunkSums& partial) {
+NABLA_FAST_INLINE void join_lanes(const LaneSums<W>& lanes, ChunkSums& partial) {
   partial.sum = partial.weighted_grad_sum = 0;
   for (int lane = 0; lane < W; ++lane) {
-    partial.sum += found.sum[lane];
-    partial.weighted_grad_sum += found.weighted_grad_sum[lane];
+    partial.sum += lanes.sum[lane];
+    partial.weighted_grad_sum += lanes.weighted_grad_sum[lane];
   }
-  partial.max = lane_max<W>(found.max);
-  partial.second = lane_max<W>(found.second);
+  partial.max = lane_max<W>(lanes.max);
+  partial.second = lane_max<W>(lanes.second);
   partial.nonfinite = std::isnan(partial.sum);
 }
 
@@ -318,13 +317,13 @@ NABLA_FAST_INLINE void join_lanes(const Found<W>& found, ChunkSums& partial) {
 template <int W, bool kNoise>
 NABLA_FAST_INLINE void find_max(const Row& row, int64_t n, ChunkSums& partial) {
   const int64_t whole = n / W * W;
-  Found<W> found;
-  find_max_lanes<W, kNoise>(row, whole, found);
+  LaneSums<W> lanes;
+  find_max_lanes<W, kNoise>(row, whole, lanes);
   if (n > whole) {
     Tail<W> tail(row.from(whole), n - whole);
-    find_max_lanes<W, kNoise>(tail.row(), W, found);
+    find_max_lanes<W, kNoise>(tail.row(), W, lanes);
   }
-  join_lanes<W>(found, partial);
+  join_lanes<W>(lanes, partial);
 }
 
 // S and T of a chunk, and whether one is not finite; other fields of `partial` stay.
@@ -332,15 +331,15 @@ template <int W, bool kNoise>
 NABLA_FAST_INLINE void sum_exps(const Row& row, int64_t n, const Centre& centre,
                                 ChunkSums& partial) {
   const int64_t whole = n / W * W;
-  Found<W> found;
-  sum_exps_lanes<W, kNoise>(row, whole, centre, 0, found);
+  LaneSums<W> lanes;
+  sum_exps_lanes<W, kNoise>(row, whole, centre, 0, lanes);
   if (n > whole) {
     Tail<W> tail(row.from(whole), n - whole);
-    sum_exps_lanes<W, kNoise>(tail.row(), W, centre, 0, found);
+    sum_exps_lanes<W, kNoise>(tail.row(), W, centre, 0, lanes);
     tail.put_back(row.from(whole), n - whole);
   }
   ChunkSums joined;
-  join_lanes<W>(found, joined);
+  join_lanes<W>(lanes, joined);
   partial.sum = joined.sum;
   partial.weighted_grad_sum = joined.weighted_grad_sum;
   partial.nonfinite = joined.nonfinite;
@@ -351,21 +350,21 @@ template <int W, bool kNoise>
 NABLA_FAST_INLINE void take_step(const Row& row, int64_t n, const Step& step, int64_t token,
                                  int64_t prefetch, ChunkSums& partial) {
   const int64_t whole = n / W * W;
-  Found<W> found;
+  LaneSums<W> lanes;
   for (int64_t begin = 0; begin < whole; begin += kStepTokens) {
     const Row block = row.from(begin);
     const int64_t size = std::min(kStepTokens, whole - begin);
     const int64_t next = begin + kStepTokens < whole ? kStepTokens : prefetch - begin;
-    step_lanes<W, kNoise>(block, size, step, next, found);
-    sum_exps_lanes<W, kNoise>(block, size, step.centre, next, found);
+    step_lanes<W, kNoise>(block, size, step, next, lanes);
+    sum_exps_lanes<W, kNoise>(block, size, step.centre, next, lanes);
   }
   if (n > whole) {
     Tail<W> tail(row.from(whole), n - whole);
-    step_lanes<W, kNoise>(tail.row(), W, step, 0, found);
-    sum_exps_lanes<W, kNoise>(tail.row(), W, step.centre, 0, found);
+    step_lanes<W, kNoise>(tail.row(), W, step, 0, lanes);
+    sum_exps_lanes<W, kNoise>(tail.row(), W, step.centre, 0, lanes);
     tail.put_back(row.from(whole), n - whole);
   }
-  join_lanes<W>(found, partial);
+  join_lanes<W>(lanes, partial);
   if (token < 0 || token >= n) return;
   partial.token = row.y(token);
   partial.tied = false;
@@ -399,10 +398,9 @@ struct Passes {
         take_step((noise ? take_step_noisy : take_step_plain).select()) {}
 };
 
-// -- a row
-// --------------------------------------------------------------------------------------------
+// -- a row ----------------------------------------------------------------------------------------
 
-// The arguments of a call.
+// Arguments of a call.
 struct Call {
   float* z;
   const float* grad;
@@ -652,8 +650,7 @@ int64_t steps_to_flip(const Call& call, const Passes& passes, int64_t index, int
   return outcome.flipped ? outcome.taken : std::numeric_limits<int64_t>::max();
 }
 
-// -- the rows
-// -----------------------------------------------------------------------------------------
+// -- the rows -------------------------------------------------------------------------------------
 
 struct Layout {
   int threads;  // at most

@@ -127,7 +127,8 @@ NABLA_FAST_INLINE void rescale_to_new_max(const PassRow& row, float top, int64_t
   }
 }
 
-// The weights of both mixes, and their sums over the tile. stride: between tokens.
+// Weights of both sums over head rows, and the sums of the weights over the tile. stride: between
+// tokens.
 template <int W>
 NABLA_FAST_INLINE void exp_and_weighted_grad(int rows, int lanes, int tokens, float inverse_tau,
                                              int stride, Tile& tile) {
@@ -199,12 +200,12 @@ NABLA_FAST_INLINE void segment_kernel(const HeadPass& pass, int64_t first, int64
       gemm::add_weighted_sums_amx(tile.weights, stride, 2 * rows, tile_of_head, tokens,
                                   weighted_sums, prefetcher);
     else
-      gemm::add_weighted_sums_in_place<W, 4>(tile.weights, stride, 2 * rows, tile_of_head, tokens,
-                                             weighted_sums, prefetcher);
+      gemm::add_weighted_sums_vec<W, 4>(tile.weights, stride, 2 * rows, tile_of_head, tokens,
+                                        weighted_sums, prefetcher);
   }
 }
 
-// gradient[k] = sum_s scale_s (tilted_s[k] + offset_s plain_s[k]), for all columns.
+// gradient[k] = sum_s scale_s (weighted_grad_s[k] + offset_s plain_s[k]), for all columns.
 struct SegmentShare {
   double scale, offset;
   const float* plain;
@@ -213,7 +214,7 @@ struct SegmentShare {
 
 NABLA_FAST_INLINE void add_shares_kernel(const SegmentShare* shares, int count, int64_t width,
                                          float* gradient) {
-  constexpr int kColumns = 16;  // rows of a mix have room for a multiple of it
+  constexpr int kColumns = 16;  // rows of sums have room for a multiple of it
   for (int64_t column = 0; column < width; column += kColumns) {
     double total[kColumns] = {};
     for (const SegmentShare* share = shares; share < shares + count; ++share) {

@@ -62,8 +62,8 @@ struct SegmentSums {
 // come before those of e (G - c) w.
 inline int64_t weighted_sums_floats(int rows, int64_t width) { return 2 * rows * padded(width); }
 
-// Tokens [first, last) of a segment. found: [rows]; weighted_sums: weighted_sums_floats(), null if no sums
-// are asked for.
+// Tokens [first, last) of a segment. found: [rows]; weighted_sums: weighted_sums_floats(), null if
+// no sums are asked for.
 void pass_segment(const HeadPass& pass, int64_t first, int64_t last, SegmentSums* found,
                   float* weighted_sums);
 

@@ -1,7 +1,7 @@
 // nabla_fast_embedding_mix: products of relaxed one-hot rows with tables.
 //
 // Soft: a segment's weights are relative to the largest y that its row has shown so far; where that
-// moves, what has been added up is scaled to it. Hard: only the largest y is looked for.
+// moves, the sums are rescaled. Hard: only the largest y is looked for.
 
 #include <algorithm>
 #include <cmath>
@@ -51,8 +51,7 @@ void write_row(const nabla_fast_mix& call, int64_t row, nabla_fast_status status
   }
 }
 
-// -- soft
-// --------------------------------------------------------------------------------------------
+// -- soft -----------------------------------------------------------------------------------------
 
 void add_segment(const RowGroup& group, int64_t segment, int64_t floats, MixSums& part) {
   const nabla_fast_mix& call = group.call;
@@ -134,8 +133,7 @@ void soft_group(const RowGroup& group, int threads, char* memory, float* const* 
   }
 }
 
-// -- hard
-// --------------------------------------------------------------------------------------------
+// -- hard -----------------------------------------------------------------------------------------
 
 void hard_group(const RowGroup& group, int threads, char* memory, float* const* mixes,
                 nabla_fast_status* row_status) {

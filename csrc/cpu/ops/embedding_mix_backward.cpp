@@ -39,8 +39,7 @@ int threads_of(const nabla_fast_mix& call, int32_t num_threads) {
       threads_for(work.or_most(), kWorkPerThread, num_threads), mix_segments(call.vocab)));
 }
 
-// -- to logits
-// ---------------------------------------------------------------------------------------
+// -- to logits ------------------------------------------------------------------------------------
 
 // Numbers of a group's whole rows.
 struct Rows {
@@ -149,8 +148,7 @@ void logits_group(const RowGroup& group, const Cotangents& cotangents, const Out
   }
 }
 
-// -- to hidden states
-// --------------------------------------------------------------------------------
+// -- to hidden states -----------------------------------------------------------------------------
 
 // Sums of a row over head rows w: of e (G - c) w, and, behind those of all rows, of e w.
 struct RowMixes {

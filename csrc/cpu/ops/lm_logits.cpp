@@ -20,11 +20,10 @@ constexpr int64_t kProductsPerThread = 1 << 18;
 
 // All rows with tokens [first, last).
 template <typename T>
-NABLA_FAST_INLINE void chunk(const gemm::Product& p, int64_t first, int64_t last, float* logits,
+NABLA_FAST_INLINE void chunk(const gemm::HeadProduct& p, int64_t first, int64_t last, float* logits,
                              int64_t stride) {
   for (int64_t block = first; block < last; block += gemm::kTokensInL2)
-    gemm::product_block<T>(p, block, std::min(last, block + gemm::kTokensInL2), logits + block,
-                           stride);
+    gemm::dot_block<T>(p, block, std::min(last, block + gemm::kTokensInL2), logits + block, stride);
 }
 
 NABLA_FAST_FOR_EACH_ISA(fp32_chunk, chunk<float>)
@@ -50,7 +49,7 @@ extern "C" nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64_t r
     return NABLA_FAST_TOO_LARGE;
   if (!logits || (width > 0 && (!hidden || !head))) return NABLA_FAST_INVALID_POINTER;
   head_stride = step_of(vocab, head_stride);
-  gemm::Product product{hidden, rows, hidden_stride, head, vocab, width, head_stride};
+  gemm::HeadProduct product{hidden, rows, hidden_stride, head, vocab, width, head_stride};
   auto* const run = (head_dtype == NABLA_FAST_FLOAT32 ? fp32_chunk : bf16_chunk).select();
   int64_t chunks = (vocab + kTokensPerTask - 1) / kTokensPerTask;
   // Reading the head costs as much as the arithmetic of some rows.

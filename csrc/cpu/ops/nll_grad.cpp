@@ -50,7 +50,7 @@ struct Part {
 
 // Tokens [first, last) for the rows of `p`, at most kRowsPerHeadRead.
 template <typename T>
-NABLA_FAST_INLINE void segment(const gemm::Product& p, const int64_t* targets, int64_t first,
+NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const int64_t* targets, int64_t first,
                                int64_t last, Part part) {
   int64_t width = padded(p.width);
   for (int64_t r = 0; r < p.rows; ++r) {
@@ -62,7 +62,7 @@ NABLA_FAST_INLINE void segment(const gemm::Product& p, const int64_t* targets, i
   float z[kRowsPerHeadRead * kLogitTokens];
   for (int64_t block = first; block < last; block += kLogitTokens) {
     int tokens = static_cast<int>(std::min(kLogitTokens, last - block));
-    gemm::product_block<T>(p, block, block + tokens, z, kLogitTokens);
+    gemm::dot_block<T>(p, block, block + tokens, z, kLogitTokens);
     for (int64_t r = 0; r < p.rows; ++r) {
       float* row = z + r * kLogitTokens;
       int64_t target = targets[r] - block;
@@ -93,8 +93,8 @@ NABLA_FAST_INLINE void segment(const gemm::Product& p, const int64_t* targets, i
 NABLA_FAST_FOR_EACH_ISA(fp32_segment, segment<float>)
 NABLA_FAST_FOR_EACH_ISA(bf16_segment, segment<uint16_t>)
 
-// One row's parts, from left to right.
-nabla_fast_status join(const gemm::Product& p, nabla_fast_dtype dtype, int64_t target,
+// Joins a row's parts from left to right.
+nabla_fast_status join(const gemm::HeadProduct& p, nabla_fast_dtype dtype, int64_t target,
                        float* memory, int64_t segments, int64_t row, float* out) {
   int64_t width = padded(p.width), floats = Part::floats(p.rows, p.width);
   float top = -kInfinity, target_logit = -kInfinity;
@@ -164,8 +164,8 @@ extern "C" nabla_fast_status nabla_fast_nll_grad(
   int64_t segments = segments_of(vocab);
   for (int64_t first = 0; first < rows; first += kRowsPerHeadRead) {
     int64_t count = std::min(kRowsPerHeadRead, rows - first);
-    gemm::Product p{hidden + first * hidden_stride, count, hidden_stride, head, vocab, width,
-                    step_of(vocab, head_stride)};
+    gemm::HeadProduct p{hidden + first * hidden_stride, count, hidden_stride, head, vocab, width,
+                        step_of(vocab, head_stride)};
     int64_t floats = Part::floats(count, width);
     const int threads = threads_for(segments, 1, num_threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)

@@ -33,8 +33,7 @@ struct Call {
   }
 };
 
-// -- rows in lanes
-// ------------------------------------------------------------------------------------
+// -- rows in lanes --------------------------------------------------------------------------------
 
 // Rows first to first + W - 1 of a key-value head; those behind the last repeat it.
 template <int W>
@@ -97,8 +96,7 @@ NABLA_FAST_INLINE void attend_rows_in_lanes(const Call& call, int64_t batch, int
   }
 }
 
-// -- a row by itself
-// ----------------------------------------------------------------------------------
+// -- a row by itself ------------------------------------------------------------------------------
 
 // Products of a query with kCount keys, each as the sum of W / kCount neighbouring lanes.
 template <int W, int kCount>
@@ -114,7 +112,7 @@ NABLA_FAST_INLINE Floats<W> products(const float* query, const float* const* key
   }
 }
 
-// A row that is worked on by itself.
+// State of a row by itself.
 template <int W>
 struct Row {
   alignas(64) float query[kMaxHeadDim], sums[kMaxHeadDim];
@@ -231,8 +229,7 @@ constexpr bool are_few(int64_t rows, int64_t dim) {
          rows * (2 * dim / W + 4) < (rows + W - 1) / W * 2 * dim;
 }
 
-// -- units of work
-// ------------------------------------------------------------------------------------
+// -- units of work --------------------------------------------------------------------------------
 
 // A call falls into units that touch nothing in common: a head's rows together where they are few,
 // W of them otherwise.

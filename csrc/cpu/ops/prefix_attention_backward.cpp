@@ -1,11 +1,11 @@
 // nabla_fast_prefix_attention_backward: probabilities are computed again, the prefix gets no
 // gradient.
 //
-// With p = softmax(s), s = scale q k, and dp = cotangent v, the gradient of a score is
-// p (dp - delta), delta = sum over all keys of p dp. A first sweep has queries in its lanes: it
-// finds delta and what p is relative to, and ends with dq. A second one has the suffix's keys in
-// its lanes and goes through the queries that see them, for dk and dv. So every result belongs to
-// one thread.
+// With p = softmax(s), s = scale q k, and dp = cotangent v, the gradient of a score is p (dp -
+// delta), delta = sum over all keys of p dp. A first sweep has queries in its lanes: it finds
+// delta, the maximum and the sum of exponentials, and ends with dq. A second one has the suffix's
+// keys in its lanes and goes through the queries that see them, for dk and dv. So every result
+// belongs to one thread.
 
 #include <cmath>
 

@@ -110,8 +110,7 @@ NABLA_FAST_INLINE void differentiate_row_kernel(const gemm::Table& logits, int64
   }
 }
 
-// -- for each instruction set
-// ------------------------------------------------------------------------
+// -- for each instruction set ---------------------------------------------------------------------
 
 NABLA_FAST_FOR_EACH_ISA(find_top, find_top_kernel<W>)
 NABLA_FAST_FOR_EACH_ISA(differentiate_row, differentiate_row_kernel<W>)

@@ -15,8 +15,7 @@
 namespace nabla_fast::softmax {
 namespace {
 
-// -- rows in memory
-// ----------------------------------------------------------------------------------
+// -- rows in memory -------------------------------------------------------------------------------
 
 // Rows lie far apart: the part of each that a later tile reads is prefetched.
 constexpr int64_t kPrefetchTokens = 256;
@@ -104,8 +103,7 @@ NABLA_FAST_INLINE void noise_rows_kernel(const NoiseKeys& keys, int rows, int64_
   }
 }
 
-// -- rows in lanes
-// -----------------------------------------------------------------------------------
+// -- rows in lanes --------------------------------------------------------------------------------
 
 // Largest y of the tile, the first token that has it, and whether one is NaN: [lanes] each.
 template <int W>
@@ -188,8 +186,7 @@ NABLA_FAST_INLINE void jacobian_lanes_kernel(const float* y, float* grad, int la
   }
 }
 
-// -- for each instruction set
-// ------------------------------------------------------------------------
+// -- for each instruction set ---------------------------------------------------------------------
 
 NABLA_FAST_FOR_EACH_ISA(load_rows, load_rows_kernel<W>)
 NABLA_FAST_FOR_EACH_ISA(store_rows, store_rows_kernel<W>)

@@ -1,9 +1,9 @@
-// Softmax of rows whose logits come in parts (online softmax): the largest logit so far, and sums of
-// exponentials relative to it, which are rescaled when it moves.
+// Softmax of rows whose logits come in parts (online softmax): the largest logit so far, and sums
+// of exponentials relative to it, which are rescaled when it moves.
 //
-// A row is a RowSoftmax, or a lane of a LaneSoftmax where logits come by tiles [tokens, lanes]. Other
-// accumulators keep to the rule of row_status() and to rescale(), but add up in another order, or other
-// terms, and their bits are promised:
+// A row is a RowSoftmax, or a lane of a LaneSoftmax where logits come by tiles [tokens, lanes].
+// Other accumulators keep to the rule of row_status() and to rescale(), but add up in another
+// order, or other terms, and their bits are promised:
 //
 //   TokenSums (token_sums.h)           tokens at the maximum apart, for the entropy of peaked rows
 //   Tops, Sums (relaxed_tiles.h)       one chain of fp32 a tile: the exponentials are stored as weights
@@ -29,8 +29,8 @@ namespace nabla_fast::softmax {
 // Chains of a quarter of a tile, summed side by side.
 constexpr int kSumChains = 4;
 
-// Factor of sums relative to `low` that makes them relative to `high`: exp((low - high) / tau); 0 where
-// low is the maximum of no tokens.
+// Factor of sums relative to `low` that makes them relative to `high`: exp((low - high) / tau); 0
+// where low is the maximum of no tokens.
 inline double rescale(float low, float high, double tau = 1) {
   return std::exp((static_cast<double>(low) - high) / tau);
 }
