@@ -25,7 +25,7 @@ constexpr int64_t kTokensInL2 = 64;
 constexpr int64_t kRowsInL1 = 16;
 // Bytes from the weights at work to those being prefetched: the hardware's own prefetcher leaves
 // memory idle during the arithmetic.
-constexpr int64_t kPrefetchDistance = 8192;
+constexpr int64_t kPrefetchBytes = 8192;
 
 // Rows of hidden states [rows, width] and tokens of a head [vocab, width]; T is float or, for bf16,
 // uint16_t.
@@ -52,7 +52,7 @@ NABLA_FAST_INLINE void dot_tile(const HeadProduct& p, int64_t row, int64_t token
   Lanes total[kRowsInRegisters * kTokensInRegisters] = {};
   // An address, not an access: behind the head's end it does nothing.
   int64_t tile_bytes = kTokensInRegisters * static_cast<int64_t>(sizeof(T)) * p.width;
-  int64_t ahead = (kPrefetchDistance / (tile_bytes + 1) + 1) * kTokensInRegisters * p.head_stride;
+  int64_t ahead = (kPrefetchBytes / (tile_bytes + 1) + 1) * kTokensInRegisters * p.head_stride;
   int64_t whole = p.width - p.width % kLanes;
   for (int64_t k = 0; k < whole; k += kLanes) {
     Lanes weights[kTokensInRegisters];

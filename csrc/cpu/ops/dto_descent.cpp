@@ -31,6 +31,7 @@
 #include "simd/gumbel.h"
 #include "simd/vec.h"
 #include "softmax/row_status.h"
+#include "softmax/tau.h"
 
 namespace nabla_fast::descent {
 namespace {
@@ -68,19 +69,9 @@ struct Row {
 
 // Numbers that the sums are relative to.
 struct Centre {
-  float top;           // M
-  float grad;          // G[token]
-  float lowest;        // exp((y - M) / tau) counts as 0 where y - M is not above it
-  float inverse_high;  // log2(e) / tau in two parts
-  float inverse_low;
-
-  Centre(float top, float grad, double tau)
-      : top(top),
-        grad(grad),
-        lowest(static_cast<float>(kMinExponent * tau)),
-        inverse_high(static_cast<float>(kLog2E / tau)),
-        inverse_low(static_cast<float>(kLog2E / tau - inverse_high)) {}
-  static constexpr double kLog2E = 1.4426950408889634;
+  float top;   // M
+  float grad;  // G[token]
+  softmax::Tau tau;
 };
 
 struct Step {
@@ -144,7 +135,7 @@ struct Exponential {
   float inverse_high, inverse_low;
 
   NABLA_FAST_INLINE explicit Exponential(const Centre& centre)
-      : inverse_high(centre.inverse_high), inverse_low(centre.inverse_low) {}
+      : inverse_high(centre.tau.inverse_high), inverse_low(centre.tau.inverse_low) {}
   NABLA_FAST_INLINE Floats<W> operator()(Mask<W> mask, Floats<W> d) const {
     return vec_exp2<W>(mask, d, inverse_high, inverse_low);
   }
@@ -159,7 +150,7 @@ struct Exponential<16> {
   float inverse;
   Floats<16> lower, upper;
 
-  NABLA_FAST_INLINE explicit Exponential(const Centre& centre) : inverse(centre.inverse_high) {
+  NABLA_FAST_INLINE explicit Exponential(const Centre& centre) : inverse(centre.tau.inverse_high) {
     std::memcpy(&lower, kExp2Of32nds, sizeof lower);
     std::memcpy(&upper, kExp2Of32nds + 16, sizeof upper);
   }
@@ -186,7 +177,7 @@ NABLA_FAST_INLINE void sum_exps_lanes(const Row& row, int64_t n, Centre centre, 
     __builtin_prefetch(row.e + i + prefetch, 1);
     __builtin_prefetch(row.grad + i + prefetch);
     const Floats<W> d = load_y<W, kNoise>(row, i) - centre.top;
-    const Mask<W> counts = above<W>(d, centre.lowest);
+    const Mask<W> counts = above<W>(d, centre.tau.lowest);
     const Floats<W> e = exponential(counts, d);
     const Floats<W> g = load<W>(row.grad + i) - centre.grad;
     store<W>(row.e + i, e);
@@ -481,7 +472,7 @@ class Descent {
       passes_.find_max(chunk, n, partial);
     });
     Outcome outcome{0, first_of_largest(), false};
-    Centre centre(max_, row_.grad[outcome.token], call_.tau);
+    Centre centre{max_, row_.grad[outcome.token], softmax::Tau(call_.tau)};
     bool stale = true;  // whether the sums are not those of this centre
     while (outcome.taken < most && !outcome.flipped) {
       if (stale) {

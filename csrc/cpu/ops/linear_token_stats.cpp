@@ -16,7 +16,7 @@ namespace nabla_fast::stats {
 namespace {
 
 // TokenSums of a group of rows, over the tokens of a segment so far.
-struct LaneSums {
+struct GroupSums {
   float max[gemm::kRowsPerGroup];
   int32_t nan[gemm::kRowsPerGroup];
   int64_t argmax[gemm::kRowsPerGroup];
@@ -49,7 +49,7 @@ struct LaneSums {
 
 // Sums of a lane relative to its new maximum, which is in the tile z that begins at `token`.
 void rescale_to_new_max(const float* z, int lanes, int lane, int64_t token, float before,
-                        const softmax::Tau& tau, LaneSums& sums) {
+                        const softmax::Tau& tau, GroupSums& sums) {
   const float max = sums.max[lane];
   softmax::TokenSums moved;
   // Sums relative to -inf or +inf are 0.
@@ -66,7 +66,7 @@ void rescale_to_new_max(const float* z, int lanes, int lane, int64_t token, floa
 // Adds a tile z[tokens, lanes]; kSumChains divides `tokens`.
 template <int W>
 NABLA_FAST_INLINE void add_sums_kernel(const float* z, int lanes, int tokens, int64_t token,
-                                       const softmax::Tau& tau, LaneSums& sums) {
+                                       const softmax::Tau& tau, GroupSums& sums) {
   for (int lane = 0; lane < lanes; lane += W) {
     float before[W];
     store<W>(before, load<W>(sums.max + lane));
@@ -113,7 +113,7 @@ nabla_fast_status check(const nabla_fast_table* hidden, int64_t rows, const nabl
 }
 
 Size sums_bytes(int64_t rows, int64_t vocab) {
-  return Size(gemm::pass_segments(vocab)) * gemm::groups_of(rows) * sizeof(LaneSums);
+  return Size(gemm::pass_segments(vocab)) * gemm::groups_of(rows) * sizeof(GroupSums);
 }
 
 void linear_token_stats(const gemm::Factors& factors, int64_t rows, int64_t vocab,
@@ -123,7 +123,7 @@ void linear_token_stats(const gemm::Factors& factors, int64_t rows, int64_t voca
   const int64_t segments = gemm::pass_segments(vocab);
   const int threads = gemm::pass_threads(rows, vocab, factors, num_threads);
   auto* const sums =
-      reinterpret_cast<LaneSums*>(memory + gemm::RowPass::bytes(rows, factors).or_zero());
+      reinterpret_cast<GroupSums*>(memory + gemm::RowPass::bytes(rows, factors).or_zero());
 
   for (int64_t first = 0; first < rows; first += gemm::kRowsPerPass) {
     const int64_t some = std::min(gemm::kRowsPerPass, rows - first);
@@ -133,7 +133,7 @@ void linear_token_stats(const gemm::Factors& factors, int64_t rows, int64_t voca
         vocab, groups, threads, [&](int64_t segment, int group, int64_t token, int tokens) {
           alignas(64) float z[gemm::kVocabTileTokens * gemm::kRowsPerGroup];
           const int lanes = pass.lanes_of(group);
-          LaneSums& mine = sums[segment * groups + group];
+          GroupSums& mine = sums[segment * groups + group];
           if (token == segment * gemm::kPassSegmentTokens) mine.clear(lanes);
           pass.product(0, group, token, tokens, false, z);
           add(z, lanes, softmax::pad_to_chains(z, lanes, tokens), token, tau, mine);

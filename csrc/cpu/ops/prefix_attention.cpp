@@ -16,7 +16,7 @@ namespace {
 
 // Multiplications worth another thread.
 constexpr int64_t kWorkPerThread = int64_t{1} << 20;
-constexpr int64_t kMaxFewRows = 16;
+constexpr int64_t kMaxSingleRows = 16;
 
 struct Call {
   const nabla_fast_attention& in;
@@ -164,7 +164,7 @@ NABLA_FAST_INLINE void attend_rows_singly(const Call& call, int64_t batch, int64
   const int64_t dim = kDim ? kDim : in.dim, rows = call.rows();
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const float scale = static_cast<float>(in.scale);
-  Row<W> row[kMaxFewRows];
+  Row<W> row[kMaxSingleRows];
   for (int64_t r = 0; r < rows; ++r) {
     const float* query = call.query(batch, kv_head, r);
     for (int64_t d = 0; d < dim; d += W) {
@@ -225,7 +225,7 @@ NABLA_FAST_INLINE void attend_rows_singly(const Call& call, int64_t batch, int64
 // True if the rows of a head are too few to go into lanes, by the vector operations for a key.
 template <int W>
 constexpr bool are_few(int64_t rows, int64_t dim) {
-  return dim % W == 0 && rows <= kMaxFewRows &&
+  return dim % W == 0 && rows <= kMaxSingleRows &&
          rows * (2 * dim / W + 4) < (rows + W - 1) / W * 2 * dim;
 }
 

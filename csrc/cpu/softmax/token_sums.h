@@ -9,24 +9,9 @@
 #include "nabla_fast.h"
 #include "softmax/row_softmax.h"
 #include "softmax/row_status.h"
+#include "softmax/tau.h"
 
 namespace nabla_fast::softmax {
-
-struct Tau {
-  explicit Tau(double tau)
-      : value(tau),
-        inverse_high(static_cast<float>(kLog2E / tau)),
-        inverse_low(static_cast<float>(kLog2E / tau - inverse_high)),
-        lowest(static_cast<float>(kMinExponent * tau)) {}
-  static constexpr double kLog2E = 1.4426950408889634;
-  double value;
-  // log2(e) / tau in two parts: the rounding of one float would be the same for all tokens, and
-  // not average out over them.
-  float inverse_high;
-  float inverse_low;
-  // Tokens whose logit lies this far below the maximum are left out: exp(-87) < 2^-125.
-  float lowest;
-};
 
 // Sums over the tokens of a segment or a row, with d_v = logits_v - max. Tokens at the maximum are
 // counted apart: added to 1, a sum below 2^-24 would be lost, and with it the entropy of a peaked
