@@ -13,6 +13,12 @@
 // would leave out W, and nabla_fast_limit_cpu_isa(), which changes the level between calls.
 // Functions called in a kernel's hot loops must be NABLA_FAST_INLINE too: one that is not inlined,
 // and any lambda, is compiled for the baseline alone.
+//
+// Kernels that must agree on W are selected for one level, which another thread may change
+// meanwhile:
+//
+//   const nabla_fast_isa isa = nabla_fast_cpu_isa();
+//   for (int64_t n = 0; n < units_of.select(isa)(); ++n) run_unit.select(isa)(n);
 #ifndef NABLA_FAST_CPU_BASE_ISA_H_
 #define NABLA_FAST_CPU_BASE_ISA_H_
 
@@ -53,8 +59,8 @@ struct IsaVariants<Result(Parameters...)> {
   Result (*avx2)(Parameters...);
   Result (*avx512)(Parameters...);
 
-  auto select() const {
-    switch (nabla_fast_cpu_isa()) {
+  auto select(nabla_fast_isa isa = nabla_fast_cpu_isa()) const {
+    switch (isa) {
       case NABLA_FAST_ISA_AMX:
       case NABLA_FAST_ISA_AVX512_BF16:
       case NABLA_FAST_ISA_AVX512:

@@ -377,16 +377,16 @@ NABLA_FAST_FOR_EACH_ISA(take_step_plain, take_step<W, false>)
 NABLA_FAST_FOR_EACH_ISA(take_step_noisy, take_step<W, true>)
 NABLA_FAST_FOR_EACH_ISA(draw_noise, draw_noise_kernel<W>)
 
-// Passes over a chunk at the level in force, with noise or without.
+// Passes over a chunk, with noise or without.
 struct Passes {
   void (*find_max)(const Row&, int64_t, ChunkSums&);
   void (*sum_exps)(const Row&, int64_t, const Centre&, ChunkSums&);
   void (*take_step)(const Row&, int64_t, const Step&, int64_t, int64_t, ChunkSums&);
 
-  explicit Passes(bool noise)
-      : find_max((noise ? find_max_noisy : find_max_plain).select()),
-        sum_exps((noise ? sum_exps_noisy : sum_exps_plain).select()),
-        take_step((noise ? take_step_noisy : take_step_plain).select()) {}
+  Passes(bool noise, nabla_fast_isa isa)
+      : find_max((noise ? find_max_noisy : find_max_plain).select(isa)),
+        sum_exps((noise ? sum_exps_noisy : sum_exps_plain).select(isa)),
+        take_step((noise ? take_step_noisy : take_step_plain).select(isa)) {}
 };
 
 // -- a row ----------------------------------------------------------------------------------------
@@ -736,7 +736,8 @@ void each_row(const Call& call, const Layout& layout, char* workspace, const Wor
 
 nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Layout& layout,
                       char* workspace) {
-  const Passes plain(false);
+  const nabla_fast_isa isa = nabla_fast_cpu_isa();
+  const Passes plain(false, isa);
   bool good = true;
 #pragma omp parallel for num_threads(layout.threads) reduction(&& : good) if (layout.threads > 1)
   for (int64_t row = 0; row < call.rows; ++row) {
@@ -745,7 +746,7 @@ nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Lay
   }
   if (!good) return NABLA_FAST_BAD_ROWS;
 
-  const Passes mine(call.noise_seed != nullptr);
+  const Passes mine(call.noise_seed != nullptr, isa);
   StopGroups groups{};
   if (call.group) {
     groups.order = reinterpret_cast<int64_t*>(workspace + layout.scratches * layout.scratch_bytes);

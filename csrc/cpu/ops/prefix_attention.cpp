@@ -280,8 +280,9 @@ nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs
   if (!output) return NABLA_FAST_INVALID_POINTER;
 
   const Call call{in, {in.q, in.q_strides}, {output, output_strides}, in.heads / in.kv_heads};
-  auto* const run = attend.select();
-  const int64_t units = in.batch * in.kv_heads * units_of_head(call);
+  const nabla_fast_isa isa = nabla_fast_cpu_isa();
+  auto* const run = attend.select(isa);
+  const int64_t units = in.batch * in.kv_heads * units_of_head.select(isa)(call);
   const int threads =
       threads_for((Size(2) * attention_work(in)).or_most(), kWorkPerThread, num_threads);
   if (threads == 1) {

@@ -195,7 +195,7 @@ NABLA_FAST_INLINE int64_t lanes_kernel() {
 
 NABLA_FAST_FOR_EACH_ISA(sweep_queries, query_sweep<W>)
 NABLA_FAST_FOR_EACH_ISA(sweep_keys, key_sweep<W>)
-NABLA_FAST_FOR_EACH_ISA(lanes_in_force, lanes_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(lanes_of, lanes_kernel<W>)
 
 using Sweep = void(const Call& call, int64_t batch, int64_t kv_head, int64_t first, float* scratch);
 
@@ -281,8 +281,9 @@ nabla_fast_status nabla_fast_prefix_attention_backward(
                   layout.most_keys,
                   reinterpret_cast<Softmax*>(memory),
                   reinterpret_cast<float*>(memory + layout.softmax_bytes)};
-  const int64_t lanes = lanes_in_force();
-  sweep_all(call, sweep_queries.select(), call.rows(), lanes, layout.threads);
-  sweep_all(call, sweep_keys.select(), in.suffix, lanes, layout.threads);
+  const nabla_fast_isa isa = nabla_fast_cpu_isa();
+  const int64_t lanes = lanes_of.select(isa)();
+  sweep_all(call, sweep_queries.select(isa), call.rows(), lanes, layout.threads);
+  sweep_all(call, sweep_keys.select(isa), in.suffix, lanes, layout.threads);
   return NABLA_FAST_OK;
 }
