@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #ifdef _OPENMP
@@ -28,17 +27,13 @@
 #include "base/threads.h"
 #include "nabla_fast.h"
 #include "ops/dto_descent.h"
-#include "simd/gumbel.h"
-#include "simd/vec.h"
+#include "ops/dto_descent_chunks.h"
 #include "softmax/row_status.h"
 #include "softmax/tau.h"
 
 namespace nabla_fast::descent {
 namespace {
 
-constexpr int64_t kChunkTokens = 1024;
-// Tokens of one turn of a step, while the next ones are prefetched: both fit the first-level cache.
-constexpr int64_t kStepTokens = 256;
 // Tokens times steps worth another thread, and tokens of a row worth another one: threads of a row
 // wait for each other after every step.
 constexpr int64_t kWorkPerThread = int64_t{1} << 17;
@@ -46,348 +41,6 @@ constexpr int64_t kTokensPerThread = int64_t{1} << 15;
 
 // Distance that the largest y / tau may move before the sums are taken relative to it anew.
 constexpr double kDrift = 8;
-
-// Arrays of a row, or of a chunk of it.
-struct Row {
-  float* z;
-  const float* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
-  float* e;            // exp((y - M) / tau) as the last sums took it; null before the first
-  const float* noise;  // null where there is none
-
-  Row from(int64_t begin) const {
-    return {z + begin,
-            grad + begin,
-            exp_avg + begin,
-            exp_avg_sq + begin,
-            e ? e + begin : nullptr,
-            noise ? noise + begin : nullptr};
-  }
-  float y(int64_t i) const { return noise ? z[i] + noise[i] : z[i]; }
-};
-
-// Numbers that the sums are relative to.
-struct Centre {
-  float top;   // M
-  float grad;  // G[token]
-  softmax::Tau tau;
-};
-
-struct Step {
-  Centre centre;
-  float weight;  // sqrt(1 - beta2) / (S tau)
-  float mean;    // T / S, times the weight
-  AdamRate adam;
-
-  // True if the step may divide by estimates: nothing overflows, and subnormal numbers, which
-  // estimates do not take, are lost beside epsilon.
-  bool ordinary() const { return adam.rate >= 0x1p-30f && adam.rate <= 0x1p4f; }
-};
-
-// Sums and maxima of a chunk.
-struct ChunkSums {
-  double sum;                // S
-  double weighted_grad_sum;  // T
-  float max;                 // of y
-  float second;              // largest second moment
-  float token;               // y of the hard token; only of its own chunk
-  bool tied;                 // whether a token before the hard token equals it; likewise
-  bool nonfinite;            // whether a y is NaN or +inf
-};
-
-// -- a chunk --------------------------------------------------------------------------------------
-
-template <int W>
-struct LaneSums {
-  Floats<W> sum = {}, weighted_grad_sum = {}, max = splat<W>(-kInfinity), second = {};
-};
-
-template <int W, bool kNoise>
-NABLA_FAST_INLINE Floats<W> load_y(const Row& row, int64_t i) {
-  const Floats<W> z = load<W>(row.z + i);
-  return kNoise ? z + load<W>(row.noise + i) : z;
-}
-
-template <int W, bool kNoise>
-NABLA_FAST_INLINE void find_max_lanes(const Row& row, int64_t n, LaneSums<W>& lanes) {
-  for (int64_t i = 0; i < n; i += W) {
-    const Floats<W> y = load_y<W, kNoise>(row, i);
-    lanes.max = y > lanes.max ? y : lanes.max;
-    // `sum` is not in use yet: NaN marks a NaN or an infinity.
-    lanes.sum += select<W>(above<W>(y, kMaxFloat), splat<W>(kNaN), Floats<W>{});
-  }
-}
-
-#if NABLA_FAST_AVX512_BUILTINS
-// exp2(k / 32), as bits.
-alignas(64) constexpr uint32_t kExp2Of32nds[32] = {
-    0x3F800000u, 0x3F82CD87u, 0x3F85AAC3u, 0x3F88980Fu, 0x3F8B95C2u, 0x3F8EA43Au, 0x3F91C3D3u,
-    0x3F94F4F0u, 0x3F9837F0u, 0x3F9B8D3Au, 0x3F9EF532u, 0x3FA27043u, 0x3FA5FED7u, 0x3FA9A15Bu,
-    0x3FAD583Fu, 0x3FB123F6u, 0x3FB504F3u, 0x3FB8FBAFu, 0x3FBD08A4u, 0x3FC12C4Du, 0x3FC5672Au,
-    0x3FC9B9BEu, 0x3FCE248Cu, 0x3FD2A81Eu, 0x3FD744FDu, 0x3FDBFBB8u, 0x3FE0CCDFu, 0x3FE5B907u,
-    0x3FEAC0C7u, 0x3FEFE4BAu, 0x3FF5257Du, 0x3FFA83B3u};
-#endif
-
-// exp(d / tau) where the mask holds, 0 where it does not.
-template <int W>
-struct Exponential {
-  float inverse_high, inverse_low;
-
-  NABLA_FAST_INLINE explicit Exponential(const Centre& centre)
-      : inverse_high(centre.tau.inverse_high), inverse_low(centre.tau.inverse_low) {}
-  NABLA_FAST_INLINE Floats<W> operator()(Mask<W> mask, Floats<W> d) const {
-    return vec_exp2<W>(mask, d, inverse_high, inverse_low);
-  }
-};
-
-#if NABLA_FAST_AVX512_BUILTINS
-// With a table in two registers the chain of operations is half as long, so that more vectors are
-// under way at once; relatively within 2^-23 + 2^-25 |d / tau|, which weighs nothing at the
-// largest.
-template <>
-struct Exponential<16> {
-  float inverse;
-  Floats<16> lower, upper;
-
-  NABLA_FAST_INLINE explicit Exponential(const Centre& centre) : inverse(centre.tau.inverse_high) {
-    std::memcpy(&lower, kExp2Of32nds, sizeof lower);
-    std::memcpy(&upper, kExp2Of32nds + 16, sizeof upper);
-  }
-  NABLA_FAST_INLINE Floats<16> operator()(Mask<16> mask, Floats<16> d) const {
-    // Adding 1.5 * 2^18 rounds to 32nds; how many, modulo 32, the low bits of the sum tell.
-    const float round = 393216.0f;
-    const Floats<16> shifted = d * inverse + round;
-    const Floats<16> n = shifted - round;
-    const Floats<16> f = d * inverse - n;
-    const Floats<16> power =
-        __builtin_ia32_vpermt2varps512_mask((Ints<16>)shifted, lower, upper, -1);
-    // Minimax for (exp2(f) - 1) / f on |f| <= 1/64: 2^-24.2 relative to exp2(f).
-    const Floats<16> q = f * 0.240225941f + 0.693157315f;
-    return __builtin_ia32_scalefps512_mask(power * f * q + power, n, Floats<16>{}, mask, 4);
-  }
-};
-#endif
-
-template <int W, bool kNoise>
-NABLA_FAST_INLINE void sum_exps_lanes(const Row& row, int64_t n, Centre centre, int64_t prefetch,
-                                      LaneSums<W>& lanes) {
-  const Exponential<W> exponential(centre);
-  for (int64_t i = 0; i < n; i += W) {
-    __builtin_prefetch(row.e + i + prefetch, 1);
-    __builtin_prefetch(row.grad + i + prefetch);
-    const Floats<W> d = load_y<W, kNoise>(row, i) - centre.top;
-    const Mask<W> counts = above<W>(d, centre.tau.lowest);
-    const Floats<W> e = exponential(counts, d);
-    const Floats<W> g = load<W>(row.grad + i) - centre.grad;
-    store<W>(row.e + i, e);
-    lanes.sum += e;
-    // G may be infinite where p is 0.
-    lanes.weighted_grad_sum =
-        select<W>(counts, lanes.weighted_grad_sum + e * g, lanes.weighted_grad_sum);
-  }
-}
-
-// Moments after a step.
-template <int W>
-NABLA_FAST_INLINE void moment_lanes(const Row& row, int64_t n, Step step, LaneSums<W>& lanes) {
-  const float share1 = static_cast<float>(1 - kBeta1), beta2 = static_cast<float>(kBeta2);
-  const float per_root = static_cast<float>((1 - kBeta1) / std::sqrt(1 - kBeta2));
-  for (int64_t i = 0; i < n; i += W) {
-    const Floats<W> e = load<W>(row.e + i);
-    const Floats<W> centred = (load<W>(row.grad + i) - step.centre.grad) * step.weight - step.mean;
-    // The gradient times the square root of 1 - beta2.
-    const Floats<W> root = select<W>(above<W>(e, 0.0f), e * centred, Floats<W>{});
-    const Floats<W> m = load<W>(row.exp_avg + i);
-    const Floats<W> second = root * root + beta2 * load<W>(row.exp_avg_sq + i);
-    store<W>(row.exp_avg + i, root * per_root + (m - share1 * m));
-    store<W>(row.exp_avg_sq + i, second);
-    lanes.second = second > lanes.second ? second : lanes.second;
-  }
-}
-
-// Logits after a step with these moments, and the largest y.
-template <int W, bool kNoise>
-NABLA_FAST_INLINE void move_lanes(const Row& row, int64_t n, Step step, LaneSums<W>& lanes) {
-  for (int64_t i = 0; i < n; i += W) {
-    const Floats<W> root = vec_sqrt<W>(load<W>(row.exp_avg_sq + i));
-    const Floats<W> moved =
-        load<W>(row.z + i) -
-        step.adam.rate * (load<W>(row.exp_avg + i) / (root * step.adam.scale + kEpsilon));
-    store<W>(row.z + i, moved);
-    const Floats<W> y = kNoise ? moved + load<W>(row.noise + i) : moved;
-    lanes.max = y > lanes.max ? y : lanes.max;
-  }
-}
-
-// The same, within about 2^-26 of a move, by estimates and one step of Newton's method each: a
-// division and a square root take the divider as long as all the rest takes the other units. For
-// second moments of at most kEstimated.
-constexpr float kEstimated = 0x1p40f;
-template <int W, bool kNoise>
-NABLA_FAST_INLINE void move_lanes_fast(const Row& row, int64_t n, Step step, int64_t prefetch,
-                                       LaneSums<W>& lanes) {
-  // With a = scale / rate, a move is first / (a sqrt(second) + epsilon / rate). The square root of
-  // a^2 second / 4 is half of the first term; 2^-126 keeps it from 0, where 1 / sqrt is infinite.
-  const float quarter =
-      0.25f * (step.adam.scale / step.adam.rate) * (step.adam.scale / step.adam.rate);
-  const float epsilon = kEpsilon / step.adam.rate;
-  for (int64_t i = 0; i < n; i += W) {
-    __builtin_prefetch(row.z + i + prefetch, 1);
-    __builtin_prefetch(row.exp_avg + i + prefetch, 1);
-    __builtin_prefetch(row.exp_avg_sq + i + prefetch, 1);
-    const Floats<W> x = load<W>(row.exp_avg_sq + i) * quarter + 0x1p-126f;
-    const Floats<W> inverse = vec_rsqrt14(x);
-    const Floats<W> half = x * inverse;
-    const Floats<W> error = 1.0f - half * inverse;
-    const Floats<W> divisor = half * error + (half * 2.0f + epsilon);
-    const Floats<W> estimate = vec_rcp14(divisor);
-    const Floats<W> refined = 2.0f - divisor * estimate;
-    const Floats<W> moved = load<W>(row.z + i) - load<W>(row.exp_avg + i) * estimate * refined;
-    store<W>(row.z + i, moved);
-    const Floats<W> y = kNoise ? moved + load<W>(row.noise + i) : moved;
-    lanes.max = y > lanes.max ? y : lanes.max;
-  }
-}
-
-// One step, but for the sums of the next.
-template <int W, bool kNoise>
-NABLA_FAST_INLINE void step_lanes(const Row& row, int64_t n, const Step& step, int64_t prefetch,
-                                  LaneSums<W>& lanes) {
-  moment_lanes<W>(row, n, step, lanes);
-  if constexpr (kHasEstimates<W>) {
-    if (step.ordinary() && !any_lane<W>(above<W>(lanes.second, kEstimated))) {
-      move_lanes_fast<W, kNoise>(row, n, step, prefetch, lanes);
-      return;
-    }
-  }
-  move_lanes<W, kNoise>(row, n, step, lanes);
-}
-
-// Last tokens of a row, fewer than a vector, with masked ones behind them.
-template <int W>
-struct Tail {
-  alignas(64) float z[W], grad[W] = {}, exp_avg[W] = {},
-                          exp_avg_sq[W] = {}, e[W] = {}, noise[W] = {};
-
-  NABLA_FAST_INLINE Tail(const Row& row, int64_t n) {
-    for (int64_t i = 0; i < W; ++i) z[i] = -kInfinity;
-    for (int64_t i = 0; i < n; ++i) {
-      z[i] = row.z[i];
-      grad[i] = row.grad[i];
-      exp_avg[i] = row.exp_avg[i];
-      exp_avg_sq[i] = row.exp_avg_sq[i];
-      if (row.e) e[i] = row.e[i];
-      if (row.noise) noise[i] = row.noise[i];
-    }
-  }
-  NABLA_FAST_INLINE Row row() { return {z, grad, exp_avg, exp_avg_sq, e, noise}; }
-  NABLA_FAST_INLINE void put_back(const Row& row, int64_t n) const {
-    for (int64_t i = 0; i < n; ++i) {
-      row.z[i] = z[i];
-      row.exp_avg[i] = exp_avg[i];
-      row.exp_avg_sq[i] = exp_avg_sq[i];
-      row.e[i] = e[i];
-    }
-  }
-};
-
-template <int W>
-NABLA_FAST_INLINE void join_lanes(const LaneSums<W>& lanes, ChunkSums& partial) {
-  partial.sum = partial.weighted_grad_sum = 0;
-  for (int lane = 0; lane < W; ++lane) {
-    partial.sum += lanes.sum[lane];
-    partial.weighted_grad_sum += lanes.weighted_grad_sum[lane];
-  }
-  partial.max = lane_max<W>(lanes.max);
-  partial.second = lane_max<W>(lanes.second);
-  partial.nonfinite = std::isnan(partial.sum);
-}
-
-// Largest y of a chunk of n tokens, and whether one is not finite.
-template <int W, bool kNoise>
-NABLA_FAST_INLINE void find_max(const Row& row, int64_t n, ChunkSums& partial) {
-  const int64_t whole = n / W * W;
-  LaneSums<W> lanes;
-  find_max_lanes<W, kNoise>(row, whole, lanes);
-  if (n > whole) {
-    Tail<W> tail(row.from(whole), n - whole);
-    find_max_lanes<W, kNoise>(tail.row(), W, lanes);
-  }
-  join_lanes<W>(lanes, partial);
-}
-
-// S and T of a chunk, and whether one is not finite; other fields of `partial` stay.
-template <int W, bool kNoise>
-NABLA_FAST_INLINE void sum_exps(const Row& row, int64_t n, const Centre& centre,
-                                ChunkSums& partial) {
-  const int64_t whole = n / W * W;
-  LaneSums<W> lanes;
-  sum_exps_lanes<W, kNoise>(row, whole, centre, 0, lanes);
-  if (n > whole) {
-    Tail<W> tail(row.from(whole), n - whole);
-    sum_exps_lanes<W, kNoise>(tail.row(), W, centre, 0, lanes);
-    tail.put_back(row.from(whole), n - whole);
-  }
-  ChunkSums joined;
-  join_lanes<W>(lanes, joined);
-  partial.sum = joined.sum;
-  partial.weighted_grad_sum = joined.weighted_grad_sum;
-  partial.nonfinite = joined.nonfinite;
-}
-
-// One step of a chunk. token: the hard token's index in it; outside of [0, n) if it is elsewhere.
-template <int W, bool kNoise>
-NABLA_FAST_INLINE void take_step(const Row& row, int64_t n, const Step& step, int64_t token,
-                                 int64_t prefetch, ChunkSums& partial) {
-  const int64_t whole = n / W * W;
-  LaneSums<W> lanes;
-  for (int64_t begin = 0; begin < whole; begin += kStepTokens) {
-    const Row block = row.from(begin);
-    const int64_t size = std::min(kStepTokens, whole - begin);
-    const int64_t next = begin + kStepTokens < whole ? kStepTokens : prefetch - begin;
-    step_lanes<W, kNoise>(block, size, step, next, lanes);
-    sum_exps_lanes<W, kNoise>(block, size, step.centre, next, lanes);
-  }
-  if (n > whole) {
-    Tail<W> tail(row.from(whole), n - whole);
-    step_lanes<W, kNoise>(tail.row(), W, step, 0, lanes);
-    sum_exps_lanes<W, kNoise>(tail.row(), W, step.centre, 0, lanes);
-    tail.put_back(row.from(whole), n - whole);
-  }
-  join_lanes<W>(lanes, partial);
-  if (token < 0 || token >= n) return;
-  partial.token = row.y(token);
-  partial.tied = false;
-  for (int64_t i = 0; i < token; ++i) partial.tied |= row.y(i) == partial.token;
-}
-
-// Noise of n tokens from `token` on.
-template <int W>
-NABLA_FAST_INLINE void draw_noise_kernel(int64_t seed, int64_t position, int64_t token, int64_t n,
-                                         float* noise) {
-  gumbel_noise<W / 2>(seed, position, token, n, noise);
-}
-
-NABLA_FAST_FOR_EACH_ISA(find_max_plain, find_max<W, false>)
-NABLA_FAST_FOR_EACH_ISA(find_max_noisy, find_max<W, true>)
-NABLA_FAST_FOR_EACH_ISA(sum_exps_plain, sum_exps<W, false>)
-NABLA_FAST_FOR_EACH_ISA(sum_exps_noisy, sum_exps<W, true>)
-NABLA_FAST_FOR_EACH_ISA(take_step_plain, take_step<W, false>)
-NABLA_FAST_FOR_EACH_ISA(take_step_noisy, take_step<W, true>)
-NABLA_FAST_FOR_EACH_ISA(draw_noise, draw_noise_kernel<W>)
-
-// Passes over a chunk, with noise or without.
-struct Passes {
-  void (*find_max)(const Row&, int64_t, ChunkSums&);
-  void (*sum_exps)(const Row&, int64_t, const Centre&, ChunkSums&);
-  void (*take_step)(const Row&, int64_t, const Step&, int64_t, int64_t, ChunkSums&);
-
-  Passes(bool noise, nabla_fast_isa isa)
-      : find_max((noise ? find_max_noisy : find_max_plain).select(isa)),
-        sum_exps((noise ? sum_exps_noisy : sum_exps_plain).select(isa)),
-        take_step((noise ? take_step_noisy : take_step_plain).select(isa)) {}
-};
 
 // -- a row ----------------------------------------------------------------------------------------
 
@@ -457,7 +110,7 @@ int64_t argmax_any(const Row& row, int64_t vocab) {
 
 class Descent {
  public:
-  Descent(const Call& call, const Passes& passes, const Row& row, const Scratch& scratch,
+  Descent(const Call& call, const ChunkPasses& passes, const Row& row, const Scratch& scratch,
           ThreadGroup threads)
       : call_(call),
         passes_(passes),
@@ -516,7 +169,8 @@ class Descent {
   ChunkSums* now() const { return partials_[turn_ & 1]; }
 
   // Calls work(chunk, tokens, first token, partial) for each of the thread's chunks, then takes the
-  // row's totals. Passes go up and down in turn: each begins with the chunks still in the caches.
+  // row's totals. ChunkPasses go up and down in turn: each begins with the chunks still in the
+  // caches.
   template <typename Work>
   void each_chunk(const Work& work) {
     ++turn_;
@@ -584,7 +238,7 @@ class Descent {
   }
 
   const Call& call_;
-  const Passes& passes_;
+  const ChunkPasses& passes_;
   const Row row_;
   ChunkSums* const partials_[2];
   const ThreadGroup threads_;
@@ -612,7 +266,7 @@ void prepare_scratch(const Call& call, int64_t index, const Scratch& scratch, Th
 }
 
 // Steps of a row in place, and their outcome.
-void descend(const Call& call, const Passes& passes, int64_t index, int64_t most,
+void descend(const Call& call, const ChunkPasses& passes, int64_t index, int64_t most,
              const Scratch& scratch, ThreadGroup threads) {
   Row row = call.row(index);
   prepare_scratch(call, index, scratch, threads, row);
@@ -625,7 +279,7 @@ void descend(const Call& call, const Passes& passes, int64_t index, int64_t most
 }
 
 // Steps of a copy of a row until its token moves; the largest number if `most` do not move it.
-int64_t steps_to_flip(const Call& call, const Passes& passes, int64_t index, int64_t most,
+int64_t steps_to_flip(const Call& call, const ChunkPasses& passes, int64_t index, int64_t most,
                       const Scratch& scratch, ThreadGroup threads) {
   Row row = call.row(index);
   prepare_scratch(call, index, scratch, threads, row);
@@ -687,7 +341,7 @@ bool sizes_fit(int64_t rows, int64_t vocab, int64_t iters) {
   return fits({{rows, 1}}, 24) && fits({{vocab, 1}}, 64) && fits({{iters, 1}}, 8);
 }
 
-nabla_fast_status status_of(const Call& call, const Passes& passes, int64_t index) {
+nabla_fast_status status_of(const Call& call, const ChunkPasses& passes, int64_t index) {
   const Row row = call.row(index);
   float max = -kInfinity;
   for (int64_t begin = 0; begin < call.vocab; begin += kChunkTokens) {
@@ -737,7 +391,7 @@ void each_row(const Call& call, const Layout& layout, char* workspace, const Wor
 nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Layout& layout,
                       char* workspace) {
   const nabla_fast_isa isa = nabla_fast_cpu_isa();
-  const Passes plain(false, isa);
+  const ChunkPasses plain(false, isa);
   bool good = true;
 #pragma omp parallel for num_threads(layout.threads) reduction(&& : good) if (layout.threads > 1)
   for (int64_t row = 0; row < call.rows; ++row) {
@@ -746,7 +400,7 @@ nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Lay
   }
   if (!good) return NABLA_FAST_BAD_ROWS;
 
-  const Passes mine(call.noise_seed != nullptr, isa);
+  const ChunkPasses mine(call.noise_seed != nullptr, isa);
   StopGroups groups{};
   if (call.group) {
     groups.order = reinterpret_cast<int64_t*>(workspace + layout.scratches * layout.scratch_bytes);

@@ -1,6 +1,10 @@
-// One-hot gradients G, for onehot_grad and onehot_grad_norm. With u = sum_t <T_t[v], g_t> - nu
-// (z[v] - s), where z = <head[v], hidden> and s is a number of the row's own, G[v] = u + nu
-// (logsumexp(z) - s): u comes by tiles, and one number a row follows when the pass is over.
+// One-hot gradients G, for onehot_grad and onehot_grad_norm.
+//
+//   u[v] = sum_t <T_t[v], g_t> - nu (z[v] - s)       z[v] = <head[v], hidden>
+//   G[v] = u[v] + nu (logsumexp(z) - s)
+//
+// with a number s of each row: u comes by tiles, and one number a row follows when the pass is
+// over.
 #ifndef NABLA_FAST_CPU_OPS_ONEHOT_H_
 #define NABLA_FAST_CPU_OPS_ONEHOT_H_
 
