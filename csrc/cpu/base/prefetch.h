@@ -1,4 +1,4 @@
-// Prefetching of what will be read next.
+// Prefetching of memory that will be read next.
 #ifndef NABLA_FAST_CPU_BASE_PREFETCH_H_
 #define NABLA_FAST_CPU_BASE_PREFETCH_H_
 

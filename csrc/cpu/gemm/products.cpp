@@ -130,13 +130,13 @@ NABLA_FAST_INLINE void chains(const typename Column::Element* w, int64_t stride,
                            prefetcher);
 }
 
-// The same for all lanes.
+// chains() for all lanes.
 template <int W, typename Column>
 NABLA_FAST_INLINE void all_lanes(const typename Column::Element* w, int64_t stride, int tokens,
                                  const float* x, int lanes, int64_t columns, bool add, float* z,
                                  Prefetcher& prefetcher) {
   if constexpr (W == 16) {
-    // As many sums as the registers hold.
+    // C * kTokens sums: as many as the registers hold.
     if (lanes == 16)
       chains<W, 1, 16, Column>(w, stride, tokens, x, lanes, columns, add, z, prefetcher);
     else if (lanes == 32)
@@ -238,7 +238,7 @@ NABLA_FAST_INLINE void rows_with_tokens_in_lanes(const float* x, int lanes, cons
   for (int first = 0; first < tokens; first += W) {
     const int some = std::min(W, tokens - first);
     const char* w[W];
-    // The last token stands for those that are not there.
+    // Lanes without a token repeat the last one.
     for (int t = 0; t < W; ++t)
       w[t] = static_cast<const char*>(table.from(first + std::min(t, some - 1)).data);
     Prefetcher prefetcher{static_cast<const char*>(table.from(first + some).data)};

@@ -135,7 +135,7 @@ void for_each_pass_tile(int64_t vocab, int groups, int threads, const Work& work
 
 // Threads for a pass.
 inline int pass_threads(int64_t rows, int64_t vocab, const Factors& factors, int32_t asked) {
-  // Reading a table costs what some rows of arithmetic cost.
+  // Reading a table costs as much as the arithmetic of some rows.
   const Size work = factors.width() * vocab * (std::min(rows, kRowsPerPass) + 4);
   const int threads = threads_for(work.or_most(), kProductsPerThread, asked);
   return static_cast<int>(std::min<int64_t>(threads, pass_segments(vocab)));

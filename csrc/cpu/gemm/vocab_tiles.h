@@ -86,11 +86,11 @@ struct PackedRows {
 // `table_dtype`. `memory`: PackedRows::bytes(), aligned to 64.
 PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, void* memory);
 
-// z[t * lanes + r] = <table[t], rows[r]>, or += it, for at most kVocabTileTokens tokens; 0 in the
-// lanes behind the last row, or what was there.
+// z[t * lanes + r] = <table[t], rows[r]>, or += it, for at most kVocabTileTokens tokens; lanes
+// behind the last row become 0, or stay.
 void products(const PackedRows& rows, const Table& table, int tokens, bool add, float* z);
 
-// The same bits with table[token_rows[t]] in place of table[t].
+// products() with table[token_rows[t]] in place of table[t], in the same bits.
 void mapped_products(const PackedRows& rows, const Table& table, const int64_t* token_rows,
                      int tokens, bool add, float* z);
 

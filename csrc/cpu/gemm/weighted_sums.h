@@ -49,7 +49,7 @@ template <int W, int R, int kTokensPerPrefetch, typename T>
 NABLA_FAST_INLINE void add_row_block(const float* weights, int lanes, const Table& table,
                                      int tokens, float* sums, int64_t sums_stride,
                                      Prefetcher& prefetcher) {
-  // As many sums as registers hold beside what they are made of.
+  // R * C sums: as many as registers hold beside the factors.
   constexpr int C = (W == 16 ? 16 : 8) / R;
   const auto* const data = static_cast<const T*>(table.data);
   int64_t k = 0;

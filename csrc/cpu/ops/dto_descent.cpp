@@ -2,14 +2,14 @@
 //
 // A step needs S = sum of exp((y - M) / tau) and T = sum of exp((y - M) / tau) (G - G[token]) over
 // the row before it can move a logit, y being z plus its noise. The pass that takes a step adds up
-// the S and T of the next: M stays what it was as long as the largest y stays near it, and G[token]
-// does as long as the row descends, since it stops when its token changes.
+// the S and T of the next: M stays the same as long as the largest y is near it, and G[token] as
+// long as the row descends, since it stops when its token changes.
 //
 // The exponentials are kept in the workspace for the next step: reading one costs less than
 // computing it again.
 //
 // A row is cut into chunks of 1,024 tokens, by position alone. A chunk's sums are taken in fp32
-// lanes and joined in double from left to right, whoever computed them.
+// lanes and joined in double from left to right, on whatever thread they were taken.
 
 #include <algorithm>
 #include <cmath>

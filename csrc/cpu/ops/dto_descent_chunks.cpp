@@ -63,7 +63,7 @@ struct Exponential {
 
 #if NABLA_FAST_AVX512_BUILTINS
 // With a table in two registers the chain of operations is half as long, so that more vectors are
-// under way at once; relatively within 2^-23 + 2^-25 |d / tau|, which weighs nothing at the
+// in flight at once. The relative error, 2^-23 + 2^-25 |d / tau|, is least where terms are
 // largest.
 template <>
 struct Exponential<16> {
@@ -170,7 +170,7 @@ NABLA_FAST_INLINE void move_lanes_fast(const Row& row, int64_t n, Step step, int
   }
 }
 
-// One step, but for the sums of the next.
+// A step, without the sums of the next.
 template <int W, bool kNoise>
 NABLA_FAST_INLINE void step_lanes(const Row& row, int64_t n, const Step& step, int64_t prefetch,
                                   LaneSums<W>& lanes) {
@@ -256,7 +256,7 @@ NABLA_FAST_INLINE void sum_exps(const Row& row, int64_t n, const Centre& centre,
   partial.nonfinite = joined.nonfinite;
 }
 
-// One step of a chunk. token: the hard token's index in it; outside of [0, n) if it is elsewhere.
+// A step of a chunk. token: the hard token's index in it; outside of [0, n) if it is elsewhere.
 template <int W, bool kNoise>
 NABLA_FAST_INLINE void take_step(const Row& row, int64_t n, const Step& step, int64_t token,
                                  int64_t prefetch, ChunkSums& partial) {

@@ -189,7 +189,7 @@ class Descent {
 
   void pass_rows(const int64_t* list, int64_t count, bool sums) {
     const int64_t passes = (count + kRowsPerHeadPass - 1) / kRowsPerHeadPass;
-    // As many rows in each: a pass costs no less than reading the head.
+    // Equal numbers of rows: a pass costs no less than reading the head.
     for (int64_t n = 0; n < passes; ++n) {
       const int64_t begin = count * n / passes, end = count * (n + 1) / passes;
       pass_together(list + begin, static_cast<int>(end - begin), sums);
@@ -220,7 +220,7 @@ class Descent {
     // Reading the head costs as much as the arithmetic of some rows.
     const int64_t work = (Size(call_.vocab) * std::max<int64_t>(width, 1) * (count + 4)).or_most();
     const int threads = threads_for(work, kProductsPerThread, call_.num_threads);
-    // Not in equal shares: where a core is slower than another, or shared, they would wait for it.
+    // Dynamic: with equal shares all threads would wait for a core that is slower, or shared.
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t s = 0; s < segments; ++s)
       pass_segment(pass, s * tokens, std::min(call_.vocab, (s + 1) * tokens), w_.found + s * count,

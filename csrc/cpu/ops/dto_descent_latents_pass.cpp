@@ -26,7 +26,7 @@ constexpr int kExpPower = 24;
 // exp of anything lower counts as 0.
 constexpr float kMinScaledExponent = -103.9f;
 
-// One tile: arrays [tokens, lanes], the noise [rows, tokens].
+// Arrays of a tile: [tokens, lanes], the noise [rows, tokens].
 struct Tile {
   alignas(64) float y[gemm::kVocabTileTokens * kRowsPerHeadPass];
   alignas(64) float grad[gemm::kVocabTileTokens * kRowsPerHeadPass];
@@ -133,8 +133,8 @@ template <int W>
 NABLA_FAST_INLINE void exp_and_weighted_grad(int rows, int lanes, int tokens, float inverse_tau,
                                              int stride, Tile& tile) {
   const Floats<W> zero = {};
-  // From the last vector to the first and from the first token to the last, so that what vectors
-  // hold behind the last row is written over.
+  // From the last vector to the first and from the first token to the last: lanes behind the last
+  // row are overwritten by the next store.
   for (int r = (rows - 1) / W * W; r >= 0; r -= W) {
     const Floats<W> max = load<W>(tile.max + r), centre = load<W>(tile.centre + r);
     Floats<W> sum = {}, weighted_grad_sum = {};

@@ -5,7 +5,8 @@
 // y = z + noise so far, M, and under it, with e = exp((y - M) / tau), the sums of e, of e (G - c),
 // of e w and of e (G - c) w, w being the head's rows. c is G of the hard token, or, where that is
 // not yet known, of the token at M: from any other centre, the gradient of a peaked row would be a
-// difference of much larger numbers. Segments are joined in order, whoever computed them.
+// difference of much larger numbers. Segments are joined in order, on whatever thread they were
+// computed.
 #ifndef NABLA_FAST_CPU_OPS_DTO_DESCENT_LATENTS_PASS_H_
 #define NABLA_FAST_CPU_OPS_DTO_DESCENT_LATENTS_PASS_H_
 

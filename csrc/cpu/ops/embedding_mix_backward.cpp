@@ -302,7 +302,7 @@ void hidden_group(const RowGroup& group, const Cotangents& cotangents, float* gr
   }
 }
 
-// Bytes of what follows the hidden states and cotangents in the workspace.
+// Bytes behind the hidden states and cotangents in the workspace.
 Size sums_bytes(const nabla_fast_mix& call, int32_t num_threads) {
   const int64_t rows = std::min<int64_t>(call.rows, gemm::kRowsPerGroup);
   if (is_linear(call))

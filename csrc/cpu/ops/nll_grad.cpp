@@ -3,8 +3,8 @@
 //
 // The vocabulary is cut into segments, by position alone. A segment keeps for each row the largest
 // logit so far, the sum of exponentials under it and their sum times the head's rows; segments are
-// joined from left to right, whoever computed them. The target's own term is left out of both sums
-// and joined at the end, where 1 - p would be lost to rounding.
+// joined from left to right, on whatever thread they were computed. The target's own term is left
+// out of both sums and joined at the end, where 1 - p would be lost to rounding.
 
 #include <algorithm>
 #include <cmath>

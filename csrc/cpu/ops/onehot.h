@@ -3,8 +3,7 @@
 //   u[v] = sum_t <T_t[v], g_t> - nu (z[v] - s)       z[v] = <head[v], hidden>
 //   G[v] = u[v] + nu (logsumexp(z) - s)
 //
-// with a number s of each row: u comes by tiles, and one number a row follows when the pass is
-// over.
+// with a number s of each row: u is computed by tiles, logsumexp(z) at the end of the pass.
 #ifndef NABLA_FAST_CPU_OPS_ONEHOT_H_
 #define NABLA_FAST_CPU_OPS_ONEHOT_H_
 

@@ -1,5 +1,5 @@
-// nabla_fast_onehot_grad: one pass over head and tables, and one over what it wrote, which adds the
-// row's log-sum-exp.
+// nabla_fast_onehot_grad: one pass over head and tables, which writes u, and one over u, which adds
+// the row's log-sum-exp.
 
 #include <algorithm>
 #include <cstdint>

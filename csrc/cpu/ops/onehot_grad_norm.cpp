@@ -2,7 +2,7 @@
 //
 // With n tokens that are not masked, the mean m of u and an offset c that is known when the pass is
 // over, ||u + c||^2 = sum (u - m)^2 + n (m + c)^2. The sums of u and u^2 are taken in double, where
-// what cancels in them stays far below the rounding of u.
+// their cancellation stays far below the rounding of u.
 
 #include <algorithm>
 #include <cmath>
@@ -41,7 +41,7 @@ struct Moments {
   }
 };
 
-// The same for a group of rows.
+// Moments of a group of rows, by lanes.
 struct LaneMoments {
   softmax::LaneSoftmax z;
   int32_t count[gemm::kRowsPerGroup];
@@ -61,7 +61,7 @@ struct LaneMoments {
 template <int W>
 struct DoubleTypes {
   typedef double Doubles __attribute__((vector_size(8 * W)));
-  // The same anywhere in an array of doubles.
+  // Doubles anywhere in an array.
   typedef double Stored __attribute__((vector_size(8 * W), aligned(8), may_alias));
 };
 

@@ -179,7 +179,7 @@ NABLA_FAST_INLINE void attend_rows_singly(const Call& call, int64_t batch, int64
   }
 
   alignas(64) float s[kKeysPerTile];
-  // The last key stands there again for lanes that are left over.
+  // The last key is repeated for lanes that are left over.
   const float *key[kKeysPerTile + W], *value[kKeysPerTile];
   const int64_t end = keys.prefix + (rows - 1) / call.group + 1;
   for (int64_t begin = first_seen(in, keys.prefix); begin < end; begin += kKeysPerTile) {

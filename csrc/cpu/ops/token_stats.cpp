@@ -4,7 +4,7 @@
 // alone, never by thread. A chunk is read twice, the second time from the first-level cache: for
 // its maximum, and for sums relative to the largest logit of the segment so far. That one rarely
 // moves, so that the sums of chunks are mostly just added. Segments join into rows from left to
-// right, whoever computed them.
+// right, on whatever thread they were computed.
 
 #include <algorithm>
 #include <cmath>

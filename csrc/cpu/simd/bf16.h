@@ -19,7 +19,7 @@ inline float bf16_to_fp32(uint16_t bf16) {
   return x;
 }
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 NABLA_FAST_INLINE uint16_t fp32_to_bf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

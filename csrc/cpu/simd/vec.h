@@ -26,7 +26,7 @@ struct VecTypes {
   typedef float Floats __attribute__((vector_size(4 * W)));
   typedef int32_t Ints __attribute__((vector_size(4 * W)));
   typedef uint32_t Bits __attribute__((vector_size(4 * W)));
-  // The same anywhere in an array of floats.
+  // Floats anywhere in an array.
   typedef float Stored __attribute__((vector_size(4 * W), aligned(4), may_alias));
 };
 
@@ -89,7 +89,7 @@ NABLA_FAST_INLINE Floats<W> vec_exp_normal(Floats<W> x) {
   q = q * r + 1.66665211e-1f;
   q = q * r + 4.99999940e-1f;
   const Floats<W> mantissa = 1.0f + (r + (r * r) * q);
-  // The low bits of `shifted` hold n; what stands above them is shifted out.
+  // The low bits of `shifted` hold n; the bits above them are shifted out.
   using Bits = typename VecTypes<W>::Bits;
   return (Floats<W>)((Bits)mantissa + (((Bits)shifted + uint32_t{kPower}) << 23));
 }

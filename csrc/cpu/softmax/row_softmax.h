@@ -58,7 +58,7 @@ struct RowSoftmax {
   double above(float shift) const { return (static_cast<double>(max) - shift) + std::log(sum); }
 };
 
-// The same for a group of rows.
+// RowSoftmax of a group of rows, by lanes.
 struct LaneSoftmax {
   float max[gemm::kRowsPerGroup];
   int32_t nan[gemm::kRowsPerGroup];
