@@ -44,7 +44,7 @@ COMPILE += ["-fno-math-errno", "-fno-trapping-math", "-fstrict-overflow", "-ffp-
 # Functions that take vectors are inlined: how they would be called does not matter.
 COMPILE += ["-Wno-psabi"]
 
-# Of all object files, those that the C interface needs; every symbol is there or in a library.
+# The library holds the object files that the C interface needs; every symbol is there or in a library.
 LINK_LIBRARY = ["-Wl,--version-script=csrc/exports.map", "-Wl,-soname,libnabla_fast.so"]
 LINK_LIBRARY += ["-Wl,--gc-sections", "-Wl,--no-undefined"]
 
@@ -78,7 +78,7 @@ def extension(name: str, sources: list[str], link: list[str]) -> Extension:
         name,
         sources=sources,
         depends=[*files("**/*.h"), "csrc/exports.map"],
-        include_dirs=["csrc", "csrc/include", pybind11.get_include()],
+        include_dirs=["csrc/cpu", "csrc/include", pybind11.get_include()],
         language="c++",
         extra_compile_args=COMPILE,
         extra_link_args=OPENMP + link,
@@ -86,10 +86,14 @@ def extension(name: str, sources: list[str], link: list[str]) -> Extension:
     )
 
 
-EXTENSIONS = [extension("nabla_fast._C", files("python/*.cpp") + files("cpu/*.cpp"), [])]
+# Kernels in internal/ are called by the Python package alone.
+KERNELS = files("cpu/**/*.cpp")
+EXPORTED = [source for source in KERNELS if not source.startswith("csrc/cpu/internal/")]
+
+EXTENSIONS = [extension("nabla_fast._C", files("python/*.cpp") + KERNELS, [])]
 # What is linked as a module elsewhere than on Linux, programs cannot link with.
 if sys.platform == "linux":
-    EXTENSIONS += [extension(LIBRARY, files("cpu/*.cpp"), LINK_LIBRARY)]
+    EXTENSIONS += [extension(LIBRARY, EXPORTED, LINK_LIBRARY)]
 
 setup(
     packages=find_packages(include=["nabla_fast", "nabla_fast.*"]) + sorted(MAPPED),

@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <memory>
 
-#include "cpu/exponential_race.h"
-#include "cpu/token_filter.h"
-#include "cpu/vec_exp_array.h"
+#include "internal/exponential_race.h"
+#include "internal/token_filter.h"
+#include "internal/vec_exp_array.h"
 #include "nabla_fast.h"
 
 namespace py = pybind11;
@@ -146,7 +146,7 @@ nabla_fast_status prefix_attention_backward(const nabla_fast_attention& inputs,
 }
 
 void vec_exp(std::uintptr_t x, std::uintptr_t y, int64_t n) {
-  nabla_fast::cpu::vec_exp_array(pointer<const float>(x), pointer<float>(y), n);
+  nabla_fast::internal::vec_exp_array(pointer<const float>(x), pointer<float>(y), n);
 }
 
 nabla_fast_status lm_logits(std::uintptr_t hidden, int64_t rows, int64_t hidden_stride,
@@ -172,13 +172,13 @@ nabla_fast_status nll_grad(std::uintptr_t hidden, int64_t rows, int64_t hidden_s
 
 int64_t exponential_race(std::uintptr_t generator, int64_t vocab, std::uintptr_t tokens,
                          std::uintptr_t probabilities, bool wide, int64_t count) {
-  auto* state = pointer<nabla_fast::cpu::Mt19937>(generator);
+  auto* state = pointer<nabla_fast::internal::Mt19937>(generator);
   auto* ids = pointer<const int64_t>(tokens);
   if (wide)
-    return nabla_fast::cpu::exponential_race(state, vocab, ids,
-                                             pointer<const double>(probabilities), count);
-  return nabla_fast::cpu::exponential_race(state, vocab, ids, pointer<const float>(probabilities),
-                                           count);
+    return nabla_fast::internal::exponential_race(state, vocab, ids,
+                                                  pointer<const double>(probabilities), count);
+  return nabla_fast::internal::exponential_race(state, vocab, ids,
+                                                pointer<const float>(probabilities), count);
 }
 
 int64_t filter_tokens(std::uintptr_t logits, bool wide, int64_t vocab, double temperature,
@@ -186,10 +186,12 @@ int64_t filter_tokens(std::uintptr_t logits, bool wide, int64_t vocab, double te
                       std::uintptr_t probabilities, int64_t capacity) {
   auto* ids = pointer<int64_t>(tokens);
   if (wide)
-    return nabla_fast::cpu::filter_tokens(pointer<const double>(logits), vocab, temperature, top_k,
-                                          top_p, ids, pointer<double>(probabilities), capacity);
-  return nabla_fast::cpu::filter_tokens(pointer<const float>(logits), vocab, temperature, top_k,
-                                        top_p, ids, pointer<float>(probabilities), capacity);
+    return nabla_fast::internal::filter_tokens(pointer<const double>(logits), vocab, temperature,
+                                               top_k, top_p, ids, pointer<double>(probabilities),
+                                               capacity);
+  return nabla_fast::internal::filter_tokens(pointer<const float>(logits), vocab, temperature,
+                                             top_k, top_p, ids, pointer<float>(probabilities),
+                                             capacity);
 }
 
 }  // namespace

@@ -7,16 +7,16 @@
 #include <vector>
 
 #include "bindings.h"
-#include "cpu/decoder.h"
+#include "internal/decoder.h"
 
 namespace py = pybind11;
 
 namespace nabla_fast::bindings {
 
-using cpu::Decoder;
-using cpu::DecoderLayer;
-using cpu::DecoderPass;
-using cpu::Linear;
+using internal::Decoder;
+using internal::DecoderLayer;
+using internal::DecoderPass;
+using internal::Linear;
 
 namespace {
 
@@ -89,31 +89,32 @@ void bind_decoder(py::module_& module) {
   py::class_<DecoderPass>(module, "DecoderPass").def(py::init(&pass));
   py::class_<Decoder>(module, "Decoder")
       .def(py::init(&decoder))
-      .def("memory", &cpu::decoder_memory, py::arg("tokens"), py::arg("keep"))
-      .def("forward", &cpu::decoder_forward, release_gil())
+      .def("memory", &internal::decoder_memory, py::arg("tokens"), py::arg("keep"))
+      .def("forward", &internal::decoder_forward, release_gil())
       .def(
           "backward_norm",
           [](const Decoder& self, const DecoderPass& p, std::uintptr_t dx) {
-            cpu::decoder_backward_norm(self, p, pointer<float>(dx));
+            internal::decoder_backward_norm(self, p, pointer<float>(dx));
           },
           release_gil())
       .def(
           "backward_mlp",
           [](const Decoder& self, const DecoderPass& p, int64_t layer, std::uintptr_t dx,
              std::uintptr_t d_attended) {
-            cpu::decoder_backward_mlp(self, p, layer, pointer<float>(dx),
-                                      pointer<float>(d_attended));
+            internal::decoder_backward_mlp(self, p, layer, pointer<float>(dx),
+                                           pointer<float>(d_attended));
           },
           release_gil())
       .def(
           "backward_qkv",
           [](const Decoder& self, const DecoderPass& p, int64_t layer, std::uintptr_t d_qkv,
              std::uintptr_t dx) {
-            cpu::decoder_backward_qkv(self, p, layer, pointer<float>(d_qkv), pointer<float>(dx));
+            internal::decoder_backward_qkv(self, p, layer, pointer<float>(d_qkv),
+                                           pointer<float>(dx));
           },
           release_gil())
       .def("qkv_offset", [](const Decoder& self, const DecoderPass& p, int64_t layer) {
-        return cpu::decoder_qkv(self, p, layer) - p.memory;
+        return internal::decoder_qkv(self, p, layer) - p.memory;
       });
 }
 

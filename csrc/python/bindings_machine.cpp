@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "bindings.h"
-#include "cpu/machine.h"
+#include "internal/machine.h"
 
 namespace py = pybind11;
 
@@ -16,22 +16,23 @@ void bind_machine(py::module_& module) {
   module.def(
       "machine_read",
       [](std::uintptr_t x, int64_t n, int threads) {
-        return cpu::machine_read(pointer<const float>(x), n, threads);
+        return internal::machine_read(pointer<const float>(x), n, threads);
       },
       release_gil(), py::arg("x"), py::arg("n"), py::arg("threads"),
       "The sum of n float32 at the address x.");
   module.def(
       "machine_triad",
       [](std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, float s, int64_t n, int threads) {
-        cpu::machine_triad(pointer<float>(a), pointer<const float>(b), pointer<const float>(c), s,
-                           n, threads);
+        internal::machine_triad(pointer<float>(a), pointer<const float>(b), pointer<const float>(c),
+                                s, n, threads);
       },
       release_gil(), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("s"), py::arg("n"),
       py::arg("threads"), "a = b + s c for n float32 at addresses that are multiples of 64.");
-  module.def("machine_multiply_adds", &cpu::machine_multiply_adds, release_gil(), py::arg("rounds"),
-             py::arg("threads"), "Operations of rounds of float32 multiply-adds in each thread.");
+  module.def("machine_multiply_adds", &internal::machine_multiply_adds, release_gil(),
+             py::arg("rounds"), py::arg("threads"),
+             "Operations of rounds of float32 multiply-adds in each thread.");
   module.def(
-      "machine_dot_products", &cpu::machine_dot_products, release_gil(), py::arg("rounds"),
+      "machine_dot_products", &internal::machine_dot_products, release_gil(), py::arg("rounds"),
       py::arg("threads"),
       "Operations of rounds of bf16 dot products in each thread; 0 without the instruction.");
 }

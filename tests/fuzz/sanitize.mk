@@ -12,14 +12,13 @@ CASES ?= 1000000
 SEED ?= 1
 BUILD := build/sanitize
 
-# Files of csrc/cpu that only the Python extension calls.
-PYTHON_ONLY := decoder exponential_race token_filter vec_exp_array
-KERNELS := $(filter-out $(PYTHON_ONLY:%=csrc/cpu/%.cpp),$(wildcard csrc/cpu/*.cpp))
+# All but csrc/cpu/internal/, which only the Python extension calls.
+KERNELS := $(filter-out csrc/cpu/internal/%,$(sort $(wildcard csrc/cpu/*/*.cpp)))
 DRIVER := $(filter-out tests/fuzz/openmp_threads.cpp,$(wildcard tests/fuzz/*.cpp))
 EXAMPLE := examples/c/linked.c examples/c/descend.c
 
 # As setup.py has them, but for less optimization and no -fwrapv.
-FLAGS := -O1 -g1 -fopenmp -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -Icsrc -Icsrc/include
+FLAGS := -O1 -g1 -fopenmp -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -Icsrc/cpu -Icsrc/include
 FLAGS += -fno-math-errno -fno-trapping-math -ffp-contract=fast
 CXXFLAGS := -std=c++17 $(FLAGS)
 CFLAGS := -std=c99 -pedantic -Werror $(FLAGS)

@@ -1,0 +1,104 @@
+// The two matrix products of an op over a vocabulary, by tiles that stay in a cache:
+//
+//   products           z[t, r] = sum_k table[t, k] rows[r, k]     logits, or one-hot gradients
+//   add_weighted_sums  sums[r, k] += sum_t weights[t, r] table[t, k]
+//
+// for at most 64 rows and 64 tokens at a time. A table is read once, its next tile prefetched
+// during the arithmetic on one: both products run at the rate of the arithmetic from some 16 rows
+// on, and at that of memory below.
+//
+// An element is one chain of multiply-adds over 32 columns (64 tokens) at a time, and these sums
+// are added in order: it has the same bits whatever rows are beside it, few or many. lm_logits,
+// nll_grad and the decoder promise the bits of another order, that of dot_products.h and
+// add_weighted_rows.h.
+#ifndef NABLA_FAST_CPU_GEMM_VOCAB_TILES_H_
+#define NABLA_FAST_CPU_GEMM_VOCAB_TILES_H_
+
+#include <cstdint>
+
+#include "base/check.h"
+#include "base/isa.h"
+#include "nabla_fast.h"
+#include "simd/bf16.h"
+#include "simd/lanes.h"
+
+namespace nabla_fast::gemm {
+
+// Most rows that share a pass over a table, and most tokens of a tile.
+constexpr int kRowsPerGroup = 64;
+constexpr int kVocabTileTokens = 64;
+
+// Rows of a group lie side by side in a tile [tokens, lanes]; a vector never holds fewer.
+constexpr int lanes_of(int rows) { return (rows + 15) / 16 * 16; }
+
+// A table [.., width] of float32 or bf16, from one of its rows on.
+struct Table {
+  const void* data;
+  nabla_fast_dtype dtype;
+  int64_t width, stride;
+
+  int bytes() const { return dtype == NABLA_FAST_FLOAT32 ? 4 : 2; }
+  Table from(int64_t token) const {
+    return {static_cast<const char*>(data) + token * stride * bytes(), dtype, width, stride};
+  }
+  float value(int64_t token, int64_t column) const {
+    const int64_t at = token * stride + column;
+    return dtype == NABLA_FAST_FLOAT32 ? static_cast<const float*>(data)[at]
+                                       : bf16_to_fp32(static_cast<const uint16_t*>(data)[at]);
+  }
+};
+
+// to[k] = columns [column, column + columns) of a row of a table, and zeros up to the next multiple
+// of 16.
+template <int W>
+NABLA_FAST_INLINE void copy_to_fp32(const Table& table, int64_t token, int64_t column,
+                                    int64_t columns, float* to) {
+  const int64_t at = token * table.stride + column;
+  if (table.dtype == NABLA_FAST_FLOAT32)
+    nabla_fast::copy_to_fp32<W>(static_cast<const float*>(table.data) + at, columns, to);
+  else
+    nabla_fast::copy_to_fp32<W>(static_cast<const uint16_t*>(table.data) + at, columns, to);
+}
+
+// First `count` rows of a table, which fit (base/check.h).
+inline Table table_of(const nabla_fast_table& t, int64_t count) {
+  return {t.data, t.dtype, t.width, step_of(t.width > 0 ? count : 0, t.stride)};
+}
+
+// Rows transposed, as products() reads them: [width, lanes] of float; where they and the table are
+// bf16 and the CPU has a dot product for it, [(width + 1) / 2, lanes] of pairs of bf16; and where
+// the table is bf16 and it has a matrix unit, as amx.h says.
+struct PackedRows {
+  const void* data;
+  int rows;
+  int64_t width;
+  bool pairs;
+  int terms;  // bf16 terms whose sum a number is; 0 where there is no matrix unit
+
+  int lanes() const { return lanes_of(rows); }
+  // Bytes for any of these forms.
+  static int64_t bytes(int rows, int64_t width) {
+    return 6 * lanes_of(rows) * ((width + 31) / 32 * 32) + 64;
+  }
+};
+
+// Packs the first `rows` rows of `from`, at most kRowsPerGroup, for products with a table of
+// `table_dtype`. `memory`: PackedRows::bytes(), aligned to 64.
+PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, void* memory);
+
+// z[t * lanes + r] = <table[t], rows[r]>, or += it, for at most kVocabTileTokens tokens; lanes
+// behind the last row become 0, or stay.
+void products(const PackedRows& rows, const Table& table, int tokens, bool add, float* z);
+
+// products() with table[token_rows[t]] in place of table[t], in the same bits.
+void mapped_products(const PackedRows& rows, const Table& table, const int64_t* token_rows,
+                     int tokens, bool add, float* z);
+
+// sums[r * padded(width) + k] += sum_t weights[t * lanes + r] table[t, k] for at most kRowsPerGroup
+// rows and kVocabTileTokens tokens. Columns behind the width of a row become 0 or stay.
+void add_weighted_sums(const float* weights, int lanes, int rows, const Table& table, int tokens,
+                       float* sums);
+
+}  // namespace nabla_fast::gemm
+
+#endif  // NABLA_FAST_CPU_GEMM_VOCAB_TILES_H_

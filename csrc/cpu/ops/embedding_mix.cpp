@@ -1,0 +1,234 @@
+// nabla_fast_embedding_mix: products of relaxed one-hot rows with tables.
+//
+// Soft: a segment's weights are relative to the largest y that its row has shown so far; where that
+// moves, the sums are rescaled. Hard: only the largest y is looked for.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "base/check.h"
+#include "base/floats.h"
+#include "base/threads.h"
+#include "nabla_fast.h"
+#include "ops/embedding_mix_call.h"
+#include "ops/embedding_mix_sums.h"
+
+namespace nabla_fast::mix {
+namespace {
+
+// Multiply-adds worth another thread.
+constexpr int64_t kWorkPerThread = int64_t{1} << 21;
+
+// Floats of a group's mixes of all tables.
+Size mix_floats(const nabla_fast_mix& call) {
+  Size width = 0;
+  for (int64_t t = 0; t < call.table_count; ++t)
+    width = width + Size(call.tables[t].width).rounded_up(16);
+  return width * std::min<int64_t>(call.rows, gemm::kRowsPerGroup);
+}
+
+// Segments computed at once.
+int parts_of(const nabla_fast_mix& call, int32_t hard, int32_t num_threads) {
+  Size width = is_linear(call) ? call.head.width : 0;
+  for (int64_t t = 0; t < call.table_count && !hard; ++t) width = width + call.tables[t].width;
+  const Size work =
+      (width + 16) * call.vocab * (std::min<int64_t>(call.rows, gemm::kRowsPerGroup) + 4);
+  return static_cast<int>(std::min<int64_t>(
+      threads_for(work.or_most(), kWorkPerThread, num_threads), mix_segments(call.vocab)));
+}
+
+// Writes a row's mixes: those of its hard token, or NaN where `status` is not OK.
+void write_row(const nabla_fast_mix& call, int64_t row, nabla_fast_status status, int64_t token,
+               float* const* mixes) {
+  for (int64_t t = 0; t < call.table_count; ++t) {
+    const int64_t width = call.tables[t].width;
+    float* out = mixes[t] + row * width;
+    for (int64_t k = 0; k < width; ++k)
+      out[k] = status == NABLA_FAST_OK ? gemm::table_of(call.tables[t], call.vocab).value(token, k)
+                                       : kNaN;
+  }
+}
+
+// -- soft -----------------------------------------------------------------------------------------
+
+void add_segment(const RowGroup& group, int64_t segment, int64_t floats, MixSums& part) {
+  const nabla_fast_mix& call = group.call;
+  alignas(64) float y[softmax::kTileFloats];
+  float factor[gemm::kRowsPerGroup];
+  part.clear(floats);
+  for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
+    group.load(token, tokens, y);
+    if (softmax::update_max(y, group.rows, token, tokens, call.tau, part.tops, factor)) {
+      float* mixed = part.mixes();
+      for (int r = 0; r < group.rows; ++r) part.sums.e[r] *= factor[r];
+      for (int64_t t = 0; t < call.table_count; ++t) {
+        const int64_t width = padded(call.tables[t].width);
+        for (int r = 0; r < group.rows; ++r, mixed += width)
+          if (factor[r] != 1)
+            for (int64_t k = 0; k < width; ++k) mixed[k] *= factor[r];
+      }
+    }
+    softmax::exp_and_sum(y, group.rows, tokens, part.tops.max, call.tau, part.sums);
+    float* mixed = part.mixes();
+    for (int64_t t = 0; t < call.table_count; ++t) {
+      const gemm::Table table = gemm::table_of(call.tables[t], call.vocab);
+      gemm::add_weighted_sums(y, gemm::lanes_of(group.rows), group.rows, table.from(token), tokens,
+                              mixed);
+      mixed += group.rows * padded(table.width);
+    }
+  });
+}
+
+void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
+  softmax::Tops& tops = total.tops;
+  tops.nan[row] |= part.tops.nan[row];
+  const float before = tops.max[row], here = part.tops.max[row];
+  if (here > before) {
+    tops.max[row] = here;
+    tops.token[row] = part.tops.token[row];
+  }
+  if (tops.token[row] < 0) return;
+  const double scale = softmax::rescale(before, tops.max[row], group.call.tau);
+  const double part_scale = softmax::rescale(here, tops.max[row], group.call.tau);
+  total.sums.e[row] = scale * total.sums.e[row] + part_scale * part.sums.e[row];
+  int64_t begin = 0;
+  for (int64_t t = 0; t < group.call.table_count; ++t) {
+    const int64_t width = padded(group.call.tables[t].width);
+    float* to = total.mixes() + begin + row * width;
+    const float* from = part.mixes() + begin + row * width;
+    const float a = static_cast<float>(scale), b = static_cast<float>(part_scale);
+    for (int64_t k = 0; k < width; ++k) to[k] = a * to[k] + b * from[k];
+    begin += group.rows * width;
+  }
+}
+
+void soft_group(const RowGroup& group, int threads, char* memory, float* const* mixes,
+                nabla_fast_status* row_status) {
+  const nabla_fast_mix& call = group.call;
+  const int64_t floats = mix_floats(call).or_zero(), bytes = MixSums::bytes(floats).or_zero();
+  auto* total = reinterpret_cast<MixSums*>(memory);
+  const auto part = [=](int64_t n) { return reinterpret_cast<MixSums*>(memory + (n + 1) * bytes); };
+  total->clear(floats);
+  in_rounds(
+      mix_segments(call.vocab), group.rows, threads,
+      [&](int64_t segment, int64_t n) { add_segment(group, segment, floats, *part(n)); },
+      [&](int row, int64_t n) { join_row(group, row, *part(n), *total); });
+  for (int r = 0; r < group.rows; ++r) {
+    const int64_t row = group.first + r;
+    row_status[row] = total->tops.status(r);
+    if (row_status[row] != NABLA_FAST_OK) {
+      write_row(call, row, row_status[row], -1, mixes);
+      continue;
+    }
+    const auto inverse = static_cast<float>(1 / total->sums.e[r]);
+    const float* mixed = total->mixes();
+    for (int64_t t = 0; t < call.table_count; ++t) {
+      const int64_t width = call.tables[t].width;
+      for (int64_t k = 0; k < width; ++k)
+        mixes[t][row * width + k] = mixed[r * padded(width) + k] * inverse;
+      mixed += group.rows * padded(width);
+    }
+  }
+}
+
+// -- hard -----------------------------------------------------------------------------------------
+
+void hard_group(const RowGroup& group, int threads, char* memory, float* const* mixes,
+                nabla_fast_status* row_status) {
+  const nabla_fast_mix& call = group.call;
+  auto* total = reinterpret_cast<softmax::Tops*>(memory);
+  total->clear();
+  in_rounds(
+      mix_segments(call.vocab), group.rows, threads,
+      [&](int64_t segment, int64_t n) {
+        alignas(64) float y[softmax::kTileFloats];
+        float factor[gemm::kRowsPerGroup];
+        total[n + 1].clear();
+        for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
+          group.load(token, tokens, y);
+          softmax::update_max(y, group.rows, token, tokens, call.tau, total[n + 1], factor);
+        });
+      },
+      [&](int row, int64_t n) {
+        const softmax::Tops& part = total[n + 1];
+        total->nan[row] |= part.nan[row];
+        if (!(part.max[row] > total->max[row])) return;
+        total->max[row] = part.max[row];
+        total->token[row] = part.token[row];
+      });
+  for (int r = 0; r < group.rows; ++r) {
+    const int64_t row = group.first + r;
+    row_status[row] = total->status(r);
+    write_row(call, row, row_status[row], total->token[r], mixes);
+  }
+}
+
+void hard_rows(const nabla_fast_mix& call, int64_t first, int rows, char* memory,
+               float* const* mixes, nabla_fast_status* row_status, int32_t num_threads) {
+  softmax::Top tops[gemm::kRowsPerGroup];
+  softmax::tops_of_rows(gemm::table_of(call.logits, call.rows).from(first), rows, call.vocab,
+                        keys_from(call, first), num_threads,
+                        reinterpret_cast<softmax::Top*>(memory), tops);
+  for (int r = 0; r < rows; ++r) {
+    row_status[first + r] = tops[r].status();
+    write_row(call, first + r, row_status[first + r], tops[r].token, mixes);
+  }
+}
+
+}  // namespace
+}  // namespace nabla_fast::mix
+
+using namespace nabla_fast;
+using namespace nabla_fast::mix;
+
+int64_t nabla_fast_embedding_mix_workspace(const nabla_fast_mix* inputs, int32_t hard,
+                                           int32_t num_threads) {
+  if (check_mix(inputs) != NABLA_FAST_OK || inputs->rows == 0) return 0;
+  const nabla_fast_mix& call = *inputs;
+  if (hard && !is_linear(call))
+    return (Size(kAlignment) + Size(softmax::top_parts(
+                                   std::min<int64_t>(call.rows, gemm::kRowsPerGroup), call.vocab)) *
+                                   static_cast<int64_t>(sizeof(softmax::Top)))
+        .or_zero();
+  const Size part = hard ? Size(sizeof(softmax::Tops)) : MixSums::bytes(mix_floats(call));
+  return (Size(kAlignment) + RowGroup::hidden_bytes(call) +
+          part * (parts_of(call, hard, num_threads) + 1))
+      .or_zero();
+}
+
+nabla_fast_status nabla_fast_embedding_mix(const nabla_fast_mix* inputs, int32_t hard,
+                                           float* const* mixes, nabla_fast_status* row_status,
+                                           void* workspace, int64_t workspace_bytes,
+                                           int32_t num_threads) {
+  if (const auto status = check_mix(inputs)) return status;
+  const nabla_fast_mix& call = *inputs;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (!row_status || !workspace || (call.table_count > 0 && !mixes))
+    return NABLA_FAST_INVALID_POINTER;
+  for (int64_t t = 0; t < call.table_count; ++t) {
+    if (!fits({{call.rows, call.tables[t].width}, {call.tables[t].width, 1}}, 4))
+      return NABLA_FAST_TOO_LARGE;
+    if (!mixes[t] && call.tables[t].width > 0) return NABLA_FAST_INVALID_POINTER;
+  }
+  const int64_t needed = nabla_fast_embedding_mix_workspace(inputs, hard, num_threads);
+  if (needed == 0) return NABLA_FAST_TOO_LARGE;
+  if (workspace_bytes < needed) return NABLA_FAST_WORKSPACE_TOO_SMALL;
+  char* memory = aligned(workspace);
+  const int threads = parts_of(call, hard, num_threads);
+  for (int64_t first = 0; first < call.rows; first += gemm::kRowsPerGroup) {
+    const int rows = static_cast<int>(std::min<int64_t>(gemm::kRowsPerGroup, call.rows - first));
+    if (hard && !is_linear(call)) {
+      hard_rows(call, first, rows, memory, mixes, row_status, num_threads);
+      continue;
+    }
+    const RowGroup group(call, first, memory);
+    char* sums = memory + RowGroup::hidden_bytes(call).or_zero();
+    if (hard)
+      hard_group(group, threads, sums, mixes, row_status);
+    else
+      soft_group(group, threads, sums, mixes, row_status);
+  }
+  return NABLA_FAST_OK;
+}

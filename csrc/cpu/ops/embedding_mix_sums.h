@@ -1,0 +1,65 @@
+// Sums over a vocabulary, relative to the largest y that a row has shown so far, of a group's rows.
+#ifndef NABLA_FAST_CPU_OPS_EMBEDDING_MIX_SUMS_H_
+#define NABLA_FAST_CPU_OPS_EMBEDDING_MIX_SUMS_H_
+
+#include <cmath>
+#include <cstdint>
+
+#include "base/check.h"
+#include "gemm/vocab_tiles.h"
+#include "softmax/relaxed_tiles.h"
+#include "softmax/row_softmax.h"
+
+#ifdef _OPENMP
+  #include <omp.h>
+#endif
+
+namespace nabla_fast::mix {
+
+// Sums of a segment, or of all segments so far. Mixes lie behind one another, as
+// add_weighted_sums() has them: [rows, padded(width)] each.
+struct MixSums {
+  softmax::Tops tops;
+  softmax::Sums sums;
+  alignas(64) float centre[gemm::kRowsPerGroup];  // c
+
+  float* mixes() { return reinterpret_cast<float*>(this + 1); }
+
+  void clear(int64_t mix_floats) {
+    tops.clear();
+    sums.clear();
+    for (int r = 0; r < gemm::kRowsPerGroup; ++r) centre[r] = 0;
+    float* all = mixes();
+    for (int64_t n = 0; n < mix_floats; ++n) all[n] = 0;
+  }
+
+  static Size bytes(Size mix_floats) {
+    return (Size(sizeof(MixSums)) + mix_floats * 4).rounded_up(kAlignment);
+  }
+};
+
+// Rounds of `threads` segments of a group: run(segment, part) on a thread each, then join(row,
+// part) for every row and every part in the order of the segments.
+template <typename Run, typename Join>
+void in_rounds(int64_t segments, int rows, int threads, const Run& run, const Join& join) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#ifdef _OPENMP
+    const int64_t rank = omp_get_thread_num(), size = omp_get_num_threads();
+#else
+    const int64_t rank = 0, size = 1;
+#endif
+    for (int64_t round = 0; round < segments; round += size) {
+      if (round + rank < segments) run(round + rank, rank);
+#pragma omp barrier
+      const int64_t parts = std::min(size, segments - round);
+      for (int64_t r = rows * rank / size; r < rows * (rank + 1) / size; ++r)
+        for (int64_t part = 0; part < parts; ++part) join(static_cast<int>(r), part);
+#pragma omp barrier
+    }
+  }
+}
+
+}  // namespace nabla_fast::mix
+
+#endif  // NABLA_FAST_CPU_OPS_EMBEDDING_MIX_SUMS_H_

@@ -1,0 +1,180 @@
+// nabla_fast_nll_grad: the gradient of a linear cross-entropy with respect to its hidden states.
+// The vocabulary is read in blocks; logits exist for one block of one group of rows at a time.
+//
+// The vocabulary is cut into segments, by position alone. A segment keeps for each row the largest
+// logit so far, the sum of exponentials under it and their sum times the head's rows; segments are
+// joined from left to right, on whatever thread they were computed. The target's own term is left
+// out of both sums and joined at the end, where 1 - p would be lost to rounding.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "base/check.h"
+#include "base/floats.h"
+#include "base/isa.h"
+#include "base/threads.h"
+#include "gemm/add_weighted_rows.h"
+#include "gemm/dot_products.h"
+#include "gemm/vocab_tiles.h"
+#include "nabla_fast.h"
+#include "simd/vec_exp.h"
+#include "softmax/row_softmax.h"
+#include "softmax/row_status.h"
+
+namespace nabla_fast::nll {
+namespace {
+
+constexpr int64_t kNllSegmentTokens = 8192;
+// Rows that share a reading of the head, and tokens whose logits exist at once.
+constexpr int64_t kRowsPerHeadRead = 64;
+constexpr int64_t kLogitTokens = gemm::kTokensInL2;
+
+int64_t segments_of(int64_t vocab) { return (vocab + kNllSegmentTokens - 1) / kNllSegmentTokens; }
+
+// Sums of a group of rows over a segment.
+struct Part {
+  float* max;            // [rows]
+  float* sum;            // [rows] of exp(logit - max), the target's left out
+  float* target;         // [rows] its logit, if it lies in the segment
+  float* weighted_rows;  // [rows, padded(width)] of exp(logit - max) times the head's row, likewise
+
+  static int64_t floats(int64_t rows, int64_t width) { return rows * (3 + padded(width)); }
+
+  Part(float* memory, int64_t rows)
+      : max(memory),
+        sum(memory + rows),
+        target(memory + 2 * rows),
+        weighted_rows(memory + 3 * rows) {}
+};
+
+// Tokens [first, last) for the rows of `p`, at most kRowsPerHeadRead.
+template <typename T>
+NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const int64_t* targets, int64_t first,
+                               int64_t last, Part part) {
+  int64_t width = padded(p.width);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    part.max[r] = -kInfinity;
+    part.sum[r] = 0;
+    part.target[r] = -kInfinity;
+  }
+  std::fill_n(part.weighted_rows, p.rows * width, 0.0f);
+  float z[kRowsPerHeadRead * kLogitTokens];
+  for (int64_t block = first; block < last; block += kLogitTokens) {
+    int tokens = static_cast<int>(std::min(kLogitTokens, last - block));
+    gemm::dot_block<T>(p, block, block + tokens, z, kLogitTokens);
+    for (int64_t r = 0; r < p.rows; ++r) {
+      float* row = z + r * kLogitTokens;
+      int64_t target = targets[r] - block;
+      bool here = target >= 0 && target < tokens;
+      if (here) part.target[r] = row[target];
+      float top = part.max[r];
+      for (int t = 0; t < tokens; ++t) top = row[t] > top ? row[t] : top;
+      if (top > part.max[r]) {
+        float scale = vec_exp(part.max[r] - top);
+        part.sum[r] *= scale;
+        for (int64_t k = 0; k < width; ++k) part.weighted_rows[r * width + k] *= scale;
+        part.max[r] = top;
+      }
+      // A row of -inf alone so far: its differences would be NaN.
+      float shift = top > -kInfinity ? top : 0.0f;
+      for (int t = 0; t < tokens; ++t) row[t] = vec_exp(row[t] - shift);
+      if (here) row[target] = 0;
+      float sum = 0;
+      for (int t = 0; t < tokens; ++t) sum += row[t];
+      part.sum[r] += sum;
+    }
+    const T* head = static_cast<const T*>(p.head) + block * p.head_stride;
+    gemm::add_weighted_rows<T>(z, kLogitTokens, p.rows, tokens, head, p.head_stride, p.width,
+                               part.weighted_rows, width);
+  }
+}
+
+NABLA_FAST_FOR_EACH_ISA(fp32_segment, segment<float>)
+NABLA_FAST_FOR_EACH_ISA(bf16_segment, segment<uint16_t>)
+
+// Joins a row's parts from left to right.
+nabla_fast_status join(const gemm::HeadProduct& p, nabla_fast_dtype dtype, int64_t target,
+                       float* memory, int64_t segments, int64_t row, float* out) {
+  int64_t width = padded(p.width), floats = Part::floats(p.rows, p.width);
+  float top = -kInfinity, target_logit = -kInfinity;
+  bool nan = false;
+  for (int64_t s = 0; s < segments; ++s) {
+    Part part(memory + s * floats, p.rows);
+    nan = nan || part.sum[row] != part.sum[row] || part.target[row] != part.target[row];
+    top = std::max(top, part.max[row]);
+    if (target / kNllSegmentTokens == s) target_logit = part.target[row];
+  }
+  // An infinite logit makes the sums NaN too.
+  const nabla_fast_status status = softmax::row_status(top, nan && top < kInfinity);
+  if (status != NABLA_FAST_OK) {
+    for (int64_t k = 0; k < p.width; ++k) out[k] = kNaN;
+    return status;
+  }
+  const gemm::Table head{p.head, dtype, p.width, p.head_stride};
+  double rest = 0;
+  for (int64_t k = 0; k < p.width; ++k) out[k] = 0;
+  for (int64_t s = 0; s < segments; ++s) {
+    Part part(memory + s * floats, p.rows);
+    double scale = softmax::rescale(part.max[row], top);
+    rest += scale * part.sum[row];
+    for (int64_t k = 0; k < p.width; ++k)
+      out[k] += static_cast<float>(scale) * part.weighted_rows[row * width + k];
+  }
+  double inverse = 1 / (rest + softmax::rescale(target_logit, top));
+  for (int64_t k = 0; k < p.width; ++k)
+    out[k] = static_cast<float>((out[k] - rest * head.value(target, k)) * inverse);
+  return NABLA_FAST_OK;
+}
+
+}  // namespace
+}  // namespace nabla_fast::nll
+
+using namespace nabla_fast;
+using namespace nabla_fast::nll;
+
+extern "C" int64_t nabla_fast_nll_grad_workspace(int64_t rows, int64_t vocab, int64_t width) {
+  if (rows < 0 || vocab < 1 || width < 0 || !fits({{vocab, 1}, {width, 1}}, 4)) return 0;
+  const Size floats =
+      Size(segments_of(vocab)) * Part::floats(std::min(rows, kRowsPerHeadRead), width);
+  return (kAlignment + floats * 4).or_zero();
+}
+
+extern "C" nabla_fast_status nabla_fast_nll_grad(
+    const float* hidden, int64_t rows, int64_t hidden_stride, const void* head,
+    nabla_fast_dtype head_dtype, int64_t vocab, int64_t width, int64_t head_stride,
+    const int64_t* targets, float* grad, int64_t grad_stride, nabla_fast_status* row_status,
+    void* workspace, int64_t workspace_bytes, int32_t num_threads) {
+  if (rows < 0 || vocab < 1 || width < 0) return NABLA_FAST_INVALID_SHAPE;
+  if (!is_dtype(head_dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
+  if (rows == 0) return NABLA_FAST_OK;
+  const int64_t bytes = nabla_fast_nll_grad_workspace(rows, vocab, width);
+  if (!fits({{rows, hidden_stride}, {width, 1}}, 4) ||
+      !fits({{rows, grad_stride}, {width, 1}}, 4) ||
+      !fits({{vocab, head_stride}, {width, 1}}, bytes_of(head_dtype)) || !fits({{rows, 1}}, 8) ||
+      bytes == 0)
+    return NABLA_FAST_TOO_LARGE;
+  if (!targets || !row_status || !workspace || (width > 0 && (!hidden || !head || !grad)))
+    return NABLA_FAST_INVALID_POINTER;
+  if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
+  for (int64_t r = 0; r < rows; ++r)
+    if (targets[r] < 0 || targets[r] >= vocab) return NABLA_FAST_INVALID_TOKEN;
+  auto* const run = (head_dtype == NABLA_FAST_FLOAT32 ? fp32_segment : bf16_segment).select();
+  auto* memory = reinterpret_cast<float*>(aligned(workspace));
+  int64_t segments = segments_of(vocab);
+  for (int64_t first = 0; first < rows; first += kRowsPerHeadRead) {
+    int64_t count = std::min(kRowsPerHeadRead, rows - first);
+    gemm::HeadProduct p{hidden + first * hidden_stride, count, hidden_stride, head, vocab, width,
+                        step_of(vocab, head_stride)};
+    int64_t floats = Part::floats(count, width);
+    const int threads = threads_for(segments, 1, num_threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t s = 0; s < segments; ++s)
+      run(p, targets + first, s * kNllSegmentTokens, std::min(vocab, (s + 1) * kNllSegmentTokens),
+          Part(memory + s * floats, count));
+    for (int64_t r = 0; r < count; ++r)
+      row_status[first + r] = join(p, head_dtype, targets[first + r], memory, segments, r,
+                                   grad + (first + r) * grad_stride);
+  }
+  return NABLA_FAST_OK;
+}

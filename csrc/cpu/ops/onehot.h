@@ -1,0 +1,112 @@
+// One-hot gradients G, for onehot_grad and onehot_grad_norm.
+//
+//   u[v] = sum_t <T_t[v], g_t> - nu (z[v] - s)       z[v] = <head[v], hidden>
+//   G[v] = u[v] + nu (logsumexp(z) - s)
+//
+// with a number s of each row: u is computed by tiles, logsumexp(z) at the end of the pass.
+#ifndef NABLA_FAST_CPU_OPS_ONEHOT_H_
+#define NABLA_FAST_CPU_OPS_ONEHOT_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "base/check.h"
+#include "base/floats.h"
+#include "base/isa.h"
+#include "gemm/row_pass.h"
+#include "simd/vec.h"
+#include "softmax/row_softmax.h"
+
+namespace nabla_fast::onehot {
+
+inline gemm::Factors factors_of(const nabla_fast_onehot& inputs) {
+  return {inputs.hidden, inputs.head,  inputs.cotangents, inputs.tables,    inputs.table_count + 1,
+          inputs.rows,   inputs.vocab, inputs.token_maps, inputs.table_rows};
+}
+
+// OK, or why the inputs are refused; outputs are not looked at.
+inline nabla_fast_status check_onehot(const nabla_fast_onehot* inputs) {
+  if (!inputs) return NABLA_FAST_INVALID_POINTER;
+  if (inputs->rows < 0 || inputs->vocab < 1 || inputs->table_count < 0)
+    return NABLA_FAST_INVALID_SHAPE;
+  if (!fits({{inputs->table_count, 1}}, sizeof(nabla_fast_table))) return NABLA_FAST_TOO_LARGE;
+  if (inputs->table_count > 0 &&
+      (!inputs->cotangents || !inputs->tables || (inputs->token_maps && !inputs->table_rows)))
+    return NABLA_FAST_INVALID_POINTER;
+  return gemm::check_factors(factors_of(*inputs), inputs->rows, inputs->vocab);
+}
+
+struct OnehotTile {
+  alignas(64) float z[gemm::kVocabTileTokens * gemm::kRowsPerGroup];
+  alignas(64) float a[gemm::kVocabTileTokens * gemm::kRowsPerGroup];  // sum_t <T_t[v], g_t>
+};
+
+class OnehotPass {
+ public:
+  // Rows [first, first + rows) of the inputs, at most gemm::kRowsPerPass. `memory`:
+  // RowPass::bytes().
+  OnehotPass(const gemm::Factors& factors, int64_t vocab, double nll_coeff, int64_t first,
+             int64_t rows, char* memory)
+      : rows_(factors, first, rows, memory),
+        tables_(factors.count - 1),
+        nll_coeff_(static_cast<float>(nll_coeff)) {
+    alignas(64) float z[gemm::kVocabTileTokens * gemm::kRowsPerGroup];
+    const int tokens = static_cast<int>(std::min<int64_t>(vocab, gemm::kVocabTileTokens));
+    for (int g = 0; g < rows_.groups(); ++g) {
+      rows_.product(0, g, 0, tokens, false, z);
+      const int lanes = rows_.lanes_of(g);
+      float* s = base_ + g * gemm::kRowsPerGroup;
+      // A logit of the row's first tile: differences from it are as exact as logits are.
+      std::copy(z, z + lanes, s);
+      for (int t = 1; t < tokens; ++t)
+        for (int r = 0; r < lanes; ++r) s[r] = std::max(s[r], z[t * lanes + r]);
+      for (int r = 0; r < lanes; ++r)
+        if (!std::isfinite(s[r])) s[r] = 0;
+    }
+  }
+
+  const gemm::RowPass& rows() const { return rows_; }
+  float nll_coeff() const { return nll_coeff_; }
+  // s of a group's rows.
+  const float* base(int group) const { return base_ + group * gemm::kRowsPerGroup; }
+
+  // A tile and its number of tokens, which masked ones bring up to a multiple of
+  // softmax::kSumChains.
+  int tile(int group, int64_t token, int tokens, OnehotTile& tile) const {
+    const int lanes = rows_.lanes_of(group);
+    rows_.product(0, group, token, tokens, false, tile.z);
+    if (tables_ == 0) std::fill_n(tile.a, tokens * lanes, 0.0f);
+    for (int64_t t = 0; t < tables_; ++t) rows_.product(1 + t, group, token, tokens, t > 0, tile.a);
+    const int whole = softmax::pad_to_chains(tile.z, lanes, tokens);
+    std::fill(tile.a + tokens * lanes, tile.a + whole * lanes, 0.0f);
+    return whole;
+  }
+
+  // G - u of a row.
+  double offset(int row, const softmax::RowSoftmax& z) const {
+    return nll_coeff_ * z.above(base_[row]);
+  }
+
+ private:
+  gemm::RowPass rows_;
+  int64_t tables_;
+  float nll_coeff_;
+  alignas(64) float base_[gemm::kRowsPerPass];
+};
+
+template <int W>
+NABLA_FAST_INLINE Ints<W> is_masked(const float* z) {
+  return load<W>(z) == splat<W>(-kInfinity);
+}
+
+// u of W rows, where the token is not masked.
+template <int W>
+NABLA_FAST_INLINE Floats<W> onehot_term(const float* z, const float* a, Floats<W> base,
+                                        float nll_coeff) {
+  return load<W>(a) - nll_coeff * (load<W>(z) - base);
+}
+
+}  // namespace nabla_fast::onehot
+
+#endif  // NABLA_FAST_CPU_OPS_ONEHOT_H_

@@ -1,0 +1,295 @@
+// nabla_fast_prefix_attention: softmax over tiles of keys, read where they lie.
+//
+// Query heads that share a key-value head, and the tokens of the suffix, make up its rows, row n
+// being token n / group and head n mod group of the group. Many rows go into lanes, W at a time.
+// Few rows, as in a decode step, would leave most lanes empty: there the lanes go along the head
+// instead.
+
+#include "ops/prefix_attention.h"
+
+#include <cmath>
+
+#include "base/floats.h"
+
+namespace nabla_fast::attention {
+namespace {
+
+// Multiplications worth another thread.
+constexpr int64_t kWorkPerThread = int64_t{1} << 20;
+constexpr int64_t kMaxSingleRows = 16;
+
+struct Call {
+  const nabla_fast_attention& in;
+  Heads<const float> q;
+  Heads<float> output;
+  int64_t group;  // query heads of a key-value head
+
+  int64_t rows() const { return group * in.suffix; }
+  const float* query(int64_t batch, int64_t kv_head, int64_t row) const {
+    return q.at(batch, kv_head * group + row % group, row / group);
+  }
+  float* result(int64_t batch, int64_t kv_head, int64_t row) const {
+    return output.at(batch, kv_head * group + row % group, row / group);
+  }
+};
+
+// -- rows in lanes --------------------------------------------------------------------------------
+
+// Rows first to first + W - 1 of a key-value head; those behind the last repeat it.
+template <int W>
+NABLA_FAST_INLINE void attend_rows_in_lanes(const Call& call, int64_t batch, int64_t kv_head,
+                                            int64_t first) {
+  const nabla_fast_attention& in = call.in;
+  const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
+  const int64_t last = std::min(first + W, call.rows()) - 1;
+  const float scale = static_cast<float>(in.scale);
+  alignas(64) float q[kMaxHeadDim * W], sums[kMaxHeadDim * W], s[kKeysPerTile * W];
+  const float* others[kKeysPerTile];
+  Ints<W> position, lowest;
+  for (int lane = 0; lane < W; ++lane) {
+    const int64_t row = std::min(first + lane, last);
+    const float* query = call.query(batch, kv_head, row);
+    for (int64_t d = 0; d < in.dim; ++d) q[d * W + lane] = query[d];
+    position[lane] = static_cast<int32_t>(keys.prefix + row / call.group);
+    lowest[lane] = static_cast<int32_t>(first_seen(in, position[lane]));
+  }
+  std::fill(sums, sums + in.dim * W, 0.0f);
+  Floats<W> max = splat<W>(-kInfinity), total = {};
+  Ints<W> nan = {};
+
+  const int64_t end = position[W - 1] + 1;
+  for (int64_t begin = lowest[0]; begin < end; begin += kKeysPerTile) {
+    const int64_t count = std::min(kKeysPerTile, end - begin);
+    keys.find(begin, begin + count, others);
+    scores<W>(others, count, q, in.dim, scale, s);
+    if (begin < lowest[W - 1] || begin + count - 1 > position[0]) {
+      for (int64_t j = 0; j < count; ++j) {
+        const int32_t t = static_cast<int32_t>(begin + j);
+        const Ints<W> seen = (t <= position) & (t >= lowest);
+        store<W>(s + j * W, seen ? load<W>(s + j * W) : splat<W>(-kInfinity));
+      }
+    }
+    Floats<W> tile_max = max;
+    for (int64_t j = 0; j < count; ++j) {
+      const Floats<W> score = load<W>(s + j * W);
+      tile_max = score > tile_max ? score : tile_max;
+    }
+    // A row may have seen nothing yet.
+    const Floats<W> base = tile_max > -kInfinity ? tile_max : Floats<W>{};
+    const Floats<W> rescale = exp_of_negative<W>(max - base, nan);
+    Floats<W> tile_total = {};
+    for (int64_t j = 0; j < count; ++j) {
+      const Floats<W> e = exp_of_negative<W>(load<W>(s + j * W) - base, nan);
+      store<W>(s + j * W, e);
+      tile_total += e;
+    }
+    total = total * rescale + tile_total;
+    max = tile_max;
+    for (int64_t d = 0; d < in.dim; ++d) store<W>(sums + d * W, load<W>(sums + d * W) * rescale);
+    values.find(begin, begin + count, others);
+    accumulate<W>(others, count, s, in.dim, sums);
+  }
+  for (int lane = 0; first + lane <= last; ++lane) {
+    const float inverse = nan[lane] ? kNaN : 1 / total[lane];
+    float* result = call.result(batch, kv_head, first + lane);
+    for (int64_t d = 0; d < in.dim; ++d) result[d] = sums[d * W + lane] * inverse;
+  }
+}
+
+// -- a row by itself ------------------------------------------------------------------------------
+
+// Products of a query with kCount keys, each as the sum of W / kCount neighbouring lanes.
+template <int W, int kCount>
+NABLA_FAST_INLINE Floats<W> products(const float* query, const float* const* keys, int64_t dim) {
+  if constexpr (kCount == 1) {
+    Floats<W> sum = load<W>(query) * load<W>(keys[0]);
+    for (int64_t d = W; d < dim; d += W) sum += load<W>(query + d) * load<W>(keys[0] + d);
+    return sum;
+  } else {
+    return folded<W, W / kCount>(products<W, kCount / 2>(query, keys, dim),
+                                 products<W, kCount / 2>(query, keys + kCount / 2, dim),
+                                 std::make_integer_sequence<int, W>{});
+  }
+}
+
+// State of a row by itself.
+template <int W>
+struct Row {
+  alignas(64) float query[kMaxHeadDim], sums[kMaxHeadDim];
+  int64_t first, position;  // of the keys that it sees
+  float max, total;
+  Ints<W> nan;
+};
+
+// sums += weights [count] values [count] [dim], after a multiplication with `rescale`. kDim: the
+// width if it is known, else 0.
+template <int W, int kDim>
+NABLA_FAST_INLINE void add_values(const float* weights, const float* const* values, int64_t count,
+                                  int64_t dim, Floats<W> rescale, float* sums) {
+  // Values in turn go to kSets sums, so that their additions need not wait for each other.
+  constexpr int kVectors = kDim ? kDim / W : 1,
+                kSets = kVectors >= 8 ? 1 : std::min(8 / kVectors, 4);
+  for (int64_t d = 0; d < dim; d += kVectors * W) {
+    Floats<W> sum[kSets][kVectors] = {};
+    int64_t j = 0;
+    for (; j + kSets <= count; j += kSets) {
+#pragma GCC unroll 4
+      for (int set = 0; set < kSets; ++set) {
+#pragma GCC unroll 32
+        for (int n = 0; n < kVectors; ++n) {
+          sum[set][n] += weights[j + set] * load<W>(values[j + set] + d + n * W);
+        }
+      }
+    }
+    for (; j < count; ++j) {
+#pragma GCC unroll 32
+      for (int n = 0; n < kVectors; ++n) sum[0][n] += weights[j] * load<W>(values[j] + d + n * W);
+    }
+#pragma GCC unroll 32
+    for (int n = 0; n < kVectors; ++n) {
+      Floats<W> joined = sum[0][n];
+#pragma GCC unroll 4
+      for (int set = 1; set < kSets; ++set) joined += sum[set][n];
+      float* into = sums + d + n * W;
+      store<W>(into, load<W>(into) * rescale + joined);
+    }
+  }
+}
+
+// All rows of a key-value head, each by itself, over one tile of keys after the other. kDim: the
+// head's width if it is known, else 0; a multiple of W in either case.
+template <int W, int kDim>
+NABLA_FAST_INLINE void attend_rows_singly(const Call& call, int64_t batch, int64_t kv_head) {
+  const nabla_fast_attention& in = call.in;
+  const int64_t dim = kDim ? kDim : in.dim, rows = call.rows();
+  const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
+  const float scale = static_cast<float>(in.scale);
+  Row<W> row[kMaxSingleRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* query = call.query(batch, kv_head, r);
+    for (int64_t d = 0; d < dim; d += W) {
+      store<W>(row[r].query + d, load<W>(query + d));
+      store<W>(row[r].sums + d, Floats<W>{});
+    }
+    row[r].position = keys.prefix + r / call.group;
+    row[r].first = first_seen(in, row[r].position);
+    row[r].max = -kInfinity;
+    row[r].total = 0;
+    row[r].nan = Ints<W>{};
+  }
+
+  alignas(64) float s[kKeysPerTile];
+  // The last key is repeated for lanes that are left over.
+  const float *key[kKeysPerTile + W], *value[kKeysPerTile];
+  const int64_t end = keys.prefix + (rows - 1) / call.group + 1;
+  for (int64_t begin = first_seen(in, keys.prefix); begin < end; begin += kKeysPerTile) {
+    const int64_t stop = std::min(begin + kKeysPerTile, end);
+    keys.find(begin, stop, key);
+    values.find(begin, stop, value);
+    for (int lane = 0; lane < W; ++lane) key[stop - begin + lane] = key[stop - begin - 1];
+    for (int64_t r = 0; r < rows; ++r) {
+      Row<W>& mine = row[r];
+      const int64_t offset = std::max(mine.first - begin, int64_t{0});
+      const int64_t count = std::min(mine.position + 1, stop) - begin - offset;
+      if (count <= 0) continue;
+      const int64_t padded = (count + W - 1) / W * W;
+      for (int64_t j = 0; j < padded; j += W) {
+        store<W>(s + j, products<W, W>(mine.query, key + offset + j, dim) * scale);
+      }
+      for (int64_t j = count; j < padded; ++j) s[j] = -kInfinity;
+      Floats<W> highest = splat<W>(mine.max);
+      for (int64_t j = 0; j < padded; j += W) {
+        const Floats<W> score = load<W>(s + j);
+        highest = score > highest ? score : highest;
+      }
+      const float max = lane_max<W>(highest), base = max > -kInfinity ? max : 0;
+      const Floats<W> rescale = exp_of_negative<W>(splat<W>(mine.max - base), mine.nan);
+      Floats<W> total = {};
+      for (int64_t j = 0; j < padded; j += W) {
+        const Floats<W> e = exp_of_negative<W>(load<W>(s + j) - base, mine.nan);
+        store<W>(s + j, e);
+        total += e;
+      }
+      mine.max = max;
+      mine.total = mine.total * rescale[0] + lane_sum<W>(total);
+      add_values<W, kDim>(s, value + offset, count, dim, rescale, mine.sums);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float inverse = any_lane<W>(row[r].nan) ? kNaN : 1 / row[r].total;
+    float* result = call.result(batch, kv_head, r);
+    for (int64_t d = 0; d < dim; d += W) store<W>(result + d, load<W>(row[r].sums + d) * inverse);
+  }
+}
+
+// True if the rows of a head are too few to go into lanes, by the vector operations for a key.
+template <int W>
+constexpr bool are_few(int64_t rows, int64_t dim) {
+  return dim % W == 0 && rows <= kMaxSingleRows &&
+         rows * (2 * dim / W + 4) < (rows + W - 1) / W * 2 * dim;
+}
+
+// -- units of work --------------------------------------------------------------------------------
+
+// A call falls into units that touch nothing in common: a head's rows together where they are few,
+// W of them otherwise.
+template <int W>
+NABLA_FAST_INLINE int64_t units_of_head_kernel(const Call& call) {
+  return are_few<W>(call.rows(), call.in.dim) ? 1 : (call.rows() + W - 1) / W;
+}
+
+template <int W>
+NABLA_FAST_INLINE void attend_kernel(const Call& call, int64_t unit) {
+  const int64_t of_head = units_of_head_kernel<W>(call), head = unit / of_head;
+  const int64_t batch = head / call.in.kv_heads, kv_head = head % call.in.kv_heads;
+  if (!are_few<W>(call.rows(), call.in.dim)) {
+    attend_rows_in_lanes<W>(call, batch, kv_head, unit % of_head * W);
+    return;
+  }
+  switch (call.in.dim) {
+    case 16:
+      return attend_rows_singly<W, 16>(call, batch, kv_head);
+    case 32:
+      return attend_rows_singly<W, 32>(call, batch, kv_head);
+    case 64:
+      return attend_rows_singly<W, 64>(call, batch, kv_head);
+    case 128:
+      return attend_rows_singly<W, 128>(call, batch, kv_head);
+    default:
+      return attend_rows_singly<W, 0>(call, batch, kv_head);
+  }
+}
+
+NABLA_FAST_FOR_EACH_ISA(attend, attend_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(units_of_head, units_of_head_kernel<W>)
+
+}  // namespace
+}  // namespace nabla_fast::attention
+
+using namespace nabla_fast;
+using namespace nabla_fast::attention;
+
+nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs, float* output,
+                                              nabla_fast_strides output_strides,
+                                              int32_t num_threads) {
+  if (!inputs) return NABLA_FAST_INVALID_POINTER;
+  const nabla_fast_attention& in = *inputs;
+  const nabla_fast_status status = check_attention(in);
+  if (status != NABLA_FAST_OK || has_no_queries(in)) return status;
+  if (!tensor_fits(in, in.heads, output_strides)) return NABLA_FAST_TOO_LARGE;
+  if (!output) return NABLA_FAST_INVALID_POINTER;
+
+  const Call call{in, {in.q, in.q_strides}, {output, output_strides}, in.heads / in.kv_heads};
+  const nabla_fast_isa isa = nabla_fast_cpu_isa();
+  auto* const run = attend.select(isa);
+  const int64_t units = in.batch * in.kv_heads * units_of_head.select(isa)(call);
+  const int threads =
+      threads_for((Size(2) * attention_work(in)).or_most(), kWorkPerThread, num_threads);
+  if (threads == 1) {
+    for (int64_t unit = 0; unit < units; ++unit) run(call, unit);
+    return NABLA_FAST_OK;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t unit = 0; unit < units; ++unit) run(call, unit);
+  return NABLA_FAST_OK;
+}

@@ -1,0 +1,289 @@
+// nabla_fast_prefix_attention_backward: probabilities are computed again, the prefix gets no
+// gradient.
+//
+// With p = softmax(s), s = scale q k, and dp = cotangent v, the gradient of a score is p (dp -
+// delta), delta = sum over all keys of p dp. A first sweep has queries in its lanes: it finds
+// delta, the maximum and the sum of exponentials, and ends with dq. A second one has the suffix's
+// keys in its lanes and goes through the queries that see them, for dk and dv. So every result
+// belongs to one thread.
+
+#include <cmath>
+
+#include "base/floats.h"
+#include "ops/prefix_attention.h"
+
+namespace nabla_fast::attention {
+namespace {
+
+// Multiplications worth another thread.
+constexpr int64_t kWorkPerThread = int64_t{1} << 20;
+
+// Softmax of a query: p = exp(s - max) * inverse.
+struct Softmax {
+  float max, inverse, delta;
+};
+
+struct Call {
+  const nabla_fast_attention& in;
+  Heads<const float> q, k, v, cotangent;
+  Heads<float> dq, dk, dv;
+  int64_t group;       // query heads of a key-value head
+  int64_t most_keys;   // of a query
+  Softmax* softmaxes;  // [batch, kv_heads, suffix * group]
+  float* scratches;    // [threads, 2, most_keys, W]
+
+  // Row n of a key-value head is token n / group and head n mod group of its group.
+  int64_t rows() const { return group * in.suffix; }
+  const float* query(int64_t batch, int64_t kv_head, int64_t row) const {
+    return q.at(batch, kv_head * group + row % group, row / group);
+  }
+  const float* upstream(int64_t batch, int64_t kv_head, int64_t row) const {
+    return cotangent.at(batch, kv_head * group + row % group, row / group);
+  }
+  Softmax* softmax(int64_t batch, int64_t kv_head) const {
+    return softmaxes + (batch * in.kv_heads + kv_head) * rows();
+  }
+};
+
+template <int W>
+NABLA_FAST_INLINE void put_lane(const float* row, int64_t dim, int lane, float* rows) {
+  for (int64_t d = 0; d < dim; ++d) rows[d * W + lane] = row[d];
+}
+
+template <int W>
+NABLA_FAST_INLINE void take_lane(const float* rows, int64_t dim, int lane, float* row) {
+  for (int64_t d = 0; d < dim; ++d) row[d] = rows[d * W + lane];
+}
+
+// dq of the rows from `first` on, as many as there are lanes, and their softmaxes.
+template <int W>
+NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_head, int64_t first,
+                                   float* scratch) {
+  const nabla_fast_attention& in = call.in;
+  const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
+  const float scale = static_cast<float>(in.scale);
+  const int64_t last = std::min(first + W, call.rows()) - 1;
+  alignas(64) float q[kMaxHeadDim * W], upstream[kMaxHeadDim * W];
+  const float* others[kKeysPerTile];
+  Ints<W> position, lowest;
+  for (int lane = 0; lane < W; ++lane) {
+    const int64_t row = std::min(first + lane, last);
+    put_lane<W>(call.query(batch, kv_head, row), in.dim, lane, q);
+    put_lane<W>(call.upstream(batch, kv_head, row), in.dim, lane, upstream);
+    position[lane] = static_cast<int32_t>(keys.prefix + row / call.group);
+    lowest[lane] = static_cast<int32_t>(first_seen(in, position[lane]));
+  }
+  const int64_t start = lowest[0], end = position[W - 1] + 1;
+  float *const s = scratch, *const dp = scratch + call.most_keys * W;
+
+  Floats<W> max = splat<W>(-kInfinity);
+  for (int64_t begin = start; begin < end; begin += kKeysPerTile) {
+    const int64_t count = std::min(kKeysPerTile, end - begin);
+    float* const tile = s + (begin - start) * W;
+    keys.find(begin, begin + count, others);
+    scores<W>(others, count, q, in.dim, scale, tile);
+    if (begin < lowest[W - 1] || begin + count - 1 > position[0]) {
+      for (int64_t j = 0; j < count; ++j) {
+        const int32_t t = static_cast<int32_t>(begin + j);
+        const Ints<W> seen = (t <= position) & (t >= lowest);
+        store<W>(tile + j * W, seen ? load<W>(tile + j * W) : splat<W>(-kInfinity));
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const Floats<W> score = load<W>(tile + j * W);
+      max = score > max ? score : max;
+    }
+    values.find(begin, begin + count, others);
+    scores<W>(others, count, upstream, in.dim, 1, dp + (begin - start) * W);
+  }
+
+  Floats<W> total = {}, delta = {};
+  Ints<W> nan = {};
+  for (int64_t begin = start; begin < end; begin += kKeysPerTile) {
+    Floats<W> tile_total = {}, tile_delta = {};
+    for (int64_t t = begin - start; t < std::min(begin + kKeysPerTile, end) - start; ++t) {
+      const Floats<W> e = exp_of_negative<W>(load<W>(s + t * W) - max, nan);
+      store<W>(s + t * W, e);
+      tile_total += e;
+      tile_delta += e == 0.0f ? Floats<W>{} : e * load<W>(dp + t * W);
+    }
+    total += tile_total;
+    delta += tile_delta;
+  }
+  const Floats<W> inverse = nan ? splat<W>(kNaN) : 1.0f / total;
+  delta *= inverse;
+
+  alignas(64) float weights[kKeysPerTile * W];
+  std::fill(q, q + in.dim * W, 0.0f);  // becomes dq
+  for (int64_t begin = start; begin < end; begin += kKeysPerTile) {
+    const int64_t count = std::min(kKeysPerTile, end - begin);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t t = begin - start + j;
+      const Floats<W> p = load<W>(s + t * W) * inverse;
+      const Floats<W> ds = scale * p * (load<W>(dp + t * W) - delta);
+      store<W>(weights + j * W, p == 0.0f ? Floats<W>{} : ds);
+    }
+    keys.find(begin, begin + count, others);
+    accumulate<W>(others, count, weights, in.dim, q);
+  }
+  for (int lane = 0; first + lane <= last; ++lane) {
+    const int64_t row = first + lane;
+    const int64_t head = kv_head * call.group + row % call.group;
+    take_lane<W>(q, in.dim, lane, call.dq.at(batch, head, row / call.group));
+    call.softmax(batch, kv_head)[row] = {max[lane], inverse[lane], delta[lane]};
+  }
+}
+
+// dk and dv of the suffix's tokens from `first` on, as many as there are lanes.
+template <int W>
+NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_head, int64_t first,
+                                 float*) {
+  const nabla_fast_attention& in = call.in;
+  const float scale = static_cast<float>(in.scale);
+  const int64_t last = std::min(first + W, in.suffix) - 1;
+  const Softmax* const softmax = call.softmax(batch, kv_head);
+  alignas(64) float k[kMaxHeadDim * W], v[kMaxHeadDim * W], dk[kMaxHeadDim * W],
+      dv[kMaxHeadDim * W];
+  alignas(64) float s[kKeysPerTile * W], dp[kKeysPerTile * W];
+  const float *queries[kKeysPerTile], *upstreams[kKeysPerTile];
+  Ints<W> token;
+  for (int lane = 0; lane < W; ++lane) {
+    token[lane] = static_cast<int32_t>(std::min(first + lane, last));
+    put_lane<W>(call.k.at(batch, kv_head, token[lane]), in.dim, lane, k);
+    put_lane<W>(call.v.at(batch, kv_head, token[lane]), in.dim, lane, v);
+  }
+  std::fill(dk, dk + in.dim * W, 0.0f);
+  std::fill(dv, dv + in.dim * W, 0.0f);
+  Ints<W> nan = {};
+
+  const bool cut = in.window > 0 && in.window < in.suffix;
+  const int64_t stop = cut ? std::min(last + in.window, in.suffix) : in.suffix;
+  for (int64_t begin = first * call.group; begin < stop * call.group; begin += kKeysPerTile) {
+    const int64_t count = std::min(kKeysPerTile, stop * call.group - begin);
+    for (int64_t j = 0; j < count; ++j) {
+      queries[j] = call.query(batch, kv_head, begin + j);
+      upstreams[j] = call.upstream(batch, kv_head, begin + j);
+    }
+    scores<W>(queries, count, k, in.dim, scale, s);
+    scores<W>(upstreams, count, v, in.dim, 1, dp);
+    for (int64_t j = 0; j < count; ++j) {
+      const Softmax& row = softmax[begin + j];
+      const int64_t query = (begin + j) / call.group;
+      const int32_t position = static_cast<int32_t>(query);
+      const int32_t lowest = static_cast<int32_t>(first_seen(in, query));
+      const Ints<W> seen = (token <= position) & (token >= lowest);
+      // Unseen keys may have s - max above 0.
+      const Floats<W> x = seen ? load<W>(s + j * W) - row.max : splat<W>(-kInfinity);
+      const Floats<W> p = exp_of_negative<W>(x, nan) * row.inverse;
+      const Floats<W> ds = scale * p * (load<W>(dp + j * W) - row.delta);
+      store<W>(s + j * W, seen ? p : Floats<W>{});
+      store<W>(dp + j * W, (seen & (p != 0.0f)) ? ds : Floats<W>{});
+    }
+    accumulate<W>(upstreams, count, s, in.dim, dv);
+    accumulate<W>(queries, count, dp, in.dim, dk);
+  }
+  for (int lane = 0; first + lane <= last; ++lane) {
+    take_lane<W>(dk, in.dim, lane, call.dk.at(batch, kv_head, first + lane));
+    take_lane<W>(dv, in.dim, lane, call.dv.at(batch, kv_head, first + lane));
+  }
+}
+
+template <int W>
+NABLA_FAST_INLINE int64_t lanes_kernel() {
+  return W;
+}
+
+NABLA_FAST_FOR_EACH_ISA(sweep_queries, query_sweep<W>)
+NABLA_FAST_FOR_EACH_ISA(sweep_keys, key_sweep<W>)
+NABLA_FAST_FOR_EACH_ISA(lanes_of, lanes_kernel<W>)
+
+using Sweep = void(const Call& call, int64_t batch, int64_t kv_head, int64_t first, float* scratch);
+
+constexpr int64_t kMaxLanes = 16;
+
+// The sweep over all of `count` rows or tokens of every key-value head, `lanes` at a time.
+void sweep_all(const Call& call, Sweep* sweep, int64_t count, int64_t lanes, int threads) {
+  const int64_t of_head = (count + lanes - 1) / lanes;
+  const int64_t units = call.in.batch * call.in.kv_heads * of_head;
+  const int64_t scratch = 2 * call.most_keys * kMaxLanes;
+  const auto run = [&](int64_t unit, int thread) {
+    const int64_t head = unit / of_head;
+    sweep(call, head / call.in.kv_heads, head % call.in.kv_heads, unit % of_head * lanes,
+          call.scratches + thread * scratch);
+  };
+  if (threads == 1) {
+    for (int64_t unit = 0; unit < units; ++unit) run(unit, 0);
+    return;
+  }
+#ifdef _OPENMP
+  #pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t unit = 0; unit < units; ++unit) run(unit, omp_get_thread_num());
+#endif
+}
+
+struct Layout {
+  int threads;
+  int64_t most_keys, softmax_bytes, bytes;  // bytes: 0 if they are too many
+
+  Layout(const nabla_fast_attention& in, int32_t num_threads) {
+    threads = threads_for((Size(4) * attention_work(in)).or_most(), kWorkPerThread, num_threads);
+    most_keys = 0;
+    for (int64_t b = 0; b < in.batch; ++b) most_keys = std::max(most_keys, in.prefix_lengths[b]);
+    // The product with a tile's keys writes whole groups of 8.
+    most_keys = (most_keys + in.suffix + 7) / 8 * 8;
+    const auto size = static_cast<int64_t>(sizeof(Softmax));
+    softmax_bytes = (Size(in.batch) * in.heads * in.suffix * size).rounded_up(64).or_most();
+    const auto element = static_cast<int64_t>(sizeof(float));
+    const Size scratches = Size(threads) * 2 * most_keys * kMaxLanes * element;
+    bytes = (kAlignment + Size(softmax_bytes) + scratches).or_zero();
+  }
+};
+
+}  // namespace
+}  // namespace nabla_fast::attention
+
+using namespace nabla_fast;
+using namespace nabla_fast::attention;
+
+int64_t nabla_fast_prefix_attention_backward_workspace(const nabla_fast_attention* inputs,
+                                                       int32_t num_threads) {
+  if (!inputs || check_attention(*inputs) != NABLA_FAST_OK || has_no_queries(*inputs)) return 0;
+  return Layout(*inputs, num_threads).bytes;
+}
+
+nabla_fast_status nabla_fast_prefix_attention_backward(
+    const nabla_fast_attention* inputs, const float* cotangent,
+    nabla_fast_strides cotangent_strides, float* dq, nabla_fast_strides dq_strides, float* dk,
+    nabla_fast_strides dk_strides, float* dv, nabla_fast_strides dv_strides, void* workspace,
+    int64_t workspace_bytes, int32_t num_threads) {
+  if (!inputs) return NABLA_FAST_INVALID_POINTER;
+  const nabla_fast_attention& in = *inputs;
+  const nabla_fast_status status = check_attention(in);
+  if (status != NABLA_FAST_OK || has_no_queries(in)) return status;
+  const Layout layout(in, num_threads);
+  if (!tensor_fits(in, in.heads, cotangent_strides) || !tensor_fits(in, in.heads, dq_strides) ||
+      !tensor_fits(in, in.kv_heads, dk_strides) || !tensor_fits(in, in.kv_heads, dv_strides) ||
+      layout.bytes == 0)
+    return NABLA_FAST_TOO_LARGE;
+  if (!cotangent || !dq || !dk || !dv || !workspace) return NABLA_FAST_INVALID_POINTER;
+  if (workspace_bytes < layout.bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
+
+  char* const memory = aligned(workspace);
+  const Call call{in,
+                  {in.q, in.q_strides},
+                  {in.k, in.k_strides},
+                  {in.v, in.v_strides},
+                  {cotangent, cotangent_strides},
+                  {dq, dq_strides},
+                  {dk, dk_strides},
+                  {dv, dv_strides},
+                  in.heads / in.kv_heads,
+                  layout.most_keys,
+                  reinterpret_cast<Softmax*>(memory),
+                  reinterpret_cast<float*>(memory + layout.softmax_bytes)};
+  const nabla_fast_isa isa = nabla_fast_cpu_isa();
+  const int64_t lanes = lanes_of.select(isa)();
+  sweep_all(call, sweep_queries.select(isa), call.rows(), lanes, layout.threads);
+  sweep_all(call, sweep_keys.select(isa), in.suffix, lanes, layout.threads);
+  return NABLA_FAST_OK;
+}
