@@ -2,12 +2,13 @@
 
 The rule, for every result of a call and every row of it (a number a row is a row of one):
 
-    |ours − float64| ≤ magnitude · (2 · worst body error + floor)
+    |ours − float64| ≤ magnitude · (2 · worst body error + floor) + underflow
 
 where | | is the largest difference in the row, *magnitude* the row's largest float64 value, and the
 *worst body error* the largest |body − float64| / magnitude among the rows, of the op's plain-PyTorch
-body in the dtype of the inputs. FLOORS has the floors. Integers and booleans (tokens, steps) must
-agree, unless float32's rounding of the inputs moves them in float64 too.
+body in the dtype of the inputs. FLOORS has the floors, UNDERFLOW the last term (1.2e-35). Integers
+and booleans (tokens, steps) must agree, unless float32's rounding of the inputs moves them in float64
+too.
 
 Rounding is chance, and the body may be lucky: a case that exceeds the bound is drawn again, up to
 DRAWS times, the body's worst error growing with the draws, and fails if it exceeds it every time, or
@@ -41,6 +42,9 @@ FLOORS = {torch.float64: 1e-12, torch.float32: 2e-7, torch.bfloat16: 2**-8, torc
 OP_FLOORS = {"gumbel_noise": 2e-7}
 # Added to the floor: float64's own rounding of 1 − p, on which the entropy of a peaked row rests.
 OP_ABSOLUTE = {"token_stats": 1e-15}
+# Added where float32 computes: a probability below the smallest normal number may count as 0, and in these
+# inputs it is multiplied with less than 2^10.
+UNDERFLOW = 2.0**-126 * 2**10
 DRAWS, GROSS = 6, 30
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -270,7 +274,8 @@ def compare(op: Op, ours: Results, arguments: Arguments, worst: dict[str, float]
         body_error = _row_error(body[name], value)[~body_differs] / magnitude[~body_differs]
         worst[name] = max([worst.get(name, 0.0), *body_error[body_error.isfinite()].tolist()])
         floor = OP_FLOORS.get(op.name, FLOORS[ours[name].dtype])
-        allowed = magnitude * (2 * worst[name] + floor) + OP_ABSOLUTE.get(op.name, 0.0)
+        underflow = 0.0 if ours[name].dtype == torch.float64 else UNDERFLOW
+        allowed = magnitude * (2 * worst[name] + floor) + OP_ABSOLUTE.get(op.name, 0.0) + underflow
         error = torch.where(decided, _row_error(ours[name], value), 0.0)
         excess = torch.where(error > allowed, error / allowed, 0.0)
         if len(excess) and excess.max() > result[0]:
