@@ -22,7 +22,7 @@ from nabla_fast import _native
 
 
 def pytest_configure() -> None:
-    # Behind everything else, so that an installed package is not shadowed by the checkout.
+    # The last entry, so that an installed package is not shadowed by the checkout.
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -24,7 +24,7 @@ from transformers import (
 
 @dataclass
 class Naive:
-    """What the loop returns, and what it used on the way."""
+    """Result of the loop, and the counts of what it used."""
 
     tokens: list[int] = field(default_factory=list)  # with an EOS where it ended in one
     generations: int = 0
@@ -281,7 +281,7 @@ class NaiveLoop:
 
 
 def _table(model) -> Tensor:
-    """What a model reads for each of its tokens, [V, H]."""
+    """Embeddings that a model reads for each of its tokens, [V, H]."""
     embeddings = model.get_input_embeddings()
     return embeddings(torch.arange(embeddings.weight.shape[0])).detach()
 

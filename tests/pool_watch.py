@@ -1,4 +1,4 @@
-"""What becomes of the key-value pools of decode calls."""
+"""A watch over the key-value pools of decode calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decode says it cost, against what the models were seen to do."""
+"""Costs that a decode reports, against those that the models were seen to cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The language model and the reward model behind their faces, against transformers' own forwards."""
+"""LanguageModel and RewardModel against transformers' own forwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suffixes behind a frozen, paged prefix against full recomputation."""
+"""Suffixes after a frozen, paged prefix against full recomputation."""
 
 from __future__ import annotations
 

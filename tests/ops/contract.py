@@ -272,7 +272,7 @@ class LibraryContract:
         return arguments | {name: arguments[name].requires_grad_() for name in self.tested.differentiable}
 
     def _outcome(self, call: Any, arguments: Arguments) -> list[Tensor]:
-        """Everything a call leaves behind: results, changed arguments, gradients."""
+        """Results, changed arguments and gradients of a call."""
         arguments = self._differentiable(map_tensors(lambda t: t.detach().clone(), arguments))
         result = call(**arguments)
         results = [result] if isinstance(result, Tensor) else list(result)

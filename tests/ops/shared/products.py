@@ -44,5 +44,5 @@ ROWS = (1, 2, 3, 4, 7, 21)
 
 
 def unaligned(tensor: Tensor) -> Tensor:
-    """The same values one element behind a place where vectors are aligned."""
+    """The same values one element after a place where vectors are aligned."""
     return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
