@@ -42,8 +42,9 @@ FLOORS = {torch.float64: 1e-12, torch.float32: 2e-7, torch.bfloat16: 2**-8, torc
 OP_FLOORS = {"gumbel_noise": 2e-7}
 # Added to the floor: float64's own rounding of 1 − p, on which the entropy of a peaked row rests.
 OP_ABSOLUTE = {"token_stats": 1e-15}
-# Added where float32 computes: a probability below the smallest normal number may count as 0, and in these
-# inputs it is multiplied with less than 2^10.
+# Added where float32 computes: a kernel may take a probability below the smallest normal number for 0.
+# A gradient's row then lacks it times G, 1/τ and a head row: 13 times a probability of 3.9e-40 where it
+# was seen, in a row whose other probability is 1; up to some 2^10 times in the coldest of the cases.
 UNDERFLOW = 2.0**-126 * 2**10
 DRAWS, GROSS = 6, 30
 
