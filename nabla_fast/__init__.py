@@ -7,6 +7,7 @@ token logits through the language model and a reward model. This package compute
 from nabla_fast._native.library import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
 from nabla_fast._version import __version__
 from nabla_fast.config import DTOConfig, SamplingConfig
+from nabla_fast.decode.special_tokens import neutralize_special_tokens
 from nabla_fast.decode.stream import ResultStream
 from nabla_fast.decoder import NablaDecoder
 from nabla_fast.errors import (
@@ -41,6 +42,7 @@ __all__ = [
     "get_include",
     "get_library",
     "get_pkgconfig_dir",
+    "neutralize_special_tokens",
     "set_backend",
     "use_backend",
 ]

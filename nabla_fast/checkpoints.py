@@ -11,10 +11,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from nabla_fast.errors import ModelError
+from nabla_fast.errors import ModelError, one_line
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPES = ("auto", *_DTYPES)
+
+# Files of the folder alone, and none of the code that may be among them: where transformers is not told,
+# it asks on standard input.
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def bundled(name: str) -> Path:
@@ -62,7 +66,7 @@ def load_tokenizer(folder: str | Path, *, beside: str | Path | None = None) -> A
     for candidate in candidates:
         if (candidate / "tokenizer_config.json").is_file() or (candidate / "tokenizer.json").is_file():
             try:
-                return AutoTokenizer.from_pretrained(candidate, local_files_only=True)
+                return AutoTokenizer.from_pretrained(candidate, **_LOCAL)
             except Exception as error:
                 raise ModelError(f"{candidate}: the tokenizer does not load: {_line(error)}") from error
     raise ModelError(f"no tokenizer in {' or '.join(map(str, candidates))}")
@@ -82,9 +86,7 @@ def _load(loader: Any, kind: str, folder: str | Path, device: str, dtype: str) -
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing weights are reported below, in one line
     try:
-        model, info = loader.from_pretrained(
-            folder, dtype=torch_dtype, local_files_only=True, output_loading_info=True
-        )
+        model, info = loader.from_pretrained(folder, dtype=torch_dtype, output_loading_info=True, **_LOCAL)
     except Exception as error:
         raise ModelError(f"{folder}: the {kind} does not load: {_line(error)}") from error
     finally:
@@ -101,4 +103,6 @@ def _load(loader: Any, kind: str, folder: str | Path, device: str, dtype: str) -
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in str(error):
+        return "it needs the code in its folder, which is never run; load it yourself and pass the object"
+    return one_line(error)

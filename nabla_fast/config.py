@@ -8,7 +8,10 @@ from typing import Literal
 
 from nabla_fast.errors import InputError
 
+# Temperatures τ of a relaxation: τ and 1/τ are float32 numbers far from 0 and infinity.
+TAU_RANGE = 2.0**-64, 2.0**64
 _COLDEST = 1e-30
+_MOST_ITERS = 1_000_000  # whose learning rates are a list
 
 
 def _require(condition: bool, field_name: str, expected: str, value: object) -> None:
@@ -57,11 +60,11 @@ class DTOConfig:
         parameter: what the descent moves: "logits" z or "latents" h with z = W·h.
         update: "first" moves only the first position of a rollout, "all" moves all of them.
         relaxation: "straight_through", "gumbel" (the same with noise on the logits) or "soft".
-        iters: Adam steps K a position.
+        iters: Adam steps K a position, at most 1,000,000.
         lr: peak learning rate.
         min_lr_ratio: floor of the cosine schedule, as a share of ``lr``.
         warmup_steps: steps of linear warm-up, at most ``iters``.
-        tau: temperature of the relaxation.
+        tau: temperature of the relaxation, from 2⁻⁶⁴ to 2⁶⁴.
         reward_coeff: λ, weight of the reward.
         nll_coeff: ν, weight of the likelihood.
         confidence_threshold: only positions with max softmax(z) ≤ this are optimized; None: all.
@@ -103,18 +106,27 @@ class DTOConfig:
             value = getattr(self, name)
             _require(value in allowed, name, f"one of {', '.join(map(repr, allowed))}", value)
         _require(isinstance(self.rejection, bool), "rejection", "True or False", self.rejection)
-        for name in ("iters", "max_generations"):
-            value = getattr(self, name)
-            _require(_whole(value) and value >= 1, name, "a whole number ≥ 1", value)
+        _require(
+            _whole(self.iters) and 1 <= self.iters <= _MOST_ITERS,
+            "iters",
+            f"a whole number from 1 to {_MOST_ITERS:,}",
+            self.iters,
+        )
+        _require(
+            _whole(self.max_generations) and self.max_generations >= 1,
+            "max_generations",
+            "a whole number ≥ 1",
+            self.max_generations,
+        )
         _require(
             _whole(self.warmup_steps) and 0 <= self.warmup_steps <= self.iters,
             "warmup_steps",
             f"a whole number between 0 and iters={self.iters}",
             self.warmup_steps,
         )
-        for name in ("lr", "tau"):
-            value = getattr(self, name)
-            _require(_finite(value) and value > 0, name, "a finite number > 0", value)
+        _require(_finite(self.lr) and self.lr > 0, "lr", "a finite number > 0", self.lr)
+        taus = f"from {TAU_RANGE[0]:.3g} to {TAU_RANGE[1]:.3g}"
+        _require(_finite(self.tau) and TAU_RANGE[0] <= self.tau <= TAU_RANGE[1], "tau", taus, self.tau)
         for name in ("reward_coeff", "nll_coeff"):
             value = getattr(self, name)
             _require(_finite(value) and value >= 0, name, "a finite number ≥ 0", value)

@@ -258,7 +258,7 @@ class NaiveLoop:
     def learning_rate(self, k: int) -> float:
         config = self.config
         if k < config.warmup_steps:
-            return config.lr * (k + 1) / config.warmup_steps
+            return config.lr * k / config.warmup_steps
         progress = (k - config.warmup_steps) / (config.iters - config.warmup_steps)
         return config.lr * max(config.min_lr_ratio, 0.5 * (1 + math.cos(math.pi * progress)))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from nabla_fast._version import __version__
 from nabla_fast.cli.interrupts import terminated_as_interrupted
-from nabla_fast.cli.output import say
+from nabla_fast.cli.output import give_up_stdout, make_writable, say
 
 INTERRUPTED = 130  # the shell's code for a command ended by Ctrl-C
 
@@ -17,11 +18,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 1 an error met while working, 2 bad input, 130 Ctrl-C or a request to terminate.
     """
+    make_writable()
     try:
         with terminated_as_interrupted():
-            return _run(argv)
+            status = _run(argv)
+            sys.stdout.flush()
+            return status
     except KeyboardInterrupt as interrupt:
         return _fail(interrupt if str(interrupt) else "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        give_up_stdout()
+        return _fail("nobody reads standard output any more", 1)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,6 +53,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return arguments.run(arguments)
     except (InputError, ModelError, BackendUnavailable) as error:
         return _fail(error, 2)
+    except BrokenPipeError:
+        raise
     except (DecodingFailed, OSError) as error:
         return _fail(error, 1)
 

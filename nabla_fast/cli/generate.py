@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +21,8 @@ from nabla_fast.cli.options import (
     check_device,
     config_from,
 )
-from nabla_fast.cli.output import warnings_as_lines
+from nabla_fast.cli.output import give_up_stdout, warnings_as_lines
+from nabla_fast.cli.prompt_file import read_prompts
 from nabla_fast.config import DTOConfig
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError
 from nabla_fast.results import Result
@@ -42,8 +44,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     source.add_argument(
         "--prompts",
         metavar="FILE.jsonl",
-        help="a prompt a line: a string, a chat, a list of token ids, or an object with one as 'prompt' "
-        "(default: none; this or --prompt is required)",
+        help="a prompt a line: a string, a chat, a list of token ids, or an object with one as 'prompt'; "
+        "'-': standard input (default: none; this or --prompt is required)",
     )
     parser.add_argument(
         "--model",
@@ -142,6 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
                     output.write(n, result)
                     texts.print(gaps=False)
                 progress.advance(task)
+                if texts.error is not None and not output.there:
+                    break  # nobody would see the others
         except KeyboardInterrupt:
             stopped = DecodingInterrupted(stream.results)
             with postponed():  # it may have come between a result and its line
@@ -154,8 +158,8 @@ def run(arguments: argparse.Namespace) -> int:
         texts.print(gaps=True)
     if arguments.json:
         _print_json(stream.results, stopped)
-    if stopped is not None:
-        raise stopped
+    if stopped or texts.error:
+        raise stopped or texts.error
     return 0
 
 
@@ -168,31 +172,49 @@ def _print_json(results: list[Result | None], stopped: BaseException | None) -> 
 
 
 class _Texts:
-    """Prints texts in the order of the prompts, each once."""
+    """Prints texts in the order of the prompts, each once.
+
+    Attributes:
+        error: what ended the printing: a full disk, or nobody who reads; None: nothing.
+    """
 
     def __init__(self, results: list[Result | None], *, shown: bool):
         self._results, self._next = results, 0 if shown else len(results)
+        self.error: OSError | None = None
 
     def print(self, *, gaps: bool) -> None:
         """Print those that are there, up to the first prompt that has not finished or beyond."""
-        while self._next < len(self._results):
+        while self._next < len(self._results) and self.error is None:
             n, result = self._next, self._results[self._next]
             if result is None and not gaps:
                 return
-            if result is not None:
-                if len(self._results) > 1:
-                    print(f"--- prompt {n}", file=sys.stderr, flush=True)
-                print(result.text, flush=True)
+            try:
+                if result is not None:
+                    if len(self._results) > 1:
+                        print(f"--- prompt {n}", file=sys.stderr, flush=True)
+                    print(result.text, flush=True)
+            except OSError as error:  # of printing, not of decoding: results still go to the file
+                self.error = error
+                give_up_stdout()
             self._next += 1
 
 
 class _Lines:
-    """A file of JSON lines, opened at the first: former results outlive a run that yields none."""
+    """A file of JSON lines, opened for writing at the first: former results outlive a run that yields none.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
 
     def __init__(self, path: str | None):
         self._path, self._file, self._written = path, None, set()
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise InputError(f"--output {path}: no such folder")
+        if path is not None:
+            _check_writable(Path(path))
+
+    @property
+    def there(self) -> bool:
+        """Whether there is a file."""
+        return self._path is not None
 
     def write(self, n: int, result: Result | None) -> None:
         """Write a result, if it is there and has not been written."""
@@ -208,36 +230,23 @@ class _Lines:
             self._file.close()
 
 
-def _prompts(arguments: argparse.Namespace) -> list[Any]:
-    if arguments.prompt is not None:
-        return arguments.prompt
-    path = Path(arguments.prompts)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    prompts = []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON: {error}") from error
-        if isinstance(value, dict):
-            if "prompt" not in value:
-                raise InputError(f"{path}, line {number}: the object has no 'prompt'")
-            value = value["prompt"]
-        prompts.append(value)
-    if not prompts:
-        raise InputError(f"{path}: no prompts")
-    return prompts
-
-
-def _lines(path: Path) -> list[str]:
+def _check_writable(path: Path) -> None:
     try:
-        # Not splitlines: JSON strings may hold the other line separators of Unicode.
-        return path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error}") from error
+        there = os.path.lexists(path)
+        if there and not path.is_file() and not path.is_dir() and path.exists():
+            return  # a device or a pipe, which may wait for a reader
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except FileNotFoundError:
+        raise InputError(f"--output {path}: no such folder") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise InputError(f"--output {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Any]:
+    return read_prompts(arguments.prompts) if arguments.prompt is None else arguments.prompt
 
 
 def _decoder(arguments: argparse.Namespace, config: DTOConfig) -> Any:

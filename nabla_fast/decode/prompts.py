@@ -54,6 +54,8 @@ class PromptReader:
             raise InputError(f"max_new_tokens must be a whole number ≥ 1, got {max_new_tokens!r}")
         if system_prompt is not None and not isinstance(system_prompt, str):
             raise InputError(f"system_prompt must be a string, got {type(system_prompt).__name__}")
+        if system_prompt is not None:
+            _check_text("system_prompt", system_prompt)
         seeds = _seeds(seed, len(prompts))
         stop_strings = StopStrings(stop, self._tokenizer)
         if reward_context is not None:
@@ -109,8 +111,7 @@ class PromptReader:
         elif chat is None:
             prefix, suffix = tuple(self._rm.read(ids)), self._tail()
         else:
-            prefix = self._reward_ids(render_chat(self._reward_tokenizer, chat, "reward tokenizer"))
-            suffix = self._tail()
+            prefix, suffix = map(self._reward_ids, around_response(self._reward_tokenizer, chat))
         if not prefix:
             raise InputError("the reward model's prefix is empty")
         return ids, prefix, suffix
@@ -149,45 +150,59 @@ def render_chat(tokenizer: Any, chat: Chat, name: str = "tokenizer") -> tuple[in
     Args:
         name: what messages call the tokenizer.
     Raises:
-        InputError: there is no tokenizer or chat template, or the template refuses the chat.
+        InputError: there is no tokenizer or chat template, or either refuses the chat.
     """
-    _require_template(tokenizer, name)
-    try:
-        text = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise their own errors for roles they do not know
-        raise InputError(f"the {name}'s chat template refuses the chat: {one_line(error)}") from error
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    return tuple(ids)
+    return _ids(tokenizer, _rendered(tokenizer, chat, name, add_generation_prompt=True), name)
+
+
+def around_response(
+    tokenizer: Any, chat: Chat, name: str = "reward tokenizer"
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids before and after the assistant's response to a chat, as the template writes it whole.
+
+    The chat is rendered once with a placeholder for the response: what a template writes before a
+    finished response may differ from what it writes for one to come, its generation prompt.
+
+    Args:
+        name: what messages call the tokenizer.
+    Raises:
+        InputError: as of :func:`render_chat`; or the template does not show the response once, as it is.
+    """
+    text = _rendered(tokenizer, [*chat, {"role": "assistant", "content": _RESPONSE}], name)
+    before, *after = text.split(_RESPONSE)
+    if len(after) != 1:
+        shown = "drops the assistant's response" if not after else "shows the assistant's response twice"
+        raise InputError(f"the {name}'s chat template {shown}: pass reward_context")
+    return _ids(tokenizer, before, name), _ids(tokenizer, after[0], name)
 
 
 def response_tail(tokenizer: Any) -> tuple[int, ...]:
     """Token ids that a chat template puts after an assistant's response.
 
     Raises:
-        InputError: the template does not show the response it is given.
+        InputError: as of :func:`around_response`.
     """
-    _require_template(tokenizer, "reward tokenizer")
-    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _RESPONSE}]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception as error:
-        raise InputError(
-            f"the reward tokenizer's chat template refuses an assistant's response: {one_line(error)}"
-        ) from error
-    _, found, tail = text.rpartition(_RESPONSE)
-    if not found:
-        raise InputError("the chat template drops the assistant's response: pass reward_context")
-    return tuple(tokenizer(tail, add_special_tokens=False).input_ids)
+    return around_response(tokenizer, [{"role": "user", "content": "x"}])[1]
 
 
-def _require_template(tokenizer: Any, name: str) -> None:
+def _rendered(tokenizer: Any, chat: Chat, name: str, **options: bool) -> str:
     if tokenizer is None:
         raise InputError(f"text needs a {name}; without one, pass token ids")
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"the {name} has no chat template; set its chat_template or pass token ids")
+    try:
+        return tokenizer.apply_chat_template(list(chat), tokenize=False, **options)
+    except Exception as error:  # templates raise their own errors for roles they do not know
+        raise InputError(f"the {name}'s chat template refuses the chat: {one_line(error)}") from error
+
+
+def _ids(tokenizer: Any, text: str, name: str) -> tuple[int, ...]:
+    try:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    except Exception as error:  # tokenizers raise their own errors for text they cannot read
+        raise InputError(f"the {name} cannot read the text: {one_line(error)}") from error
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return tuple(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids)
 
 
 def _as_chat(prompt: Prompt, system_prompt: str | None) -> Chat | None:
@@ -196,11 +211,13 @@ def _as_chat(prompt: Prompt, system_prompt: str | None) -> Chat | None:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise InputError("the prompt is empty")
+        _check_text("the prompt", prompt)
         return [*system, {"role": "user", "content": prompt}]
     if isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
         for m, message in enumerate(prompt):
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise InputError(f"message {m} must have a 'role' and a 'content' string")
+            _check_text(f"message {m}", message["content"])
         if not any(message["content"].strip() for message in prompt):
             raise InputError("the prompt is empty")
         if system and any(message["role"] == "system" for message in prompt):
@@ -209,6 +226,16 @@ def _as_chat(prompt: Prompt, system_prompt: str | None) -> Chat | None:
     if system:
         raise InputError("system_prompt goes with strings and chats, not with token ids")
     return None
+
+
+def _check_text(name: str, text: str) -> None:
+    """Text is Unicode: half a surrogate pair, which a JSON escape can make, is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} has {text[error.start]!r} at character {error.start}, half a surrogate pair"
+        ) from None
 
 
 def _checked_ids(ids: Any, vocabulary: int, name: str, expected: str) -> tuple[int, ...]:

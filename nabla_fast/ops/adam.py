@@ -38,8 +38,8 @@ class AdamState(NamedTuple):
 def cosine_schedule(iters: int, lr: float, *, min_ratio: float = 0.0, warmup_steps: int = 0) -> Tensor:
     """Learning rates of steps 0..K−1: linear warm-up, then lr·max(min_ratio, ½(1 + cos πk/K)).
 
-    With ``warmup_steps`` = w > 0, step k < w has lr·(k+1)/w and the cosine runs over the K − w steps
-    that are left.
+    With ``warmup_steps`` = w > 0, step k < w has lr·k/w, so that the first one moves nothing, and the
+    cosine runs over the K − w steps that are left.
 
     Args:
         iters: K.
@@ -60,7 +60,7 @@ def cosine_schedule(iters: int, lr: float, *, min_ratio: float = 0.0, warmup_ste
     rates = []
     for k in range(iters):
         if k < warmup_steps:
-            rates.append(lr * (k + 1) / warmup_steps)
+            rates.append(lr * k / warmup_steps)
         else:
             progress = (k - warmup_steps) / (iters - warmup_steps)
             rates.append(lr * max(min_ratio, 0.5 * (1 + math.cos(math.pi * progress))))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from nabla_fast.config import TAU_RANGE
 from nabla_fast.errors import InputError
 
 MOST_VOCABULARY = 2**20
@@ -43,8 +43,9 @@ def expect_vocabulary(op: str, vocabulary: int) -> None:
 
 
 def expect_tau(op: str, tau: float) -> None:
-    """A temperature is positive and finite."""
-    expect(tau > 0 and math.isfinite(tau), f"{op}: tau must be positive and finite, got {tau}")
+    """A temperature is one that finite logits may be divided by in float32."""
+    low, high = TAU_RANGE
+    expect(low <= tau <= high, f"{op}: tau must be from {low:.3g} to {high:.3g}, got {tau}")
 
 
 def expect_tables(

@@ -27,7 +27,7 @@ def test_cosine():
 
 def test_warm_up():
     rates = cosine_schedule(10, 0.5, min_ratio=0.2, warmup_steps=4).tolist()
-    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
+    assert rates[:4] == pytest.approx([0.0, 0.125, 0.25, 0.375])
     assert rates[4:] == pytest.approx(cosine_schedule(6, 0.5, min_ratio=0.2).tolist())
 
 
@@ -49,7 +49,7 @@ def test_schedule_properties(iters: int, lr: float, min_ratio: float, share: flo
 
 
 def test_warm_up_all_the_way():
-    assert cosine_schedule(3, 3.0, warmup_steps=3).tolist() == pytest.approx([1.0, 2.0, 3.0])
+    assert cosine_schedule(3, 3.0, warmup_steps=3).tolist() == pytest.approx([0.0, 1.0, 2.0])
 
 
 @pytest.mark.parametrize("warmup", [-1, 4])
