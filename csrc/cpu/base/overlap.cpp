@@ -5,15 +5,17 @@
 namespace nabla_fast {
 namespace {
 
-// Array whose strides are positive and fall from axis to axis.
+constexpr int kAxes = Array::kMostAxes;
+
+// Array whose strides are positive and fall from axis to axis; axes that it does not have count 1.
 struct Runs {
   int64_t first, run;
-  int axis_count = 0;
-  Axis axes[Array::kMostAxes];
-  int64_t extent[Array::kMostAxes + 1];  // bytes from the first one on, of axis n and those behind
+  Axis axes[kAxes];
+  int64_t extent[kAxes + 1];  // bytes from the first one on, of axis n and those behind it
 
   // joined: with as few runs as can be, each of bytes that may be several elements'.
   Runs(const Array& array, bool joined) : first(array.first), run(array.run) {
+    int count = 0;
     for (int n = 0; n < array.axis_count; ++n) {
       Axis axis = array.axes[n];
       if (axis.stride == 0) continue;  // the same bytes again
@@ -21,53 +23,49 @@ struct Runs {
         first = Array::moved(first, (axis.count - 1) * axis.stride);
         axis.stride = -axis.stride;
       }
-      axes[axis_count++] = axis;
+      int place = count++;
+      for (; place > 0 && axes[place - 1].stride < axis.stride; --place)
+        axes[place] = axes[place - 1];
+      axes[place] = axis;
     }
-    std::sort(axes, axes + axis_count,
-              [](const Axis& a, const Axis& b) { return a.stride > b.stride; });
-    for (; joined && axis_count > 0 && axes[axis_count - 1].stride <= run; --axis_count)
-      run += (axes[axis_count - 1].count - 1) * axes[axis_count - 1].stride;
-    extent[axis_count] = run;
-    for (int n = axis_count - 1; n >= 0; --n)
+    for (; joined && count > 0 && axes[count - 1].stride <= run; --count)
+      run += (axes[count - 1].count - 1) * axes[count - 1].stride;
+    std::fill(axes + count, axes + kAxes, Axis{1, 1});
+    extent[kAxes] = run;
+    for (int n = kAxes - 1; n >= 0; --n)
       extent[n] = extent[n + 1] + (axes[n].count - 1) * axes[n].stride;
   }
 
-  // Number of runs with a byte in [low, high), or `most` if there are more: of the axes from `axis`
-  // on, with the first run at `at`.
-  int64_t count_in(int64_t low, int64_t high, int64_t most, int axis, int64_t at) const {
-    const int64_t before = at + extent[axis] - low, behind = high - at;
-    if (before <= 0 || behind <= 0) return 0;
-    if (axis == axis_count) return 1;
-    const auto [count, stride] = axes[axis];
-    const int64_t inner = at + extent[axis + 1] - low;
-    const int64_t begin = inner > 0 ? 0 : -inner / stride + 1;
-    const int64_t end = std::min(count, (behind - 1) / stride + 1);
-    int64_t found = 0;
-    for (int64_t n = begin; n < end && found < most; ++n)
-      found += count_in(low, high, most - found, axis + 1, at + n * stride);
-    return found;
+  int64_t runs() const { return (Size(axes[0].count) * axes[1].count * axes[2].count).or_most(); }
+
+  // Number of runs with a byte in [low, high), at most `most`: of the axes from kAxis on, with the
+  // first run at `at`.
+  template <int kAxis>
+  int64_t count_in(int64_t low, int64_t high, int64_t most, int64_t at) const {
+    if constexpr (kAxis == kAxes) {
+      return at < high && at + run > low;
+    } else {
+      if (at >= high || at + extent[kAxis] <= low) return 0;
+      const auto [count, stride] = axes[kAxis];
+      const int64_t below = low - at - extent[kAxis + 1];
+      const int64_t begin = below < 0 ? 0 : below / stride + 1;
+      const int64_t end = std::min(count, (high - at - 1) / stride + 1);
+      int64_t found = 0;
+      for (int64_t n = begin; n < end && found < most; ++n)
+        found += count_in<kAxis + 1>(low, high, most - found, at + n * stride);
+      return found;
+    }
   }
 
-  // True if visit(address) is for any run.
-  template <typename Visit>
-  bool any(const Visit& visit, int axis, int64_t at) const {
-    if (axis == axis_count) return visit(at);
-    for (int64_t n = 0; n < axes[axis].count; ++n)
-      if (any(visit, axis + 1, at + n * axes[axis].stride)) return true;
-    return false;
-  }
-
-  int64_t runs() const {
-    Size product = 1;
-    for (int n = 0; n < axis_count; ++n) product = product * axes[n].count;
-    return product.or_most();
-  }
-
-  // True if more than `most` runs of `other` have a byte of any run of this.
+  // True if a run has bytes of more than `most` runs of another array.
   bool meets_more_than(int64_t most, const Runs& other) const {
-    return any(
-        [&](int64_t at) { return other.count_in(at, at + run, most + 1, 0, other.first) > most; },
-        0, first);
+    for (int64_t i = 0; i < axes[0].count; ++i)
+      for (int64_t j = 0; j < axes[1].count; ++j)
+        for (int64_t k = 0; k < axes[2].count; ++k) {
+          const int64_t at = first + i * axes[0].stride + j * axes[1].stride + k * axes[2].stride;
+          if (other.count_in<0>(at, at + run, most + 1, other.first) > most) return true;
+        }
+    return false;
   }
 };
 
@@ -79,24 +77,17 @@ bool have_common_byte(const Array& a, const Array& b) {
 }
 
 bool overlaps_itself(const Array& array) {
-  Axis axes[Array::kMostAxes];
-  for (int n = 0; n < array.axis_count; ++n) {
-    const int64_t stride = array.axes[n].stride;
-    axes[n] = {array.axes[n].count, stride < 0 ? -stride : stride};
-  }
-  std::sort(axes, axes + array.axis_count,
-            [](const Axis& a, const Axis& b) { return a.stride < b.stride; });
-  bool nested = true;
-  int64_t extent = array.run;
-  for (int n = 0; n < array.axis_count; ++n) {
-    if (axes[n].stride < array.run) return true;
-    nested = nested && axes[n].stride >= extent;
-    extent += (axes[n].count - 1) * axes[n].stride;
-  }
-  if (nested) return false;
-  // Runs that interleave: each must meet itself alone.
+  for (int n = 0; n < array.axis_count; ++n)
+    if (array.axes[n].stride == 0) return true;
   const Runs runs(array, false);
-  return runs.meets_more_than(1, runs);
+  bool nested = true;
+  for (int n = 0; n < kAxes; ++n) {
+    if (runs.axes[n].count == 1) continue;
+    if (runs.axes[n].stride < runs.run) return true;
+    nested = nested && runs.axes[n].stride >= runs.extent[n + 1];
+  }
+  // Where axes interleave, each run must meet itself alone.
+  return !nested && runs.meets_more_than(1, runs);
 }
 
 }  // namespace nabla_fast
