@@ -82,7 +82,9 @@ inline uintptr_t any_element(Random& random, const View& view) {
   uintptr_t address = view.first;
   const auto move = [&](int64_t count, int64_t stride) {
     const int64_t n = random.pick<int64_t>({0, count - 1, random.between(0, count - 1)});
-    if (n > 0) address += static_cast<uintptr_t>(n * stride * view.element_bytes);
+    // The stride may be one of those that are wrong.
+    address += static_cast<uintptr_t>(n) * static_cast<uintptr_t>(stride) *
+               static_cast<uintptr_t>(view.element_bytes);
   };
   for (const View::Axis& axis : view.axes) move(axis.count, axis.stride);
   move(view.columns, 1);
@@ -482,9 +484,11 @@ class Call {
           random_.pick<int64_t>({random_.negative(), random_.huge(), array.tensor->columns() + 1});
     });
     mistake(NABLA_FAST_UNKNOWN_DTYPE, [this, &array] {
-      const bool swapped = !array.any_dtype && random_.one_in(2);
-      *array.dtype_field = swapped ? 1 - *array.dtype_field
-                                   : random_.pick<nabla_fast_dtype>({-1, 2, INT32_MAX, INT32_MIN});
+      const nabla_fast_dtype other =
+          array.tensor->floats() ? NABLA_FAST_BFLOAT16 : NABLA_FAST_FLOAT32;
+      *array.dtype_field = !array.any_dtype && random_.one_in(2)
+                               ? other
+                               : random_.pick<nabla_fast_dtype>({-1, 2, INT32_MAX, INT32_MIN});
     });
   }
   // Puts what is written over another array: at its first element, at any, or one beside it.

@@ -94,9 +94,8 @@ struct Problem {
     call.any_mistake([&] { args.dim = NABLA_FAST_MOST_HEAD_DIM + 1; });
     call.any_mistake([&] { args.window = random.negative(); });
     call.mistake(NABLA_FAST_INVALID_HEADS, [&] {
+      args.kv_heads = kv_heads + (kv_heads == 1);
       args.heads = args.kv_heads * group + 1;
-      args.kv_heads += args.kv_heads == 1;
-      args.heads += args.heads % args.kv_heads == 0;
     });
     if (batch == 0) return;
     // A prefix that is too long for its table, or has no length.
