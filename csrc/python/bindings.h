@@ -1,6 +1,6 @@
 // What the files of the Python module share.
-#ifndef NABLA_FAST_BINDINGS_H_
-#define NABLA_FAST_BINDINGS_H_
+#ifndef NABLA_FAST_PYTHON_BINDINGS_H_
+#define NABLA_FAST_PYTHON_BINDINGS_H_
 
 #include <pybind11/pybind11.h>
 
@@ -13,12 +13,11 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_functions(pybind11::module_& module);
 void bind_decoder(pybind11::module_& module);
-void bind_latents(pybind11::module_& module);
-void bind_mix(pybind11::module_& module);
 void bind_machine(pybind11::module_& module);
-void bind_onehot(pybind11::module_& module);
+void bind_sampling(pybind11::module_& module);
 
 }  // namespace nabla_fast::bindings
 
-#endif  // NABLA_FAST_BINDINGS_H_
+#endif  // NABLA_FAST_PYTHON_BINDINGS_H_

@@ -1,11 +1,9 @@
-"""The C++ kernels (``nabla_fast._C``) as plain functions on CPU tensors.
+"""The C++ kernels (``nabla_fast._C``): whether they can be called, and how.
 
-The extension is optional and loaded at the first call. Each function takes tensors that are right for
-it, as the ops that call it have checked, and raises ValueError for what the C interface refuses.
+The extension is optional and loaded at the first call. What calls it has checked its tensors.
 """
 
-from nabla_fast._native.attention import prefix_attention, prefix_attention_backward
-from nabla_fast._native.descents import dto_descent_, dto_descent_latents_
+from nabla_fast._native.calls import call, matrix
 from nabla_fast._native.loading import (
     ABI_VERSION,
     ISA_NAMES,
@@ -16,29 +14,16 @@ from nabla_fast._native.loading import (
     extension,
     why_missing,
 )
-from nabla_fast._native.mixes import Mix
-from nabla_fast._native.onehot import linear_token_stats, onehot_grad, onehot_grad_norm
-from nabla_fast._native.products import lm_logits, nll_grad
-from nabla_fast._native.statistics import token_stats
 
 __all__ = [
     "ABI_VERSION",
     "ISA_NAMES",
     "MOST_HEAD_DIM",
-    "Mix",
     "available",
+    "call",
     "check",
     "cpu_isa",
-    "dto_descent_",
-    "dto_descent_latents_",
     "extension",
-    "linear_token_stats",
-    "lm_logits",
-    "nll_grad",
-    "onehot_grad",
-    "onehot_grad_norm",
-    "prefix_attention",
-    "prefix_attention_backward",
-    "token_stats",
+    "matrix",
     "why_missing",
 ]

@@ -7,7 +7,7 @@ import importlib
 from types import ModuleType
 
 # NABLA_FAST_ABI_VERSION that this file is written against.
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 # The widest head that attention takes: NABLA_FAST_MOST_HEAD_DIM.
 MOST_HEAD_DIM = 512

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nabla_fast._native import call, matrix
 from nabla_fast.errors import InputError
 from nabla_fast.ops.adam import AdamState, adam_step_
 from nabla_fast.ops.checks import expect_noise, expect_tau
@@ -121,6 +122,55 @@ def check_descent(
     expect_tau(name, tau)
     if noise is not None:
         expect_noise(name, noise, rows)
+
+
+def descend_native(
+    name: str,
+    parameter: Tensor,
+    head: Tensor | None,
+    grad: Tensor,
+    state: AdamState,
+    schedule: Tensor,
+    until: Tensor | None,
+    group: Tensor | None,
+    tau: float,
+    noise: tuple[Tensor, Tensor] | None,
+) -> Descent:
+    """The descent by the C++ kernel of the op ``name``.
+
+    Raises:
+        RowError: a row of z is bad; then nothing has changed.
+        ValueError: a step is beyond the schedule.
+    """
+    rows = len(parameter)
+    token, flipped, status = (
+        torch.empty(rows, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.bool, torch.int32)
+    )
+    # A row alone has nothing to wait for.
+    group = None if rows == 1 else group
+    good = call(
+        name,
+        rows=rows,
+        vocab=grad.shape[1],
+        parameter=matrix(parameter),
+        exp_avg=matrix(state.exp_avg),
+        exp_avg_sq=matrix(state.exp_avg_sq),
+        step=state.step.data_ptr(),
+        head=None if head is None else matrix(head),
+        grad=matrix(grad),
+        schedule=schedule.data_ptr(),
+        iters=schedule.shape[-1],
+        schedule_stride=schedule.stride(0) if schedule.ndim == 2 else 0,
+        until=None if until is None else until.data_ptr(),
+        group=None if group is None else group.data_ptr(),
+        tau=tau,
+        noise_seed=None if noise is None else noise[0].data_ptr(),
+        noise_position=None if noise is None else noise[1].data_ptr(),
+        token=token.data_ptr(),
+        flipped=flipped.data_ptr(),
+        row_status=status.data_ptr(),
+    )
+    return reported(name, token, flipped, None if good else status)
 
 
 def reported(name: str, token: Tensor, flipped: Tensor, status: Tensor | None) -> Descent:

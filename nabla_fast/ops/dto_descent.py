@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast._native.descents import dto_descent_
 from nabla_fast.ops.adam import AdamState
 from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
-from nabla_fast.ops.descent_loop import Descent, check_descent, descend, reported
+from nabla_fast.ops.descent_loop import Descent, check_descent, descend, descend_native, reported
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.registry import op
@@ -101,7 +100,7 @@ def fake_dto_descent(z: Tensor, *_: Any, **__: Any) -> Descent:
     "cpu", refuses=lambda z, *inputs, **options: native_backend.descent_refusal("z", z, *inputs, **options)
 )
 def dto_descent_cpu(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
-    return reported("dto_descent", *dto_descent_(z, grad, *state, schedule, **options))
+    return descend_native("dto_descent", z, None, grad, state, schedule, **options)
 
 
 @dto_descent.backend(

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast._native.descents import dto_descent_latents_
 from nabla_fast.ops.adam import AdamState
 from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
-from nabla_fast.ops.descent_loop import Descent, check_descent, descend, reported
+from nabla_fast.ops.descent_loop import Descent, check_descent, descend, descend_native, reported
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
@@ -99,8 +98,7 @@ def _cpu_refusal(h: Tensor, head: Tensor, *inputs: Any, **options: Any) -> str |
 def dto_descent_latents_cpu(
     h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any
 ) -> Descent:
-    found = dto_descent_latents_(h, head, grad, *state, schedule, **options)
-    return reported("dto_descent_latents", *found)
+    return descend_native("dto_descent_latents", h, head, grad, state, schedule, **options)
 
 
 def _triton_refusal(

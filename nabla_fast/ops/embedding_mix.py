@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast._native.mixes import Mix
+from nabla_fast._native import call, matrix
 from nabla_fast.ops.checks import expect_matrix, expect_mix
 from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous, perturbed
 from nabla_fast.ops.limits import native_backend, triton_backend
@@ -133,9 +133,52 @@ def embedding_mix_cpu(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> list[Tensor]:
-    mixes, status = Mix(logits, None, tables, tau, contiguous(noise)).forward(hard)
-    report("embedding_mix", status)
-    return mixes
+    return mix_native("embedding_mix", logits, None, tables, tau, contiguous(noise), hard)
+
+
+def mix_native(
+    name: str,
+    rows: Tensor,
+    head: Tensor | None,
+    tables: Sequence[Tensor],
+    tau: float,
+    noise: GumbelNoise | None,
+    hard: bool,
+) -> list[Tensor]:
+    """The mixes by the C++ kernel: ``rows`` are logits, or with a head [V, H] hidden states."""
+    n = len(rows)
+    mixes = [torch.empty(n, table.shape[1], dtype=torch.float32, device="cpu") for table in tables]
+    status = torch.empty(n, dtype=torch.int32, device="cpu")
+    call(
+        "embedding_mix",
+        **_mix_fields(rows, head, tables, tau, noise),
+        row_status=status.data_ptr(),
+        hard=hard,
+        mixes=[matrix(mix) for mix in mixes],
+    )
+    report(name, status)
+    return [mix.to(table.dtype) for mix, table in zip(mixes, tables, strict=True)]
+
+
+def _mix_fields(
+    rows: Tensor,
+    head: Tensor | None,
+    tables: Sequence[Tensor],
+    tau: float,
+    noise: GumbelNoise | None,
+) -> dict[str, Any]:
+    """What both C++ kernels read."""
+    return {
+        "rows": len(rows),
+        "vocab": rows.shape[1] if head is None else len(head),
+        "logits": matrix(rows) if head is None else None,
+        "hidden": None if head is None else matrix(rows),
+        "head": None if head is None else matrix(head),
+        "tau": tau,
+        "noise_seed": None if noise is None else noise.seed.data_ptr(),
+        "noise_position": None if noise is None else noise.position.data_ptr(),
+        "tables": [matrix(table) for table in tables],
+    }
 
 
 @embedding_mix_backward.backend(
@@ -153,10 +196,30 @@ def embedding_mix_backward_cpu(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> Tensor:
-    mix = Mix(logits, None, tables, tau, contiguous(noise))
-    grad, _ = mix.backward(
-        [native_backend.as_native(cotangent) for cotangent in cotangents],
-        None if direct is None else native_backend.as_native(direct),
+    return mix_backward_native(cotangents, logits, None, tables, tau, contiguous(noise), direct)
+
+
+def mix_backward_native(
+    cotangents: Sequence[Tensor],
+    rows: Tensor,
+    head: Tensor | None,
+    tables: Sequence[Tensor],
+    tau: float,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> Tensor:
+    """∂ℒ/∂rows by the C++ kernel, of logits in their dtype, of hidden states in float32."""
+    cotangents = [native_backend.as_native(cotangent) for cotangent in cotangents]
+    direct = None if direct is None else native_backend.as_native(direct)
+    grad = torch.empty(rows.shape, dtype=rows.dtype if head is None else torch.float32, device="cpu")
+    status = torch.empty(len(rows), dtype=torch.int32, device="cpu")
+    call(
+        "embedding_mix_backward",
+        **_mix_fields(rows, head, tables, tau, noise),
+        row_status=status.data_ptr(),
+        cotangents=[matrix(cotangent) for cotangent in cotangents],
+        direct=None if direct is None else matrix(direct),
+        grad=matrix(grad),
     )
     return grad
 

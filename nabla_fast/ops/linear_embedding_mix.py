@@ -7,9 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from nabla_fast._native.mixes import Mix
 from nabla_fast.ops.checks import expect_matrix, expect_mix
-from nabla_fast.ops.embedding_mix import embedding_mix, embedding_mix_backward
+from nabla_fast.ops.embedding_mix import (
+    embedding_mix,
+    embedding_mix_backward,
+    mix_backward_native,
+    mix_native,
+)
 from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
@@ -126,9 +130,7 @@ def linear_embedding_mix_cpu(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> list[Tensor]:
-    mixes, status = Mix(hidden, head, tables, tau, contiguous(noise)).forward(hard)
-    report("linear_embedding_mix", status)
-    return mixes
+    return mix_native("linear_embedding_mix", hidden, head, tables, tau, contiguous(noise), hard)
 
 
 @linear_embedding_mix_backward.backend(
@@ -147,11 +149,7 @@ def linear_embedding_mix_backward_cpu(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> Tensor:
-    mix = Mix(hidden, head, tables, tau, contiguous(noise))
-    grad, _ = mix.backward(
-        [native_backend.as_native(cotangent) for cotangent in cotangents],
-        None if direct is None else native_backend.as_native(direct),
-    )
+    grad = mix_backward_native(cotangents, hidden, head, tables, tau, contiguous(noise), direct)
     return grad.to(hidden.dtype)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast._native.products import lm_logits as lm_logits_native
+from nabla_fast._native import call, matrix
 from nabla_fast.ops.checks import expect_matrix, expect_one_device
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.registry import op
@@ -100,7 +100,17 @@ def lm_logits_gradient(
 
 @lm_logits.backend("cpu", refuses=native_backend.hidden_refusal)
 def lm_logits_cpu(hidden: Tensor, head: Tensor) -> Tensor:
-    return lm_logits_native(native_backend.as_float32(hidden), head)
+    hidden = native_backend.as_float32(hidden)
+    logits = torch.empty(len(hidden), len(head), dtype=torch.float32, device="cpu")
+    call(
+        "lm_logits",
+        rows=len(hidden),
+        vocab=len(head),
+        hidden=matrix(hidden),
+        head=matrix(head),
+        logits=matrix(logits),
+    )
+    return logits
 
 
 @lm_logits.backend("triton", refuses=lambda hidden, head: triton_backend.refusal(hidden=hidden, head=head))

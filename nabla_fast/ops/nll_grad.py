@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla_fast._native.products import nll_grad as nll_grad_native
+from nabla_fast._native import call, matrix
 from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_vocabulary
 from nabla_fast.ops.limits import native_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
@@ -66,6 +66,18 @@ def fake_nll_grad(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
 
 @nll_grad.backend("cpu", refuses=lambda hidden, head, tokens: native_backend.hidden_refusal(hidden, head))
 def nll_grad_cpu(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
-    grad, status = nll_grad_native(native_backend.as_float32(hidden), head, tokens.contiguous())
+    hidden, tokens = native_backend.as_float32(hidden), tokens.contiguous()
+    grad = torch.empty(hidden.shape, dtype=torch.float32, device="cpu")
+    status = torch.empty(len(hidden), dtype=torch.int32, device="cpu")
+    call(
+        "nll_grad",
+        rows=len(hidden),
+        vocab=len(head),
+        hidden=matrix(hidden),
+        head=matrix(head),
+        targets=tokens.data_ptr(),
+        grad=matrix(grad),
+        row_status=status.data_ptr(),
+    )
     report("nll_grad", status)
     return grad

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast._native.onehot import onehot_grad as onehot_grad_native
+from nabla_fast._native import call, matrix
 from nabla_fast.ops.checks import (
     expect,
     expect_matrix,
@@ -131,6 +131,37 @@ def run_kernel(
     rows = [convert(cotangent) for cotangent in cotangents]
     maps = [token_map if token_map is None else token_map.contiguous() for token_map in token_maps]
     return kernel(rows, list(tables), convert(hidden), head, nll_coeff, maps)
+
+
+def onehot_fields(
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    nll_coeff: float,
+    token_maps: Sequence[Tensor | None] = (),
+) -> dict[str, Any]:
+    """What the C++ kernels read, all as a map [V] int64 and matrices that they take."""
+    return {
+        "rows": len(hidden),
+        "vocab": len(head),
+        "hidden": matrix(hidden),
+        "head": matrix(head),
+        "nll_coeff": nll_coeff,
+        "cotangents": [matrix(cotangent) for cotangent in cotangents],
+        "tables": [matrix(table) for table in tables],
+        "token_maps": [m if m is None else m.data_ptr() for m in token_maps] if token_maps else None,
+        "table_rows": [len(table) for table in tables] if token_maps else None,
+    }
+
+
+def onehot_grad_native(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """G [N, V] of :func:`onehot_fields`, and a status [N] int32: a row with another one than 0 is NaN."""
+    fields = onehot_fields(*inputs)
+    grad = torch.empty(fields["rows"], fields["vocab"], dtype=torch.float32, device="cpu")
+    status = torch.empty(fields["rows"], dtype=torch.int32, device="cpu")
+    call("onehot_grad", **fields, row_status=status.data_ptr(), grad=matrix(grad))
+    return grad, status
 
 
 @onehot_grad.backend("cpu", refuses=native_backend.onehot_refusal)

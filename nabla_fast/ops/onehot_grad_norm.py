@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast._native.onehot import onehot_grad_norm as onehot_grad_norm_native
+from nabla_fast._native import call
 from nabla_fast.ops.limits import native_backend, triton_backend
-from nabla_fast.ops.onehot_grad import check_onehot_inputs, onehot_rows, run_kernel
+from nabla_fast.ops.onehot_grad import check_onehot_inputs, onehot_fields, onehot_rows, run_kernel
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_slices
 
@@ -61,6 +61,15 @@ def fake_onehot_grad_norm(
     cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
 ) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden, *cotangents))
+
+
+def onehot_grad_norm_native(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """‖G_i‖₂ [N] of :func:`onehot_fields`, and a status [N] int32; NaN where it is not 0."""
+    fields = onehot_fields(*inputs)
+    norm = torch.empty(fields["rows"], dtype=torch.float32, device="cpu")
+    status = torch.empty(fields["rows"], dtype=torch.int32, device="cpu")
+    call("onehot_grad_norm", **fields, row_status=status.data_ptr(), norm=norm.data_ptr())
+    return norm, status
 
 
 @onehot_grad_norm.backend("cpu", refuses=native_backend.onehot_refusal)

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nabla_fast._native.onehot import linear_token_stats
-from nabla_fast._native.statistics import token_stats as token_stats_native
+from nabla_fast._native import call, matrix
 from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_tau, expect_vocabulary
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.limits.refusals import tau_refusal
@@ -84,12 +83,35 @@ def _cpu_refusal(rows: Tensor, head: Tensor | None, *, tau: float) -> str | None
 
 @token_stats.backend("cpu", refuses=_cpu_refusal)
 def token_stats_cpu(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
-    if head is None:
-        *values, status = token_stats_native(rows, tau)
-    else:
-        *values, status = linear_token_stats(native_backend.as_native(rows), head, tau)
+    values, status = token_stats_native(rows, head, tau)
     report("token_stats", status)
-    return TokenStats(*values)
+    return values
+
+
+def token_stats_native(rows: Tensor, head: Tensor | None, tau: float) -> tuple[TokenStats, Tensor]:
+    """Statistics by the C++ kernels, and a status [N] int32; of a row with another one than 0 they are NaN,
+    and its argmax is −1."""
+    n = len(rows)
+    logsumexp, confidence, entropy = (torch.empty(n, dtype=torch.float32, device="cpu") for _ in range(3))
+    argmax = torch.empty(n, dtype=torch.int64, device="cpu")
+    status = torch.empty(n, dtype=torch.int32, device="cpu")
+    if head is not None:
+        rows = native_backend.as_native(rows)
+    call(
+        "token_stats" if head is None else "linear_token_stats",
+        rows=n,
+        vocab=rows.shape[1] if head is None else len(head),
+        logits=matrix(rows) if head is None else None,
+        hidden=None if head is None else matrix(rows),
+        head=None if head is None else matrix(head),
+        tau=tau,
+        logsumexp=logsumexp.data_ptr(),
+        confidence=confidence.data_ptr(),
+        entropy=entropy.data_ptr(),
+        argmax=argmax.data_ptr(),
+        row_status=status.data_ptr(),
+    )
+    return TokenStats(logsumexp, confidence, entropy, argmax), status
 
 
 def _triton_refusal(rows: Tensor, head: Tensor | None, *, tau: float) -> str | None:

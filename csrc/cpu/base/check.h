@@ -1,23 +1,28 @@
 // Checks of a C function's arguments, before it reads or writes anything.
 //
-// A function checks in this order, so that a size query and its function refuse the same:
+// A function checks in this order. `check` is what its size query checks too: what is read, and
+// nothing that is written.
 //
-//   if (rows < 0 || vocab < 1) return NABLA_FAST_INVALID_SHAPE;
-//   if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
-//   if (!is_dtype(dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
-//   if (rows == 0) return NABLA_FAST_OK;
-//   if (!fits({{rows, row_stride}, {vocab, 1}}, bytes_of(dtype)) || !fits({{rows, 1}}, 8))
-//     return NABLA_FAST_TOO_LARGE;                     // of every tensor, [rows] ones too
-//   if (!logits || !argmax || !workspace) return NABLA_FAST_INVALID_POINTER;
-//   if (workspace_bytes < nabla_fast_..._workspace(...)) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-//   auto* memory = aligned(workspace);
+//   nabla_fast_status check(const nabla_fast_..._args& call) {
+//     if (call.rows < 0 || call.vocab < 1) return NABLA_FAST_INVALID_SHAPE;
+//     if (!is_tau(call.tau)) return NABLA_FAST_INVALID_TAU;
+//     if (call.rows == 0) return NABLA_FAST_OK;
+//     return check_matrix(call.logits, call.rows, call.vocab);  // of every matrix
+//   }
 //
-// A size query counts with Size, and returns 0 for what the function refuses:
+//   nabla_fast_..._args call;
+//   if (const auto refused = read_args(args, call)) return refused;      // base/args.h
+//   if (const auto refused = check(call)) return refused;
+//   if (call.rows == 0) return NABLA_FAST_OK;
+//   if (!fits({{call.rows, 1}}, 8)) return NABLA_FAST_TOO_LARGE;         // of [rows] arrays
+//   if (!call.argmax) return NABLA_FAST_INVALID_POINTER;
+//   if (const auto refused = check_workspace(call, bytes)) return refused;
+//   if (any_overlap(...)) return NABLA_FAST_OVERLAP;                     // base/overlap.h
+//   ...                           // what needs memory to be read: tokens, step counts
+//   auto* memory = aligned(call.workspace);
 //
-//   if (rows < 0 || vocab < 1) return 0;
-//   return (kAlignment + Size(rows) * vocab * 4).or_zero();
-//
-// and so does the work that decides about threads, which may pass any limit where a stride is 0:
+// Numbers of bytes are computed with Size, and so is the work that decides about threads, which may
+// pass any limit where a stride is 0:
 //
 //   threads_for((Size(rows) * vocab).or_most(), kWorkPerThread, num_threads)
 #ifndef NABLA_FAST_CPU_BASE_CHECK_H_
@@ -83,11 +88,35 @@ inline bool fits(std::initializer_list<Axis> axes, int64_t element_bytes) {
 // and callers may pass any number.
 inline int64_t step_of(int64_t count, int64_t stride) { return count > 1 ? stride : 0; }
 
+// The same of a matrix; where it has no columns, callers may pass any number too.
+template <typename Matrix>
+int64_t stride_of(const Matrix& matrix, int64_t rows) {
+  return step_of(matrix.width > 0 ? rows : 0, matrix.stride);
+}
+
 inline bool is_dtype(nabla_fast_dtype dtype) {
   return dtype == NABLA_FAST_FLOAT32 || dtype == NABLA_FAST_BFLOAT16;
 }
 
 inline int64_t bytes_of(nabla_fast_dtype dtype) { return dtype == NABLA_FAST_FLOAT32 ? 4 : 2; }
+
+// OK if `rows` rows of a matrix that is read, or written, are `width` wide and can be there.
+template <typename Matrix>
+nabla_fast_status check_matrix(const Matrix& matrix, int64_t rows, int64_t width) {
+  if (matrix.width < 0 || matrix.width != width) return NABLA_FAST_INVALID_SHAPE;
+  if (!is_dtype(matrix.dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
+  if (!fits({{rows, matrix.stride}, {width, 1}}, bytes_of(matrix.dtype)))
+    return NABLA_FAST_TOO_LARGE;
+  return !matrix.data && rows > 0 && width > 0 ? NABLA_FAST_INVALID_POINTER : NABLA_FAST_OK;
+}
+
+// The same of a matrix that can only be float32.
+template <typename Matrix>
+nabla_fast_status check_float32(const Matrix& matrix, int64_t rows, int64_t width) {
+  const nabla_fast_status status = check_matrix(matrix, rows, width);
+  if (status == NABLA_FAST_INVALID_SHAPE || matrix.dtype == NABLA_FAST_FLOAT32) return status;
+  return NABLA_FAST_UNKNOWN_DTYPE;
+}
 
 inline bool is_tau(double tau) { return tau >= 0x1p-64 && tau <= 0x1p64; }
 

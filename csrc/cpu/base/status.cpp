@@ -13,13 +13,13 @@ const char* nabla_fast_status_string(nabla_fast_status status) {
     case NABLA_FAST_ROW_ALL_MASKED:
       return "every logit of the row is -inf";
     case NABLA_FAST_INVALID_SHAPE:
-      return "the number of rows is negative or the vocabulary is empty";
+      return "a size is negative, the vocabulary is empty, or widths differ";
     case NABLA_FAST_INVALID_TAU:
       return "tau is not in [2^-64, 2^64]";
     case NABLA_FAST_INVALID_POINTER:
       return "a pointer is null";
     case NABLA_FAST_UNKNOWN_DTYPE:
-      return "the dtype is neither float32 nor bfloat16";
+      return "a dtype is unknown, or not one that the argument can have";
     case NABLA_FAST_UNKNOWN_ISA:
       return "the instruction set is unknown";
     case NABLA_FAST_BAD_ROWS:
@@ -36,6 +36,10 @@ const char* nabla_fast_status_string(nabla_fast_status status) {
       return "a prefix is longer than its block table, or a block of it is not in the pool";
     case NABLA_FAST_TOO_LARGE:
       return "a size or a stride is larger than any address space";
+    case NABLA_FAST_INVALID_SIZE:
+      return "the struct's size is not one that it has had, or an unknown field is not 0";
+    case NABLA_FAST_OVERLAP:
+      return "an output overlaps itself or another argument";
     default:
       return "unknown status";
   }

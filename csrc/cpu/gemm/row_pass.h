@@ -36,9 +36,9 @@ inline int groups_of(int64_t rows) {
 // first one, and those of two arrays. A table of the latter may have other rows, table_rows of
 // them; a map [vocab] then gives the row of each token.
 struct Factors {
-  nabla_fast_table first_rows, first_table;
-  const nabla_fast_table* rows;
-  const nabla_fast_table* tables;
+  nabla_fast_matrix first_rows, first_table;
+  const nabla_fast_matrix* rows;
+  const nabla_fast_matrix* tables;
   int64_t count;
   int64_t row_count, vocab;
   const int64_t* const* token_maps = nullptr;
@@ -141,24 +141,27 @@ inline int pass_threads(int64_t rows, int64_t vocab, const Factors& factors, int
   return static_cast<int>(std::min<int64_t>(threads, pass_segments(vocab)));
 }
 
-// OK if every factor has rows and a table of one width and a known dtype, and maps name rows that
-// their tables have.
-inline nabla_fast_status check_factors(const Factors& factors, int64_t rows, int64_t vocab) {
+// OK if every factor has rows and a table of one width and a known dtype.
+inline nabla_fast_status check_factors(const Factors& factors) {
   for (int64_t f = 0; f < factors.count; ++f) {
-    const nabla_fast_table& x = f == 0 ? factors.first_rows : factors.rows[f - 1];
-    const nabla_fast_table& table = f == 0 ? factors.first_table : factors.tables[f - 1];
-    if (x.width < 0 || x.width != table.width) return NABLA_FAST_INVALID_SHAPE;
-    if (!is_dtype(x.dtype) || !is_dtype(table.dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
-    const int64_t* map = factors.map_of(f);
+    const nabla_fast_matrix& x = f == 0 ? factors.first_rows : factors.rows[f - 1];
+    const nabla_fast_matrix& table = f == 0 ? factors.first_table : factors.tables[f - 1];
     const int64_t table_rows = factors.rows_of_table(f);
     if (table_rows < 0) return NABLA_FAST_INVALID_SHAPE;
-    if (!fits({{rows, x.stride}, {x.width, 1}}, bytes_of(x.dtype)) ||
-        !fits({{table_rows, table.stride}, {table.width, 1}}, bytes_of(table.dtype)) ||
-        (map && !fits({{vocab, 1}}, sizeof(*map))))
-      return NABLA_FAST_TOO_LARGE;
-    if (rows > 0 && x.width > 0 && (!x.data || !table.data)) return NABLA_FAST_INVALID_POINTER;
-    if (rows > 0 && map &&
-        std::any_of(map, map + vocab, [=](int64_t row) { return row < 0 || row >= table_rows; }))
+    if (const auto refused = check_matrix(x, factors.row_count, table.width)) return refused;
+    if (const auto refused = check_matrix(table, table_rows, x.width)) return refused;
+    if (!fits({{factors.vocab, 1}}, sizeof(int64_t))) return NABLA_FAST_TOO_LARGE;
+  }
+  return NABLA_FAST_OK;
+}
+
+// OK if maps name rows that their tables have.
+inline nabla_fast_status check_maps(const Factors& factors) {
+  for (int64_t f = 0; f < factors.count; ++f) {
+    const int64_t* map = factors.map_of(f);
+    const int64_t rows = factors.rows_of_table(f);
+    if (map &&
+        std::any_of(map, map + factors.vocab, [=](int64_t row) { return row < 0 || row >= rows; }))
       return NABLA_FAST_INVALID_TOKEN;
   }
   return NABLA_FAST_OK;

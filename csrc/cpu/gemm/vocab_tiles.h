@@ -61,8 +61,8 @@ NABLA_FAST_INLINE void copy_to_fp32(const Table& table, int64_t token, int64_t c
 }
 
 // First `count` rows of a table, which fit (base/check.h).
-inline Table table_of(const nabla_fast_table& t, int64_t count) {
-  return {t.data, t.dtype, t.width, step_of(t.width > 0 ? count : 0, t.stride)};
+inline Table table_of(const nabla_fast_matrix& t, int64_t count) {
+  return {t.data, t.dtype, t.width, stride_of(t, count)};
 }
 
 // Rows transposed, as products() reads them: [width, lanes] of float; where they and the table are

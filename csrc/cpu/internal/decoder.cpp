@@ -109,8 +109,15 @@ NABLA_FAST_FOR_EACH_ISA(gated_backward, gated_backward_kernel)
 // y[T, out] = x[T, in] weight^T + bias.
 void linear(const float* x, int64_t x_stride, int64_t tokens, const Linear& layer, int64_t out,
             int64_t in, float* y, int64_t y_stride, int32_t num_threads) {
-  nabla_fast_lm_logits(x, tokens, x_stride, layer.weight, NABLA_FAST_FLOAT32, out, in, in, y,
-                       y_stride, threads_for(tokens * out * in, kProductsPerThread, num_threads));
+  nabla_fast_lm_logits_args product{};
+  product.size = sizeof(product);
+  product.num_threads = threads_for(tokens * out * in, kProductsPerThread, num_threads);
+  product.rows = tokens;
+  product.vocab = out;
+  product.hidden = {x, in, x_stride, NABLA_FAST_FLOAT32};
+  product.head = {layer.weight, in, in, NABLA_FAST_FLOAT32};
+  product.logits = {y, out, y_stride, NABLA_FAST_FLOAT32};
+  nabla_fast_lm_logits(&product);
   if (layer.bias) {
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t k = 0; k < out; ++k) y[t * y_stride + k] += layer.bias[k];
@@ -204,12 +211,16 @@ Kept kept_of(const Decoder& d, const DecoderPass& p, int64_t layer) {
   return {d, p.count(), first + (p.keep ? layer * Kept::floats(d, p.count()) : 0)};
 }
 
-nabla_fast_attention attention_of(const Decoder& d, const DecoderPass& p, int64_t layer,
-                                  float* qkv) {
-  int64_t row = d.qkv(), layer_size = p.blocks * p.block_size * d.kv_heads * d.dim;
-  nabla_fast_strides strides{p.suffix * row, d.dim, row};
-  nabla_fast_pool_strides pool{p.block_size * d.kv_heads * d.dim, d.kv_heads * d.dim, d.dim};
-  nabla_fast_attention a{};
+nabla_fast_attention_args attention_of(const Decoder& d, const DecoderPass& p, int64_t layer,
+                                       const float* qkv, float* output) {
+  int64_t row = d.qkv(), token = d.kv_heads * d.dim, block = p.block_size * token;
+  int64_t q_width = d.heads * d.dim, of_layer = layer * p.blocks * block;
+  const auto heads = [&](const float* data) {
+    return nabla_fast_heads{data, p.suffix * row, d.dim, row};
+  };
+  nabla_fast_attention_args a{};
+  a.size = sizeof(a);
+  a.num_threads = p.num_threads;
   a.batch = p.batch;
   a.heads = d.heads;
   a.kv_heads = d.kv_heads;
@@ -220,16 +231,15 @@ nabla_fast_attention attention_of(const Decoder& d, const DecoderPass& p, int64_
   a.table_width = p.table_width;
   a.window = d.layers[static_cast<size_t>(layer)].window;
   a.scale = d.layers[static_cast<size_t>(layer)].scale;
-  a.q = qkv;
-  a.k = qkv + d.heads * d.dim;
-  a.v = a.k + d.kv_heads * d.dim;
-  a.key_pool = p.key_pool + layer * layer_size;
-  a.value_pool = p.value_pool + layer * layer_size;
+  a.q = heads(qkv);
+  a.k = heads(qkv + q_width);
+  a.v = heads(qkv + q_width + token);
+  a.key_pool = {p.key_pool + of_layer, block, token, d.dim};
+  a.value_pool = {p.value_pool + of_layer, block, token, d.dim};
   a.block_tables = p.block_tables;
   a.prefix_lengths = p.prefix_lengths;
   a.table_stride = p.table_width;
-  a.q_strides = a.k_strides = a.v_strides = strides;
-  a.key_pool_strides = a.value_pool_strides = pool;
+  a.output = {output, p.suffix * q_width, d.dim, q_width};
   return a;
 }
 
@@ -272,9 +282,8 @@ nabla_fast_status decoder_forward(const Decoder& d, const DecoderPass& p) {
                   kept.qkv + t * row, d.dim);
     }
     rotate(kept.qkv, row, count, normed, d.dim, p.cos, p.sin, false);
-    nabla_fast_attention attention = attention_of(d, p, index, kept.qkv);
-    nabla_fast_status status = nabla_fast_prefix_attention(
-        &attention, scratch.attended, {p.suffix * q_width, d.dim, q_width}, p.num_threads);
+    nabla_fast_attention_args attention = attention_of(d, p, index, kept.qkv, scratch.attended);
+    nabla_fast_status status = nabla_fast_prefix_attention(&attention);
     if (status != NABLA_FAST_OK) return status;
     if (p.slots) store_keys(d, p, index, kept.qkv);
     linear(scratch.attended, q_width, count, layer.output, width, q_width, scratch.normed, width,

@@ -44,32 +44,12 @@ constexpr double kDrift = 8;
 
 // -- a row ----------------------------------------------------------------------------------------
 
-// Arguments of a call.
-struct Call {
-  float* z;
-  const float* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
-  int64_t rows, vocab;
-  int64_t z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride;
-  Steps steps;
-  const int64_t* group;
-  double tau;
-  const int64_t* noise_seed;
-  const int64_t* noise_position;
-  int64_t* token;
-  uint8_t* flipped;
+int64_t chunks_of(int64_t vocab) { return (vocab + kChunkTokens - 1) / kChunkTokens; }
 
-  int64_t chunks() const { return (vocab + kChunkTokens - 1) / kChunkTokens; }
-  Row row(int64_t index) const {
-    return {z + index * z_stride,
-            grad + index * grad_stride,
-            exp_avg + index * exp_avg_stride,
-            exp_avg_sq + index * exp_avg_sq_stride,
-            nullptr,
-            nullptr};
-  }
-};
+Row row_of(const Call& call, int64_t row) {
+  return {call.parameter_of(row),  call.grad_of(row), call.exp_avg_of(row),
+          call.exp_avg_sq_of(row), nullptr,           nullptr};
+}
 
 // Memory for one row at a time.
 struct Scratch {
@@ -117,7 +97,7 @@ class Descent {
         row_(row),
         partials_{scratch.partials[0], scratch.partials[1]},
         threads_(threads),
-        chunks_(call.chunks()) {}
+        chunks_(chunks_of(call.vocab)) {}
 
   // Takes at most `most` steps of row `index`. No logit is NaN or +inf, and one is finite.
   Outcome run(int64_t index, int64_t most) {
@@ -199,7 +179,7 @@ class Descent {
   Step next_step(int64_t index, int64_t taken, const Centre& centre) const {
     const double weight = std::sqrt(1 - kBeta2) / (sum_ * call_.tau);
     return {centre, static_cast<float>(weight),
-            static_cast<float>(weighted_grad_sum_ / sum_ * weight), call_.steps.rate(index, taken)};
+            static_cast<float>(weighted_grad_sum_ / sum_ * weight), call_.rate(index, taken)};
   }
 
   // Far below the largest logit, second moments are below 2^-126. They may become 0 beside much
@@ -257,7 +237,7 @@ void prepare_scratch(const Call& call, int64_t index, const Scratch& scratch, Th
   row.e = scratch.e;
   if (!scratch.noise) return;
   row.noise = scratch.noise;
-  const int64_t chunks = call.chunks();
+  const int64_t chunks = chunks_of(call.vocab);
   const int64_t begin = threads.begin(chunks) * kChunkTokens;
   const int64_t end = std::min(threads.end(chunks) * kChunkTokens, call.vocab);
   if (begin >= end) return;
@@ -268,12 +248,12 @@ void prepare_scratch(const Call& call, int64_t index, const Scratch& scratch, Th
 // Steps of a row in place, and their outcome.
 void descend(const Call& call, const ChunkPasses& passes, int64_t index, int64_t most,
              const Scratch& scratch, ThreadGroup threads) {
-  Row row = call.row(index);
+  Row row = row_of(call, index);
   prepare_scratch(call, index, scratch, threads, row);
   const Outcome outcome = Descent(call, passes, row, scratch, threads).run(index, most);
   threads.barrier();  // the others still read the steps taken
   if (threads.rank > 0) return;
-  call.steps.taken[index] += outcome.taken;
+  call.step[index] += outcome.taken;
   call.token[index] = outcome.token;
   call.flipped[index] = outcome.flipped;
 }
@@ -281,9 +261,9 @@ void descend(const Call& call, const ChunkPasses& passes, int64_t index, int64_t
 // Steps of a copy of a row until its token moves; the largest number if `most` do not move it.
 int64_t steps_to_flip(const Call& call, const ChunkPasses& passes, int64_t index, int64_t most,
                       const Scratch& scratch, ThreadGroup threads) {
-  Row row = call.row(index);
+  Row row = row_of(call, index);
   prepare_scratch(call, index, scratch, threads, row);
-  const int64_t chunks = call.chunks(), begin = threads.begin(chunks) * kChunkTokens;
+  const int64_t chunks = chunks_of(call.vocab), begin = threads.begin(chunks) * kChunkTokens;
   const int64_t end = std::max(begin, std::min(threads.end(chunks) * kChunkTokens, call.vocab));
   float* copy = scratch.copy;
   for (float** array : {&row.z, &row.exp_avg, &row.exp_avg_sq}) {
@@ -303,14 +283,16 @@ struct Layout {
   int scratches;
   int64_t scratch_bytes, bytes;  // bytes: 0 if they are too many
 
-  Layout(int64_t rows, int64_t vocab, int64_t iters, bool noise, bool groups, int32_t asked) {
-    threads = threads_for((Size(rows) * vocab * std::max<int64_t>(iters, 1)).or_most(),
-                          kWorkPerThread, asked);
+  explicit Layout(const nabla_fast_descent_args& call) {
+    const int64_t rows = call.rows, vocab = call.vocab;
+    const bool noise = call.noise_seed, groups = call.group;
+    threads = threads_for((Size(rows) * vocab * std::max<int64_t>(call.iters, 1)).or_most(),
+                          kWorkPerThread, call.num_threads);
     const int64_t most = std::clamp<int64_t>(vocab / kTokensPerThread, 1, threads);
     sharing = most > rows ? static_cast<int>(most) : 1;
     scratches =
         sharing > 1 ? 1 : static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(rows, 1)));
-    const int64_t chunks = (vocab + kChunkTokens - 1) / kChunkTokens;
+    const int64_t chunks = chunks_of(vocab);
     scratch_bytes = whole_lines(2 * chunks * sizeof(ChunkSums)) + whole_lines(4 * vocab) +
                     (noise ? whole_lines(4 * vocab) : 0) + (groups ? whole_lines(12 * vocab) : 0);
     bytes =
@@ -318,31 +300,26 @@ struct Layout {
   }
   static int64_t whole_lines(int64_t size) { return (size + 63) / 64 * 64; }
 
-  Scratch scratch(char* workspace, int index, int64_t vocab, bool noise, bool groups) const {
-    char* at = workspace + index * scratch_bytes;
-    const int64_t chunks = (vocab + kChunkTokens - 1) / kChunkTokens;
+  Scratch scratch(const Call& call, char* memory, int index) const {
+    char* at = memory + index * scratch_bytes;
+    const int64_t vocab = call.vocab, chunks = chunks_of(vocab);
     Scratch scratch{};
     scratch.partials[0] = reinterpret_cast<ChunkSums*>(at);
     scratch.partials[1] = scratch.partials[0] + chunks;
     at += whole_lines(2 * chunks * sizeof(ChunkSums));
     scratch.e = reinterpret_cast<float*>(at);
     at += whole_lines(4 * vocab);
-    if (noise) {
+    if (call.noise_seed) {
       scratch.noise = reinterpret_cast<float*>(at);
       at += whole_lines(4 * vocab);
     }
-    if (groups) scratch.copy = reinterpret_cast<float*>(at);
+    if (call.group) scratch.copy = reinterpret_cast<float*>(at);
     return scratch;
   }
 };
 
-// True if the arrays of a call have a size, so that its workspace can be laid out.
-bool sizes_fit(int64_t rows, int64_t vocab, int64_t iters) {
-  return fits({{rows, 1}}, 24) && fits({{vocab, 1}}, 64) && fits({{iters, 1}}, 8);
-}
-
 nabla_fast_status status_of(const Call& call, const ChunkPasses& passes, int64_t index) {
-  const Row row = call.row(index);
+  const Row row = row_of(call, index);
   float max = -kInfinity;
   for (int64_t begin = 0; begin < call.vocab; begin += kChunkTokens) {
     ChunkSums partial;
@@ -358,10 +335,9 @@ nabla_fast_status status_of(const Call& call, const ChunkPasses& passes, int64_t
 
 // Calls work(row, scratch, threads) for every row, on all threads that share it.
 template <typename Work>
-void each_row(const Call& call, const Layout& layout, char* workspace, const Work& work) {
-  const bool noise = call.noise_seed, groups = call.group;
+void each_row(const Call& call, const Layout& layout, char* memory, const Work& work) {
   if (layout.sharing > 1) {
-    const Scratch scratch = layout.scratch(workspace, 0, call.vocab, noise, groups);
+    const Scratch scratch = layout.scratch(call, memory, 0);
 #ifdef _OPENMP
   #pragma omp parallel num_threads(layout.sharing)
     {
@@ -383,46 +359,43 @@ void each_row(const Call& call, const Layout& layout, char* workspace, const Wor
 #else
     const int rank = 0;
 #endif
-    work(row, layout.scratch(workspace, layout.scratches > 1 ? rank : 0, call.vocab, noise, groups),
-         ThreadGroup{0, 1});
+    work(row, layout.scratch(call, memory, layout.scratches > 1 ? rank : 0), ThreadGroup{0, 1});
   }
 }
 
-nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Layout& layout,
-                      char* workspace) {
+nabla_fast_status run(const Call& call, const Layout& layout, char* memory) {
   const nabla_fast_isa isa = nabla_fast_cpu_isa();
   const ChunkPasses plain(false, isa);
   bool good = true;
 #pragma omp parallel for num_threads(layout.threads) reduction(&& : good) if (layout.threads > 1)
   for (int64_t row = 0; row < call.rows; ++row) {
-    row_status[row] = status_of(call, plain, row);
-    good = good && row_status[row] == NABLA_FAST_OK;
+    call.row_status[row] = status_of(call, plain, row);
+    good = good && call.row_status[row] == NABLA_FAST_OK;
   }
   if (!good) return NABLA_FAST_BAD_ROWS;
 
   const ChunkPasses mine(call.noise_seed != nullptr, isa);
   StopGroups groups{};
   if (call.group) {
-    groups.order = reinterpret_cast<int64_t*>(workspace + layout.scratches * layout.scratch_bytes);
+    groups.order = reinterpret_cast<int64_t*>(memory + layout.scratches * layout.scratch_bytes);
     groups.leader = groups.order + call.rows;
     groups.earliest = groups.leader + call.rows;
     groups.sort(call.group, call.rows);
-    each_row(call, layout, workspace,
-             [&](int64_t row, const Scratch& scratch, ThreadGroup threads) {
-               const int64_t leader = groups.leader[row];
-               if (leader < 0) return;
-               int64_t* earliest = &groups.earliest[leader];
-               const int64_t so_far = __atomic_load_n(earliest, __ATOMIC_RELAXED);
-               threads.barrier();  // all threads of a row must have read the same number
-               const int64_t most = std::min(call.steps.left(row), so_far);
-               const int64_t steps = steps_to_flip(call, mine, row, most, scratch, threads);
-               if (threads.rank > 0) return;
+    each_row(call, layout, memory, [&](int64_t row, const Scratch& scratch, ThreadGroup threads) {
+      const int64_t leader = groups.leader[row];
+      if (leader < 0) return;
+      int64_t* earliest = &groups.earliest[leader];
+      const int64_t so_far = __atomic_load_n(earliest, __ATOMIC_RELAXED);
+      threads.barrier();  // all threads of a row must have read the same number
+      const int64_t most = std::min(call.steps_left(row), so_far);
+      const int64_t steps = steps_to_flip(call, mine, row, most, scratch, threads);
+      if (threads.rank > 0) return;
 #pragma omp critical(nabla_fast_dto_descent_earliest)
-               if (steps < *earliest) __atomic_store_n(earliest, steps, __ATOMIC_RELAXED);
-             });
+      if (steps < *earliest) __atomic_store_n(earliest, steps, __ATOMIC_RELAXED);
+    });
   }
-  each_row(call, layout, workspace, [&](int64_t row, const Scratch& scratch, ThreadGroup threads) {
-    int64_t most = call.steps.left(row);
+  each_row(call, layout, memory, [&](int64_t row, const Scratch& scratch, ThreadGroup threads) {
+    int64_t most = call.steps_left(row);
     if (call.group && groups.leader[row] >= 0) {
       most = std::min(most, groups.earliest[groups.leader[row]]);
     }
@@ -437,38 +410,18 @@ nabla_fast_status run(const Call& call, nabla_fast_status* row_status, const Lay
 using namespace nabla_fast;
 using namespace nabla_fast::descent;
 
-int64_t nabla_fast_dto_descent_workspace(int64_t rows, int64_t vocab, int64_t iters, int32_t noise,
-                                         int32_t groups, int32_t num_threads) {
-  if (rows < 0 || vocab < 1 || iters < 0 || !sizes_fit(rows, vocab, iters)) return 0;
-  return Layout(rows, vocab, iters, noise, groups, num_threads).bytes;
+int64_t nabla_fast_dto_descent_workspace(const nabla_fast_descent_args* args) {
+  return workspace_bytes(args, check_inputs, [](const nabla_fast_descent_args& call) {
+    return call.rows > 0 ? Layout(call).bytes : 0;
+  });
 }
 
-nabla_fast_status nabla_fast_dto_descent(
-    float* z, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t* step, int64_t rows,
-    int64_t vocab, int64_t z_stride, int64_t grad_stride, int64_t exp_avg_stride,
-    int64_t exp_avg_sq_stride, const double* schedule, int64_t iters, int64_t schedule_stride,
-    const int64_t* until, const int64_t* group, double tau, const int64_t* noise_seed,
-    const int64_t* noise_position, int64_t* token, uint8_t* flipped, nabla_fast_status* row_status,
-    void* workspace, int64_t workspace_bytes, int32_t num_threads) {
-  if (rows < 0 || vocab < 1 || iters < 0) return NABLA_FAST_INVALID_SHAPE;
-  if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
-  if (rows == 0) return NABLA_FAST_OK;
-  if (!sizes_fit(rows, vocab, iters) || !fits({{rows, schedule_stride}, {iters, 1}}, 8))
-    return NABLA_FAST_TOO_LARGE;
-  for (const int64_t stride : {z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride})
-    if (!fits({{rows, stride}, {vocab, 1}}, 4)) return NABLA_FAST_TOO_LARGE;
-  const Layout layout(rows, vocab, iters, noise_seed, group, num_threads);
-  if (layout.bytes == 0) return NABLA_FAST_TOO_LARGE;
-  if (!z || !grad || !exp_avg || !exp_avg_sq || !step || !token || !flipped || !row_status ||
-      !workspace || (iters > 0 && !schedule) || !noise_seed != !noise_position) {
-    return NABLA_FAST_INVALID_POINTER;
-  }
-  const Steps steps{step, schedule, iters, schedule_stride, until};
-  if (!steps.valid(rows)) return NABLA_FAST_INVALID_STEPS;
-  if (workspace_bytes < layout.bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  const Call call{z,     grad,     exp_avg,     exp_avg_sq,     rows,
-                  vocab, z_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride,
-                  steps, group,    tau,         noise_seed,     noise_position,
-                  token, flipped};
-  return run(call, row_status, layout, aligned(workspace));
+nabla_fast_status nabla_fast_dto_descent(const nabla_fast_descent_args* args) {
+  Call call;
+  if (const auto refused = read_args<nabla_fast_descent_args>(args, call)) return refused;
+  if (const auto refused = check_inputs(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  const Layout layout(call);
+  if (const auto refused = check_outputs(call, call.vocab, nullptr, layout.bytes)) return refused;
+  return run(call, layout, aligned(call.workspace));
 }

@@ -1,5 +1,5 @@
-// Adam's step, the number of steps of a row, and rows that stop together: for the descents on
-// logits and on latents.
+// A call, its checks, Adam's step and rows that stop together: for the descents on logits and on
+// latents.
 #ifndef NABLA_FAST_CPU_OPS_DTO_DESCENT_H_
 #define NABLA_FAST_CPU_OPS_DTO_DESCENT_H_
 
@@ -8,7 +8,11 @@
 #include <cstdint>
 #include <limits>
 
+#include "base/args.h"
+#include "base/check.h"
 #include "base/isa.h"
+#include "base/overlap.h"
+#include "nabla_fast.h"
 #include "simd/vec.h"
 
 namespace nabla_fast::descent {
@@ -32,32 +36,78 @@ NABLA_FAST_INLINE Floats<W> adam(Floats<W> x, Floats<W> g, AdamRate step, Floats
   return x - step.rate * (exp_avg / (vec_sqrt<W>(exp_avg_sq) * step.scale + kEpsilon));
 }
 
-// Steps of a call's rows.
-struct Steps {
-  int64_t* taken;          // [rows]
-  const double* schedule;  // [iters] of each row, or of all
-  int64_t iters, schedule_stride;
-  const int64_t* until;  // [rows], or null
+// Arguments of a call.
+struct Call : nabla_fast_descent_args {
+  float* parameter_of(int64_t row) const { return at(parameter, row); }
+  float* exp_avg_of(int64_t row) const { return at(exp_avg, row); }
+  float* exp_avg_sq_of(int64_t row) const { return at(exp_avg_sq, row); }
+  const float* grad_of(int64_t row) const {
+    return static_cast<const float*>(grad.data) + row * grad.stride;
+  }
 
   // Number of steps that a row may take.
-  int64_t left(int64_t row) const {
+  int64_t steps_left(int64_t row) const {
     const int64_t last = until ? until[row] : iters;
-    return last > taken[row] ? last - taken[row] : 0;
+    return last > step[row] ? last - step[row] : 0;
   }
   // Rate of the step that follows `more` steps of this call.
   AdamRate rate(int64_t row, int64_t more) const {
-    const int64_t before = taken[row] + more;
+    const int64_t before = step[row] + more;
     const double count = static_cast<double>(before + 1);
     const double lr = schedule[row * schedule_stride + before];
     return {static_cast<float>(lr / (1 - std::pow(kBeta1, count))),
             static_cast<float>(1 / std::sqrt(1 - std::pow(kBeta2, count)))};
   }
-  bool valid(int64_t rows) const {
-    for (int64_t row = 0; row < rows; ++row)
-      if (taken[row] < 0 || (until && until[row] > iters)) return false;
-    return true;
+
+ private:
+  float* at(const nabla_fast_output& matrix, int64_t row) const {
+    return static_cast<float*>(matrix.data) + row * stride_of(matrix, rows);
   }
 };
+
+// OK, or why what a call reads, its head aside, is refused.
+inline nabla_fast_status check_inputs(const nabla_fast_descent_args& call) {
+  if (call.rows < 0 || call.vocab < 1 || call.iters < 0) return NABLA_FAST_INVALID_SHAPE;
+  if (!is_tau(call.tau)) return NABLA_FAST_INVALID_TAU;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (const auto refused = check_float32(call.grad, call.rows, call.vocab)) return refused;
+  if (!fits({{call.rows, call.schedule_stride}, {call.iters, 1}}, 8) ||
+      !fits({{call.rows, 1}}, 64) || !fits({{call.vocab, 1}}, 64))
+    return NABLA_FAST_TOO_LARGE;
+  if ((call.iters > 0 && !call.schedule) || !call.noise_seed != !call.noise_position)
+    return NABLA_FAST_INVALID_POINTER;
+  return NABLA_FAST_OK;
+}
+
+// The same of what it writes, its rows being [columns] and its workspace `bytes`, and of the steps
+// that its memory holds. head: null where there is none.
+inline nabla_fast_status check_outputs(const nabla_fast_descent_args& call, int64_t columns,
+                                       const nabla_fast_matrix* head, int64_t bytes) {
+  const nabla_fast_output* const changed[] = {&call.parameter, &call.exp_avg, &call.exp_avg_sq};
+  for (const nabla_fast_output* matrix : changed)
+    if (const auto refused = check_float32(*matrix, call.rows, columns)) return refused;
+  if (!call.step || !call.token || !call.flipped || !call.row_status)
+    return NABLA_FAST_INVALID_POINTER;
+  if (const auto refused = check_workspace(call, bytes)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    for (const nabla_fast_output* matrix : changed) arrays.writes(array_of(*matrix, call.rows));
+    arrays.writes(array_of(call.step, call.rows));
+    arrays.writes(array_of(call.token, call.rows));
+    arrays.writes(array_of(call.flipped, call.rows));
+    arrays.writes(array_of(call.row_status, call.rows));
+    arrays.writes(array_of_bytes(call.workspace, bytes));
+    if (head) arrays.reads(array_of(*head, call.vocab));
+    arrays.reads(array_of(call.grad, call.rows));
+    arrays.reads({call.schedule, {{call.rows, call.schedule_stride}}, call.iters, 8});
+    for (const int64_t* array : {call.until, call.group, call.noise_seed, call.noise_position})
+      arrays.reads(array_of(array, call.rows));
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
+  for (int64_t row = 0; row < call.rows; ++row)
+    if (call.step[row] < 0 || (call.until && call.until[row] > call.iters))
+      return NABLA_FAST_INVALID_STEPS;
+  return NABLA_FAST_OK;
+}
 
 // Groups of rows that stop together. A row's leader is the first row of its group.
 struct StopGroups {

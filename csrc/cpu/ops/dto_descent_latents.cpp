@@ -26,30 +26,8 @@ namespace {
 // Multiplications worth another thread.
 constexpr int64_t kProductsPerThread = int64_t{1} << 18;
 
-// Arguments of a call.
-struct Call {
-  float* h;
-  gemm::Table head;
-  const float* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
-  int64_t rows, vocab;
-  int64_t h_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride;
-  Steps steps;
-  const int64_t* group;
-  double tau;
-  const int64_t* noise_seed;
-  const int64_t* noise_position;
-  int64_t* token;
-  uint8_t* flipped;
-  nabla_fast_status* row_status;
-  int32_t num_threads;
-
-  int64_t width() const { return head.width; }
-};
-
 // State of a row.
-struct Row {
+struct RowState {
   HeadPassResult result;  // by the last pass
   int64_t taken;          // steps of this call
   int64_t token;
@@ -57,7 +35,7 @@ struct Row {
 };
 
 struct Workspace {
-  Row* rows;             // [rows]
+  RowState* rows;        // [rows]
   StopGroups groups;     // [rows]
   int64_t* list;         // [2, rows]: of a pass, those with a gradient and those without
   float* gradient;       // [rows, width]
@@ -67,8 +45,8 @@ struct Workspace {
   float* weighted_sums;  // [segments, weighted_sums_floats()]
 
   // Bytes, 0 if they are too many. memory: aligned, or null to count alone.
-  static int64_t lay_out(int64_t rows, int64_t vocab, int64_t width, char* memory,
-                         Workspace* workspace) {
+  static int64_t lay_out(const nabla_fast_descent_args& call, char* memory, Workspace* workspace) {
+    const int64_t rows = call.rows, vocab = call.vocab, width = call.head.width;
     const int together = static_cast<int>(std::min<int64_t>(rows, kRowsPerHeadPass));
     const int64_t segments = head_segments(vocab);
     Size used = 0;
@@ -78,7 +56,7 @@ struct Workspace {
       used = used + bytes.rounded_up(kAlignment);
     };
     Workspace unused, &w = workspace ? *workspace : unused;
-    take(w.rows, Size(rows) * sizeof(Row));
+    take(w.rows, Size(rows) * sizeof(RowState));
     take(w.groups.order, Size(rows) * 8);
     take(w.groups.leader, Size(rows) * 8);
     take(w.groups.earliest, Size(rows) * 8);
@@ -149,17 +127,17 @@ class Descent {
     if (!good) return NABLA_FAST_BAD_ROWS;
     if (call_.group) w_.groups.sort(call_.group, call_.rows);
     for (int64_t row = 0; row < call_.rows; ++row) {
-      Row& state = w_.rows[row];
+      RowState& state = w_.rows[row];
       state.token = state.result.token;
       state.started = true;
-      state.active = call_.steps.left(row) > 0;
+      state.active = call_.steps_left(row) > 0;
     }
     while (step_active_rows()) {
       pass_active_rows();
       stop_rows();
     }
     for (int64_t row = 0; row < call_.rows; ++row) {
-      call_.steps.taken[row] += w_.rows[row].taken;
+      call_.step[row] += w_.rows[row].taken;
       call_.token[row] = w_.rows[row].token;
       call_.flipped[row] = w_.rows[row].flipped;
     }
@@ -178,7 +156,7 @@ class Descent {
     int64_t more_rows = 0, last_rows = 0;
     for (int64_t row = 0; row < call_.rows; ++row) {
       if (!w_.rows[row].active) continue;
-      if (w_.rows[row].taken < call_.steps.left(row))
+      if (w_.rows[row].taken < call_.steps_left(row))
         more[more_rows++] = row;
       else
         last[last_rows++] = row;
@@ -197,21 +175,21 @@ class Descent {
   }
 
   void pass_together(const int64_t* list, int count, bool sums) {
-    const int64_t width = call_.width();
+    const int64_t width = call_.head.width;
     HeadPass pass;
     for (int n = 0; n < count; ++n) {
       const int64_t row = list[n];
-      const float* const h = call_.h + row * call_.h_stride;
+      const float* const h = call_.parameter_of(row);
       std::copy(h, h + width, w_.hidden + n * width);
-      const float* const grad = call_.grad + row * call_.grad_stride;
-      const Row& state = w_.rows[row];
+      const float* const grad = call_.grad_of(row);
+      const RowState& state = w_.rows[row];
       pass.row[n] = {grad, call_.noise_seed ? call_.noise_seed[row] : 0,
                      call_.noise_seed ? call_.noise_position[row] : 0, state.started,
                      state.started ? grad[state.token] : 0.0f};
     }
     pass.rows = gemm::pack_rows({w_.hidden, NABLA_FAST_FLOAT32, width, width}, count,
                                 call_.head.dtype, w_.packed);
-    pass.head = call_.head;
+    pass.head = gemm::table_of(call_.head, call_.vocab);
     pass.inverse_tau = static_cast<float>(1 / call_.tau);
     pass.noise = call_.noise_seed;
 
@@ -237,18 +215,17 @@ class Descent {
     auto* const step = step_row.select();
     bool any = false;
     for (int64_t row = 0; row < call_.rows; ++row) {
-      Row& state = w_.rows[row];
+      RowState& state = w_.rows[row];
       if (!state.active) continue;
       any = true;
-      const StepRow at{call_.h + row * call_.h_stride, call_.exp_avg + row * call_.exp_avg_stride,
-                       call_.exp_avg_sq + row * call_.exp_avg_sq_stride,
-                       w_.gradient + row * call_.width()};
+      const int64_t width = call_.head.width;
+      const StepRow at{call_.parameter_of(row), call_.exp_avg_of(row), call_.exp_avg_sq_of(row),
+                       w_.gradient + row * width};
       if (status_of(state.result) == NABLA_FAST_OK && std::isfinite(state.result.mean)) {
-        step(at, call_.width(), call_.steps.rate(row, state.taken));
+        step(at, width, call_.rate(row, state.taken));
       } else {
         // The softmax of the row is NaN.
-        for (float* array : {at.h, at.exp_avg, at.exp_avg_sq})
-          std::fill_n(array, call_.width(), kNaN);
+        for (float* array : {at.h, at.exp_avg, at.exp_avg_sq}) std::fill_n(array, width, kNaN);
       }
       ++state.taken;
     }
@@ -258,17 +235,17 @@ class Descent {
   // Stops rows whose token has moved, or one of their group, or that have no step left.
   void stop_rows() {
     for (int64_t row = 0; row < call_.rows; ++row) {
-      Row& state = w_.rows[row];
+      RowState& state = w_.rows[row];
       if (!state.active) continue;
       state.flipped = state.result.token != state.token;
       state.token = state.result.token;
       if (state.flipped && leader(row) >= 0) w_.groups.earliest[leader(row)] = state.taken;
     }
     for (int64_t row = 0; row < call_.rows; ++row) {
-      Row& state = w_.rows[row];
+      RowState& state = w_.rows[row];
       const bool together = leader(row) >= 0 && w_.groups.earliest[leader(row)] <= state.taken;
       state.active =
-          state.active && !state.flipped && !together && state.taken < call_.steps.left(row);
+          state.active && !state.flipped && !together && state.taken < call_.steps_left(row);
     }
   }
 
@@ -278,11 +255,21 @@ class Descent {
   Workspace w_;
 };
 
-// True if the arrays of a call have a size, so that its workspace can be laid out.
-bool sizes_fit(int64_t rows, int64_t vocab, int64_t width) {
-  return fits({{rows, 1}}, 64) && fits({{vocab, 1}}, 8) &&
-         fits({{width, 1}}, 4 * gemm::kRowsPerGroup) &&
-         (Size(kMaxHeadSegments) * (2 * kRowsPerHeadPass * 4) * width).fits();
+// OK, or why what a call reads is refused.
+nabla_fast_status check(const nabla_fast_descent_args& call) {
+  if (const auto refused = check_inputs(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  const int64_t width = call.head.width;
+  if (const auto refused = check_matrix(call.head, call.vocab, width)) return refused;
+  // So that the workspace can be laid out.
+  return fits({{width, 1}}, 4 * gemm::kRowsPerGroup) &&
+                 (Size(kMaxHeadSegments) * (2 * kRowsPerHeadPass * 4) * width).fits()
+             ? NABLA_FAST_OK
+             : NABLA_FAST_TOO_LARGE;
+}
+
+int64_t workspace_of(const nabla_fast_descent_args& call) {
+  return call.rows > 0 ? Workspace::lay_out(call, nullptr, nullptr) : 0;
 }
 
 }  // namespace
@@ -291,60 +278,18 @@ bool sizes_fit(int64_t rows, int64_t vocab, int64_t width) {
 using namespace nabla_fast;
 using namespace nabla_fast::descent;
 
-int64_t nabla_fast_dto_descent_latents_workspace(int64_t rows, int64_t vocab, int64_t width) {
-  if (rows < 0 || vocab < 1 || width < 0 || !sizes_fit(rows, vocab, width)) return 0;
-  return Workspace::lay_out(rows, vocab, width, nullptr, nullptr);
+int64_t nabla_fast_dto_descent_latents_workspace(const nabla_fast_descent_args* args) {
+  return workspace_bytes(args, check, workspace_of);
 }
 
-nabla_fast_status nabla_fast_dto_descent_latents(
-    float* h, const void* head, nabla_fast_dtype head_dtype, const float* grad, float* exp_avg,
-    float* exp_avg_sq, int64_t* step, int64_t rows, int64_t vocab, int64_t width, int64_t h_stride,
-    int64_t head_stride, int64_t grad_stride, int64_t exp_avg_stride, int64_t exp_avg_sq_stride,
-    const double* schedule, int64_t iters, int64_t schedule_stride, const int64_t* until,
-    const int64_t* group, double tau, const int64_t* noise_seed, const int64_t* noise_position,
-    int64_t* token, uint8_t* flipped, nabla_fast_status* row_status, void* workspace,
-    int64_t workspace_bytes, int32_t num_threads) {
-  if (rows < 0 || vocab < 1 || width < 0 || iters < 0) return NABLA_FAST_INVALID_SHAPE;
-  if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
-  if (!is_dtype(head_dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
-  if (rows == 0) return NABLA_FAST_OK;
-  const int64_t bytes = nabla_fast_dto_descent_latents_workspace(rows, vocab, width);
-  if (bytes == 0 || !fits({{rows, schedule_stride}, {iters, 1}}, 8) ||
-      !fits({{vocab, head_stride}, {width, 1}}, bytes_of(head_dtype)) ||
-      !fits({{rows, grad_stride}, {vocab, 1}}, 4))
-    return NABLA_FAST_TOO_LARGE;
-  for (const int64_t stride : {h_stride, exp_avg_stride, exp_avg_sq_stride})
-    if (!fits({{rows, stride}, {width, 1}}, 4)) return NABLA_FAST_TOO_LARGE;
-  if (!grad || !step || !token || !flipped || !row_status || !workspace ||
-      (width > 0 && (!h || !head || !exp_avg || !exp_avg_sq)) || (iters > 0 && !schedule) ||
-      !noise_seed != !noise_position)
-    return NABLA_FAST_INVALID_POINTER;
-  const Steps steps{step, schedule, iters, schedule_stride, until};
-  if (!steps.valid(rows)) return NABLA_FAST_INVALID_STEPS;
-  if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  if (width == 0) h_stride = exp_avg_stride = exp_avg_sq_stride = 0;
-  head_stride = step_of(width > 0 ? vocab : 0, head_stride);
-  const Call call{h,
-                  {head, head_dtype, width, head_stride},
-                  grad,
-                  exp_avg,
-                  exp_avg_sq,
-                  rows,
-                  vocab,
-                  h_stride,
-                  grad_stride,
-                  exp_avg_stride,
-                  exp_avg_sq_stride,
-                  steps,
-                  group,
-                  tau,
-                  noise_seed,
-                  noise_position,
-                  token,
-                  flipped,
-                  row_status,
-                  num_threads};
-  Workspace laid_out;
-  Workspace::lay_out(rows, vocab, width, aligned(workspace), &laid_out);
-  return Descent(call, laid_out).run();
+nabla_fast_status nabla_fast_dto_descent_latents(const nabla_fast_descent_args* args) {
+  Call call;
+  if (const auto refused = read_args<nabla_fast_descent_args>(args, call)) return refused;
+  if (const auto refused = check(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  const int64_t bytes = workspace_of(call);
+  if (const auto refused = check_outputs(call, call.head.width, &call.head, bytes)) return refused;
+  Workspace workspace;
+  Workspace::lay_out(call, aligned(call.workspace), &workspace);
+  return Descent(call, workspace).run();
 }

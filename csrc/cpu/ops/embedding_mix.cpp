@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kWorkPerThread = int64_t{1} << 21;
 
 // Floats of a group's mixes of all tables.
-Size mix_floats(const nabla_fast_mix& call) {
+Size mix_floats(const nabla_fast_mix_args& call) {
   Size width = 0;
   for (int64_t t = 0; t < call.table_count; ++t)
     width = width + Size(call.tables[t].width).rounded_up(16);
@@ -30,21 +30,25 @@ Size mix_floats(const nabla_fast_mix& call) {
 }
 
 // Segments computed at once.
-int parts_of(const nabla_fast_mix& call, int32_t hard, int32_t num_threads) {
+int parts_of(const nabla_fast_mix_args& call) {
   Size width = is_linear(call) ? call.head.width : 0;
-  for (int64_t t = 0; t < call.table_count && !hard; ++t) width = width + call.tables[t].width;
+  for (int64_t t = 0; t < call.table_count && !call.hard; ++t) width = width + call.tables[t].width;
   const Size work =
       (width + 16) * call.vocab * (std::min<int64_t>(call.rows, gemm::kRowsPerGroup) + 4);
   return static_cast<int>(std::min<int64_t>(
-      threads_for(work.or_most(), kWorkPerThread, num_threads), mix_segments(call.vocab)));
+      threads_for(work.or_most(), kWorkPerThread, call.num_threads), mix_segments(call.vocab)));
+}
+
+float* mix_row(const nabla_fast_mix_args& call, int64_t t, int64_t row) {
+  return static_cast<float*>(call.mixes[t].data) + row * stride_of(call.mixes[t], call.rows);
 }
 
 // Writes a row's mixes: those of its hard token, or NaN where `status` is not OK.
-void write_row(const nabla_fast_mix& call, int64_t row, nabla_fast_status status, int64_t token,
-               float* const* mixes) {
+void write_row(const nabla_fast_mix_args& call, int64_t row, nabla_fast_status status,
+               int64_t token) {
   for (int64_t t = 0; t < call.table_count; ++t) {
     const int64_t width = call.tables[t].width;
-    float* out = mixes[t] + row * width;
+    float* out = mix_row(call, t, row);
     for (int64_t k = 0; k < width; ++k)
       out[k] = status == NABLA_FAST_OK ? gemm::table_of(call.tables[t], call.vocab).value(token, k)
                                        : kNaN;
@@ -54,7 +58,7 @@ void write_row(const nabla_fast_mix& call, int64_t row, nabla_fast_status status
 // -- soft -----------------------------------------------------------------------------------------
 
 void add_segment(const RowGroup& group, int64_t segment, int64_t floats, MixSums& part) {
-  const nabla_fast_mix& call = group.call;
+  const nabla_fast_mix_args& call = group.call;
   alignas(64) float y[softmax::kTileFloats];
   float factor[gemm::kRowsPerGroup];
   part.clear(floats);
@@ -104,9 +108,8 @@ void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
   }
 }
 
-void soft_group(const RowGroup& group, int threads, char* memory, float* const* mixes,
-                nabla_fast_status* row_status) {
-  const nabla_fast_mix& call = group.call;
+void soft_group(const RowGroup& group, int threads, char* memory) {
+  const nabla_fast_mix_args& call = group.call;
   const int64_t floats = mix_floats(call).or_zero(), bytes = MixSums::bytes(floats).or_zero();
   auto* total = reinterpret_cast<MixSums*>(memory);
   const auto part = [=](int64_t n) { return reinterpret_cast<MixSums*>(memory + (n + 1) * bytes); };
@@ -117,17 +120,17 @@ void soft_group(const RowGroup& group, int threads, char* memory, float* const* 
       [&](int row, int64_t n) { join_row(group, row, *part(n), *total); });
   for (int r = 0; r < group.rows; ++r) {
     const int64_t row = group.first + r;
-    row_status[row] = total->tops.status(r);
-    if (row_status[row] != NABLA_FAST_OK) {
-      write_row(call, row, row_status[row], -1, mixes);
+    call.row_status[row] = total->tops.status(r);
+    if (call.row_status[row] != NABLA_FAST_OK) {
+      write_row(call, row, call.row_status[row], -1);
       continue;
     }
     const auto inverse = static_cast<float>(1 / total->sums.e[r]);
     const float* mixed = total->mixes();
     for (int64_t t = 0; t < call.table_count; ++t) {
       const int64_t width = call.tables[t].width;
-      for (int64_t k = 0; k < width; ++k)
-        mixes[t][row * width + k] = mixed[r * padded(width) + k] * inverse;
+      float* out = mix_row(call, t, row);
+      for (int64_t k = 0; k < width; ++k) out[k] = mixed[r * padded(width) + k] * inverse;
       mixed += group.rows * padded(width);
     }
   }
@@ -135,9 +138,8 @@ void soft_group(const RowGroup& group, int threads, char* memory, float* const* 
 
 // -- hard -----------------------------------------------------------------------------------------
 
-void hard_group(const RowGroup& group, int threads, char* memory, float* const* mixes,
-                nabla_fast_status* row_status) {
-  const nabla_fast_mix& call = group.call;
+void hard_group(const RowGroup& group, int threads, char* memory) {
+  const nabla_fast_mix_args& call = group.call;
   auto* total = reinterpret_cast<softmax::Tops*>(memory);
   total->clear();
   in_rounds(
@@ -160,21 +162,37 @@ void hard_group(const RowGroup& group, int threads, char* memory, float* const* 
       });
   for (int r = 0; r < group.rows; ++r) {
     const int64_t row = group.first + r;
-    row_status[row] = total->status(r);
-    write_row(call, row, row_status[row], total->token[r], mixes);
+    call.row_status[row] = total->status(r);
+    write_row(call, row, call.row_status[row], total->token[r]);
   }
 }
 
-void hard_rows(const nabla_fast_mix& call, int64_t first, int rows, char* memory,
-               float* const* mixes, nabla_fast_status* row_status, int32_t num_threads) {
+void hard_rows(const nabla_fast_mix_args& call, int64_t first, int rows, char* memory) {
   softmax::Top tops[gemm::kRowsPerGroup];
   softmax::tops_of_rows(gemm::table_of(call.logits, call.rows).from(first), rows, call.vocab,
-                        keys_from(call, first), num_threads,
+                        keys_from(call, first), call.num_threads,
                         reinterpret_cast<softmax::Top*>(memory), tops);
   for (int r = 0; r < rows; ++r) {
-    row_status[first + r] = tops[r].status();
-    write_row(call, first + r, row_status[first + r], tops[r].token, mixes);
+    call.row_status[first + r] = tops[r].status();
+    write_row(call, first + r, call.row_status[first + r], tops[r].token);
   }
+}
+
+Size workspace_of(const nabla_fast_mix_args& call) {
+  if (call.rows == 0) return 0;
+  const int64_t rows = std::min<int64_t>(call.rows, gemm::kRowsPerGroup);
+  if (call.hard && !is_linear(call))
+    return Size(softmax::top_parts(rows, call.vocab)) * sizeof(softmax::Top) + kAlignment;
+  const Size part = call.hard ? Size(sizeof(softmax::Tops)) : MixSums::bytes(mix_floats(call));
+  return RowGroup::hidden_bytes(call) + part * (parts_of(call) + 1) + kAlignment;
+}
+
+nabla_fast_status check_mixes(const nabla_fast_mix_args& call) {
+  if (call.table_count > 0 && !call.mixes) return NABLA_FAST_INVALID_POINTER;
+  for (int64_t t = 0; t < call.table_count; ++t)
+    if (const auto refused = check_float32(call.mixes[t], call.rows, call.tables[t].width))
+      return refused;
+  return call.row_status ? NABLA_FAST_OK : NABLA_FAST_INVALID_POINTER;
 }
 
 }  // namespace
@@ -183,52 +201,41 @@ void hard_rows(const nabla_fast_mix& call, int64_t first, int rows, char* memory
 using namespace nabla_fast;
 using namespace nabla_fast::mix;
 
-int64_t nabla_fast_embedding_mix_workspace(const nabla_fast_mix* inputs, int32_t hard,
-                                           int32_t num_threads) {
-  if (check_mix(inputs) != NABLA_FAST_OK || inputs->rows == 0) return 0;
-  const nabla_fast_mix& call = *inputs;
-  if (hard && !is_linear(call))
-    return (Size(kAlignment) + Size(softmax::top_parts(
-                                   std::min<int64_t>(call.rows, gemm::kRowsPerGroup), call.vocab)) *
-                                   static_cast<int64_t>(sizeof(softmax::Top)))
-        .or_zero();
-  const Size part = hard ? Size(sizeof(softmax::Tops)) : MixSums::bytes(mix_floats(call));
-  return (Size(kAlignment) + RowGroup::hidden_bytes(call) +
-          part * (parts_of(call, hard, num_threads) + 1))
-      .or_zero();
+int64_t nabla_fast_embedding_mix_workspace(const nabla_fast_mix_args* args) {
+  return workspace_bytes(args, check_mix, workspace_of);
 }
 
-nabla_fast_status nabla_fast_embedding_mix(const nabla_fast_mix* inputs, int32_t hard,
-                                           float* const* mixes, nabla_fast_status* row_status,
-                                           void* workspace, int64_t workspace_bytes,
-                                           int32_t num_threads) {
-  if (const auto status = check_mix(inputs)) return status;
-  const nabla_fast_mix& call = *inputs;
+nabla_fast_status nabla_fast_embedding_mix(const nabla_fast_mix_args* args) {
+  nabla_fast_mix_args call;
+  if (const auto refused = read_args(args, call)) return refused;
+  if (const auto refused = check_mix(call)) return refused;
   if (call.rows == 0) return NABLA_FAST_OK;
-  if (!row_status || !workspace || (call.table_count > 0 && !mixes))
-    return NABLA_FAST_INVALID_POINTER;
-  for (int64_t t = 0; t < call.table_count; ++t) {
-    if (!fits({{call.rows, call.tables[t].width}, {call.tables[t].width, 1}}, 4))
-      return NABLA_FAST_TOO_LARGE;
-    if (!mixes[t] && call.tables[t].width > 0) return NABLA_FAST_INVALID_POINTER;
-  }
-  const int64_t needed = nabla_fast_embedding_mix_workspace(inputs, hard, num_threads);
-  if (needed == 0) return NABLA_FAST_TOO_LARGE;
-  if (workspace_bytes < needed) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  char* memory = aligned(workspace);
-  const int threads = parts_of(call, hard, num_threads);
+  if (const auto refused = check_mixes(call)) return refused;
+  const int64_t bytes = workspace_of(call).or_zero();
+  if (const auto refused = check_workspace(call, bytes)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    arrays.writes(array_of(call.row_status, call.rows));
+    arrays.writes(array_of_bytes(call.workspace, bytes));
+    for (int64_t t = 0; t < call.table_count; ++t)
+      arrays.writes(array_of(call.mixes[t], call.rows));
+    arrays.reads(array_of(call.mixes, call.table_count));
+    list_inputs(call, arrays);
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
+  char* memory = aligned(call.workspace);
+  const int threads = parts_of(call);
   for (int64_t first = 0; first < call.rows; first += gemm::kRowsPerGroup) {
     const int rows = static_cast<int>(std::min<int64_t>(gemm::kRowsPerGroup, call.rows - first));
-    if (hard && !is_linear(call)) {
-      hard_rows(call, first, rows, memory, mixes, row_status, num_threads);
+    if (call.hard && !is_linear(call)) {
+      hard_rows(call, first, rows, memory);
       continue;
     }
     const RowGroup group(call, first, memory);
     char* sums = memory + RowGroup::hidden_bytes(call).or_zero();
-    if (hard)
-      hard_group(group, threads, sums, mixes, row_status);
+    if (call.hard)
+      hard_group(group, threads, sums);
     else
-      soft_group(group, threads, sums, mixes, row_status);
+      soft_group(group, threads, sums);
   }
   return NABLA_FAST_OK;
 }

@@ -30,13 +30,13 @@ namespace {
 // Multiply-adds worth another thread.
 constexpr int64_t kWorkPerThread = int64_t{1} << 21;
 
-int threads_of(const nabla_fast_mix& call, int32_t num_threads) {
+int threads_of(const nabla_fast_mix_args& call) {
   Size width = is_linear(call) ? Size(call.head.width) * 3 : Size(0);
   for (int64_t t = 0; t < call.table_count; ++t) width = width + call.tables[t].width;
   const Size work =
       (width + 16) * call.vocab * (std::min<int64_t>(call.rows, gemm::kRowsPerGroup) + 4);
   return static_cast<int>(std::min<int64_t>(
-      threads_for(work.or_most(), kWorkPerThread, num_threads), mix_segments(call.vocab)));
+      threads_for(work.or_most(), kWorkPerThread, call.num_threads), mix_segments(call.vocab)));
 }
 
 // -- to logits ------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ struct Output {
 // dz by tiles, computing G a second time.
 void write_grad(const RowGroup& group, const Cotangents& cotangents, const Rows& of,
                 const Output& out, int threads) {
-  const nabla_fast_mix& call = group.call;
+  const nabla_fast_mix_args& call = group.call;
   const int rows = group.rows, lanes = gemm::lanes_of(rows);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t segment = 0; segment < mix_segments(call.vocab); ++segment) {
@@ -100,15 +100,15 @@ void write_grad(const RowGroup& group, const Cotangents& cotangents, const Rows&
 }
 
 void logits_group(const RowGroup& group, const Cotangents& cotangents, const Output& out,
-                  int threads, char* memory, nabla_fast_status* row_status, int32_t num_threads) {
-  const nabla_fast_mix& call = group.call;
+                  int threads, char* memory) {
+  const nabla_fast_mix_args& call = group.call;
   const int64_t segments = mix_segments(call.vocab);
   const int rows = group.rows;
   auto* sums = reinterpret_cast<softmax::Sums*>(memory);
   softmax::Top tops[gemm::kRowsPerGroup];
   const gemm::Table logits = gemm::table_of(call.logits, call.rows).from(group.first);
   const softmax::NoiseKeys keys = keys_from(call, group.first);
-  softmax::tops_of_rows(logits, rows, call.vocab, keys, num_threads,
+  softmax::tops_of_rows(logits, rows, call.vocab, keys, call.num_threads,
                         reinterpret_cast<softmax::Top*>(memory), tops);
   Rows of = {};
   pick_centres(cotangents, rows, tops, of);
@@ -138,13 +138,13 @@ void logits_group(const RowGroup& group, const Cotangents& cotangents, const Out
     softmax::JacobianRow of_rows[gemm::kRowsPerGroup];
     for (int r = 0; r < rows; ++r) of_rows[r] = {of.max[r], of.mean[r], of.weight[r]};
     softmax::jacobian_of_rows(logits, rows, call.vocab, keys, of_rows, call.tau,
-                              static_cast<float*>(out.grad), out.stride, num_threads);
+                              static_cast<float*>(out.grad), out.stride, call.num_threads);
   } else {
     write_grad(group, cotangents, of, out, threads);
   }
   for (int r = 0; r < rows; ++r) {
-    row_status[group.first + r] = tops[r].status();
-    if (row_status[group.first + r] != NABLA_FAST_OK) out.fill_nan(r, call.vocab);
+    call.row_status[group.first + r] = tops[r].status();
+    if (call.row_status[group.first + r] != NABLA_FAST_OK) out.fill_nan(r, call.vocab);
   }
 }
 
@@ -212,7 +212,7 @@ static_assert(kMixSegmentTokens % (kCentredTiles * gemm::kVocabTileTokens) == 0)
 
 void add_segment(const RowGroup& group, const Cotangents& cotangents, int64_t segment,
                  MixSums& part) {
-  const nabla_fast_mix& call = group.call;
+  const nabla_fast_mix_args& call = group.call;
   const gemm::Table head = gemm::table_of(call.head, call.vocab);
   const int64_t width = padded(head.width);
   const int rows = group.rows, lanes = gemm::lanes_of(rows);
@@ -276,9 +276,8 @@ void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
   }
 }
 
-void hidden_group(const RowGroup& group, const Cotangents& cotangents, float* grad,
-                  int64_t grad_stride, int threads, char* memory, nabla_fast_status* row_status) {
-  const nabla_fast_mix& call = group.call;
+void hidden_group(const RowGroup& group, const Cotangents& cotangents, int threads, char* memory) {
+  const nabla_fast_mix_args& call = group.call;
   const int64_t width = padded(call.head.width), floats = 2 * group.rows * width;
   const int64_t bytes = MixSums::bytes(floats).or_zero();
   auto* total = reinterpret_cast<MixSums*>(memory);
@@ -290,12 +289,13 @@ void hidden_group(const RowGroup& group, const Cotangents& cotangents, float* gr
       [&](int row, int64_t n) { join_row(group, row, *part(n), *total); });
   for (int r = 0; r < group.rows; ++r) {
     const nabla_fast_status status = total->tops.status(r);
-    row_status[group.first + r] = status;
+    call.row_status[group.first + r] = status;
     const RowMixes mixes(*total, group.rows, r, width);
     const double sum = total->sums.e[r];
     const auto mean = static_cast<float>(total->sums.weighted_grad_sum[r] / sum);
     const auto weight = static_cast<float>(1 / (sum * call.tau));
-    float* out = grad + (group.first + r) * grad_stride;
+    float* out =
+        static_cast<float*>(call.grad.data) + (group.first + r) * stride_of(call.grad, call.rows);
     for (int64_t k = 0; k < call.head.width; ++k)
       out[k] = status == NABLA_FAST_OK ? (mixes.weighted_grad[k] - mean * mixes.plain[k]) * weight
                                        : kNaN;
@@ -303,15 +303,39 @@ void hidden_group(const RowGroup& group, const Cotangents& cotangents, float* gr
 }
 
 // Bytes behind the hidden states and cotangents in the workspace.
-Size sums_bytes(const nabla_fast_mix& call, int32_t num_threads) {
+Size sums_bytes(const nabla_fast_mix_args& call) {
   const int64_t rows = std::min<int64_t>(call.rows, gemm::kRowsPerGroup);
   if (is_linear(call))
     return MixSums::bytes(Size(call.head.width).rounded_up(16) * (2 * rows)) *
-           (threads_of(call, num_threads) + 1);
-  const Size tops =
-      Size(softmax::top_parts(rows, call.vocab)) * static_cast<int64_t>(sizeof(softmax::Top));
-  const Size sums = Size(mix_segments(call.vocab)) * static_cast<int64_t>(sizeof(softmax::Sums));
+           (threads_of(call) + 1);
+  const Size tops = Size(softmax::top_parts(rows, call.vocab)) * sizeof(softmax::Top);
+  const Size sums = Size(mix_segments(call.vocab)) * sizeof(softmax::Sums);
   return std::max(tops.or_most(), sums.or_most());
+}
+
+Size workspace_of(const nabla_fast_mix_args& call) {
+  if (call.rows == 0) return 0;
+  return RowGroup::hidden_bytes(call) + Cotangents::bytes(call) + sums_bytes(call) + kAlignment;
+}
+
+// OK, or why what the backward reads is refused.
+nabla_fast_status check(const nabla_fast_mix_args& call) {
+  if (const auto refused = check_mix(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (call.table_count > 0 && !call.cotangents) return NABLA_FAST_INVALID_POINTER;
+  for (int64_t t = 0; t < call.table_count; ++t)
+    if (const auto refused = check_matrix(call.cotangents[t], call.rows, call.tables[t].width))
+      return refused;
+  return call.direct.data ? check_matrix(call.direct, call.rows, call.vocab) : NABLA_FAST_OK;
+}
+
+nabla_fast_status check_grad(const nabla_fast_mix_args& call) {
+  const bool linear = is_linear(call);
+  const int64_t width = linear ? call.head.width : call.vocab;
+  if (const auto refused = check_matrix(call.grad, call.rows, width)) return refused;
+  if (call.grad.dtype != (linear ? NABLA_FAST_FLOAT32 : call.logits.dtype))
+    return NABLA_FAST_UNKNOWN_DTYPE;
+  return call.row_status ? NABLA_FAST_OK : NABLA_FAST_INVALID_POINTER;
 }
 
 }  // namespace
@@ -320,47 +344,41 @@ Size sums_bytes(const nabla_fast_mix& call, int32_t num_threads) {
 using namespace nabla_fast;
 using namespace nabla_fast::mix;
 
-int64_t nabla_fast_embedding_mix_backward_workspace(const nabla_fast_mix* inputs,
-                                                    const nabla_fast_table* cotangents,
-                                                    int32_t num_threads) {
-  if (check_mix(inputs) != NABLA_FAST_OK || inputs->rows == 0) return 0;
-  if (check_cotangents(*inputs, cotangents, nullptr) != NABLA_FAST_OK) return 0;
-  return (Size(kAlignment) + RowGroup::hidden_bytes(*inputs) + Cotangents::bytes(*inputs) +
-          sums_bytes(*inputs, num_threads))
-      .or_zero();
+int64_t nabla_fast_embedding_mix_backward_workspace(const nabla_fast_mix_args* args) {
+  return workspace_bytes(args, check, workspace_of);
 }
 
-nabla_fast_status nabla_fast_embedding_mix_backward(const nabla_fast_mix* inputs,
-                                                    const nabla_fast_table* cotangents,
-                                                    const nabla_fast_table* direct, void* grad,
-                                                    int64_t grad_stride,
-                                                    nabla_fast_status* row_status, void* workspace,
-                                                    int64_t workspace_bytes, int32_t num_threads) {
-  if (const auto status = check_mix(inputs)) return status;
-  const nabla_fast_mix& call = *inputs;
-  if (const auto status = check_cotangents(call, cotangents, direct)) return status;
+nabla_fast_status nabla_fast_embedding_mix_backward(const nabla_fast_mix_args* args) {
+  nabla_fast_mix_args call;
+  if (const auto refused = read_args(args, call)) return refused;
+  if (const auto refused = check(call)) return refused;
   if (call.rows == 0) return NABLA_FAST_OK;
-  const Output out{grad, is_linear(call) ? NABLA_FAST_FLOAT32 : call.logits.dtype, grad_stride};
-  const int64_t width = is_linear(call) ? call.head.width : call.vocab;
-  if (!fits({{call.rows, grad_stride}, {width, 1}}, bytes_of(out.dtype)))
-    return NABLA_FAST_TOO_LARGE;
-  if (!row_status || !workspace || (!grad && width > 0)) return NABLA_FAST_INVALID_POINTER;
-  const int64_t needed =
-      nabla_fast_embedding_mix_backward_workspace(inputs, cotangents, num_threads);
-  if (needed == 0) return NABLA_FAST_TOO_LARGE;
-  if (workspace_bytes < needed) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  char* memory = aligned(workspace);
-  Cotangents packed(call, cotangents, direct, memory + RowGroup::hidden_bytes(call).or_zero());
+  if (const auto refused = check_grad(call)) return refused;
+  const int64_t bytes = workspace_of(call).or_zero();
+  if (const auto refused = check_workspace(call, bytes)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    arrays.writes(array_of(call.grad, call.rows));
+    arrays.writes(array_of(call.row_status, call.rows));
+    arrays.writes(array_of_bytes(call.workspace, bytes));
+    list_inputs(call, arrays);
+    arrays.reads(array_of(call.cotangents, call.table_count));
+    for (int64_t t = 0; t < call.table_count; ++t)
+      arrays.reads(array_of(call.cotangents[t], call.rows));
+    if (call.direct.data) arrays.reads(array_of(call.direct, call.rows));
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
+  char* memory = aligned(call.workspace);
+  Cotangents packed(call, memory + RowGroup::hidden_bytes(call).or_zero());
   char* sums = memory + (RowGroup::hidden_bytes(call) + Cotangents::bytes(call)).or_zero();
-  const int threads = threads_of(call, num_threads);
+  const Output out{call.grad.data, call.grad.dtype, stride_of(call.grad, call.rows)};
+  const int threads = threads_of(call);
   for (int64_t first = 0; first < call.rows; first += gemm::kRowsPerGroup) {
     const RowGroup group(call, first, memory);
     packed.pack(first, group.rows);
     if (is_linear(call))
-      hidden_group(group, packed, static_cast<float*>(grad), grad_stride, threads, sums,
-                   row_status);
+      hidden_group(group, packed, threads, sums);
     else
-      logits_group(group, packed, out.from(first), threads, sums, row_status, num_threads);
+      logits_group(group, packed, out.from(first), threads, sums);
   }
   return NABLA_FAST_OK;
 }

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "base/args.h"
 #include "base/check.h"
+#include "base/overlap.h"
 #include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
 #include "softmax/logit_rows.h"
@@ -20,15 +22,15 @@ inline int64_t mix_segments(int64_t vocab) {
   return (vocab + kMixSegmentTokens - 1) / kMixSegmentTokens;
 }
 
-// OK, or why the call is refused before its outputs are looked at.
-nabla_fast_status check_mix(const nabla_fast_mix* inputs);
+// OK, or why what both functions read is refused.
+nabla_fast_status check_mix(const nabla_fast_mix_args& call);
 
-// OK if a matrix has `rows` rows that can be read.
-nabla_fast_status check_matrix(const nabla_fast_table& matrix, int64_t rows);
+// What both functions read.
+void list_inputs(const nabla_fast_mix_args& call, Arrays& arrays);
 
-inline bool is_linear(const nabla_fast_mix& call) { return call.logits.data == nullptr; }
+inline bool is_linear(const nabla_fast_mix_args& call) { return call.logits.data == nullptr; }
 
-inline softmax::NoiseKeys keys_from(const nabla_fast_mix& call, int64_t row) {
+inline softmax::NoiseKeys keys_from(const nabla_fast_mix_args& call, int64_t row) {
   if (!call.noise_seed) return {nullptr, nullptr};
   return {call.noise_seed + row, call.noise_position + row};
 }
@@ -37,11 +39,9 @@ inline softmax::NoiseKeys keys_from(const nabla_fast_mix& call, int64_t row) {
 class Cotangents {
  public:
   // `memory`: bytes(call) of it, aligned.
-  Cotangents(const nabla_fast_mix& call, const nabla_fast_table* cotangents,
-             const nabla_fast_table* direct, char* memory)
-      : call_(call), cotangents_(cotangents), direct_(direct), memory_(memory) {}
+  Cotangents(const nabla_fast_mix_args& call, char* memory) : call_(call), memory_(memory) {}
 
-  static Size bytes(const nabla_fast_mix& call);
+  static Size bytes(const nabla_fast_mix_args& call);
 
   // Packs rows [first, first + rows).
   void pack(int64_t first, int rows);
@@ -52,27 +52,21 @@ class Cotangents {
  private:
   gemm::PackedRows* packed() const { return reinterpret_cast<gemm::PackedRows*>(memory_); }
 
-  const nabla_fast_mix& call_;
-  const nabla_fast_table* cotangents_;
-  const nabla_fast_table* direct_;
+  const nabla_fast_mix_args& call_;
   char* memory_;
   int64_t first_ = 0;
   int rows_ = 0;
 };
 
-// OK, or why cotangents [table_count] and a direct gradient do not go with a call.
-nabla_fast_status check_cotangents(const nabla_fast_mix& call, const nabla_fast_table* cotangents,
-                                   const nabla_fast_table* direct);
-
 // At most kRowsPerGroup rows of a call.
 struct RowGroup {
-  const nabla_fast_mix& call;
+  const nabla_fast_mix_args& call;
   int64_t first;
   int rows;
   gemm::PackedRows hidden;  // where the logits are products
 
   // `memory`: hidden_bytes(call) of it, aligned.
-  RowGroup(const nabla_fast_mix& call, int64_t first, char* memory)
+  RowGroup(const nabla_fast_mix_args& call, int64_t first, char* memory)
       : call(call),
         first(first),
         rows(static_cast<int>(std::min<int64_t>(gemm::kRowsPerGroup, call.rows - first))),
@@ -82,7 +76,7 @@ struct RowGroup {
                                call.head.dtype, memory);
   }
 
-  static Size hidden_bytes(const nabla_fast_mix& call) {
+  static Size hidden_bytes(const nabla_fast_mix_args& call) {
     return is_linear(call) ? packed_bytes(call.head.width) : Size(0);
   }
   // Bytes of a group's packed rows.

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "base/args.h"
 #include "base/check.h"
 #include "base/floats.h"
 #include "base/isa.h"
 #include "gemm/row_pass.h"
 #include "nabla_fast.h"
+#include "ops/token_stats.h"
 #include "simd/vec.h"
 #include "softmax/row_softmax.h"
 #include "softmax/token_sums.h"
@@ -100,30 +102,33 @@ NABLA_FAST_INLINE void add_sums_kernel(const float* z, int lanes, int tokens, in
 
 NABLA_FAST_FOR_EACH_ISA(add_sums, add_sums_kernel<W>)
 
-gemm::Factors factors_of(const nabla_fast_table& hidden, int64_t rows, const nabla_fast_table& head,
-                         int64_t vocab) {
-  return {hidden, head, nullptr, nullptr, 1, rows, vocab};
+gemm::Factors factors_of(const nabla_fast_stats_args& call) {
+  return {call.hidden, call.head, nullptr, nullptr, 1, call.rows, call.vocab};
 }
 
-nabla_fast_status check(const nabla_fast_table* hidden, int64_t rows, const nabla_fast_table* head,
-                        int64_t vocab) {
-  if (!hidden || !head) return NABLA_FAST_INVALID_POINTER;
-  if (rows < 0 || vocab < 1) return NABLA_FAST_INVALID_SHAPE;
-  return gemm::check_factors(factors_of(*hidden, rows, *head, vocab), rows, vocab);
+nabla_fast_status check(const nabla_fast_stats_args& call) {
+  if (const auto refused = check_stats(call)) return refused;
+  return call.rows == 0 ? NABLA_FAST_OK : gemm::check_factors(factors_of(call));
 }
 
-Size sums_bytes(int64_t rows, int64_t vocab) {
-  return Size(gemm::pass_segments(vocab)) * gemm::groups_of(rows) * sizeof(GroupSums);
+Size pass_bytes(const nabla_fast_stats_args& call) {
+  return gemm::RowPass::bytes(call.rows, factors_of(call));
 }
 
-void linear_token_stats(const gemm::Factors& factors, int64_t rows, int64_t vocab,
-                        const softmax::Tau& tau, const softmax::StatsOutputs& outputs, char* memory,
-                        int32_t num_threads) {
+Size workspace_of(const nabla_fast_stats_args& call) {
+  if (call.rows == 0) return 0;
+  const Size sums =
+      Size(gemm::pass_segments(call.vocab)) * gemm::groups_of(call.rows) * sizeof(GroupSums);
+  return pass_bytes(call) + sums + kAlignment;
+}
+
+void linear_token_stats(const nabla_fast_stats_args& call, char* memory) {
   auto* const add = add_sums.select();
-  const int64_t segments = gemm::pass_segments(vocab);
-  const int threads = gemm::pass_threads(rows, vocab, factors, num_threads);
-  auto* const sums =
-      reinterpret_cast<GroupSums*>(memory + gemm::RowPass::bytes(rows, factors).or_zero());
+  const gemm::Factors factors = factors_of(call);
+  const softmax::Tau tau(call.tau);
+  const int64_t rows = call.rows, vocab = call.vocab, segments = gemm::pass_segments(vocab);
+  const int threads = gemm::pass_threads(rows, vocab, factors, call.num_threads);
+  auto* const sums = reinterpret_cast<GroupSums*>(memory + pass_bytes(call).or_zero());
 
   for (int64_t first = 0; first < rows; first += gemm::kRowsPerPass) {
     const int64_t some = std::min(gemm::kRowsPerPass, rows - first);
@@ -144,7 +149,7 @@ void linear_token_stats(const gemm::Factors& factors, int64_t rows, int64_t voca
         joint = softmax::joined(
             joint, sums[s * groups + row / gemm::kRowsPerGroup].lane(row % gemm::kRowsPerGroup),
             tau.value);
-      outputs.write(first + row, joint, tau);
+      write_stats(call, first + row, joint, tau);
     }
   }
 }
@@ -155,30 +160,25 @@ void linear_token_stats(const gemm::Factors& factors, int64_t rows, int64_t voca
 using namespace nabla_fast;
 using namespace nabla_fast::stats;
 
-int64_t nabla_fast_linear_token_stats_workspace(const nabla_fast_table* hidden, int64_t rows,
-                                                const nabla_fast_table* head, int64_t vocab) {
-  if (check(hidden, rows, head, vocab) != NABLA_FAST_OK) return 0;
-  const gemm::Factors factors = factors_of(*hidden, rows, *head, vocab);
-  return (gemm::RowPass::bytes(rows, factors) + sums_bytes(rows, vocab) + kAlignment).or_zero();
+int64_t nabla_fast_linear_token_stats_workspace(const nabla_fast_stats_args* args) {
+  return workspace_bytes(args, check, workspace_of);
 }
 
-nabla_fast_status nabla_fast_linear_token_stats(const nabla_fast_table* hidden, int64_t rows,
-                                                const nabla_fast_table* head, int64_t vocab,
-                                                double tau, float* logsumexp, float* confidence,
-                                                float* entropy, int64_t* argmax,
-                                                nabla_fast_status* row_status, void* workspace,
-                                                int64_t workspace_bytes, int32_t num_threads) {
-  if (const nabla_fast_status wrong = check(hidden, rows, head, vocab)) return wrong;
-  if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
-  if (rows == 0) return NABLA_FAST_OK;
-  if (!fits({{rows, 1}}, sizeof(int64_t))) return NABLA_FAST_TOO_LARGE;
-  if (!logsumexp || !confidence || !entropy || !argmax || !row_status || !workspace)
-    return NABLA_FAST_INVALID_POINTER;
-  const int64_t bytes = nabla_fast_linear_token_stats_workspace(hidden, rows, head, vocab);
-  if (bytes == 0) return NABLA_FAST_TOO_LARGE;
-  if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  linear_token_stats(factors_of(*hidden, rows, *head, vocab), rows, vocab, softmax::Tau(tau),
-                     {logsumexp, confidence, entropy, argmax, row_status}, aligned(workspace),
-                     num_threads);
+nabla_fast_status nabla_fast_linear_token_stats(const nabla_fast_stats_args* args) {
+  nabla_fast_stats_args call;
+  if (const auto refused = read_args(args, call)) return refused;
+  if (const auto refused = check(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (const auto refused = check_results(call)) return refused;
+  const int64_t bytes = workspace_of(call).or_zero();
+  if (const auto refused = check_workspace(call, bytes)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    list_results(call, arrays);
+    arrays.writes(array_of_bytes(call.workspace, bytes));
+    arrays.reads(array_of(call.hidden, call.rows));
+    arrays.reads(array_of(call.head, call.vocab));
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
+  linear_token_stats(call, aligned(call.workspace));
   return NABLA_FAST_OK;
 }

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "base/args.h"
 #include "base/check.h"
 #include "base/isa.h"
+#include "base/overlap.h"
 #include "base/threads.h"
 #include "gemm/dot_products.h"
 #include "nabla_fast.h"
@@ -35,29 +37,37 @@ NABLA_FAST_FOR_EACH_ISA(bf16_chunk, chunk<uint16_t>)
 using namespace nabla_fast;
 using namespace nabla_fast::logits;
 
-extern "C" nabla_fast_status nabla_fast_lm_logits(const float* hidden, int64_t rows,
-                                                  int64_t hidden_stride, const void* head,
-                                                  nabla_fast_dtype head_dtype, int64_t vocab,
-                                                  int64_t width, int64_t head_stride, float* logits,
-                                                  int64_t logits_stride, int32_t num_threads) {
-  if (rows < 0 || vocab < 0 || width < 0) return NABLA_FAST_INVALID_SHAPE;
-  if (!is_dtype(head_dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
-  if (rows == 0 || vocab == 0) return NABLA_FAST_OK;
-  if (!fits({{rows, hidden_stride}, {width, 1}}, 4) ||
-      !fits({{rows, logits_stride}, {vocab, 1}}, 4) ||
-      !fits({{vocab, head_stride}, {width, 1}}, bytes_of(head_dtype)))
-    return NABLA_FAST_TOO_LARGE;
-  if (!logits || (width > 0 && (!hidden || !head))) return NABLA_FAST_INVALID_POINTER;
-  head_stride = step_of(vocab, head_stride);
-  gemm::HeadProduct product{hidden, rows, hidden_stride, head, vocab, width, head_stride};
-  auto* const run = (head_dtype == NABLA_FAST_FLOAT32 ? fp32_chunk : bf16_chunk).select();
+nabla_fast_status nabla_fast_lm_logits(const nabla_fast_lm_logits_args* args) {
+  nabla_fast_lm_logits_args call;
+  if (const auto refused = read_args(args, call)) return refused;
+  if (call.rows < 0 || call.vocab < 0) return NABLA_FAST_INVALID_SHAPE;
+  if (call.rows == 0 || call.vocab == 0) return NABLA_FAST_OK;
+  const int64_t rows = call.rows, vocab = call.vocab, width = call.hidden.width;
+  if (const auto refused = check_float32(call.hidden, rows, width)) return refused;
+  if (const auto refused = check_matrix(call.head, vocab, width)) return refused;
+  if (const auto refused = check_float32(call.logits, rows, vocab)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    arrays.writes(array_of(call.logits, rows));
+    arrays.reads(array_of(call.hidden, rows));
+    arrays.reads(array_of(call.head, vocab));
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
+  gemm::HeadProduct product{static_cast<const float*>(call.hidden.data),
+                            rows,
+                            stride_of(call.hidden, rows),
+                            call.head.data,
+                            vocab,
+                            width,
+                            stride_of(call.head, vocab)};
+  auto* const logits = static_cast<float*>(call.logits.data);
+  auto* const run = (call.head.dtype == NABLA_FAST_FLOAT32 ? fp32_chunk : bf16_chunk).select();
   int64_t chunks = (vocab + kTokensPerTask - 1) / kTokensPerTask;
   // Reading the head costs as much as the arithmetic of some rows.
   const int64_t work = (Size(vocab) * width * (Size(rows) + 4)).or_most();
-  const int threads = threads_for(work, kProductsPerThread, num_threads);
+  const int threads = threads_for(work, kProductsPerThread, call.num_threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t n = 0; n < chunks; ++n)
     run(product, n * kTokensPerTask, std::min(vocab, (n + 1) * kTokensPerTask), logits,
-        logits_stride);
+        call.logits.stride);
   return NABLA_FAST_OK;
 }

@@ -10,9 +10,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "base/args.h"
 #include "base/check.h"
 #include "base/floats.h"
 #include "base/isa.h"
+#include "base/overlap.h"
 #include "base/threads.h"
 #include "gemm/add_weighted_rows.h"
 #include "gemm/dot_products.h"
@@ -127,54 +129,78 @@ nabla_fast_status join(const gemm::HeadProduct& p, nabla_fast_dtype dtype, int64
   return NABLA_FAST_OK;
 }
 
+nabla_fast_status check(const nabla_fast_nll_grad_args& call) {
+  if (call.rows < 0 || call.vocab < 1) return NABLA_FAST_INVALID_SHAPE;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (const auto refused = check_float32(call.hidden, call.rows, call.hidden.width)) return refused;
+  if (const auto refused = check_matrix(call.head, call.vocab, call.hidden.width)) return refused;
+  if (!fits({{call.rows, 1}}, 8) || !fits({{call.vocab, 1}, {call.hidden.width, 1}}, 4))
+    return NABLA_FAST_TOO_LARGE;
+  return call.targets ? NABLA_FAST_OK : NABLA_FAST_INVALID_POINTER;
+}
+
+Size workspace_of(const nabla_fast_nll_grad_args& call) {
+  if (call.rows == 0) return 0;
+  const int64_t rows = std::min(call.rows, kRowsPerHeadRead);
+  return Size(segments_of(call.vocab)) * Part::floats(rows, call.hidden.width) * 4 + kAlignment;
+}
+
 }  // namespace
 }  // namespace nabla_fast::nll
 
 using namespace nabla_fast;
 using namespace nabla_fast::nll;
 
-extern "C" int64_t nabla_fast_nll_grad_workspace(int64_t rows, int64_t vocab, int64_t width) {
-  if (rows < 0 || vocab < 1 || width < 0 || !fits({{vocab, 1}, {width, 1}}, 4)) return 0;
-  const Size floats =
-      Size(segments_of(vocab)) * Part::floats(std::min(rows, kRowsPerHeadRead), width);
-  return (kAlignment + floats * 4).or_zero();
+int64_t nabla_fast_nll_grad_workspace(const nabla_fast_nll_grad_args* args) {
+  return workspace_bytes(args, check, workspace_of);
 }
 
-extern "C" nabla_fast_status nabla_fast_nll_grad(
-    const float* hidden, int64_t rows, int64_t hidden_stride, const void* head,
-    nabla_fast_dtype head_dtype, int64_t vocab, int64_t width, int64_t head_stride,
-    const int64_t* targets, float* grad, int64_t grad_stride, nabla_fast_status* row_status,
-    void* workspace, int64_t workspace_bytes, int32_t num_threads) {
-  if (rows < 0 || vocab < 1 || width < 0) return NABLA_FAST_INVALID_SHAPE;
-  if (!is_dtype(head_dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
-  if (rows == 0) return NABLA_FAST_OK;
-  const int64_t bytes = nabla_fast_nll_grad_workspace(rows, vocab, width);
-  if (!fits({{rows, hidden_stride}, {width, 1}}, 4) ||
-      !fits({{rows, grad_stride}, {width, 1}}, 4) ||
-      !fits({{vocab, head_stride}, {width, 1}}, bytes_of(head_dtype)) || !fits({{rows, 1}}, 8) ||
-      bytes == 0)
-    return NABLA_FAST_TOO_LARGE;
-  if (!targets || !row_status || !workspace || (width > 0 && (!hidden || !head || !grad)))
-    return NABLA_FAST_INVALID_POINTER;
-  if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  for (int64_t r = 0; r < rows; ++r)
-    if (targets[r] < 0 || targets[r] >= vocab) return NABLA_FAST_INVALID_TOKEN;
-  auto* const run = (head_dtype == NABLA_FAST_FLOAT32 ? fp32_segment : bf16_segment).select();
-  auto* memory = reinterpret_cast<float*>(aligned(workspace));
+nabla_fast_status nabla_fast_nll_grad(const nabla_fast_nll_grad_args* args) {
+  nabla_fast_nll_grad_args call;
+  if (const auto refused = read_args(args, call)) return refused;
+  if (const auto refused = check(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  const int64_t rows = call.rows, vocab = call.vocab, width = call.hidden.width;
+  if (const auto refused = check_float32(call.grad, rows, width)) return refused;
+  if (!call.row_status) return NABLA_FAST_INVALID_POINTER;
+  const int64_t bytes = workspace_of(call).or_zero();
+  if (const auto refused = check_workspace(call, bytes)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    arrays.writes(array_of(call.grad, rows));
+    arrays.writes(array_of(call.row_status, rows));
+    arrays.writes(array_of_bytes(call.workspace, bytes));
+    arrays.reads(array_of(call.hidden, rows));
+    arrays.reads(array_of(call.head, vocab));
+    arrays.reads(array_of(call.targets, rows));
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
+  const int64_t* const targets = call.targets;
+  if (std::any_of(targets, targets + rows, [=](int64_t t) { return t < 0 || t >= vocab; }))
+    return NABLA_FAST_INVALID_TOKEN;
+  auto* const run = (call.head.dtype == NABLA_FAST_FLOAT32 ? fp32_segment : bf16_segment).select();
+  auto* const memory = reinterpret_cast<float*>(aligned(call.workspace));
+  const int64_t hidden_stride = stride_of(call.hidden, rows);
+  const int64_t grad_stride = stride_of(call.grad, rows);
   int64_t segments = segments_of(vocab);
   for (int64_t first = 0; first < rows; first += kRowsPerHeadRead) {
     int64_t count = std::min(kRowsPerHeadRead, rows - first);
-    gemm::HeadProduct p{hidden + first * hidden_stride, count, hidden_stride, head, vocab, width,
-                        step_of(vocab, head_stride)};
+    gemm::HeadProduct p{static_cast<const float*>(call.hidden.data) + first * hidden_stride,
+                        count,
+                        hidden_stride,
+                        call.head.data,
+                        vocab,
+                        width,
+                        stride_of(call.head, vocab)};
     int64_t floats = Part::floats(count, width);
-    const int threads = threads_for(segments, 1, num_threads);
+    const int threads = threads_for(segments, 1, call.num_threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t s = 0; s < segments; ++s)
       run(p, targets + first, s * kNllSegmentTokens, std::min(vocab, (s + 1) * kNllSegmentTokens),
           Part(memory + s * floats, count));
     for (int64_t r = 0; r < count; ++r)
-      row_status[first + r] = join(p, head_dtype, targets[first + r], memory, segments, r,
-                                   grad + (first + r) * grad_stride);
+      call.row_status[first + r] =
+          join(p, call.head.dtype, targets[first + r], memory, segments, r,
+               static_cast<float*>(call.grad.data) + (first + r) * grad_stride);
   }
   return NABLA_FAST_OK;
 }

@@ -11,30 +11,60 @@
 #include <cmath>
 #include <cstdint>
 
+#include "base/args.h"
 #include "base/check.h"
 #include "base/floats.h"
 #include "base/isa.h"
+#include "base/overlap.h"
 #include "gemm/row_pass.h"
 #include "simd/vec.h"
 #include "softmax/row_softmax.h"
 
 namespace nabla_fast::onehot {
 
-inline gemm::Factors factors_of(const nabla_fast_onehot& inputs) {
-  return {inputs.hidden, inputs.head,  inputs.cotangents, inputs.tables,    inputs.table_count + 1,
-          inputs.rows,   inputs.vocab, inputs.token_maps, inputs.table_rows};
+inline gemm::Factors factors_of(const nabla_fast_onehot_args& call) {
+  return {call.hidden, call.head,  call.cotangents, call.tables,    call.table_count + 1,
+          call.rows,   call.vocab, call.token_maps, call.table_rows};
 }
 
-// OK, or why the inputs are refused; outputs are not looked at.
-inline nabla_fast_status check_onehot(const nabla_fast_onehot* inputs) {
-  if (!inputs) return NABLA_FAST_INVALID_POINTER;
-  if (inputs->rows < 0 || inputs->vocab < 1 || inputs->table_count < 0)
-    return NABLA_FAST_INVALID_SHAPE;
-  if (!fits({{inputs->table_count, 1}}, sizeof(nabla_fast_table))) return NABLA_FAST_TOO_LARGE;
-  if (inputs->table_count > 0 &&
-      (!inputs->cotangents || !inputs->tables || (inputs->token_maps && !inputs->table_rows)))
+// OK, or why what a call reads is refused.
+inline nabla_fast_status check_onehot(const nabla_fast_onehot_args& call) {
+  if (call.rows < 0 || call.vocab < 1 || call.table_count < 0) return NABLA_FAST_INVALID_SHAPE;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (!fits({{call.table_count, 1}}, sizeof(nabla_fast_matrix))) return NABLA_FAST_TOO_LARGE;
+  if (call.table_count > 0 &&
+      (!call.cotangents || !call.tables || (call.token_maps && !call.table_rows)))
     return NABLA_FAST_INVALID_POINTER;
-  return gemm::check_factors(factors_of(*inputs), inputs->rows, inputs->vocab);
+  return gemm::check_factors(factors_of(call));
+}
+
+inline void list_inputs(const nabla_fast_onehot_args& call, Arrays& arrays) {
+  arrays.reads(array_of(call.hidden, call.rows));
+  arrays.reads(array_of(call.head, call.vocab));
+  arrays.reads(array_of(call.cotangents, call.table_count));
+  arrays.reads(array_of(call.tables, call.table_count));
+  arrays.reads(array_of(call.token_maps, call.table_count));
+  if (call.token_maps) arrays.reads(array_of(call.table_rows, call.table_count));
+  const gemm::Factors factors = factors_of(call);
+  for (int64_t t = 0; t < call.table_count; ++t) {
+    arrays.reads(array_of(call.cotangents[t], call.rows));
+    arrays.reads(array_of(call.tables[t], factors.rows_of_table(t + 1)));
+    arrays.reads(array_of(factors.map_of(t + 1), call.vocab));
+  }
+}
+
+// Bytes of a pass, which come first in a call's workspace.
+inline Size pass_bytes(const nabla_fast_onehot_args& call) {
+  return gemm::RowPass::bytes(call.rows, factors_of(call));
+}
+
+// Bytes of the workspace of a call that keeps a Sums of each segment and group.
+template <typename Sums>
+Size workspace_of(const nabla_fast_onehot_args& call) {
+  if (call.rows == 0) return 0;
+  const Size sums =
+      Size(gemm::pass_segments(call.vocab)) * gemm::groups_of(call.rows) * sizeof(Sums);
+  return pass_bytes(call) + sums + kAlignment;
 }
 
 struct OnehotTile {

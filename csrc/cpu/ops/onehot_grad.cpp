@@ -71,23 +71,13 @@ NABLA_FAST_INLINE void add_offset_kernel(float* u, int64_t n, float offset) {
 
 NABLA_FAST_FOR_EACH_ISA(add_offset, add_offset_kernel)
 
-// Bytes of a call's workspace.
-Size pass_bytes(const nabla_fast_onehot& inputs) {
-  return gemm::RowPass::bytes(inputs.rows, factors_of(inputs));
-}
-
-Size sums_bytes(const nabla_fast_onehot& inputs) {
-  return Size(gemm::pass_segments(inputs.vocab)) * gemm::groups_of(inputs.rows) *
-         sizeof(softmax::LaneSoftmax);
-}
-
-void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* row_status,
-                 char* memory, int32_t num_threads) {
+void onehot_grad(const nabla_fast_onehot_args& inputs, char* memory) {
+  const Rows grad{static_cast<float*>(inputs.grad.data), inputs.grad.stride};
   auto* const finish = finish_tile.select();
   auto* const add = add_offset.select();
   const gemm::Factors factors = factors_of(inputs);
   const int64_t vocab = inputs.vocab, segments = gemm::pass_segments(vocab);
-  const int threads = gemm::pass_threads(inputs.rows, vocab, factors, num_threads);
+  const int threads = gemm::pass_threads(inputs.rows, vocab, factors, inputs.num_threads);
   auto* const sums = reinterpret_cast<softmax::LaneSoftmax*>(memory + pass_bytes(inputs).or_zero());
 
   for (int64_t first = 0; first < inputs.rows; first += gemm::kRowsPerPass) {
@@ -110,7 +100,7 @@ void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* 
       softmax::RowSoftmax z;
       for (int64_t s = 0; s < segments; ++s)
         z.join(sums[s * groups + row / gemm::kRowsPerGroup].lane(row % gemm::kRowsPerGroup));
-      row_status[first + row] = z.status();
+      inputs.row_status[first + row] = z.status();
       offset[row] = z.status() == NABLA_FAST_OK ? static_cast<float>(pass.offset(row, z)) : kNaN;
     }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -118,7 +108,7 @@ void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* 
       const int64_t row = n / segments, token = n % segments * gemm::kPassSegmentTokens;
       float* const u = grad.data + (first + row) * grad.stride + token;
       const int64_t tokens = std::min(gemm::kPassSegmentTokens, vocab - token);
-      if (row_status[first + row] == NABLA_FAST_OK)
+      if (inputs.row_status[first + row] == NABLA_FAST_OK)
         add(u, tokens, offset[row]);
       else
         std::fill_n(u, tokens, offset[row]);
@@ -132,23 +122,28 @@ void onehot_grad(const nabla_fast_onehot& inputs, Rows grad, nabla_fast_status* 
 using namespace nabla_fast;
 using namespace nabla_fast::onehot;
 
-int64_t nabla_fast_onehot_grad_workspace(const nabla_fast_onehot* inputs) {
-  if (check_onehot(inputs) != NABLA_FAST_OK) return 0;
-  return (pass_bytes(*inputs) + sums_bytes(*inputs) + kAlignment).or_zero();
+int64_t nabla_fast_onehot_grad_workspace(const nabla_fast_onehot_args* args) {
+  return workspace_bytes(args, check_onehot, workspace_of<softmax::LaneSoftmax>);
 }
 
-nabla_fast_status nabla_fast_onehot_grad(const nabla_fast_onehot* inputs, float* grad,
-                                         int64_t grad_stride, nabla_fast_status* row_status,
-                                         void* workspace, int64_t workspace_bytes,
-                                         int32_t num_threads) {
-  if (const nabla_fast_status wrong = check_onehot(inputs)) return wrong;
-  if (inputs->rows == 0) return NABLA_FAST_OK;
-  if (!fits({{inputs->rows, grad_stride}, {inputs->vocab, 1}}, sizeof(float)))
-    return NABLA_FAST_TOO_LARGE;
-  if (!grad || !row_status || !workspace) return NABLA_FAST_INVALID_POINTER;
-  const int64_t bytes = nabla_fast_onehot_grad_workspace(inputs);
-  if (bytes == 0) return NABLA_FAST_TOO_LARGE;
-  if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  onehot_grad(*inputs, {grad, grad_stride}, row_status, aligned(workspace), num_threads);
+nabla_fast_status nabla_fast_onehot_grad(const nabla_fast_onehot_args* args) {
+  nabla_fast_onehot_args call;
+  if (const auto refused = read_args(args, call)) return refused;
+  if (const auto refused = check_onehot(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (const auto refused = check_float32(call.grad, call.rows, call.vocab)) return refused;
+  if (!fits({{call.rows, 1}}, 4)) return NABLA_FAST_TOO_LARGE;
+  if (!call.row_status) return NABLA_FAST_INVALID_POINTER;
+  const int64_t bytes = workspace_of<softmax::LaneSoftmax>(call).or_zero();
+  if (const auto refused = check_workspace(call, bytes)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    arrays.writes(array_of(call.grad, call.rows));
+    arrays.writes(array_of(call.row_status, call.rows));
+    arrays.writes(array_of_bytes(call.workspace, bytes));
+    list_inputs(call, arrays);
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
+  if (const auto refused = gemm::check_maps(factors_of(call))) return refused;
+  onehot_grad(call, aligned(call.workspace));
   return NABLA_FAST_OK;
 }

@@ -107,21 +107,11 @@ NABLA_FAST_INLINE void add_moments_kernel(const OnehotTile& tile, const float* b
 
 NABLA_FAST_FOR_EACH_ISA(add_moments, add_moments_kernel<W>)
 
-// Bytes of a call's workspace.
-Size pass_bytes(const nabla_fast_onehot& inputs) {
-  return gemm::RowPass::bytes(inputs.rows, factors_of(inputs));
-}
-Size sums_bytes(const nabla_fast_onehot& inputs) {
-  return Size(gemm::pass_segments(inputs.vocab)) * gemm::groups_of(inputs.rows) *
-         sizeof(LaneMoments);
-}
-
-void onehot_grad_norm(const nabla_fast_onehot& inputs, float* norm, nabla_fast_status* row_status,
-                      char* memory, int32_t num_threads) {
+void onehot_grad_norm(const nabla_fast_onehot_args& inputs, char* memory) {
   auto* const add = add_moments.select();
   const gemm::Factors factors = factors_of(inputs);
   const int64_t vocab = inputs.vocab, segments = gemm::pass_segments(vocab);
-  const int threads = gemm::pass_threads(inputs.rows, vocab, factors, num_threads);
+  const int threads = gemm::pass_threads(inputs.rows, vocab, factors, inputs.num_threads);
   auto* const sums = reinterpret_cast<LaneMoments*>(memory + pass_bytes(inputs).or_zero());
 
   for (int64_t first = 0; first < inputs.rows; first += gemm::kRowsPerPass) {
@@ -143,10 +133,10 @@ void onehot_grad_norm(const nabla_fast_onehot& inputs, float* norm, nabla_fast_s
       for (int64_t s = 0; s < segments; ++s)
         moments.join(sums[s * groups + row / gemm::kRowsPerGroup].lane(row % gemm::kRowsPerGroup));
       const nabla_fast_status status = moments.z.status();
-      row_status[first + row] = status;
-      norm[first + row] = status == NABLA_FAST_OK
-                              ? static_cast<float>(moments.norm(pass.offset(row, moments.z)))
-                              : kNaN;
+      inputs.row_status[first + row] = status;
+      inputs.norm[first + row] = status == NABLA_FAST_OK
+                                     ? static_cast<float>(moments.norm(pass.offset(row, moments.z)))
+                                     : kNaN;
     }
   }
 }
@@ -157,21 +147,27 @@ void onehot_grad_norm(const nabla_fast_onehot& inputs, float* norm, nabla_fast_s
 using namespace nabla_fast;
 using namespace nabla_fast::onehot;
 
-int64_t nabla_fast_onehot_grad_norm_workspace(const nabla_fast_onehot* inputs) {
-  if (check_onehot(inputs) != NABLA_FAST_OK) return 0;
-  return (pass_bytes(*inputs) + sums_bytes(*inputs) + kAlignment).or_zero();
+int64_t nabla_fast_onehot_grad_norm_workspace(const nabla_fast_onehot_args* args) {
+  return workspace_bytes(args, check_onehot, workspace_of<LaneMoments>);
 }
 
-nabla_fast_status nabla_fast_onehot_grad_norm(const nabla_fast_onehot* inputs, float* norm,
-                                              nabla_fast_status* row_status, void* workspace,
-                                              int64_t workspace_bytes, int32_t num_threads) {
-  if (const nabla_fast_status wrong = check_onehot(inputs)) return wrong;
-  if (inputs->rows == 0) return NABLA_FAST_OK;
-  if (!fits({{inputs->rows, 1}}, sizeof(float))) return NABLA_FAST_TOO_LARGE;
-  if (!norm || !row_status || !workspace) return NABLA_FAST_INVALID_POINTER;
-  const int64_t bytes = nabla_fast_onehot_grad_norm_workspace(inputs);
-  if (bytes == 0) return NABLA_FAST_TOO_LARGE;
-  if (workspace_bytes < bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
-  onehot_grad_norm(*inputs, norm, row_status, aligned(workspace), num_threads);
+nabla_fast_status nabla_fast_onehot_grad_norm(const nabla_fast_onehot_args* args) {
+  nabla_fast_onehot_args call;
+  if (const auto refused = read_args(args, call)) return refused;
+  if (const auto refused = check_onehot(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (!fits({{call.rows, 1}}, sizeof(float))) return NABLA_FAST_TOO_LARGE;
+  if (!call.norm || !call.row_status) return NABLA_FAST_INVALID_POINTER;
+  const int64_t bytes = workspace_of<LaneMoments>(call).or_zero();
+  if (const auto refused = check_workspace(call, bytes)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    arrays.writes(array_of(call.norm, call.rows));
+    arrays.writes(array_of(call.row_status, call.rows));
+    arrays.writes(array_of_bytes(call.workspace, bytes));
+    list_inputs(call, arrays);
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
+  if (const auto refused = gemm::check_maps(factors_of(call))) return refused;
+  onehot_grad_norm(call, aligned(call.workspace));
   return NABLA_FAST_OK;
 }

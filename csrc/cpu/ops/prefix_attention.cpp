@@ -19,17 +19,15 @@ constexpr int64_t kWorkPerThread = int64_t{1} << 20;
 constexpr int64_t kMaxSingleRows = 16;
 
 struct Call {
-  const nabla_fast_attention& in;
-  Heads<const float> q;
-  Heads<float> output;
+  const nabla_fast_attention_args& in;
   int64_t group;  // query heads of a key-value head
 
   int64_t rows() const { return group * in.suffix; }
   const float* query(int64_t batch, int64_t kv_head, int64_t row) const {
-    return q.at(batch, kv_head * group + row % group, row / group);
+    return token_of(in.q, batch, kv_head * group + row % group, row / group);
   }
   float* result(int64_t batch, int64_t kv_head, int64_t row) const {
-    return output.at(batch, kv_head * group + row % group, row / group);
+    return token_of(in.output, batch, kv_head * group + row % group, row / group);
   }
 };
 
@@ -39,7 +37,7 @@ struct Call {
 template <int W>
 NABLA_FAST_INLINE void attend_rows_in_lanes(const Call& call, int64_t batch, int64_t kv_head,
                                             int64_t first) {
-  const nabla_fast_attention& in = call.in;
+  const nabla_fast_attention_args& in = call.in;
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const int64_t last = std::min(first + W, call.rows()) - 1;
   const float scale = static_cast<float>(in.scale);
@@ -160,7 +158,7 @@ NABLA_FAST_INLINE void add_values(const float* weights, const float* const* valu
 // head's width if it is known, else 0; a multiple of W in either case.
 template <int W, int kDim>
 NABLA_FAST_INLINE void attend_rows_singly(const Call& call, int64_t batch, int64_t kv_head) {
-  const nabla_fast_attention& in = call.in;
+  const nabla_fast_attention_args& in = call.in;
   const int64_t dim = kDim ? kDim : in.dim, rows = call.rows();
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const float scale = static_cast<float>(in.scale);
@@ -269,22 +267,24 @@ NABLA_FAST_FOR_EACH_ISA(units_of_head, units_of_head_kernel<W>)
 using namespace nabla_fast;
 using namespace nabla_fast::attention;
 
-nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention* inputs, float* output,
-                                              nabla_fast_strides output_strides,
-                                              int32_t num_threads) {
-  if (!inputs) return NABLA_FAST_INVALID_POINTER;
-  const nabla_fast_attention& in = *inputs;
-  const nabla_fast_status status = check_attention(in);
-  if (status != NABLA_FAST_OK || has_no_queries(in)) return status;
-  if (!tensor_fits(in, in.heads, output_strides)) return NABLA_FAST_TOO_LARGE;
-  if (!output) return NABLA_FAST_INVALID_POINTER;
+nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention_args* args) {
+  nabla_fast_attention_args in;
+  if (const auto refused = read_args(args, in)) return refused;
+  if (const auto refused = check_attention(in)) return refused;
+  if (has_no_queries(in)) return NABLA_FAST_OK;
+  if (const auto refused = check_heads(in, in.output, in.heads)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    arrays.writes(heads_array(in, in.output, in.heads));
+    list_inputs(in, arrays);
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
 
-  const Call call{in, {in.q, in.q_strides}, {output, output_strides}, in.heads / in.kv_heads};
+  const Call call{in, in.heads / in.kv_heads};
   const nabla_fast_isa isa = nabla_fast_cpu_isa();
   auto* const run = attend.select(isa);
   const int64_t units = in.batch * in.kv_heads * units_of_head.select(isa)(call);
   const int threads =
-      threads_for((Size(2) * attention_work(in)).or_most(), kWorkPerThread, num_threads);
+      threads_for((Size(2) * attention_work(in)).or_most(), kWorkPerThread, in.num_threads);
   if (threads == 1) {
     for (int64_t unit = 0; unit < units; ++unit) run(call, unit);
     return NABLA_FAST_OK;

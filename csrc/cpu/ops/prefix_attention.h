@@ -13,9 +13,11 @@
 #include <cstdint>
 #include <limits>
 
+#include "base/args.h"
 #include "base/check.h"
 #include "base/floats.h"
 #include "base/isa.h"
+#include "base/overlap.h"
 #include "base/threads.h"
 #include "nabla_fast.h"
 #include "simd/vec.h"
@@ -27,21 +29,16 @@ constexpr int64_t kMaxHeadDim = NABLA_FAST_MOST_HEAD_DIM;
 // Positions are counted in 32-bit lanes.
 constexpr int64_t kMaxPositions = std::numeric_limits<int32_t>::max();
 
-// A [batch, heads, tokens, dim] tensor, dim contiguous.
-template <typename T>
-struct Heads {
-  T* data;
-  nabla_fast_strides strides;
-
-  T* at(int64_t batch, int64_t head, int64_t token) const {
-    return data + batch * strides.batch + head * strides.head + token * strides.token;
-  }
-};
+// [dim] of a tensor [batch, heads, tokens, dim].
+template <typename Heads>
+auto* token_of(const Heads& heads, int64_t batch, int64_t head, int64_t token) {
+  return heads.data + batch * heads.batch_stride + head * heads.head_stride +
+         token * heads.token_stride;
+}
 
 // Keys or values of one head of one sequence: those of the prefix, then those of the suffix.
 struct Sequence {
-  const float* pool;  // of this head
-  nabla_fast_pool_strides strides;
+  nabla_fast_pool pool;  // of this head
   int64_t block_size;
   const int64_t* table;
   int64_t prefix;
@@ -53,8 +50,8 @@ struct Sequence {
     for (int64_t t = begin; t < std::min(end, prefix);) {
       const int64_t block = t / block_size, first = block * block_size;
       const int64_t stop = std::min({end, prefix, first + block_size});
-      const float* of_block = pool + table[block] * strides.block;
-      for (; t < stop; ++t) *rows++ = of_block + (t - first) * strides.token;
+      const float* of_block = pool.data + table[block] * pool.block_stride;
+      for (; t < stop; ++t) *rows++ = of_block + (t - first) * pool.token_stride;
     }
     for (int64_t t = std::max(begin, prefix); t < end; ++t) {
       *rows++ = own + (t - prefix) * own_stride;
@@ -62,70 +59,98 @@ struct Sequence {
   }
 };
 
-inline Sequence keys_of(const nabla_fast_attention& a, int64_t batch, int64_t kv_head) {
-  return {a.key_pool + kv_head * a.key_pool_strides.head,
-          a.key_pool_strides,
+inline Sequence sequence_of(const nabla_fast_attention_args& a, const nabla_fast_pool& pool,
+                            const nabla_fast_heads& own, int64_t batch, int64_t kv_head) {
+  nabla_fast_pool of_head = pool;
+  of_head.data += kv_head * pool.head_stride;
+  return {of_head,
           a.block_size,
           a.block_tables + batch * a.table_stride,
           a.prefix_lengths[batch],
-          a.k + batch * a.k_strides.batch + kv_head * a.k_strides.head,
-          a.k_strides.token};
+          token_of(own, batch, kv_head, 0),
+          own.token_stride};
 }
 
-inline Sequence values_of(const nabla_fast_attention& a, int64_t batch, int64_t kv_head) {
-  return {a.value_pool + kv_head * a.value_pool_strides.head,
-          a.value_pool_strides,
-          a.block_size,
-          a.block_tables + batch * a.table_stride,
-          a.prefix_lengths[batch],
-          a.v + batch * a.v_strides.batch + kv_head * a.v_strides.head,
-          a.v_strides.token};
+inline Sequence keys_of(const nabla_fast_attention_args& a, int64_t batch, int64_t kv_head) {
+  return sequence_of(a, a.key_pool, a.k, batch, kv_head);
+}
+
+inline Sequence values_of(const nabla_fast_attention_args& a, int64_t batch, int64_t kv_head) {
+  return sequence_of(a, a.value_pool, a.v, batch, kv_head);
 }
 
 // The first position that a token at `position` sees.
-inline int64_t first_seen(const nabla_fast_attention& a, int64_t position) {
+inline int64_t first_seen(const nabla_fast_attention_args& a, int64_t position) {
   return a.window > 0 ? std::max<int64_t>(position - a.window + 1, 0) : 0;
 }
 
-inline bool has_no_queries(const nabla_fast_attention& a) {
+inline bool has_no_queries(const nabla_fast_attention_args& a) {
   return a.batch == 0 || a.heads == 0 || a.suffix == 0;
 }
 
-// True if a [batch, heads, suffix, dim] tensor with `heads` heads has a size.
-inline bool tensor_fits(const nabla_fast_attention& a, int64_t heads,
-                        const nabla_fast_strides& strides) {
-  return fits(
-      {{a.batch, strides.batch}, {heads, strides.head}, {a.suffix, strides.token}, {a.dim, 1}}, 4);
+// OK if a [batch, heads, suffix, dim] tensor with `heads` heads can be there.
+template <typename Heads>
+nabla_fast_status check_heads(const nabla_fast_attention_args& a, const Heads& tensor,
+                              int64_t heads) {
+  if (!fits({{a.batch, tensor.batch_stride},
+             {heads, tensor.head_stride},
+             {a.suffix, tensor.token_stride},
+             {a.dim, 1}},
+            4))
+    return NABLA_FAST_TOO_LARGE;
+  return tensor.data ? NABLA_FAST_OK : NABLA_FAST_INVALID_POINTER;
 }
 
-inline bool pool_fits(const nabla_fast_attention& a, const nabla_fast_pool_strides& strides) {
-  return fits({{a.blocks, strides.block},
-               {a.block_size, strides.token},
-               {a.kv_heads, strides.head},
+template <typename Heads>
+Array heads_array(const nabla_fast_attention_args& a, const Heads& tensor, int64_t heads) {
+  return {tensor.data,
+          {{a.batch, tensor.batch_stride},
+           {heads, tensor.head_stride},
+           {a.suffix, tensor.token_stride}},
+          a.dim,
+          4};
+}
+
+inline bool pool_fits(const nabla_fast_attention_args& a, const nabla_fast_pool& pool) {
+  return fits({{a.blocks, pool.block_stride},
+               {a.block_size, pool.token_stride},
+               {a.kv_heads, pool.head_stride},
                {a.dim, 1}},
               4);
 }
 
-inline nabla_fast_status check_attention(const nabla_fast_attention& a) {
+inline Array pool_array(const nabla_fast_attention_args& a, const nabla_fast_pool& pool) {
+  return {pool.data,
+          {{a.blocks, pool.block_stride},
+           {a.block_size, pool.token_stride},
+           {a.kv_heads, pool.head_stride}},
+          a.dim,
+          4};
+}
+
+// OK, or why what both functions read is refused, prefixes included: work and workspace depend on
+// their lengths.
+inline nabla_fast_status check_attention(const nabla_fast_attention_args& a) {
   if (a.batch < 0 || a.heads < 0 || a.kv_heads < 1 || a.suffix < 0 || a.dim < 1 ||
       a.dim > kMaxHeadDim || a.heads % a.kv_heads != 0 || a.blocks < 0 || a.block_size < 1 ||
       a.table_width < 0 || a.window < 0) {
     return NABLA_FAST_INVALID_HEADS;
   }
   if (has_no_queries(a)) return NABLA_FAST_OK;
-  if (!tensor_fits(a, a.heads, a.q_strides) || !tensor_fits(a, a.kv_heads, a.k_strides) ||
-      !tensor_fits(a, a.kv_heads, a.v_strides) || !pool_fits(a, a.key_pool_strides) ||
-      !pool_fits(a, a.value_pool_strides) ||
+  if (const auto refused = check_heads(a, a.q, a.heads)) return refused;
+  if (const auto refused = check_heads(a, a.k, a.kv_heads)) return refused;
+  if (const auto refused = check_heads(a, a.v, a.kv_heads)) return refused;
+  if (!pool_fits(a, a.key_pool) || !pool_fits(a, a.value_pool) || !fits({{a.batch, 1}}, 8) ||
       !fits({{a.batch, a.table_stride}, {a.table_width, 1}}, 8) ||
       !(Size(a.batch) * a.heads * a.suffix * a.dim * 4).fits() || a.suffix > kMaxPositions)
     return NABLA_FAST_TOO_LARGE;
-  if (!a.q || !a.k || !a.v || !a.prefix_lengths) return NABLA_FAST_INVALID_POINTER;
+  if (!a.prefix_lengths) return NABLA_FAST_INVALID_POINTER;
   const int64_t most_prefix = (Size(a.table_width) * a.block_size).or_most();
   for (int64_t b = 0; b < a.batch; ++b) {
     const int64_t length = a.prefix_lengths[b];
     if (length < 0 || length > most_prefix) return NABLA_FAST_INVALID_PREFIX;
     if (length > kMaxPositions - a.suffix) return NABLA_FAST_TOO_LARGE;
-    if (length > 0 && (!a.key_pool || !a.value_pool || !a.block_tables)) {
+    if (length > 0 && (!a.key_pool.data || !a.value_pool.data || !a.block_tables)) {
       return NABLA_FAST_INVALID_POINTER;
     }
     for (int64_t n = 0; n * a.block_size < length; ++n) {
@@ -136,8 +161,19 @@ inline nabla_fast_status check_attention(const nabla_fast_attention& a) {
   return NABLA_FAST_OK;
 }
 
+// What both functions read.
+inline void list_inputs(const nabla_fast_attention_args& a, Arrays& arrays) {
+  arrays.reads(heads_array(a, a.q, a.heads));
+  arrays.reads(heads_array(a, a.k, a.kv_heads));
+  arrays.reads(heads_array(a, a.v, a.kv_heads));
+  arrays.reads(pool_array(a, a.key_pool));
+  arrays.reads(pool_array(a, a.value_pool));
+  arrays.reads({a.block_tables, {{a.batch, a.table_stride}}, a.table_width, 8});
+  arrays.reads(array_of(a.prefix_lengths, a.batch));
+}
+
 // Multiplications of one product of queries with the keys that they see.
-inline int64_t attention_work(const nabla_fast_attention& a) {
+inline int64_t attention_work(const nabla_fast_attention_args& a) {
   int64_t keys = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
     const int64_t seen = a.prefix_lengths[b] + (a.suffix + 1) / 2;

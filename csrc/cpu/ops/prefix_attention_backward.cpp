@@ -24,9 +24,7 @@ struct Softmax {
 };
 
 struct Call {
-  const nabla_fast_attention& in;
-  Heads<const float> q, k, v, cotangent;
-  Heads<float> dq, dk, dv;
+  const nabla_fast_attention_args& in;
   int64_t group;       // query heads of a key-value head
   int64_t most_keys;   // of a query
   Softmax* softmaxes;  // [batch, kv_heads, suffix * group]
@@ -35,10 +33,10 @@ struct Call {
   // Row n of a key-value head is token n / group and head n mod group of its group.
   int64_t rows() const { return group * in.suffix; }
   const float* query(int64_t batch, int64_t kv_head, int64_t row) const {
-    return q.at(batch, kv_head * group + row % group, row / group);
+    return token_of(in.q, batch, kv_head * group + row % group, row / group);
   }
   const float* upstream(int64_t batch, int64_t kv_head, int64_t row) const {
-    return cotangent.at(batch, kv_head * group + row % group, row / group);
+    return token_of(in.cotangent, batch, kv_head * group + row % group, row / group);
   }
   Softmax* softmax(int64_t batch, int64_t kv_head) const {
     return softmaxes + (batch * in.kv_heads + kv_head) * rows();
@@ -59,7 +57,7 @@ NABLA_FAST_INLINE void take_lane(const float* rows, int64_t dim, int lane, float
 template <int W>
 NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_head, int64_t first,
                                    float* scratch) {
-  const nabla_fast_attention& in = call.in;
+  const nabla_fast_attention_args& in = call.in;
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const float scale = static_cast<float>(in.scale);
   const int64_t last = std::min(first + W, call.rows()) - 1;
@@ -129,7 +127,7 @@ NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_h
   for (int lane = 0; first + lane <= last; ++lane) {
     const int64_t row = first + lane;
     const int64_t head = kv_head * call.group + row % call.group;
-    take_lane<W>(q, in.dim, lane, call.dq.at(batch, head, row / call.group));
+    take_lane<W>(q, in.dim, lane, token_of(in.dq, batch, head, row / call.group));
     call.softmax(batch, kv_head)[row] = {max[lane], inverse[lane], delta[lane]};
   }
 }
@@ -138,7 +136,7 @@ NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_h
 template <int W>
 NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_head, int64_t first,
                                  float*) {
-  const nabla_fast_attention& in = call.in;
+  const nabla_fast_attention_args& in = call.in;
   const float scale = static_cast<float>(in.scale);
   const int64_t last = std::min(first + W, in.suffix) - 1;
   const Softmax* const softmax = call.softmax(batch, kv_head);
@@ -149,8 +147,8 @@ NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_hea
   Ints<W> token;
   for (int lane = 0; lane < W; ++lane) {
     token[lane] = static_cast<int32_t>(std::min(first + lane, last));
-    put_lane<W>(call.k.at(batch, kv_head, token[lane]), in.dim, lane, k);
-    put_lane<W>(call.v.at(batch, kv_head, token[lane]), in.dim, lane, v);
+    put_lane<W>(token_of(in.k, batch, kv_head, token[lane]), in.dim, lane, k);
+    put_lane<W>(token_of(in.v, batch, kv_head, token[lane]), in.dim, lane, v);
   }
   std::fill(dk, dk + in.dim * W, 0.0f);
   std::fill(dv, dv + in.dim * W, 0.0f);
@@ -183,8 +181,8 @@ NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_hea
     accumulate<W>(queries, count, dp, in.dim, dk);
   }
   for (int lane = 0; first + lane <= last; ++lane) {
-    take_lane<W>(dk, in.dim, lane, call.dk.at(batch, kv_head, first + lane));
-    take_lane<W>(dv, in.dim, lane, call.dv.at(batch, kv_head, first + lane));
+    take_lane<W>(dk, in.dim, lane, token_of(in.dk, batch, kv_head, first + lane));
+    take_lane<W>(dv, in.dim, lane, token_of(in.dv, batch, kv_head, first + lane));
   }
 }
 
@@ -225,8 +223,8 @@ struct Layout {
   int threads;
   int64_t most_keys, softmax_bytes, bytes;  // bytes: 0 if they are too many
 
-  Layout(const nabla_fast_attention& in, int32_t num_threads) {
-    threads = threads_for((Size(4) * attention_work(in)).or_most(), kWorkPerThread, num_threads);
+  explicit Layout(const nabla_fast_attention_args& in) {
+    threads = threads_for((Size(4) * attention_work(in)).or_most(), kWorkPerThread, in.num_threads);
     most_keys = 0;
     for (int64_t b = 0; b < in.batch; ++b) most_keys = std::max(most_keys, in.prefix_lengths[b]);
     // The product with a tile's keys writes whole groups of 8.
@@ -245,41 +243,35 @@ struct Layout {
 using namespace nabla_fast;
 using namespace nabla_fast::attention;
 
-int64_t nabla_fast_prefix_attention_backward_workspace(const nabla_fast_attention* inputs,
-                                                       int32_t num_threads) {
-  if (!inputs || check_attention(*inputs) != NABLA_FAST_OK || has_no_queries(*inputs)) return 0;
-  return Layout(*inputs, num_threads).bytes;
+int64_t nabla_fast_prefix_attention_backward_workspace(const nabla_fast_attention_args* args) {
+  return workspace_bytes(args, check_attention, [](const nabla_fast_attention_args& in) {
+    return has_no_queries(in) ? 0 : Layout(in).bytes;
+  });
 }
 
-nabla_fast_status nabla_fast_prefix_attention_backward(
-    const nabla_fast_attention* inputs, const float* cotangent,
-    nabla_fast_strides cotangent_strides, float* dq, nabla_fast_strides dq_strides, float* dk,
-    nabla_fast_strides dk_strides, float* dv, nabla_fast_strides dv_strides, void* workspace,
-    int64_t workspace_bytes, int32_t num_threads) {
-  if (!inputs) return NABLA_FAST_INVALID_POINTER;
-  const nabla_fast_attention& in = *inputs;
-  const nabla_fast_status status = check_attention(in);
-  if (status != NABLA_FAST_OK || has_no_queries(in)) return status;
-  const Layout layout(in, num_threads);
-  if (!tensor_fits(in, in.heads, cotangent_strides) || !tensor_fits(in, in.heads, dq_strides) ||
-      !tensor_fits(in, in.kv_heads, dk_strides) || !tensor_fits(in, in.kv_heads, dv_strides) ||
-      layout.bytes == 0)
-    return NABLA_FAST_TOO_LARGE;
-  if (!cotangent || !dq || !dk || !dv || !workspace) return NABLA_FAST_INVALID_POINTER;
-  if (workspace_bytes < layout.bytes) return NABLA_FAST_WORKSPACE_TOO_SMALL;
+nabla_fast_status nabla_fast_prefix_attention_backward(const nabla_fast_attention_args* args) {
+  nabla_fast_attention_args in;
+  if (const auto refused = read_args(args, in)) return refused;
+  if (const auto refused = check_attention(in)) return refused;
+  if (has_no_queries(in)) return NABLA_FAST_OK;
+  if (const auto refused = check_heads(in, in.cotangent, in.heads)) return refused;
+  if (const auto refused = check_heads(in, in.dq, in.heads)) return refused;
+  if (const auto refused = check_heads(in, in.dk, in.kv_heads)) return refused;
+  if (const auto refused = check_heads(in, in.dv, in.kv_heads)) return refused;
+  const Layout layout(in);
+  if (const auto refused = check_workspace(in, layout.bytes)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    arrays.writes(heads_array(in, in.dq, in.heads));
+    arrays.writes(heads_array(in, in.dk, in.kv_heads));
+    arrays.writes(heads_array(in, in.dv, in.kv_heads));
+    arrays.writes(array_of_bytes(in.workspace, layout.bytes));
+    arrays.reads(heads_array(in, in.cotangent, in.heads));
+    list_inputs(in, arrays);
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
 
-  char* const memory = aligned(workspace);
-  const Call call{in,
-                  {in.q, in.q_strides},
-                  {in.k, in.k_strides},
-                  {in.v, in.v_strides},
-                  {cotangent, cotangent_strides},
-                  {dq, dq_strides},
-                  {dk, dk_strides},
-                  {dv, dv_strides},
-                  in.heads / in.kv_heads,
-                  layout.most_keys,
-                  reinterpret_cast<Softmax*>(memory),
+  char* const memory = aligned(in.workspace);
+  const Call call{in, in.heads / in.kv_heads, layout.most_keys, reinterpret_cast<Softmax*>(memory),
                   reinterpret_cast<float*>(memory + layout.softmax_bytes)};
   const nabla_fast_isa isa = nabla_fast_cpu_isa();
   const int64_t lanes = lanes_of.select(isa)();

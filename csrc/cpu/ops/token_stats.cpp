@@ -6,12 +6,14 @@
 // moves, so that the sums of chunks are mostly just added. Segments join into rows from left to
 // right, on whatever thread they were computed.
 
+#include "ops/token_stats.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "base/check.h"
+#include "base/args.h"
 #include "base/floats.h"
 #include "base/isa.h"
 #include "base/prefetch.h"
@@ -221,16 +223,17 @@ NABLA_FAST_FOR_EACH_ISA(bf16_segment_sums, segment_sums<W, uint16_t>)
 
 // logits: [rows, vocab]; segment_of: segment_sums() of T at the level in force.
 template <typename T, typename SegmentSums>
-void token_stats(SegmentSums* segment_of, const T* logits, int64_t rows, int64_t vocab,
-                 int64_t row_stride, const softmax::Tau& tau, const softmax::StatsOutputs& outputs,
-                 int32_t num_threads) {
-  const auto segment = [=](int64_t row, int64_t index) {
+void token_stats(SegmentSums* segment_of, const T* logits, const nabla_fast_stats_args& call) {
+  const int64_t rows = call.rows, vocab = call.vocab, row_stride = call.logits.stride;
+  const softmax::Tau tau(call.tau);
+  const auto segment = [&](int64_t row, int64_t index) {
     const int64_t begin = index * kStatsSegmentTokens;
     return segment_of(logits + row * row_stride + begin,
                       std::min(kStatsSegmentTokens, vocab - begin), begin, tau);
   };
   const int64_t segments = (vocab + kStatsSegmentTokens - 1) / kStatsSegmentTokens;
-  const int threads = threads_for((Size(rows) * vocab).or_most(), kTokensPerThread, num_threads);
+  const int threads =
+      threads_for((Size(rows) * vocab).or_most(), kTokensPerThread, call.num_threads);
 
   if (rows >= 2 * threads || segments == 1 || threads == 1) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
@@ -238,7 +241,7 @@ void token_stats(SegmentSums* segment_of, const T* logits, int64_t rows, int64_t
       softmax::TokenSums sums;
       for (int64_t s = 0; s < segments; ++s)
         sums = softmax::joined(sums, segment(row, s), tau.value);
-      outputs.write(row, sums, tau);
+      write_stats(call, row, sums, tau);
     }
     return;
   }
@@ -254,7 +257,7 @@ void token_stats(SegmentSums* segment_of, const T* logits, int64_t rows, int64_t
       for (int64_t s = begin; s < end; ++s)
         sums = softmax::joined(sums, shared[s - begin], tau.value);
     }
-    outputs.write(row, sums, tau);
+    write_stats(call, row, sums, tau);
   }
 }
 
@@ -264,27 +267,21 @@ void token_stats(SegmentSums* segment_of, const T* logits, int64_t rows, int64_t
 using namespace nabla_fast;
 using namespace nabla_fast::stats;
 
-nabla_fast_status nabla_fast_token_stats(const void* logits, nabla_fast_dtype dtype, int64_t rows,
-                                         int64_t vocab, int64_t row_stride, double tau,
-                                         float* logsumexp, float* confidence, float* entropy,
-                                         int64_t* argmax, nabla_fast_status* row_status,
-                                         int32_t num_threads) {
-  if (rows < 0 || vocab < 1) return NABLA_FAST_INVALID_SHAPE;
-  if (!is_tau(tau)) return NABLA_FAST_INVALID_TAU;
-  if (!is_dtype(dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
-  if (rows == 0) return NABLA_FAST_OK;
-  if (!fits({{rows, row_stride}, {vocab, 1}}, bytes_of(dtype)) || !fits({{rows, 1}}, 8))
-    return NABLA_FAST_TOO_LARGE;
-  if (!logits || !logsumexp || !confidence || !entropy || !argmax || !row_status) {
-    return NABLA_FAST_INVALID_POINTER;
-  }
-  const softmax::StatsOutputs outputs{logsumexp, confidence, entropy, argmax, row_status};
-  if (dtype == NABLA_FAST_FLOAT32) {
-    token_stats(fp32_segment_sums.select(), static_cast<const float*>(logits), rows, vocab,
-                row_stride, softmax::Tau(tau), outputs, num_threads);
-  } else {
-    token_stats(bf16_segment_sums.select(), static_cast<const uint16_t*>(logits), rows, vocab,
-                row_stride, softmax::Tau(tau), outputs, num_threads);
-  }
+nabla_fast_status nabla_fast_token_stats(const nabla_fast_stats_args* args) {
+  nabla_fast_stats_args call;
+  if (const auto refused = read_args(args, call)) return refused;
+  if (const auto refused = check_stats(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (const auto refused = check_matrix(call.logits, call.rows, call.vocab)) return refused;
+  if (const auto refused = check_results(call)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    list_results(call, arrays);
+    arrays.reads(array_of(call.logits, call.rows));
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
+  if (call.logits.dtype == NABLA_FAST_FLOAT32)
+    token_stats(fp32_segment_sums.select(), static_cast<const float*>(call.logits.data), call);
+  else
+    token_stats(bf16_segment_sums.select(), static_cast<const uint16_t*>(call.logits.data), call);
   return NABLA_FAST_OK;
 }

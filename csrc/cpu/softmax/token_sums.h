@@ -2,13 +2,10 @@
 #ifndef NABLA_FAST_CPU_SOFTMAX_TOKEN_SUMS_H_
 #define NABLA_FAST_CPU_SOFTMAX_TOKEN_SUMS_H_
 
-#include <cmath>
 #include <cstdint>
 
 #include "base/floats.h"
-#include "nabla_fast.h"
 #include "softmax/row_softmax.h"
-#include "softmax/row_status.h"
 #include "softmax/tau.h"
 
 namespace nabla_fast::softmax {
@@ -58,30 +55,6 @@ inline TokenSums joined(const TokenSums& left, const TokenSums& right, double ta
   result.sum_d_exp += other.sum_d_exp;
   return result;
 }
-
-// Results of a call, each [rows].
-struct StatsOutputs {
-  float* logsumexp;
-  float* confidence;
-  float* entropy;
-  int64_t* argmax;
-  nabla_fast_status* status;
-
-  void write(int64_t row, const TokenSums& sums, const Tau& tau) const {
-    status[row] = row_status(sums.max, sums.nan);
-    if (status[row] != NABLA_FAST_OK) {
-      logsumexp[row] = confidence[row] = entropy[row] = kNaN;
-      argmax[row] = -1;
-      return;
-    }
-    const double total = sums.at_max + sums.sum_exp;
-    const double log_total = std::log(sums.at_max) + std::log1p(sums.sum_exp / sums.at_max);
-    logsumexp[row] = static_cast<float>(sums.max / tau.value + log_total);
-    confidence[row] = static_cast<float>(1 / total);
-    entropy[row] = static_cast<float>(log_total - sums.sum_d_exp / tau.value / total);
-    argmax[row] = sums.argmax;
-  }
-};
 
 }  // namespace nabla_fast::softmax
 

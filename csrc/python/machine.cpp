@@ -1,11 +1,12 @@
 // The machine's limits for Python: what the kernel benchmark holds times against.
 
+#include "internal/machine.h"
+
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 
 #include "bindings.h"
-#include "internal/machine.h"
 
 namespace py = pybind11;
 

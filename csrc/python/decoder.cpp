@@ -1,5 +1,7 @@
 // The decoder's pass for Python. Tensors come as addresses, whose memory the caller keeps alive.
 
+#include "internal/decoder.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,7 +9,6 @@
 #include <vector>
 
 #include "bindings.h"
-#include "internal/decoder.h"
 
 namespace py = pybind11;
 

@@ -1,0 +1,107 @@
+// The functions of nabla_fast.h, and the fields of their structs in the header's order.
+
+#include <pybind11/pybind11.h>
+
+#include "arguments.h"
+#include "bindings.h"
+#include "nabla_fast.h"
+
+#define FIELD(name) {#name, &set_field<&Args::name, Args>}
+#define ARRAY(name) {#name, &set_array<&Args::name, &Args::table_count, Args>}
+#define CALL_FIELDS FIELD(workspace), FIELD(workspace_bytes), FIELD(num_threads)
+
+namespace nabla_fast::bindings {
+namespace {
+
+std::vector<Field<nabla_fast_stats_args>> stats_fields() {
+  using Args = nabla_fast_stats_args;
+  return {CALL_FIELDS,       FIELD(rows),    FIELD(vocab),  FIELD(logits),
+          FIELD(hidden),     FIELD(head),    FIELD(tau),    FIELD(logsumexp),
+          FIELD(confidence), FIELD(entropy), FIELD(argmax), FIELD(row_status)};
+}
+
+std::vector<Field<nabla_fast_lm_logits_args>> lm_logits_fields() {
+  using Args = nabla_fast_lm_logits_args;
+  return {CALL_FIELDS, FIELD(rows), FIELD(vocab), FIELD(hidden), FIELD(head), FIELD(logits)};
+}
+
+std::vector<Field<nabla_fast_nll_grad_args>> nll_grad_fields() {
+  using Args = nabla_fast_nll_grad_args;
+  return {CALL_FIELDS, FIELD(rows),    FIELD(vocab), FIELD(hidden),
+          FIELD(head), FIELD(targets), FIELD(grad),  FIELD(row_status)};
+}
+
+std::vector<Field<nabla_fast_descent_args>> descent_fields() {
+  using Args = nabla_fast_descent_args;
+  return {CALL_FIELDS,           FIELD(rows),       FIELD(vocab),   FIELD(parameter),
+          FIELD(exp_avg),        FIELD(exp_avg_sq), FIELD(step),    FIELD(head),
+          FIELD(grad),           FIELD(schedule),   FIELD(iters),   FIELD(schedule_stride),
+          FIELD(until),          FIELD(group),      FIELD(tau),     FIELD(noise_seed),
+          FIELD(noise_position), FIELD(token),      FIELD(flipped), FIELD(row_status)};
+}
+
+std::vector<Field<nabla_fast_mix_args>> mix_fields() {
+  using Args = nabla_fast_mix_args;
+  return {CALL_FIELDS,           FIELD(rows),       FIELD(vocab),      FIELD(logits),
+          FIELD(hidden),         FIELD(head),       FIELD(tau),        FIELD(noise_seed),
+          FIELD(noise_position), ARRAY(tables),     FIELD(row_status), FIELD(hard),
+          ARRAY(mixes),          ARRAY(cotangents), FIELD(direct),     FIELD(grad)};
+}
+
+std::vector<Field<nabla_fast_onehot_args>> onehot_fields() {
+  using Args = nabla_fast_onehot_args;
+  return {CALL_FIELDS,       FIELD(rows),       FIELD(vocab),  FIELD(hidden),     FIELD(head),
+          FIELD(nll_coeff),  ARRAY(cotangents), ARRAY(tables), ARRAY(token_maps), ARRAY(table_rows),
+          FIELD(row_status), FIELD(grad),       FIELD(norm)};
+}
+
+std::vector<Field<nabla_fast_attention_args>> attention_fields() {
+  using Args = nabla_fast_attention_args;
+  return {CALL_FIELDS,
+          FIELD(batch),
+          FIELD(heads),
+          FIELD(kv_heads),
+          FIELD(suffix),
+          FIELD(dim),
+          FIELD(blocks),
+          FIELD(block_size),
+          FIELD(table_width),
+          FIELD(window),
+          FIELD(scale),
+          FIELD(q),
+          FIELD(k),
+          FIELD(v),
+          FIELD(key_pool),
+          FIELD(value_pool),
+          FIELD(block_tables),
+          FIELD(table_stride),
+          FIELD(prefix_lengths),
+          FIELD(output),
+          FIELD(cotangent),
+          FIELD(dq),
+          FIELD(dk),
+          FIELD(dv)};
+}
+
+}  // namespace
+
+#define BIND(name, fields) \
+  bind_function(module, #name, &nabla_fast_##name, &nabla_fast_##name##_workspace, fields())
+#define BIND_PLAIN(name, fields) bind_function(module, #name, &nabla_fast_##name, nullptr, fields())
+
+void bind_functions(pybind11::module_& module) {
+  BIND_PLAIN(token_stats, stats_fields);
+  BIND(linear_token_stats, stats_fields);
+  BIND_PLAIN(lm_logits, lm_logits_fields);
+  BIND(nll_grad, nll_grad_fields);
+  BIND(dto_descent, descent_fields);
+  BIND(dto_descent_latents, descent_fields);
+  BIND(embedding_mix, mix_fields);
+  BIND(embedding_mix_backward, mix_fields);
+  BIND(onehot_grad, onehot_fields);
+  BIND(onehot_grad_norm, onehot_fields);
+  BIND_PLAIN(prefix_attention, attention_fields);
+  BIND(prefix_attention_backward, attention_fields);
+}
+
+}  // namespace nabla_fast::bindings
