@@ -15,7 +15,7 @@
 // returns False for NABLA_FAST_BAD_ROWS and raises ValueError for other statuses than OK.
 //
 // Tensors are torch's, or have its data_ptr(), shape, stride() and dtype; the caller keeps them
-// alive and has checked what C cannot: dtypes of arrays, and unit strides.
+// alive and has checked the dtypes and strides of all but matrices.
 #ifndef NABLA_FAST_PYTHON_ARGUMENTS_H_
 #define NABLA_FAST_PYTHON_ARGUMENTS_H_
 
@@ -134,6 +134,8 @@ void convert_matrix(PyObject* value, Matrix& to) {
   convert_tuple(attribute(value, names.shape).ptr(), rows, to.width);
   convert_tuple(called(value, names.stride).ptr(), to.stride, unit);
   to.dtype = dtype_of(attribute(value, names.dtype).ptr());
+  if (unit != 1 && to.width > 1)
+    throw pybind11::value_error("a matrix must have unit stride along its columns");
 }
 
 inline void convert(PyObject* value, nabla_fast_matrix& to) { convert_matrix(value, to); }
