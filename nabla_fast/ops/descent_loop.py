@@ -140,14 +140,12 @@ def descend_native(
 
     Raises:
         RowError: a row of z is bad; then nothing has changed.
-        ValueError: a step is beyond the schedule.
+        ValueError: a step is beyond the schedule, or what is changed overlaps something.
     """
     rows = len(parameter)
     token, flipped, status = (
         torch.empty(rows, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.bool, torch.int32)
     )
-    # A row alone has nothing to wait for.
-    group = None if rows == 1 else group
     seed, position = noise or (None, None)
     good = getattr(extension(), name)(
         num_threads=torch.get_num_threads(),
