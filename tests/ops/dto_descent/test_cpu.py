@@ -18,7 +18,7 @@ from nabla_fast.ops.descent_loop import descend_native
 from ..contract import BackendContract, EveryInstructionSet
 from ..harness import check, map_tensors, run, to_float64
 from ..inputs import F64, Case, Draw
-from ..shared.descents import descent_arguments
+from ..shared.descents import DescentOverlaps, descent_arguments
 from .cases import DTO_DESCENT
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.why_missing()))
@@ -26,6 +26,10 @@ pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.why_
 
 class TestContract(BackendContract):
     tested, backend = DTO_DESCENT, "cpu"
+
+
+class TestOverlaps(DescentOverlaps):
+    op, backend = dto_descent, "cpu"
 
 
 class TestInstructionSets(EveryInstructionSet):

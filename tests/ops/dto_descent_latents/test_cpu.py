@@ -18,7 +18,7 @@ from nabla_fast.ops.descent_loop import descend_native
 from ..contract import BackendContract, EveryInstructionSet
 from ..harness import check, map_tensors, run, to_float64
 from ..inputs import BF16, F64, Case, Draw
-from ..shared.descents import descent_arguments
+from ..shared.descents import DescentOverlaps, descent_arguments
 from .cases import DTO_DESCENT_LATENTS
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.why_missing()))
@@ -28,6 +28,10 @@ BY_ROW = ("h", "grad", "until", "group")  # beside state and noise
 
 class TestContract(BackendContract):
     tested, backend = DTO_DESCENT_LATENTS, "cpu"
+
+
+class TestOverlaps(DescentOverlaps):
+    op, backend, hidden = dto_descent_latents, "cpu", 5
 
 
 class TestInstructionSets(EveryInstructionSet):
