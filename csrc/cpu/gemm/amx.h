@@ -23,7 +23,8 @@ void products_amx(const PackedRows& rows, const Table& table, int tokens, bool a
 
 // add_weighted_sums() of a table of bf16, prefetching as many bytes as it reads.
 void add_weighted_sums_amx(const float* weights, int lanes, int rows, const Table& table,
-                           int tokens, float* sums, Prefetcher prefetcher);
+                           int tokens, float* sums, Prefetcher prefetcher,
+                           bool bf16_weights = false);
 
 }  // namespace nabla_fast::gemm
 

@@ -17,6 +17,7 @@
 #include "gemm/amx.h"
 #include "gemm/vocab_tiles.h"
 #include "simd/bf16.h"
+#include "simd/bf16_dot.h"
 #include "simd/vec.h"
 
 namespace nabla_fast::gemm {
@@ -25,11 +26,14 @@ namespace {
 // Columns of one chain: a longer one is faster and less accurate, its error growing with the square
 // root of its length.
 constexpr int64_t kChainColumns = 32;
-// Rows up to which tokens lie in the lanes.
-constexpr int kMaxFewRows = 8;
+// Rows up to which tokens lie in the lanes: sixteen lanes of rows are faster where five have one.
+constexpr int kMaxFewRows = 4;
 // Bytes of a table that are multiplied while those behind them are prefetched: both stay in the
 // second-level cache.
 constexpr int64_t kBlockBytes = 256 << 10;
+// Tokens that several vectors of rows pass over, or that are converted, one chain's columns at a
+// time.
+constexpr int kTokensInL1 = 16;
 // Columns between two prefetches.
 constexpr int kColumnsPerPrefetch = 4;
 
@@ -51,23 +55,16 @@ struct Fp32Column {
   static NABLA_FAST_INLINE void add(Floats<W>& total, Vector a, Vector b) { total += a * b; }
 };
 
-#if NABLA_FAST_X86
+#if NABLA_FAST_BF16_DOT
 // Two bf16 on both sides.
 struct Bf16PairColumn {
   using Element = uint16_t;
   using Vector = Bits<16>;
   static constexpr int kElements = 2;
-  static NABLA_FAST_INLINE Vector broadcast(const uint16_t* pair) {
-    uint32_t word;
-    std::memcpy(&word, pair, sizeof word);
-    Vector words = Vector{} + word;
-    asm("" : "+v"(words));
-    return words;
-  }
+  static NABLA_FAST_INLINE Vector broadcast(const uint16_t* pair) { return broadcast_pair(pair); }
   static NABLA_FAST_INLINE Vector load(const float* x) { return (Vector)nabla_fast::load<16>(x); }
-  // The intrinsic would have to be called from functions of one instruction set.
   static NABLA_FAST_INLINE void add(Floats<16>& total, Vector a, Vector b) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+    add_bf16_dot(total, a, b);
   }
 };
 #endif
@@ -146,9 +143,13 @@ NABLA_FAST_INLINE void all_lanes(const typename Column::Element* w, int64_t stri
     else
       chains<W, 4, 4, Column>(w, stride, tokens, x, lanes, columns, add, z, prefetcher);
   } else {
-    for (int lane = 0; lane < lanes; lane += 2 * W)
-      chains<W, 2, 4, Column>(w, stride, tokens, x + lane, lanes, columns, add, z + lane,
-                              prefetcher);
+    for (int t = 0; t < tokens; t += kTokensInL1) {
+      const int some = std::min(kTokensInL1, tokens - t);
+      Prefetcher none{prefetcher.next};
+      for (int lane = 0; lane < lanes; lane += 2 * W)
+        chains<W, 2, 4, Column>(w + t * stride, stride, some, x + lane, lanes, columns, add,
+                                z + t * lanes + lane, lane == 0 ? prefetcher : none);
+    }
   }
 }
 
@@ -161,8 +162,7 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
   const int64_t width = table.width, stride = table.stride, token_bytes = sizeof(T) * width;
   const int block = static_cast<int>(
       std::clamp<int64_t>(kBlockBytes / (token_bytes + 1) / 16 * 16, 16, kVocabTileTokens));
-  constexpr int kTokensInFp32 = 16;  // tokens that are converted at a time
-  float fp32[sizeof(T) == 2 ? kTokensInFp32 * kChainColumns : 1];
+  float fp32[sizeof(T) == 2 ? kTokensInL1 * kChainColumns : 1];
   for (int first = 0; first < tokens; first += block) {
     const int some = std::min(block, tokens - first);
     Prefetcher prefetcher{reinterpret_cast<const char*>(w + (first + some) * stride)};
@@ -173,8 +173,8 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
         all_lanes<W, Fp32Column<W>>(w + first * stride + k, stride, some, x + k * lanes, lanes,
                                     columns, onto, z + first * lanes, prefetcher);
       } else {
-        for (int t = 0; t < some; t += kTokensInFp32) {
-          const int now = std::min(kTokensInFp32, some - t);
+        for (int t = 0; t < some; t += kTokensInL1) {
+          const int now = std::min(kTokensInL1, some - t);
           for (int n = 0; n < now; ++n) {
             prefetcher.advance<2 * kChainColumns>();
             nabla_fast::copy_to_fp32<W>(w + (first + t + n) * stride + k, columns,
@@ -202,39 +202,55 @@ NABLA_FAST_INLINE Bits<W> load_words(const char* x, int64_t bytes) {
   return words;
 }
 
-// total[r] += W tokens times row r, for `R` rows and at most W words of columns. T: elements of the
-// table, one or two to a word.
-template <int W, int R, typename T>
+// A word of a table's row: a float32 column, two of bf16, or one of pairs.
+template <int W, typename T>
+struct Words {
+  static constexpr int kColumns = 4 / sizeof(T), kColumnBytes = sizeof(T);
+  static NABLA_FAST_INLINE void add(Floats<W>& total, Bits<W> words, int part, const float* x) {
+    total += (kColumns == 1 ? (Floats<W>)words
+              : part        ? upper_to_fp32<W>(words)
+                            : lower_to_fp32<W>(words)) *
+             *x;
+  }
+};
+
+#if NABLA_FAST_BF16_DOT
+struct PairWords {
+  static constexpr int kColumns = 1, kColumnBytes = 4;
+  static NABLA_FAST_INLINE void add(Floats<16>& total, Bits<16> words, int, const float* x) {
+    add_bf16_dot(total, words, broadcast_pair(reinterpret_cast<const uint16_t*>(x)));
+  }
+};
+#endif
+
+// total[r] += W tokens times row r, for `R` rows and at most W words of columns.
+template <int W, int R, typename Word>
 NABLA_FAST_INLINE void add_square(const char* const (&w)[W], int64_t from, int64_t columns,
                                   const float* x, int lanes, Floats<W> (&total)[R],
                                   Prefetcher& prefetcher) {
-  constexpr int kColumns = 4 / sizeof(T);  // of a word
   prefetcher.advance<4 * W * W>();
   Bits<W> words[W];
 #pragma GCC unroll 16
   for (int t = 0; t < W; ++t)
-    words[t] = load_words<W>(w[t] + from * static_cast<int64_t>(sizeof(T)),
-                             columns * static_cast<int64_t>(sizeof(T)));
+    words[t] = load_words<W>(w[t] + from * Word::kColumnBytes, columns * Word::kColumnBytes);
   transpose<W>(words);
 #pragma GCC unroll 16
   for (int n = 0; n < W; ++n) {
 #pragma GCC unroll 2
-    for (int part = 0; part < kColumns; ++part) {
-      const int64_t k = n * kColumns + part;
+    for (int part = 0; part < Word::kColumns; ++part) {
+      const int64_t k = n * Word::kColumns + part;
       if (k >= columns) return;
-      const Floats<W> column = kColumns == 1 ? (Floats<W>)words[n]
-                               : part        ? upper_to_fp32<W>(words[n])
-                                             : lower_to_fp32<W>(words[n]);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) total[r] += column * x[(from + k) * lanes + r];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) Word::add(total[r], words[n], part, x + (from + k) * lanes + r);
     }
   }
 }
 
-template <int W, int R, typename T>
+// `columns`: those of the table, or pairs of them.
+template <int W, int R, typename Word>
 NABLA_FAST_INLINE void rows_with_tokens_in_lanes(const float* x, int lanes, const Table& table,
-                                                 int tokens, bool add, float* z) {
-  constexpr int64_t kColumns = W * (4 / sizeof(T));
+                                                 int64_t columns, int tokens, bool add, float* z) {
+  constexpr int64_t kColumns = W * Word::kColumns;
   for (int first = 0; first < tokens; first += W) {
     const int some = std::min(W, tokens - first);
     const char* w[W];
@@ -242,11 +258,11 @@ NABLA_FAST_INLINE void rows_with_tokens_in_lanes(const float* x, int lanes, cons
     for (int t = 0; t < W; ++t)
       w[t] = static_cast<const char*>(table.from(first + std::min(t, some - 1)).data);
     Prefetcher prefetcher{static_cast<const char*>(table.from(first + some).data)};
-    for (int64_t k = 0; k < table.width || k == 0; k += kChainColumns) {
-      const int64_t end = std::min(table.width, k + kChainColumns);
+    for (int64_t k = 0; k < columns || k == 0; k += kChainColumns) {
+      const int64_t end = std::min(columns, k + kChainColumns);
       Floats<W> total[R] = {};
       for (int64_t at = k; at < end; at += kColumns)
-        add_square<W, R, T>(w, at, std::min(kColumns, end - at), x, lanes, total, prefetcher);
+        add_square<W, R, Word>(w, at, std::min(kColumns, end - at), x, lanes, total, prefetcher);
       const bool onto = add || k > 0;
       for (int r = 0; r < R; ++r) {
         for (int t = 0; t < some; ++t) {
@@ -258,23 +274,21 @@ NABLA_FAST_INLINE void rows_with_tokens_in_lanes(const float* x, int lanes, cons
   }
 }
 
-template <int W, typename T>
-NABLA_FAST_INLINE void few_rows(const PackedRows& rows, const Table& table, int tokens, bool add,
-                                float* z) {
+template <int W, typename Word>
+NABLA_FAST_INLINE void few_rows(const PackedRows& rows, const Table& table, int64_t columns,
+                                int tokens, bool add, float* z) {
   const auto* x = static_cast<const float*>(rows.data);
   const int lanes = rows.lanes();
   if (!add)
     for (int n = 0; n < tokens * lanes; ++n) z[n] = 0;
   switch (rows.rows) {
     case 1:
-      return rows_with_tokens_in_lanes<W, 1, T>(x, lanes, table, tokens, add, z);
+      return rows_with_tokens_in_lanes<W, 1, Word>(x, lanes, table, columns, tokens, add, z);
     case 2:
-      return rows_with_tokens_in_lanes<W, 2, T>(x, lanes, table, tokens, add, z);
-    case 3:
-    case 4:
-      return rows_with_tokens_in_lanes<W, 4, T>(x, lanes, table, tokens, add, z);
+      return rows_with_tokens_in_lanes<W, 2, Word>(x, lanes, table, columns, tokens, add, z);
     default:
-      return rows_with_tokens_in_lanes<W, 8, T>(x, lanes, table, tokens, add, z);
+      return rows_with_tokens_in_lanes<W, kMaxFewRows, Word>(x, lanes, table, columns, tokens, add,
+                                                             z);
   }
 }
 
@@ -284,7 +298,7 @@ template <int W, typename T>
 NABLA_FAST_INLINE void product_tile(const PackedRows& rows, const Table& table, int tokens,
                                     bool add, float* z) {
   if (rows.rows <= kMaxFewRows)
-    few_rows<W, T>(rows, table, tokens, add, z);
+    few_rows<W, Words<W, T>>(rows, table, table.width, tokens, add, z);
   else
     many_rows<W, T>(rows, table, tokens, add, z);
 }
@@ -292,7 +306,7 @@ NABLA_FAST_INLINE void product_tile(const PackedRows& rows, const Table& table, 
 NABLA_FAST_FOR_EACH_ISA(fp32_tile, product_tile<W, float>)
 NABLA_FAST_FOR_EACH_ISA(bf16_tile, product_tile<W, uint16_t>)
 
-#if NABLA_FAST_X86
+#if NABLA_FAST_BF16_DOT
 NABLA_FAST_TARGET_AVX512 void pair_tile(const PackedRows& rows, const Table& table, int tokens,
                                         bool add, float* z) {
   const auto* x = static_cast<const float*>(rows.data);
@@ -301,7 +315,9 @@ NABLA_FAST_TARGET_AVX512 void pair_tile(const PackedRows& rows, const Table& tab
   const int64_t whole = table.width / 2, stride = table.stride;
   const int block = static_cast<int>(
       std::clamp<int64_t>(kBlockBytes / (2 * table.width + 1) / 16 * 16, 16, kVocabTileTokens));
-  for (int first = 0; first < tokens; first += block) {
+  const bool few = rows.rows <= kMaxFewRows;
+  if (few) few_rows<16, PairWords>(rows, table, whole, tokens, add, z);
+  for (int first = 0; first < tokens && !few; first += block) {
     const int some = std::min(block, tokens - first);
     Prefetcher prefetcher{reinterpret_cast<const char*>(w + (first + some) * stride)};
     for (int64_t k = 0; k < whole || k == 0; k += kChainColumns)
@@ -368,7 +384,7 @@ PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, 
 
 void products(const PackedRows& rows, const Table& table, int tokens, bool add, float* z) {
   if (rows.terms) return products_amx(rows, table, tokens, add, z);
-#if NABLA_FAST_X86
+#if NABLA_FAST_BF16_DOT
   if (rows.pairs) return pair_tile(rows, table, tokens, add, z);
 #endif
   const bool floats = table.dtype == NABLA_FAST_FLOAT32;

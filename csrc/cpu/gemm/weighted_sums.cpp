@@ -6,6 +6,7 @@
 #include "base/prefetch.h"
 #include "gemm/amx.h"
 #include "gemm/vocab_tiles.h"
+#include "gemm/weighted_sums_pairs.h"
 
 namespace nabla_fast::gemm {
 namespace {
@@ -28,11 +29,15 @@ NABLA_FAST_FOR_EACH_ISA(weighted_sums, weighted_sums_kernel<W>)
 }  // namespace
 
 void add_weighted_sums(const float* weights, int lanes, int rows, const Table& table, int tokens,
-                       float* sums) {
-  if (table.dtype == NABLA_FAST_BFLOAT16 && nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AMX)
-    return add_weighted_sums_amx(weights, lanes, rows, table, tokens, sums,
-                                 Prefetcher{static_cast<const char*>(table.from(tokens).data)});
-  weighted_sums(weights, lanes, rows, table, tokens, sums);
+                       float* sums, bool bf16_weights) {
+  const Prefetcher prefetcher{static_cast<const char*>(table.from(tokens).data)};
+  const nabla_fast_isa isa = nabla_fast_cpu_isa();
+  if (table.dtype == NABLA_FAST_BFLOAT16 && isa >= NABLA_FAST_ISA_AMX)
+    return add_weighted_sums_amx(weights, lanes, rows, table, tokens, sums, prefetcher,
+                                 bf16_weights);
+  if (bf16_weights && rounds_weights(table, isa))
+    return add_weighted_sums_pairs(weights, lanes, rows, table, tokens, sums, prefetcher);
+  weighted_sums.select(isa)(weights, lanes, rows, table, tokens, sums);
 }
 
 }  // namespace nabla_fast::gemm

@@ -1,7 +1,8 @@
 // add_weighted_sums() of a bf16 table on the CPU's matrix unit.
 //
 // Both factors are packed for the unit, anew for each tile: weights transposed, as three bf16
-// terms; the table, 32 columns at a time, as pairs of tokens side by side.
+// terms, or as one where they are bf16 numbers; the table, 32 columns at a time, as pairs of tokens
+// side by side.
 
 #include <algorithm>
 #include <cstdint>
@@ -51,6 +52,26 @@ NABLA_FAST_INLINE void split_weights(const Floats<kAmxSide> (&weights)[kAmxSide]
       std::memcpy(tiles[term][r] + column, &halves, sizeof halves);
       rest -= (Floats<kAmxSide>)begin;
       rest = rest == rest ? rest : Floats<kAmxSide>{};
+    }
+  }
+}
+
+// Weights that are bf16 numbers, as one term: pairs of tokens, and these transposed.
+NABLA_FAST_TARGET_AMX void pack_bf16_left(const float* weights, int lanes, int tokens, Left& left) {
+  using Bits = typename VecTypes<kAmxSide>::Bits;
+  for (int block = 0; block * kAmxSide < lanes; ++block) {
+    for (int depth = 0; depth * kAmxDepth < tokens; ++depth) {
+      Bits pairs[kAmxSide];
+  #pragma GCC unroll 16
+      for (int n = 0; n < kAmxSide; ++n) {
+        const int t = depth * kAmxDepth + 2 * n;
+        const float* const at = weights + t * lanes + block * kAmxSide;
+        const Bits lower = t < tokens ? (Bits)load<kAmxSide>(at) : Bits{};
+        const Bits upper = t + 1 < tokens ? (Bits)load<kAmxSide>(at + lanes) : Bits{};
+        pairs[n] = lower >> 16 | (upper & 0xFFFF0000u);
+      }
+      transpose<kAmxSide>(pairs);
+      std::memcpy(left.tiles[block][depth][0], pairs, sizeof pairs);
     }
   }
 }
@@ -108,12 +129,12 @@ NABLA_FAST_TARGET_AMX inline bool pack_right(const uint16_t* w, int64_t stride, 
 
 // A square of sums += weights times pairs.
 NABLA_FAST_TARGET_AMX inline void multiply(const Left& left, int block, const Right& right,
-                                           int depths, const Square& c) {
+                                           int depths, int terms, const Square& c) {
   load_square(c);
   for (int depth = 0; depth < depths; ++depth) {
     _tile_loadd(6, right.pairs[depth * kAmxDepth / 2][0], sizeof right.pairs[0]);
     if (!c.narrow) _tile_loadd(7, right.pairs[depth * kAmxDepth / 2][1], sizeof right.pairs[0]);
-    for (int term = 0; term < kBf16Terms; ++term) {
+    for (int term = 0; term < terms; ++term) {
       _tile_loadd(4, left.tiles[block][depth][term], sizeof left.tiles[0][0][0][0]);
       _tile_dpbf16ps(0, 4, 6);
       if (!c.narrow) _tile_dpbf16ps(1, 4, 7);
@@ -124,6 +145,13 @@ NABLA_FAST_TARGET_AMX inline void multiply(const Left& left, int block, const Ri
     }
   }
   store_square(c);
+}
+
+NABLA_FAST_INLINE void copy_rows(const float* from, int64_t from_stride, int rows, int width,
+                                 float* to, int64_t to_stride) {
+  for (int n = 0; n < rows; ++n)
+    for (int k = 0; k < width; k += kAmxSide)
+      store<kAmxSide>(to + n * to_stride + k, load<kAmxSide>(from + n * from_stride + k));
 }
 
 // Sums in fp32, for columns with infinities: of infinity times a term that is 0, the matrix unit
@@ -144,15 +172,15 @@ void add_in_fp32(const float* weights, int lanes, int rows, const uint16_t* w, i
 
 NABLA_FAST_TARGET_AMX void add_weighted_sums_amx(const float* weights, int lanes, int rows,
                                                  const Table& table, int tokens, float* sums,
-                                                 Prefetcher prefetcher) {
+                                                 Prefetcher prefetcher, bool bf16_weights) {
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
   const auto* w = static_cast<const uint16_t*>(table.data);
   const int64_t sums_stride = padded(table.width);
-  const int depths = (tokens + kAmxDepth - 1) / kAmxDepth;
+  const int depths = (tokens + kAmxDepth - 1) / kAmxDepth, terms = bf16_weights ? 1 : kBf16Terms;
   Left left;
   Right right;
-  pack_left(weights, lanes, tokens, left);
+  (bf16_weights ? pack_bf16_left : pack_left)(weights, lanes, tokens, left);
   for (int64_t k = 0; k < table.width; k += kPanelColumns) {
     const int64_t columns = std::min<int64_t>(kPanelColumns, table.width - k);
     if (!pack_right(w + k, table.stride, columns, tokens, prefetcher, right)) {
@@ -165,17 +193,17 @@ NABLA_FAST_TARGET_AMX void add_weighted_sums_amx(const float* weights, int lanes
       const int some = std::min(2 * kAmxSide, rows - r);
       float* const out = sums + r * sums_stride + k;
       if (some % kAmxSide == 0) {
-        multiply(left, r / kAmxSide, right, depths,
+        multiply(left, r / kAmxSide, right, depths, terms,
                  {out, 4 * sums_stride, some == kAmxSide, narrow});
         continue;
       }
       // A tile has sixteen rows, and there are fewer.
       alignas(64) float edge[2 * kAmxSide][kPanelColumns];
-      const size_t bytes = 4 * (narrow ? kAmxSide : kPanelColumns);
-      for (int n = 0; n < some; ++n) std::memcpy(edge[n], out + n * sums_stride, bytes);
-      multiply(left, r / kAmxSide, right, depths,
+      const int width = narrow ? kAmxSide : kPanelColumns;
+      copy_rows(out, sums_stride, some, width, edge[0], kPanelColumns);
+      multiply(left, r / kAmxSide, right, depths, terms,
                {edge[0], sizeof edge[0], some < kAmxSide, narrow});
-      for (int n = 0; n < some; ++n) std::memcpy(out + n * sums_stride, edge[n], bytes);
+      copy_rows(edge[0], kPanelColumns, some, width, out, sums_stride);
     }
   }
   _tile_release();
@@ -183,7 +211,7 @@ NABLA_FAST_TARGET_AMX void add_weighted_sums_amx(const float* weights, int lanes
 
 #else
 
-void add_weighted_sums_amx(const float*, int, int, const Table&, int, float*, Prefetcher) {}
+void add_weighted_sums_amx(const float*, int, int, const Table&, int, float*, Prefetcher, bool) {}
 
 #endif
 

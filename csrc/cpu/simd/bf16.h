@@ -41,16 +41,27 @@ NABLA_FAST_INLINE Floats<W> upper_to_fp32(typename VecTypes<W>::Bits words) {
   return (Floats<W>)(words & 0xFFFF0000u);
 }
 
-// W elements from anywhere in an array.
+// W elements from anywhere in an array, W that of the instruction set in use.
 template <int W>
 NABLA_FAST_INLINE Floats<W> load_fp32(const float* x) {
   return load<W>(x);
 }
 template <int W>
 NABLA_FAST_INLINE Floats<W> load_fp32(const uint16_t* bf16) {
-  typedef uint16_t Halves __attribute__((vector_size(2 * W)));
-  Halves halves;
-  std::memcpy(&halves, bf16, sizeof halves);
+  typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+  const Halves& halves = *reinterpret_cast<const Halves*>(bf16);
+  // gcc would widen both halves of the vector, and join them.
+#if NABLA_FAST_X86
+  typename VecTypes<W>::Bits words;
+  if constexpr (W == 16) {
+    asm("vpmovzxwd %1, %0" : "=v"(words) : "m"(halves));
+    return lower_to_fp32<W>(words);
+  }
+  if constexpr (W == 8) {
+    asm("vpmovzxwd %1, %0" : "=x"(words) : "m"(halves));
+    return lower_to_fp32<W>(words);
+  }
+#endif
   return lower_to_fp32<W>(__builtin_convertvector(halves, typename VecTypes<W>::Bits));
 }
 

@@ -20,7 +20,13 @@ using Lanes = Floats<kLanes>;
 constexpr int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 NABLA_FAST_INLINE Lanes load(const float* x) { return load<kLanes>(x); }
-NABLA_FAST_INLINE Lanes load(const uint16_t* bf16) { return load_fp32<kLanes>(bf16); }
+// load_fp32() is for the width of an instruction set.
+NABLA_FAST_INLINE Lanes load(const uint16_t* bf16) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+  Halves halves;
+  std::memcpy(&halves, bf16, sizeof halves);
+  return lower_to_fp32<kLanes>(__builtin_convertvector(halves, VecTypes<kLanes>::Bits));
+}
 
 // The first `count` elements, and zeros.
 template <typename T>
