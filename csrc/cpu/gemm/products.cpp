@@ -17,6 +17,7 @@
 #include "gemm/amx.h"
 #include "gemm/vocab_tiles.h"
 #include "simd/bf16.h"
+#include "simd/bf16_dot.h"
 #include "simd/vec.h"
 
 namespace nabla_fast::gemm {
@@ -51,7 +52,7 @@ struct Fp32Column {
   static NABLA_FAST_INLINE void add(Floats<W>& total, Vector a, Vector b) { total += a * b; }
 };
 
-#if NABLA_FAST_X86
+#if NABLA_FAST_BF16_DOT
 // Two bf16 on both sides.
 struct Bf16PairColumn {
   using Element = uint16_t;
@@ -61,13 +62,12 @@ struct Bf16PairColumn {
     uint32_t word;
     std::memcpy(&word, pair, sizeof word);
     Vector words = Vector{} + word;
-    asm("" : "+v"(words));
+    keep_in_register<16>(words);
     return words;
   }
   static NABLA_FAST_INLINE Vector load(const float* x) { return (Vector)nabla_fast::load<16>(x); }
-  // The intrinsic would have to be called from functions of one instruction set.
   static NABLA_FAST_INLINE void add(Floats<16>& total, Vector a, Vector b) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+    add_bf16_dot(total, a, b);
   }
 };
 #endif
@@ -292,7 +292,7 @@ NABLA_FAST_INLINE void product_tile(const PackedRows& rows, const Table& table, 
 NABLA_FAST_FOR_EACH_ISA(fp32_tile, product_tile<W, float>)
 NABLA_FAST_FOR_EACH_ISA(bf16_tile, product_tile<W, uint16_t>)
 
-#if NABLA_FAST_X86
+#if NABLA_FAST_BF16_DOT
 NABLA_FAST_TARGET_AVX512 void pair_tile(const PackedRows& rows, const Table& table, int tokens,
                                         bool add, float* z) {
   const auto* x = static_cast<const float*>(rows.data);
@@ -368,7 +368,7 @@ PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, 
 
 void products(const PackedRows& rows, const Table& table, int tokens, bool add, float* z) {
   if (rows.terms) return products_amx(rows, table, tokens, add, z);
-#if NABLA_FAST_X86
+#if NABLA_FAST_BF16_DOT
   if (rows.pairs) return pair_tile(rows, table, tokens, add, z);
 #endif
   const bool floats = table.dtype == NABLA_FAST_FLOAT32;

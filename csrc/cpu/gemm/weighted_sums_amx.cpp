@@ -10,6 +10,7 @@
 #include "base/prefetch.h"
 #include "gemm/amx.h"
 #include "gemm/amx_tiles.h"
+#include "gemm/amx_unit.h"
 #include "gemm/vocab_tiles.h"
 #include "simd/vec.h"
 
@@ -111,16 +112,16 @@ NABLA_FAST_TARGET_AMX inline void multiply(const Left& left, int block, const Ri
                                            int depths, const Square& c) {
   load_square(c);
   for (int depth = 0; depth < depths; ++depth) {
-    _tile_loadd(6, right.pairs[depth * kAmxDepth / 2][0], sizeof right.pairs[0]);
-    if (!c.narrow) _tile_loadd(7, right.pairs[depth * kAmxDepth / 2][1], sizeof right.pairs[0]);
+    load_tile<6>(right.pairs[depth * kAmxDepth / 2][0], sizeof right.pairs[0]);
+    if (!c.narrow) load_tile<7>(right.pairs[depth * kAmxDepth / 2][1], sizeof right.pairs[0]);
     for (int term = 0; term < kBf16Terms; ++term) {
-      _tile_loadd(4, left.tiles[block][depth][term], sizeof left.tiles[0][0][0][0]);
-      _tile_dpbf16ps(0, 4, 6);
-      if (!c.narrow) _tile_dpbf16ps(1, 4, 7);
+      load_tile<4>(left.tiles[block][depth][term], sizeof left.tiles[0][0][0][0]);
+      add_tile_product<0, 4, 6>();
+      if (!c.narrow) add_tile_product<1, 4, 7>();
       if (c.low) continue;
-      _tile_loadd(5, left.tiles[block + 1][depth][term], sizeof left.tiles[0][0][0][0]);
-      _tile_dpbf16ps(2, 5, 6);
-      if (!c.narrow) _tile_dpbf16ps(3, 5, 7);
+      load_tile<5>(left.tiles[block + 1][depth][term], sizeof left.tiles[0][0][0][0]);
+      add_tile_product<2, 5, 6>();
+      if (!c.narrow) add_tile_product<3, 5, 7>();
     }
   }
   store_square(c);
@@ -145,8 +146,7 @@ void add_in_fp32(const float* weights, int lanes, int rows, const uint16_t* w, i
 NABLA_FAST_TARGET_AMX void add_weighted_sums_amx(const float* weights, int lanes, int rows,
                                                  const Table& table, int tokens, float* sums,
                                                  Prefetcher prefetcher) {
-  const TileShapes shapes;
-  _tile_loadconfig(&shapes);
+  configure_tiles(TileShapes{});
   const auto* w = static_cast<const uint16_t*>(table.data);
   const int64_t sums_stride = padded(table.width);
   const int depths = (tokens + kAmxDepth - 1) / kAmxDepth;
@@ -178,7 +178,7 @@ NABLA_FAST_TARGET_AMX void add_weighted_sums_amx(const float* weights, int lanes
       for (int n = 0; n < some; ++n) std::memcpy(out + n * sums_stride, edge[n], bytes);
     }
   }
-  _tile_release();
+  release_tiles();
 }
 
 #else
