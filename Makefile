@@ -12,7 +12,7 @@ C_TESTS := $(shell find tests examples -name '*.cpp' -o -name '*.c' -o -name '*.
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow lint bench compile-check format gpu sanitize clean
+.PHONY: demo test test-slow emulate lint bench compile-check format gpu sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/nabla-fast demo
@@ -28,6 +28,15 @@ test: $(INSTALLED)
 # Hundreds of random decodes through both loops, kernels at large sizes in Triton's interpreter.
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
+
+# Tests of the C++ kernels at every level of instructions, whatever this CPU has: bf16 units, and the
+# levels that it lacks, are in software. Nothing is skipped for want of a level.
+EMULATE := $(MAKE) -f tests/emulation/emulate.mk PYTHON=$(BIN)/python
+EMULATED_TESTS := tests/ops/*/test_cpu.py tests/native/test_native.py tests/native/test_emulation.py
+emulate: $(INSTALLED)
+	$(EMULATE) -j$(shell nproc) build
+	$(EMULATE) odr
+	NABLA_FAST_TEST_EXTENSION=$$($(EMULATE) -s path) $(PYTEST) $(EMULATED_TESTS)
 
 bench: $(INSTALLED)
 	$(BIN)/nabla-fast bench kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,13 @@ from golden_data import GOLDEN, golden_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nabla_fast import _native
+
+# A file to test in place of the installed nabla_fast._C: `make emulate` sets it.
+_EXTENSION = os.environ.get("NABLA_FAST_TEST_EXTENSION")
+if _EXTENSION:
+    _spec = importlib.util.spec_from_file_location("nabla_fast._C", _EXTENSION)
+    sys.modules["nabla_fast._C"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["nabla_fast._C"])
 
 
 def pytest_configure() -> None:

@@ -3,13 +3,15 @@
 Every op with a C++ backend runs on the same random inputs at every instruction set that this CPU has.
 ``--output FILE`` writes the digests; ``--compare FILE`` reads those of another build and exits 1 where a
 kernel's bits differ. Another compiler may contract or vectorize sums in another way, so digests are
-compared between builds of one compiler.
+compared between builds of one compiler. ``--extension FILE`` takes another build than the installed one,
+such as that of ``make emulate``.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -162,6 +164,13 @@ def digest(result: Any) -> str:
     return found.hexdigest()[:32]
 
 
+def use_extension(path: Path) -> None:
+    """Takes the file for ``nabla_fast._C``; before anything has called that."""
+    spec = importlib.util.spec_from_file_location("nabla_fast._C", path)
+    sys.modules["nabla_fast._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["nabla_fast._C"])
+
+
 def digests() -> dict[str, dict[str, str]]:
     """Digests by instruction set and call."""
     native = _native.extension()
@@ -182,7 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the digests as JSON")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="digests of another build")
+    parser.add_argument("--extension", type=Path, metavar="FILE", help="another build of the extension")
     arguments = parser.parse_args(argv)
+    if arguments.extension:
+        use_extension(arguments.extension)
     found = digests()
     if arguments.output:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")

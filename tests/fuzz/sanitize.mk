@@ -5,27 +5,34 @@
 # thread    ThreadSanitizer: the fuzz driver on several threads of its own, on kernels whose OpenMP
 #           threads come from openmp_threads.cpp
 #
+# Every level of instructions runs on any CPU: the bf16 units and what this CPU lacks are those of
+# tests/emulation/, in which a sanitizer sees what a tile reads and writes.
+#
 # SECONDS: how long a driver runs at most; SEED: where it begins.
 
 SECONDS ?= 45
 CASES ?= 1000000
 SEED ?= 1
-BUILD := build/sanitize
+include tests/emulation/level.mk
+BUILD := build/sanitize/$(EMULATED_FROM)
 
 # All but csrc/cpu/internal/, which only the Python extension calls.
-KERNELS := $(filter-out csrc/cpu/internal/%,$(sort $(wildcard csrc/cpu/*/*.cpp)))
+KERNELS := $(filter-out csrc/cpu/internal/%,$(sort $(wildcard csrc/cpu/*/*.cpp))) tests/emulation/units.cpp
 DRIVER := $(filter-out tests/fuzz/openmp_threads.cpp,$(wildcard tests/fuzz/*.cpp))
 EXAMPLE := examples/c/linked.c examples/c/descend.c
 
 # As setup.py has them, but for less optimization and no -fwrapv.
 FLAGS := -O1 -g1 -fopenmp -fno-omit-frame-pointer -Wall -Wextra -Wno-psabi -Icsrc/cpu -Icsrc/include
 FLAGS += -fno-math-errno -fno-trapping-math -ffp-contract=fast
-CXXFLAGS := -std=c++17 $(FLAGS)
+CXXFLAGS := -std=c++17 $(FLAGS) -DNABLA_FAST_EMULATED_FROM=$(EMULATED_FROM) -Itests
 CFLAGS := -std=c99 -pedantic -Werror $(FLAGS)
 ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=all
 THREAD := -fsanitize=thread
 # Optimized, loops over vectors take gcc fifteen times as long under AddressSanitizer.
 $(BUILD)/address/csrc/%: ADDRESS += -O0
+# One product of tiles is 8192 multiply-adds.
+$(BUILD)/address/tests/emulation/%: ADDRESS += -O2
+$(BUILD)/thread/tests/emulation/%: THREAD += -O2
 
 .PHONY: all build address thread
 all: address thread

@@ -2,7 +2,7 @@
 
 #include <atomic>
 
-#if NABLA_FAST_AMX
+#if NABLA_FAST_AMX && !NABLA_FAST_EMULATED
   #include <sys/syscall.h>
   #include <unistd.h>
 #endif
@@ -11,7 +11,7 @@ namespace {
 
 // Asks the system, too, for the matrix unit.
 bool has_amx() {
-#if NABLA_FAST_AMX
+#if NABLA_FAST_AMX && !NABLA_FAST_EMULATED
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl(2)
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -21,7 +21,7 @@ bool has_amx() {
 }
 
 // The compiler's run-time check asks both the CPU and whether the system saves its registers.
-nabla_fast_isa best_isa() {
+nabla_fast_isa best_isa_of_cpu() {
 #if NABLA_FAST_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -39,6 +39,16 @@ nabla_fast_isa best_isa() {
 #endif
   return NABLA_FAST_ISA_BASELINE;
 }
+
+#if NABLA_FAST_EMULATED
+// All levels, where the CPU has those that the build takes from it.
+nabla_fast_isa best_isa() {
+  const nabla_fast_isa best = best_isa_of_cpu();
+  return best >= NABLA_FAST_EMULATED_FROM - 1 ? NABLA_FAST_ISA_AMX : best;
+}
+#else
+nabla_fast_isa best_isa() { return best_isa_of_cpu(); }
+#endif
 
 std::atomic<nabla_fast_isa> limit{NABLA_FAST_ISA_AMX};
 

@@ -28,17 +28,41 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
   #define NABLA_FAST_X86 1
+#else
+  #define NABLA_FAST_X86 0
+#endif
+
+// A build for tests runs at every level on any CPU. The number is the first level that the CPU may
+// lack, at most NABLA_FAST_ISA_AVX512_BF16: from it on kernels are compiled for the level below, and
+// the bf16 units are functions (tests/emulation/).
+#ifdef NABLA_FAST_EMULATED_FROM
+  #define NABLA_FAST_EMULATED 1
+#else
+  #define NABLA_FAST_EMULATED 0
+  #define NABLA_FAST_EMULATED_FROM 5
+#endif
+
+// Whether kernels of a width may name its registers and instructions.
+#define NABLA_FAST_AVX2 (NABLA_FAST_X86 && NABLA_FAST_EMULATED_FROM > 1)
+#define NABLA_FAST_AVX512 (NABLA_FAST_X86 && NABLA_FAST_EMULATED_FROM > 2)
+
+#if NABLA_FAST_AVX2
   #define NABLA_FAST_TARGET_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2")))
+#else
+  #define NABLA_FAST_TARGET_AVX2
+#endif
+#if NABLA_FAST_AVX512
   #define NABLA_FAST_TARGET_AVX512 \
     __attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")))
 #else
-  #define NABLA_FAST_X86 0
-  #define NABLA_FAST_TARGET_AVX2
-  #define NABLA_FAST_TARGET_AVX512
+  #define NABLA_FAST_TARGET_AVX512 NABLA_FAST_TARGET_AVX2
 #endif
 
 // Intel's matrix unit, whose use a process asks Linux for.
-#if NABLA_FAST_X86 && defined(__linux__)
+#if NABLA_FAST_EMULATED
+  #define NABLA_FAST_AMX 1
+  #define NABLA_FAST_TARGET_AMX NABLA_FAST_TARGET_AVX512
+#elif NABLA_FAST_X86 && defined(__linux__)
   #define NABLA_FAST_AMX 1
   #define NABLA_FAST_TARGET_AMX \
     __attribute__((target(      \

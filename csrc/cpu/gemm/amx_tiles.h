@@ -5,10 +5,7 @@
 #include <cstdint>
 
 #include "base/isa.h"
-
-#if NABLA_FAST_AMX
-  #include <immintrin.h>
-#endif
+#include "gemm/amx_unit.h"
 
 namespace nabla_fast::gemm {
 
@@ -20,13 +17,6 @@ constexpr int kBf16Terms = 3;
 
 #if NABLA_FAST_AMX
 
-// All tiles 16 x 64 bytes.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // Sums of 32 x 32: registers 0 to 3, of which a narrower one uses 0 and 2, a lower one 0 and 1.
 struct Square {
   float* at;
@@ -36,18 +26,18 @@ struct Square {
 
 NABLA_FAST_TARGET_AMX inline void load_square(const Square& c) {
   float* below = c.at + kAmxSide * (c.down / 4);
-  _tile_loadd(0, c.at, c.down);
-  if (!c.narrow) _tile_loadd(1, c.at + kAmxSide, c.down);
-  if (!c.low) _tile_loadd(2, below, c.down);
-  if (!c.low && !c.narrow) _tile_loadd(3, below + kAmxSide, c.down);
+  load_tile<0>(c.at, c.down);
+  if (!c.narrow) load_tile<1>(c.at + kAmxSide, c.down);
+  if (!c.low) load_tile<2>(below, c.down);
+  if (!c.low && !c.narrow) load_tile<3>(below + kAmxSide, c.down);
 }
 
 NABLA_FAST_TARGET_AMX inline void store_square(const Square& c) {
   float* below = c.at + kAmxSide * (c.down / 4);
-  _tile_stored(0, c.at, c.down);
-  if (!c.narrow) _tile_stored(1, c.at + kAmxSide, c.down);
-  if (!c.low) _tile_stored(2, below, c.down);
-  if (!c.low && !c.narrow) _tile_stored(3, below + kAmxSide, c.down);
+  store_tile<0>(c.at, c.down);
+  if (!c.narrow) store_tile<1>(c.at + kAmxSide, c.down);
+  if (!c.low) store_tile<2>(below, c.down);
+  if (!c.low && !c.narrow) store_tile<3>(below + kAmxSide, c.down);
 }
 
 #endif

@@ -7,6 +7,7 @@
 #include "base/prefetch.h"
 #include "gemm/amx.h"
 #include "gemm/amx_tiles.h"
+#include "gemm/amx_unit.h"
 
 namespace nabla_fast::gemm {
 namespace {
@@ -46,19 +47,19 @@ struct Tiles {
 // 32 x 32 times 32 x 32; `terms` of the right side.
 NABLA_FAST_TARGET_AMX inline void multiply(const Tiles& a, const Tiles& b, int terms,
                                            const Square& c) {
-  _tile_loadd(4, a.at, a.down);
-  if (!c.low) _tile_loadd(5, a.at + a.right, a.down);
+  load_tile<4>(a.at, a.down);
+  if (!c.low) load_tile<5>(a.at + a.right, a.down);
   const char* of_b = b.at;
   for (int term = 0; term < terms; ++term, of_b += b.term) {
-    _tile_loadd(6, of_b, b.down);
-    _tile_dpbf16ps(0, 4, 6);
+    load_tile<6>(of_b, b.down);
+    add_tile_product<0, 4, 6>();
     if (!c.narrow) {
-      _tile_loadd(7, of_b + b.right, b.down);
-      _tile_dpbf16ps(1, 4, 7);
+      load_tile<7>(of_b + b.right, b.down);
+      add_tile_product<1, 4, 7>();
     }
     if (!c.low) {
-      _tile_dpbf16ps(2, 5, 6);
-      if (!c.narrow) _tile_dpbf16ps(3, 5, 7);
+      add_tile_product<2, 5, 6>();
+      if (!c.narrow) add_tile_product<3, 5, 7>();
     }
   }
 }
@@ -96,14 +97,13 @@ NABLA_FAST_TARGET_AMX inline void add_tokens(const PackedRows& rows, const Table
 // z += products; z has room for whole tiles of tokens.
 NABLA_FAST_TARGET_AMX void add_products(const PackedRows& rows, const Table& table, int tokens,
                                         float* z) {
-  const TileShapes shapes;
-  _tile_loadconfig(&shapes);
+  configure_tiles(TileShapes{});
   Prefetcher prefetcher{static_cast<const char*>(table.from(tokens).data)};
   for (int t = 0; t < tokens; t += 2 * kAmxSide) {
     const int count = std::min(2 * kAmxSide, tokens - t);
     add_tokens(rows, table.from(t), count, z + t * rows.lanes(), prefetcher);
   }
-  _tile_release();
+  release_tiles();
 }
 
 #else

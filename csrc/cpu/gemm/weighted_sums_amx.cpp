@@ -11,6 +11,7 @@
 #include "base/prefetch.h"
 #include "gemm/amx.h"
 #include "gemm/amx_tiles.h"
+#include "gemm/amx_unit.h"
 #include "gemm/vocab_tiles.h"
 #include "simd/vec.h"
 
@@ -132,16 +133,16 @@ NABLA_FAST_TARGET_AMX inline void multiply(const Left& left, int block, const Ri
                                            int depths, int terms, const Square& c) {
   load_square(c);
   for (int depth = 0; depth < depths; ++depth) {
-    _tile_loadd(6, right.pairs[depth * kAmxDepth / 2][0], sizeof right.pairs[0]);
-    if (!c.narrow) _tile_loadd(7, right.pairs[depth * kAmxDepth / 2][1], sizeof right.pairs[0]);
+    load_tile<6>(right.pairs[depth * kAmxDepth / 2][0], sizeof right.pairs[0]);
+    if (!c.narrow) load_tile<7>(right.pairs[depth * kAmxDepth / 2][1], sizeof right.pairs[0]);
     for (int term = 0; term < terms; ++term) {
-      _tile_loadd(4, left.tiles[block][depth][term], sizeof left.tiles[0][0][0][0]);
-      _tile_dpbf16ps(0, 4, 6);
-      if (!c.narrow) _tile_dpbf16ps(1, 4, 7);
+      load_tile<4>(left.tiles[block][depth][term], sizeof left.tiles[0][0][0][0]);
+      add_tile_product<0, 4, 6>();
+      if (!c.narrow) add_tile_product<1, 4, 7>();
       if (c.low) continue;
-      _tile_loadd(5, left.tiles[block + 1][depth][term], sizeof left.tiles[0][0][0][0]);
-      _tile_dpbf16ps(2, 5, 6);
-      if (!c.narrow) _tile_dpbf16ps(3, 5, 7);
+      load_tile<5>(left.tiles[block + 1][depth][term], sizeof left.tiles[0][0][0][0]);
+      add_tile_product<2, 5, 6>();
+      if (!c.narrow) add_tile_product<3, 5, 7>();
     }
   }
   store_square(c);
@@ -173,8 +174,7 @@ void add_in_fp32(const float* weights, int lanes, int rows, const uint16_t* w, i
 NABLA_FAST_TARGET_AMX void add_weighted_sums_amx(const float* weights, int lanes, int rows,
                                                  const Table& table, int tokens, float* sums,
                                                  Prefetcher prefetcher, bool bf16_weights) {
-  const TileShapes shapes;
-  _tile_loadconfig(&shapes);
+  configure_tiles(TileShapes{});
   const auto* w = static_cast<const uint16_t*>(table.data);
   const int64_t sums_stride = padded(table.width);
   const int depths = (tokens + kAmxDepth - 1) / kAmxDepth, terms = bf16_weights ? 1 : kBf16Terms;
@@ -206,7 +206,7 @@ NABLA_FAST_TARGET_AMX void add_weighted_sums_amx(const float* weights, int lanes
       copy_rows(edge[0], kPanelColumns, some, width, out, sums_stride);
     }
   }
-  _tile_release();
+  release_tiles();
 }
 
 #else

@@ -48,12 +48,14 @@ NABLA_FAST_INLINE void store_past_caches(float* y, Floats<W> x) {
 #if NABLA_FAST_X86
   typedef float Aligned __attribute__((vector_size(4 * W), may_alias));
   Aligned* to = reinterpret_cast<Aligned*>(y);
-  if constexpr (W == 16)
+  if constexpr (W == 16 && NABLA_FAST_AVX512)
     asm volatile("vmovntps %1, %0" : "=m"(*to) : "v"(x));
-  else if constexpr (W == 8)
+  else if constexpr (W == 8 && NABLA_FAST_AVX2)
     asm volatile("vmovntps %1, %0" : "=m"(*to) : "x"(x));
-  else
+  else if constexpr (W == 4)
     asm volatile("movntps %1, %0" : "=m"(*to) : "x"(x));
+  else
+    *to = x;
 #else
   store<W>(y, x);
 #endif
@@ -85,10 +87,12 @@ constexpr int kUnrolled = 8;
 template <int W>
 NABLA_FAST_INLINE void keep(Floats<W>& x) {
 #if NABLA_FAST_X86
-  if constexpr (W == 16)
+  if constexpr (W == 16 && NABLA_FAST_AVX512)
     asm volatile("" : "+v"(x));
-  else
+  else if constexpr (W == 4 || (W == 8 && NABLA_FAST_AVX2))
     asm volatile("" : "+x"(x));
+  else
+    asm volatile("" : "+m"(x));
 #else
   asm volatile("" : "+m"(x));
 #endif
@@ -118,7 +122,7 @@ NABLA_FAST_FOR_EACH_ISA(read, read_kernel<W>)
 NABLA_FAST_FOR_EACH_ISA(triad, triad_kernel<W>)
 NABLA_FAST_FOR_EACH_ISA(multiply_adds, multiply_adds_kernel<W>)
 
-#if NABLA_FAST_X86
+#if NABLA_FAST_X86 && !NABLA_FAST_EMULATED
 NABLA_FAST_TARGET_AVX512 double dot_products(int64_t rounds) {
   constexpr int kSums = kIndependentSums<16>;
   // Zeros: the instruction takes as long whatever the numbers are.
@@ -204,7 +208,7 @@ double machine_multiply_adds(int64_t rounds, int threads) {
 }
 
 double machine_dot_products(int64_t rounds, int threads) {
-#if NABLA_FAST_X86
+#if NABLA_FAST_X86 && !NABLA_FAST_EMULATED
   if (nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AVX512_BF16)
     return in_all_threads(dot_products, rounds, threads);
 #endif

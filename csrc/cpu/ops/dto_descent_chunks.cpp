@@ -80,11 +80,10 @@ struct Exponential<16> {
     const Floats<16> shifted = d * inverse + round;
     const Floats<16> n = shifted - round;
     const Floats<16> f = d * inverse - n;
-    const Floats<16> power =
-        __builtin_ia32_vpermt2varps512_mask((Ints<16>)shifted, lower, upper, -1);
+    const Floats<16> power = avx512::looked_up((Ints<16>)shifted, lower, upper);
     // Minimax for (exp2(f) - 1) / f on |f| <= 1/64: 2^-24.2 relative to exp2(f).
     const Floats<16> q = f * 0.240225941f + 0.693157315f;
-    return __builtin_ia32_scalefps512_mask(power * f * q + power, n, Floats<16>{}, mask, 4);
+    return avx512::scaled(mask, power * f * q + power, n);
   }
 };
 #endif

@@ -51,9 +51,9 @@ NABLA_FAST_INLINE Floats<W> load_fp32(const uint16_t* bf16) {
   typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
   const Halves& halves = *reinterpret_cast<const Halves*>(bf16);
   // gcc would widen both halves of the vector, and join them.
-#if NABLA_FAST_X86
+#if NABLA_FAST_AVX2
   typename VecTypes<W>::Bits words;
-  if constexpr (W == 16) {
+  if constexpr (W == 16 && NABLA_FAST_AVX512) {
     asm("vpmovzxwd %1, %0" : "=v"(words) : "m"(halves));
     return lower_to_fp32<W>(words);
   }

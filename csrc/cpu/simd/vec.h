@@ -9,15 +9,7 @@
 #include <utility>
 
 #include "base/isa.h"
-
-// Operations that gcc's vectors lack. gcc splits a mask that several selections share into its
-// lanes, unless the mask is a number.
-#if NABLA_FAST_X86 && !defined(__clang__)
-  #define NABLA_FAST_AVX512_BUILTINS 1
-  #include <immintrin.h>
-#else
-  #define NABLA_FAST_AVX512_BUILTINS 0
-#endif
+#include "simd/avx512.h"
 
 namespace nabla_fast {
 
@@ -54,9 +46,9 @@ NABLA_FAST_INLINE void store(float* y, Floats<W> x) {
 // the compiler reads the element anew for every operation, or adds it to 0.
 template <int W>
 NABLA_FAST_INLINE Floats<W> broadcast(const float& x) {
-#if NABLA_FAST_X86
+#if NABLA_FAST_AVX2
   Floats<W> lanes;
-  if constexpr (W == 16) {
+  if constexpr (W == 16 && NABLA_FAST_AVX512) {
     asm("vbroadcastss %1, %0" : "=v"(lanes) : "m"(x));
     return lanes;
   }
@@ -68,9 +60,17 @@ NABLA_FAST_INLINE Floats<W> broadcast(const float& x) {
   return splat<W>(x);
 }
 
+// Keeps the compiler from computing x anew where it is used, if vectors of W floats have registers.
+template <int W, typename Vector>
+NABLA_FAST_INLINE void keep_in_register([[maybe_unused]] Vector& x) {
+#if NABLA_FAST_AVX512
+  if constexpr (W == 16) asm("" : "+v"(x));
+#endif
+}
+
 template <int W>
 NABLA_FAST_INLINE Floats<W> vec_sqrt(Floats<W> x) {
-  Floats<W> y;
+  Floats<W> y = {};
 #pragma GCC unroll 16
   for (int lane = 0; lane < W; ++lane) y[lane] = __builtin_sqrtf(x[lane]);
   return y;
@@ -102,7 +102,7 @@ using Mask = std::conditional_t<NABLA_FAST_AVX512_BUILTINS && W == 16, uint16_t,
 template <int W>
 NABLA_FAST_INLINE Mask<W> above(Floats<W> x, float bound) {
 #if NABLA_FAST_AVX512_BUILTINS
-  if constexpr (W == 16) return __builtin_ia32_cmpps512_mask(x, splat<W>(bound), 6, -1, 4);
+  if constexpr (W == 16) return avx512::above(x, splat<W>(bound));
 #endif
   if constexpr (!NABLA_FAST_AVX512_BUILTINS || W != 16) return ~(x <= bound);
 }
@@ -110,7 +110,7 @@ NABLA_FAST_INLINE Mask<W> above(Floats<W> x, float bound) {
 template <int W>
 NABLA_FAST_INLINE Mask<W> at_least(Floats<W> x, float bound) {
 #if NABLA_FAST_AVX512_BUILTINS
-  if constexpr (W == 16) return __builtin_ia32_cmpps512_mask(x, splat<W>(bound), 13, -1, 4);
+  if constexpr (W == 16) return avx512::at_least(x, splat<W>(bound));
 #endif
   if constexpr (!NABLA_FAST_AVX512_BUILTINS || W != 16) return x >= bound;
 }
@@ -118,7 +118,7 @@ NABLA_FAST_INLINE Mask<W> at_least(Floats<W> x, float bound) {
 template <int W>
 NABLA_FAST_INLINE Floats<W> select(Mask<W> mask, Floats<W> yes, Floats<W> no) {
 #if NABLA_FAST_AVX512_BUILTINS
-  if constexpr (W == 16) return __builtin_ia32_blendmps_512_mask(no, yes, mask);
+  if constexpr (W == 16) return avx512::select(mask, yes, no);
 #endif
   if constexpr (!NABLA_FAST_AVX512_BUILTINS || W != 16) return mask ? yes : no;
 }
@@ -139,7 +139,7 @@ NABLA_FAST_INLINE Floats<W> vec_exp2(Mask<W> mask, Floats<W> x, float high, floa
   q = q * f + 6.93147182e-1f;
   const Floats<W> mantissa = q * f + 1.0f;
 #if NABLA_FAST_AVX512_BUILTINS
-  if constexpr (W == 16) return __builtin_ia32_scalefps512_mask(mantissa, n, Floats<W>{}, mask, 4);
+  if constexpr (W == 16) return avx512::scaled(mask, mantissa, n);
 #endif
   if constexpr (!NABLA_FAST_AVX512_BUILTINS || W != 16) {
     using Bits = typename VecTypes<W>::Bits;
@@ -155,12 +155,8 @@ template <int W>
 constexpr bool kHasEstimates = NABLA_FAST_AVX512_BUILTINS && W == 16;
 
 #if NABLA_FAST_AVX512_BUILTINS
-NABLA_FAST_INLINE Floats<16> vec_rsqrt14(Floats<16> x) {
-  return __builtin_ia32_rsqrt14ps512_mask(x, x, -1);
-}
-NABLA_FAST_INLINE Floats<16> vec_rcp14(Floats<16> x) {
-  return __builtin_ia32_rcp14ps512_mask(x, x, -1);
-}
+NABLA_FAST_INLINE Floats<16> vec_rsqrt14(Floats<16> x) { return avx512::rsqrt14(x); }
+NABLA_FAST_INLINE Floats<16> vec_rcp14(Floats<16> x) { return avx512::rcp14(x); }
 #else
 Floats<16> vec_rsqrt14(Floats<16> x);
 Floats<16> vec_rcp14(Floats<16> x);
