@@ -36,6 +36,10 @@ void bind_machine(py::module_& module) {
       "machine_dot_products", &internal::machine_dot_products, release_gil(), py::arg("rounds"),
       py::arg("threads"),
       "Operations of rounds of bf16 dot products in each thread; 0 without the instruction.");
+  module.def(
+      "machine_tile_products", &internal::machine_tile_products, release_gil(), py::arg("rounds"),
+      py::arg("threads"),
+      "Operations of rounds of bf16 products of tiles in each thread; 0 without a matrix unit.");
 }
 
 }  // namespace nabla_fast::bindings

@@ -30,6 +30,7 @@ class Machine:
         copy: torch's copy, read and written bytes counted.
         multiply_add: float32 multiply-adds in registers.
         dot_product: bf16 dot products (VDPBF16PS) in registers, if the instruction set in force has them.
+        tile_product: bf16 products of tiles (AMX's TDPBF16PS) in registers, likewise.
         float32_matmul, bfloat16_matmul: torch's product of large square matrices.
     """
 
@@ -41,6 +42,7 @@ class Machine:
     copy: float | None = None
     multiply_add: float | None = None
     dot_product: float | None = None
+    tile_product: float | None = None
     float32_matmul: float | None = None
     bfloat16_matmul: float | None = None
 
@@ -52,11 +54,12 @@ class Machine:
     def rate(self, bf16_terms: int) -> float:
         """Operations a second that no product exceeds; see ``Case.bf16_terms``.
 
-        In bf16 the faster of our loop and torch's product, which uses tiles (AMX) where a CPU has them.
+        Torch's products stand beside the loops for where there are none, and for units that no loop uses.
         """
         rates = [self.multiply_add, self.float32_matmul]
         if bf16_terms:
-            rates += [(rate or 0) / bf16_terms for rate in (self.dot_product, self.bfloat16_matmul)]
+            of_bf16 = self.dot_product, self.tile_product, self.bfloat16_matmul
+            rates += [(rate or 0) / bf16_terms for rate in of_bf16]
         return max(filter(None, rates))
 
     def to_json(self) -> dict[str, Any]:
@@ -87,16 +90,19 @@ def _loops(threads: int) -> dict[str, float | None]:
     a, b, c = (memory[start : start + third].data_ptr() for start in range(0, 3 * third, third))
     read = _fastest(lambda: native.machine_read(memory.data_ptr(), n, threads))
     triad = _fastest(lambda: native.machine_triad(a, b, c, 0.5, third, threads))
-    operations = native.machine_multiply_adds(_ROUNDS, threads)
-    multiply_add = _fastest(lambda: native.machine_multiply_adds(_ROUNDS, threads))
-    dots = native.machine_dot_products(_ROUNDS, threads)
-    dot_product = _fastest(lambda: native.machine_dot_products(_ROUNDS, threads)) if dots else None
     return {
         "read": 4 * n / read,
         "triad": 12 * third / triad,
-        "multiply_add": operations / multiply_add,
-        "dot_product": dots / dot_product if dot_product else None,
+        "multiply_add": _rate(native.machine_multiply_adds, threads),
+        "dot_product": _rate(native.machine_dot_products, threads),
+        "tile_product": _rate(native.machine_tile_products, threads),
     }
+
+
+def _rate(loop: Callable[[int, int], float], threads: int) -> float | None:
+    """Operations a second of a loop of arithmetic; None where the instruction set in force has none."""
+    operations = loop(_ROUNDS, threads)
+    return operations / _fastest(lambda: loop(_ROUNDS, threads)) if operations else None
 
 
 def _fastest(function: Callable[[], object]) -> float:

@@ -120,6 +120,7 @@ def test_a_product_may_be_made_of_faster_ones():
     assert limits.rate(1) == 4e11
     assert limits.rate(2) == 2e11
     assert replace(limits, bfloat16_matmul=1.8e11).rate(2) == 1e11
+    assert replace(limits, tile_product=3e12).rate(2) == 1.5e12
     assert LIMITS.rate(1) == 1e11
 
 
@@ -278,6 +279,7 @@ def test_the_machine_is_measured_by_loops(monkeypatch):
     for key in ("read", "triad", "multiply_add", "float32_matmul", "bfloat16_matmul"):
         assert document[f"{key}_per_s"] > 0
     assert (document["dot_product_per_s"] is None) == (_native.cpu_isa() not in ("avx512_bf16", "amx"))
+    assert (document["tile_product_per_s"] is None) == (_native.cpu_isa() != "amx")
     assert found.bandwidth >= found.read
 
 

@@ -23,15 +23,23 @@ def test_loops_do_the_work_they_are_timed_for(isa: str):
     assert native.machine_multiply_adds(10, threads) == threads * one
     dots = native.machine_dot_products(10, 1)
     assert dots == (2 * one if isa in ("avx512_bf16", "amx") else 0)
+    tiles = native.machine_tile_products(10, 1)
+    assert (tiles > 0) == (isa == "amx")
+    assert native.machine_tile_products(20, threads) == 2 * threads * tiles
 
 
 def test_arithmetic_takes_as_long_as_there_is_of_it(isa: str):
     # A loop that the compiler had removed would take no time.
     native = _native.extension()
     rounds = 200_000
-    for work in (native.machine_multiply_adds, native.machine_dot_products):
+    # More than a core does in vectors, and in tiles: 64 a cycle of 5 GHz, and 1024.
+    for work, most in (
+        (native.machine_multiply_adds, 1e12),
+        (native.machine_dot_products, 2e12),
+        (native.machine_tile_products, 1e13),
+    ):
         if work(1, 1) == 0:
             continue
         operations = work(rounds, 1)
         seconds = _fastest(lambda work=work: work(rounds, 1))
-        assert operations / seconds < 2e12  # no core does more in vectors
+        assert operations / seconds < most

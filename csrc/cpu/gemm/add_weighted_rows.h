@@ -6,77 +6,90 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "base/isa.h"
 #include "gemm/dot_products.h"
 
 namespace nabla_fast::gemm {
 
-// Vectors of columns that are added up in registers at once.
-constexpr int kColumnVectorsInRegisters = 4;
+// Lanes of columns that are added up in registers at once, and rows of them: AVX-512 has 32
+// registers, AVX2 16 of half as many numbers.
+template <int W>
+constexpr int kColumnVectorsInRegisters = W == kLanes ? 4 : 1;
+template <int W>
+constexpr int kSumRowsInRegisters = W < 8 ? 2 : 4;
 
-// sums[r, ..] += sum_t weights[r, t] table[t, ..] for `R` rows and `C` vectors of columns, of which
-// the last has `rest` elements if that is not 0.
-template <int R, int C, typename T>
+// sums[r, ..] += sum_t weights[r, t] table[t, ..] for `R` rows and `C` Lanes of columns; one alone
+// has `rest` columns if that is not 0.
+template <int W, int R, int C, typename T>
 NABLA_FAST_INLINE void add_columns(const float* weights, int64_t weights_stride, int64_t tokens,
                                    const T* table, int64_t table_stride, float* sums,
                                    int64_t sums_stride, int rest) {
-  Lanes total[R * C];
+  constexpr int kVectors = C * kLanes / W;
+  Floats<W> total[R * kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) total[r * C + c] = load(sums + r * sums_stride + c * kLanes);
+    for (int c = 0; c < kVectors; ++c)
+      total[r * kVectors + c] = load<W>(sums + r * sums_stride + c * W);
   }
   for (int64_t t = 0; t < tokens; ++t) {
-    const T* w = table + t * table_stride;
-    Lanes row[C];
+    const T* columns = table + t * table_stride;
+    T part[kLanes] = {};
+    if (C == 1 && rest) {
+      std::memcpy(part, columns, sizeof(T) * static_cast<size_t>(rest));
+      columns = part;
+    }
+    Floats<W> row[kVectors];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
-      row[c] = rest && c == C - 1 ? load_part(w + c * kLanes, rest) : load(w + c * kLanes);
+    for (int c = 0; c < kVectors; ++c) row[c] = in_register<W>(load_fp32<W>(columns + c * W));
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      float weight = weights[r * weights_stride + t];
+      const Floats<W> weight = broadcast<W>(weights[r * weights_stride + t]);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) total[r * C + c] += weight * row[c];
+      for (int c = 0; c < kVectors; ++c) total[r * kVectors + c] += weight * row[c];
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(sums + r * sums_stride + c * kLanes, total[r * C + c]);
+    for (int c = 0; c < kVectors; ++c)
+      store<W>(sums + r * sums_stride + c * W, total[r * kVectors + c]);
   }
 }
 
-template <int C, typename T>
+template <int W, int C, typename T>
 NABLA_FAST_INLINE void add_rows(const float* weights, int64_t weights_stride, int64_t rows,
                                 int64_t tokens, const T* table, int64_t table_stride, float* sums,
                                 int64_t sums_stride, int rest) {
   int64_t row = 0;
-  for (; row + kRowsInRegisters <= rows; row += kRowsInRegisters)
-    add_columns<kRowsInRegisters, C, T>(weights + row * weights_stride, weights_stride, tokens,
-                                        table, table_stride, sums + row * sums_stride, sums_stride,
-                                        rest);
+  for (; row + kSumRowsInRegisters<W> <= rows; row += kSumRowsInRegisters<W>)
+    add_columns<W, kSumRowsInRegisters<W>, C, T>(weights + row * weights_stride, weights_stride,
+                                                 tokens, table, table_stride,
+                                                 sums + row * sums_stride, sums_stride, rest);
   for (; row < rows; ++row)
-    add_columns<1, C, T>(weights + row * weights_stride, weights_stride, tokens, table,
-                         table_stride, sums + row * sums_stride, sums_stride, rest);
+    add_columns<W, 1, C, T>(weights + row * weights_stride, weights_stride, tokens, table,
+                            table_stride, sums + row * sums_stride, sums_stride, rest);
 }
 
 // sums[r, k] += sum_t weights[r, t] table[t, k] for [rows, tokens] weights and a table [tokens,
 // width], float or bf16; the tokens of an element in order. `sums` has room for padded(width)
 // columns.
-template <typename T>
+template <int W, typename T>
 NABLA_FAST_INLINE void add_weighted_rows(const float* weights, int64_t weights_stride, int64_t rows,
                                          int64_t tokens, const T* table, int64_t table_stride,
                                          int64_t width, float* sums, int64_t sums_stride) {
   int64_t column = 0;
-  for (; column + kColumnVectorsInRegisters * kLanes <= width;
-       column += kColumnVectorsInRegisters * kLanes)
-    add_rows<kColumnVectorsInRegisters, T>(weights, weights_stride, rows, tokens, table + column,
-                                           table_stride, sums + column, sums_stride, 0);
+  for (; column + kColumnVectorsInRegisters<W> * kLanes <= width;
+       column += kColumnVectorsInRegisters<W> * kLanes)
+    add_rows<W, kColumnVectorsInRegisters<W>, T>(weights, weights_stride, rows, tokens,
+                                                 table + column, table_stride, sums + column,
+                                                 sums_stride, 0);
   for (; column < width; column += kLanes) {
     int rest = static_cast<int>(std::min<int64_t>(kLanes, width - column)) % kLanes;
-    add_rows<1, T>(weights, weights_stride, rows, tokens, table + column, table_stride,
-                   sums + column, sums_stride, rest);
+    add_rows<W, 1, T>(weights, weights_stride, rows, tokens, table + column, table_stride,
+                      sums + column, sums_stride, rest);
   }
 }
 

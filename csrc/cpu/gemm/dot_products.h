@@ -16,13 +16,14 @@
 
 namespace nabla_fast::gemm {
 
-// Tokens and rows whose inner products are held in registers at once.
+// Tokens and rows whose inner products are summed at once, in registers where there are 32.
 constexpr int kTokensInRegisters = 4;
 constexpr int kRowsInRegisters = 4;
 // Tokens of a block, which stay in the second-level cache while rows pass over it, and rows that
 // stay in the first meanwhile.
 constexpr int64_t kTokensInL2 = 64;
 constexpr int64_t kRowsInL1 = 16;
+constexpr int64_t kColumnsInL1 = 512;
 // Bytes from the weights at work to those being prefetched: the hardware's own prefetcher leaves
 // memory idle during the arithmetic.
 constexpr int64_t kPrefetchBytes = 8192;
@@ -36,10 +37,102 @@ struct HeadProduct {
   int64_t vocab, width, head_stride;
 };
 
+// In a register, for what several operations share: the compiler would read it anew for each.
+template <int W>
+NABLA_FAST_INLINE Floats<W> in_register(Floats<W> x) {
+#if NABLA_FAST_X86
+  if constexpr (W == 16)
+    asm("" : "+v"(x));
+  else
+    asm("" : "+x"(x));
+#endif
+  return x;
+}
+
+// The same address, of which the compiler no longer knows that registers could stand for it.
+NABLA_FAST_INLINE float* in_memory(float* x) {
+  asm volatile("" : "+r"(x) : : "memory");
+  return x;
+}
+
+// total[(r * kTokensInRegisters + t) * P + p] += the products of vector p of P from lane `lane` on,
+// of columns [first, last), whole Lanes. Of tokens t for which t % passes == pass it prefetches what
+// lies `ahead` elements further, if kPrefetch.
+template <int W, int R, int P, bool kPrefetch, typename T>
+NABLA_FAST_INLINE void add_products(const float* const* h, const T* const* w, int64_t first,
+                                    int64_t last, int lane, int64_t ahead, int pass, int passes,
+                                    Floats<W>* total) {
+  for (int64_t k = first; k < last; k += kLanes) {
+    Floats<W> weights[kTokensInRegisters * P];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokensInRegisters; ++t) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p)
+        weights[t * P + p] = in_register<W>(load_fp32<W>(w[t] + k + lane + p * W));
+      // An address, not an access: behind the head's end it does nothing.
+      if (kPrefetch && t % passes == pass) __builtin_prefetch(w[t] + k + ahead);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        Floats<W> state = load<W>(h[r] + k + lane + p * W);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokensInRegisters; ++t)
+          total[(r * kTokensInRegisters + t) * P + p] += state * weights[t * P + p];
+      }
+    }
+  }
+}
+
+// One of the passes of add_products_in_passes().
+template <int W, int R, bool kPrefetch, typename T>
+NABLA_FAST_INLINE void add_products_of_part(const float* const* h, const T* const* w, int64_t first,
+                                            int64_t last, int lane, int64_t ahead, int pass,
+                                            int passes, float* total) {
+  constexpr int P = R == 1 ? 2 : 1;
+  Floats<W> part[R * kTokensInRegisters * P];
+#pragma GCC unroll 8
+  for (int n = 0; n < R * kTokensInRegisters * P; ++n)
+    part[n] = load<W>(total + n / P * kLanes + lane + n % P * W);
+  add_products<W, R, P, kPrefetch, T>(h, w, first, last, lane, ahead, pass, passes, part);
+#pragma GCC unroll 8
+  for (int n = 0; n < R * kTokensInRegisters * P; ++n)
+    store<W>(total + n / P * kLanes + lane + n % P * W, part[n]);
+}
+
+// total[r * kTokensInRegisters + t] += the products of all lanes of `R` rows where there are only 16
+// registers, of W < kLanes numbers: eight sums are in them at once, of two rows or of one. Passes
+// after the first find the columns in the first-level cache.
+template <int W, int R, bool kPrefetch, typename T>
+NABLA_FAST_INLINE void add_products_in_passes(const float* const* h, const T* const* w,
+                                              int64_t columns, int64_t ahead, Lanes* total) {
+  constexpr int kOfPair = kLanes / W, kOfSingle = kOfPair / 2;
+  constexpr int kPasses = R / 2 * kOfPair + R % 2 * kOfSingle;
+  // In memory between passes: registers for all of them would be taken from the sums at work.
+  float* sums = in_memory(reinterpret_cast<float*>(total));
+  for (int64_t first = 0; first < columns; first += kColumnsInL1) {
+    const int64_t last = std::min(columns, first + kColumnsInL1);
+#pragma GCC unroll 8
+    for (int n = 0; n < R / 2 * kOfPair; ++n) {
+      const int r = n / kOfPair * 2;
+      add_products_of_part<W, 2, kPrefetch, T>(h + r, w, first, last, n % kOfPair * W, ahead, n,
+                                               kPasses, sums + r * kTokensInRegisters * kLanes);
+    }
+    if constexpr (R % 2 == 1) {
+#pragma GCC unroll 2
+      for (int n = 0; n < kOfSingle; ++n)
+        add_products_of_part<W, 1, kPrefetch, T>(h + R - 1, w, first, last, n * 2 * W, ahead,
+                                                 R / 2 * kOfPair + n, kPasses,
+                                                 sums + (R - 1) * kTokensInRegisters * kLanes);
+    }
+  }
+}
+
 // logits[r * stride + t] of `R` rows from `row` on and four tokens from `token` on, of which the
 // first `tokens` are stored. Summed in 16 lanes over the width, and the lanes in a tree: in one
 // order.
-template <int R, bool kPrefetch, typename T>
+template <int W, int R, bool kPrefetch, typename T>
 NABLA_FAST_INLINE void dot_tile(const HeadProduct& p, int64_t row, int64_t token, int tokens,
                                 float* logits, int64_t stride) {
   const T* w[kTokensInRegisters];
@@ -50,25 +143,13 @@ NABLA_FAST_INLINE void dot_tile(const HeadProduct& p, int64_t row, int64_t token
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) h[r] = p.hidden + (row + r) * p.hidden_stride;
   Lanes total[kRowsInRegisters * kTokensInRegisters] = {};
-  // An address, not an access: behind the head's end it does nothing.
   int64_t tile_bytes = kTokensInRegisters * static_cast<int64_t>(sizeof(T)) * p.width;
   int64_t ahead = (kPrefetchBytes / (tile_bytes + 1) + 1) * kTokensInRegisters * p.head_stride;
   int64_t whole = p.width - p.width % kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes) {
-    Lanes weights[kTokensInRegisters];
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokensInRegisters; ++t) {
-      weights[t] = load(w[t] + k);
-      if (kPrefetch) __builtin_prefetch(w[t] + k + ahead);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      Lanes state = load(h[r] + k);
-#pragma GCC unroll 4
-      for (int t = 0; t < kTokensInRegisters; ++t)
-        total[r * kTokensInRegisters + t] += state * weights[t];
-    }
-  }
+  if constexpr (W == kLanes)
+    add_products<W, R, 1, kPrefetch, T>(h, w, 0, whole, 0, ahead, 0, 1, total);
+  else
+    add_products_in_passes<W, R, kPrefetch, T>(h, w, whole, ahead, total);
   if (int rest = static_cast<int>(p.width - whole)) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -79,7 +160,7 @@ NABLA_FAST_INLINE void dot_tile(const HeadProduct& p, int64_t row, int64_t token
     }
   }
   float result[kLanes];
-  store(result, lane_sums(total));
+  store(result, lane_sums<W>(total));
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
     std::memcpy(logits + r * stride, result + r * kTokensInRegisters,
@@ -87,26 +168,26 @@ NABLA_FAST_INLINE void dot_tile(const HeadProduct& p, int64_t row, int64_t token
 }
 
 // logits[(r - first) * stride + t] of rows [first, last) and up to four tokens.
-template <bool kPrefetch, typename T>
+template <int W, bool kPrefetch, typename T>
 NABLA_FAST_INLINE void dot_column(const HeadProduct& p, int64_t first, int64_t last, int64_t token,
                                   int tokens, float* logits, int64_t stride) {
   int64_t row = first;
   if (kPrefetch && last - first >= kRowsInRegisters) {
-    dot_tile<kRowsInRegisters, true, T>(p, row, token, tokens, logits, stride);
+    dot_tile<W, kRowsInRegisters, true, T>(p, row, token, tokens, logits, stride);
     row += kRowsInRegisters;
   }
   for (; row + kRowsInRegisters <= last; row += kRowsInRegisters)
-    dot_tile<kRowsInRegisters, false, T>(p, row, token, tokens, logits + (row - first) * stride,
-                                         stride);
+    dot_tile<W, kRowsInRegisters, false, T>(p, row, token, tokens, logits + (row - first) * stride,
+                                            stride);
   float* rest = logits + (row - first) * stride;
-  if (last - row == 3) dot_tile<3, kPrefetch, T>(p, row, token, tokens, rest, stride);
-  if (last - row == 2) dot_tile<2, kPrefetch, T>(p, row, token, tokens, rest, stride);
-  if (last - row == 1) dot_tile<1, kPrefetch, T>(p, row, token, tokens, rest, stride);
+  if (last - row == 3) dot_tile<W, 3, kPrefetch, T>(p, row, token, tokens, rest, stride);
+  if (last - row == 2) dot_tile<W, 2, kPrefetch, T>(p, row, token, tokens, rest, stride);
+  if (last - row == 1) dot_tile<W, 1, kPrefetch, T>(p, row, token, tokens, rest, stride);
 }
 
 // out[r * stride + t - first] of all rows and tokens [first, last), at most kTokensInL2. The first
 // rows read the tokens from memory, and the others from the second-level cache.
-template <typename T>
+template <int W, typename T>
 NABLA_FAST_INLINE void dot_block(const HeadProduct& p, int64_t first, int64_t last, float* out,
                                  int64_t stride) {
   for (int64_t row = 0; row < p.rows; row += kRowsInL1) {
@@ -115,9 +196,9 @@ NABLA_FAST_INLINE void dot_block(const HeadProduct& p, int64_t first, int64_t la
       const int tokens = static_cast<int>(std::min<int64_t>(kTokensInRegisters, last - token));
       float* to = out + row * stride + token - first;
       if (row == 0)
-        dot_column<true, T>(p, row, end, token, tokens, to, stride);
+        dot_column<W, true, T>(p, row, end, token, tokens, to, stride);
       else
-        dot_column<false, T>(p, row, end, token, tokens, to, stride);
+        dot_column<W, false, T>(p, row, end, token, tokens, to, stride);
     }
   }
 }

@@ -125,20 +125,21 @@ void linear(const float* x, int64_t x_stride, int64_t tokens, const Linear& laye
 }
 
 // Columns [first, last) of dx[T, in] += dy[T, out] weight[out, in].
+template <int W>
 NABLA_FAST_INLINE void linear_backward_part_kernel(const float* dy, int64_t dy_stride,
                                                    int64_t tokens, const float* weight, int64_t out,
                                                    int64_t in, float* dx, int64_t first,
                                                    int64_t last) {
   for (int64_t block = 0; block < out; block += kWeightBlock)
-    gemm::add_weighted_rows<float>(dy + block, dy_stride, tokens,
-                                   std::min(kWeightBlock, out - block), weight + block * in + first,
-                                   in, last - first, dx + first, in);
+    gemm::add_weighted_rows<W, float>(
+        dy + block, dy_stride, tokens, std::min(kWeightBlock, out - block),
+        weight + block * in + first, in, last - first, dx + first, in);
 }
-NABLA_FAST_FOR_EACH_ISA(linear_backward_part, linear_backward_part_kernel)
+NABLA_FAST_FOR_EACH_ISA(linear_backward_part, linear_backward_part_kernel<W>)
 
 void linear_backward(const float* dy, int64_t dy_stride, int64_t tokens, const Linear& layer,
                      int64_t out, int64_t in, float* dx, int32_t num_threads) {
-  constexpr int64_t kColumnsPerTask = gemm::kColumnVectorsInRegisters * kLanes;
+  constexpr int64_t kColumnsPerTask = gemm::kColumnVectorsInRegisters<kLanes> * kLanes;
   int threads = threads_for(tokens * out * in, kProductsPerThread, num_threads);
   if (threads == 1) {
     linear_backward_part(dy, dy_stride, tokens, layer.weight, out, in, dx, 0, in);

@@ -24,6 +24,9 @@ double machine_multiply_adds(int64_t rounds, int threads);
 // level in force has no instruction for it.
 double machine_dot_products(int64_t rounds, int threads);
 
+// The same for products of tiles of bf16 summed in float32, on the CPU's matrix unit.
+double machine_tile_products(int64_t rounds, int threads);
+
 }  // namespace nabla_fast::internal
 
 #endif  // NABLA_FAST_CPU_INTERNAL_MACHINE_H_

@@ -21,15 +21,16 @@ constexpr int64_t kTokensPerTask = 512;
 constexpr int64_t kProductsPerThread = 1 << 18;
 
 // All rows with tokens [first, last).
-template <typename T>
+template <int W, typename T>
 NABLA_FAST_INLINE void chunk(const gemm::HeadProduct& p, int64_t first, int64_t last, float* logits,
                              int64_t stride) {
   for (int64_t block = first; block < last; block += gemm::kTokensInL2)
-    gemm::dot_block<T>(p, block, std::min(last, block + gemm::kTokensInL2), logits + block, stride);
+    gemm::dot_block<W, T>(p, block, std::min(last, block + gemm::kTokensInL2), logits + block,
+                          stride);
 }
 
-NABLA_FAST_FOR_EACH_ISA(fp32_chunk, chunk<float>)
-NABLA_FAST_FOR_EACH_ISA(bf16_chunk, chunk<uint16_t>)
+NABLA_FAST_FOR_EACH_ISA(fp32_chunk, chunk<W, float>)
+NABLA_FAST_FOR_EACH_ISA(bf16_chunk, chunk<W, uint16_t>)
 
 }  // namespace
 }  // namespace nabla_fast::logits

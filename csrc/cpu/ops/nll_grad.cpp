@@ -51,7 +51,7 @@ struct Part {
 };
 
 // Tokens [first, last) for the rows of `p`, at most kRowsPerHeadRead.
-template <typename T>
+template <int W, typename T>
 NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const int64_t* targets, int64_t first,
                                int64_t last, Part part) {
   int64_t width = padded(p.width);
@@ -64,7 +64,7 @@ NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const int64_t* target
   float z[kRowsPerHeadRead * kLogitTokens];
   for (int64_t block = first; block < last; block += kLogitTokens) {
     int tokens = static_cast<int>(std::min(kLogitTokens, last - block));
-    gemm::dot_block<T>(p, block, block + tokens, z, kLogitTokens);
+    gemm::dot_block<W, T>(p, block, block + tokens, z, kLogitTokens);
     for (int64_t r = 0; r < p.rows; ++r) {
       float* row = z + r * kLogitTokens;
       int64_t target = targets[r] - block;
@@ -87,13 +87,13 @@ NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const int64_t* target
       part.sum[r] += sum;
     }
     const T* head = static_cast<const T*>(p.head) + block * p.head_stride;
-    gemm::add_weighted_rows<T>(z, kLogitTokens, p.rows, tokens, head, p.head_stride, p.width,
-                               part.weighted_rows, width);
+    gemm::add_weighted_rows<W, T>(z, kLogitTokens, p.rows, tokens, head, p.head_stride, p.width,
+                                  part.weighted_rows, width);
   }
 }
 
-NABLA_FAST_FOR_EACH_ISA(fp32_segment, segment<float>)
-NABLA_FAST_FOR_EACH_ISA(bf16_segment, segment<uint16_t>)
+NABLA_FAST_FOR_EACH_ISA(fp32_segment, segment<W, float>)
+NABLA_FAST_FOR_EACH_ISA(bf16_segment, segment<W, uint16_t>)
 
 // Joins a row's parts from left to right.
 nabla_fast_status join(const gemm::HeadProduct& p, nabla_fast_dtype dtype, int64_t target,

@@ -38,16 +38,42 @@ NABLA_FAST_INLINE Lanes load_part(const T* x, int count) {
 
 NABLA_FAST_INLINE void store(float* x, Lanes lanes) { store<kLanes>(x, lanes); }
 
-// Sums of 16 vectors' lanes, in order.
-NABLA_FAST_INLINE Lanes lane_sums(const Lanes (&x)[16]) {
-  constexpr auto kIndices = std::make_integer_sequence<int, kLanes>{};
-  Lanes a[8], b[4];
+// Sums of W vectors' lanes, in order, of which the first step is `kHalf`.
+template <int W, int kHalf = W / 2>
+NABLA_FAST_INLINE Floats<W> folded_sums(const Floats<W>* x) {
+  if constexpr (kHalf == 0) {
+    return x[0];
+  } else {
+    Floats<W> next[kHalf];
 #pragma GCC unroll 8
-  for (int n = 0; n < 8; ++n) a[n] = folded<kLanes, 8>(x[2 * n], x[2 * n + 1], kIndices);
+    for (int n = 0; n < kHalf; ++n)
+      next[n] = folded<W, kHalf>(x[2 * n], x[2 * n + 1], std::make_integer_sequence<int, W>{});
+    return folded_sums<W, kHalf / 2>(next);
+  }
+}
+
+// Sums of 16 vectors' lanes, in order, by vectors of W numbers: of each the halves are added, of
+// these the halves, and so on.
+template <int W>
+NABLA_FAST_INLINE Lanes lane_sums(const Lanes (&x)[16]) {
+  if constexpr (W == kLanes) {
+    return folded_sums<W>(x);
+  } else {
+    const auto* lanes = reinterpret_cast<const float*>(x);
+    float sums[kLanes];
 #pragma GCC unroll 4
-  for (int n = 0; n < 4; ++n) b[n] = folded<kLanes, 4>(a[2 * n], a[2 * n + 1], kIndices);
-  return folded<kLanes, 1>(folded<kLanes, 2>(b[0], b[1], kIndices),
-                           folded<kLanes, 2>(b[2], b[3], kIndices), kIndices);
+    for (int first = 0; first < kLanes; first += W) {
+      Floats<W> part[W];
+#pragma GCC unroll 8
+      for (int n = 0; n < W; ++n) {
+        const float* from = lanes + (first + n) * kLanes;
+        part[n] = load<W>(from) + load<W>(from + 8);
+        if constexpr (W == 4) part[n] += load<W>(from + 4) + load<W>(from + 12);
+      }
+      store<W>(sums + first, folded_sums<W>(part));
+    }
+    return load(sums);
+  }
 }
 
 }  // namespace nabla_fast
