@@ -94,10 +94,17 @@ void products(const PackedRows& rows, const Table& table, int tokens, bool add, 
 void mapped_products(const PackedRows& rows, const Table& table, const int64_t* token_rows,
                      int tokens, bool add, float* z);
 
+// Whether weights that are bf16 numbers make weighted sums of a table faster at a level: their
+// products with bf16 elements are what its instructions multiply.
+constexpr bool rounds_weights(const Table& table, nabla_fast_isa isa) {
+  return table.dtype == NABLA_FAST_BFLOAT16 && isa >= NABLA_FAST_ISA_AVX512_BF16;
+}
+
 // sums[r * padded(width) + k] += sum_t weights[t * lanes + r] table[t, k] for at most kRowsPerGroup
 // rows and kVocabTileTokens tokens. Columns behind the width of a row become 0 or stay.
+// bf16_weights: all weights are bf16 numbers.
 void add_weighted_sums(const float* weights, int lanes, int rows, const Table& table, int tokens,
-                       float* sums);
+                       float* sums, bool bf16_weights = false);
 
 }  // namespace nabla_fast::gemm
 

@@ -28,7 +28,7 @@ NABLA_FAST_FOR_EACH_ISA(weighted_sums, weighted_sums_kernel<W>)
 }  // namespace
 
 void add_weighted_sums(const float* weights, int lanes, int rows, const Table& table, int tokens,
-                       float* sums) {
+                       float* sums, [[maybe_unused]] bool bf16_weights) {
   if (table.dtype == NABLA_FAST_BFLOAT16 && nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AMX)
     return add_weighted_sums_amx(weights, lanes, rows, table, tokens, sums,
                                  Prefetcher{static_cast<const char*>(table.from(tokens).data)});
