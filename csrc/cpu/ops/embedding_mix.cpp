@@ -1,7 +1,9 @@
 // nabla_fast_embedding_mix: products of relaxed one-hot rows with tables.
 //
 // Soft: a segment's weights are relative to the largest y that its row has shown so far; where that
-// moves, the sums are rescaled. Hard: only the largest y is looked for.
+// moves, the sums are rescaled. Tables may hold numbers so large that these sums overflow though the
+// mixes do not: then there is a second pass, with kSmallScale. Hard: only the largest y is
+// looked for.
 
 #include <algorithm>
 #include <cmath>
@@ -57,7 +59,8 @@ void write_row(const nabla_fast_mix_args& call, int64_t row, nabla_fast_status s
 
 // -- soft -----------------------------------------------------------------------------------------
 
-void add_segment(const RowGroup& group, int64_t segment, int64_t floats, MixSums& part) {
+void add_segment(const RowGroup& group, float scale, int64_t segment, int64_t floats,
+                 MixSums& part) {
   const nabla_fast_mix_args& call = group.call;
   alignas(64) float y[softmax::kTileFloats];
   float factor[gemm::kRowsPerGroup];
@@ -75,6 +78,7 @@ void add_segment(const RowGroup& group, int64_t segment, int64_t floats, MixSums
       }
     }
     softmax::exp_and_sum(y, group.rows, tokens, part.tops.max, call.tau, part.sums);
+    scale_tile(y, group.rows, tokens, scale);
     float* mixed = part.mixes();
     for (int64_t t = 0; t < call.table_count; ++t) {
       const gemm::Table table = gemm::table_of(call.tables[t], call.vocab);
@@ -108,7 +112,8 @@ void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
   }
 }
 
-void soft_group(const RowGroup& group, int threads, char* memory) {
+// Sums over all segments, in `memory`.
+MixSums& sum_group(const RowGroup& group, float scale, int threads, char* memory) {
   const nabla_fast_mix_args& call = group.call;
   const int64_t floats = mix_floats(call).or_zero(), bytes = MixSums::bytes(floats).or_zero();
   auto* total = reinterpret_cast<MixSums*>(memory);
@@ -116,23 +121,47 @@ void soft_group(const RowGroup& group, int threads, char* memory) {
   total->clear(floats);
   in_rounds(
       mix_segments(call.vocab), group.rows, threads,
-      [&](int64_t segment, int64_t n) { add_segment(group, segment, floats, *part(n)); },
+      [&](int64_t segment, int64_t n) { add_segment(group, scale, segment, floats, *part(n)); },
       [&](int row, int64_t n) { join_row(group, row, *part(n), *total); });
+  return *total;
+}
+
+// Calls visit(mix, element) for every element of a row's mixes.
+template <typename Visit>
+void for_each_mix(const RowGroup& group, float scale, int row, MixSums& total, const Visit& visit) {
+  const auto inverse = static_cast<float>(1 / (scale * total.sums.e[row]));
+  const float* mixed = total.mixes();
+  for (int64_t t = 0; t < group.call.table_count; ++t) {
+    const int64_t width = group.call.tables[t].width;
+    float* const out = mix_row(group.call, t, group.first + row);
+    for (int64_t k = 0; k < width; ++k) visit(mixed[row * padded(width) + k] * inverse, out[k]);
+    mixed += group.rows * padded(width);
+  }
+}
+
+void soft_group(const RowGroup& group, int threads, char* memory) {
+  const nabla_fast_mix_args& call = group.call;
+  bool finite = true;
+  MixSums& total = sum_group(group, 1, threads, memory);
   for (int r = 0; r < group.rows; ++r) {
     const int64_t row = group.first + r;
-    call.row_status[row] = total->tops.status(r);
+    call.row_status[row] = total.tops.status(r);
     if (call.row_status[row] != NABLA_FAST_OK) {
       write_row(call, row, call.row_status[row], -1);
       continue;
     }
-    const auto inverse = static_cast<float>(1 / total->sums.e[r]);
-    const float* mixed = total->mixes();
-    for (int64_t t = 0; t < call.table_count; ++t) {
-      const int64_t width = call.tables[t].width;
-      float* out = mix_row(call, t, row);
-      for (int64_t k = 0; k < width; ++k) out[k] = mixed[r * padded(width) + k] * inverse;
-      mixed += group.rows * padded(width);
-    }
+    for_each_mix(group, 1, r, total, [&](float mix, float& out) {
+      out = mix;
+      finite = finite && std::isfinite(mix);
+    });
+  }
+  if (finite) return;
+  sum_group(group, kSmallScale, threads, memory);
+  for (int r = 0; r < group.rows; ++r) {
+    if (call.row_status[group.first + r] != NABLA_FAST_OK) continue;
+    for_each_mix(group, kSmallScale, r, total, [](float mix, float& out) {
+      if (!std::isfinite(out) && std::isfinite(mix)) out = mix;
+    });
   }
 }
 

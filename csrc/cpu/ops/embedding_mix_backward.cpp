@@ -9,6 +9,7 @@
 //
 // To hidden states: dz head = (sum e (G - c) w - mean sum e w) / (tau sum e) over rows w of the
 // head, all in one pass. Both sums and c, the G of the hard token, follow the largest y so far.
+// Where the sums overflow there is a second pass, with kSmallScale.
 
 #include <algorithm>
 #include <cmath>
@@ -150,6 +151,14 @@ void logits_group(const RowGroup& group, const Cotangents& cotangents, const Out
 
 // -- to hidden states -----------------------------------------------------------------------------
 
+// Factors of the weights and of G in a pass.
+struct Scales {
+  float weights, grad;
+};
+constexpr Scales kPlain{1, 1};
+// Two G near the largest number have a difference too.
+constexpr Scales kSmall{kSmallScale, 0.25f};
+
 // Sums of a row over head rows w: of e (G - c) w, and, behind those of all rows, of e w.
 struct RowMixes {
   float* weighted_grad;
@@ -210,8 +219,8 @@ void centre_rows(int rows, int64_t width, MixSums& part) {
 constexpr int64_t kCentredTiles = 8;
 static_assert(kMixSegmentTokens % (kCentredTiles * gemm::kVocabTileTokens) == 0);
 
-void add_segment(const RowGroup& group, const Cotangents& cotangents, int64_t segment,
-                 MixSums& part) {
+void add_segment(const RowGroup& group, const Cotangents& cotangents, const Scales& scales,
+                 int64_t segment, MixSums& part) {
   const nabla_fast_mix_args& call = group.call;
   const gemm::Table head = gemm::table_of(call.head, call.vocab);
   const int64_t width = padded(head.width);
@@ -222,6 +231,7 @@ void add_segment(const RowGroup& group, const Cotangents& cotangents, int64_t se
   for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
     group.load(token, tokens, y);
     cotangents.gradient(token, tokens, grad);
+    scale_tile(grad, rows, tokens, scales.grad);
     if (softmax::update_max(y, rows, token, tokens, call.tau, part.tops, factor)) {
       for (int r = 0; r < rows; ++r) {
         if (part.tops.token[r] < token) continue;  // moved in an earlier tile
@@ -235,6 +245,8 @@ void add_segment(const RowGroup& group, const Cotangents& cotangents, int64_t se
     }
     softmax::weighted_grad_sum(y, grad, rows, tokens, part.tops.max, part.centre, call.tau,
                                softmax::GradTile::kWeighted, part.sums);
+    scale_tile(y, rows, tokens, scales.weights);
+    scale_tile(grad, rows, tokens, scales.weights);
     gemm::add_weighted_sums(grad, lanes, rows, head.from(token), tokens, part.mixes());
     gemm::add_weighted_sums(y, lanes, rows, head.from(token), tokens, part.mixes() + rows * width);
     const int64_t end = token + tokens;
@@ -276,29 +288,66 @@ void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
   }
 }
 
-void hidden_group(const RowGroup& group, const Cotangents& cotangents, int threads, char* memory) {
+// Sums over all segments, in `memory`.
+MixSums& sum_group(const RowGroup& group, const Cotangents& cotangents, const Scales& scales,
+                   int threads, char* memory) {
   const nabla_fast_mix_args& call = group.call;
-  const int64_t width = padded(call.head.width), floats = 2 * group.rows * width;
+  const int64_t floats = 2 * group.rows * padded(call.head.width);
   const int64_t bytes = MixSums::bytes(floats).or_zero();
   auto* total = reinterpret_cast<MixSums*>(memory);
   const auto part = [=](int64_t n) { return reinterpret_cast<MixSums*>(memory + (n + 1) * bytes); };
   total->clear(floats);
   in_rounds(
       mix_segments(call.vocab), group.rows, threads,
-      [&](int64_t segment, int64_t n) { add_segment(group, cotangents, segment, *part(n)); },
+      [&](int64_t segment, int64_t n) {
+        add_segment(group, cotangents, scales, segment, *part(n));
+      },
       [&](int row, int64_t n) { join_row(group, row, *part(n), *total); });
+  return *total;
+}
+
+// Calls visit(gradient, element) for every element of a row's hidden state.
+template <typename Visit>
+void for_each_gradient(const RowGroup& group, const Scales& scales, int row, MixSums& total,
+                       float* out, const Visit& visit) {
+  const RowMixes mixes(total, group.rows, row, padded(group.call.head.width));
+  const double sum = total.sums.e[row];
+  const auto mean = static_cast<float>(total.sums.weighted_grad_sum[row] / sum);
+  const double scale = static_cast<double>(scales.weights) * scales.grad;
+  const auto weight = static_cast<float>(1 / (sum * group.call.tau * scale));
+  for (int64_t k = 0; k < group.call.head.width; ++k)
+    visit((mixes.weighted_grad[k] - mean * mixes.plain[k]) * weight, out[k]);
+}
+
+float* grad_row(const nabla_fast_mix_args& call, int64_t row) {
+  return static_cast<float*>(call.grad.data) + row * stride_of(call.grad, call.rows);
+}
+
+void hidden_group(const RowGroup& group, const Cotangents& cotangents, int threads, char* memory) {
+  const nabla_fast_mix_args& call = group.call;
+  bool finite = true;
+  MixSums& total = sum_group(group, cotangents, kPlain, threads, memory);
   for (int r = 0; r < group.rows; ++r) {
-    const nabla_fast_status status = total->tops.status(r);
+    const nabla_fast_status status = total.tops.status(r);
     call.row_status[group.first + r] = status;
-    const RowMixes mixes(*total, group.rows, r, width);
-    const double sum = total->sums.e[r];
-    const auto mean = static_cast<float>(total->sums.weighted_grad_sum[r] / sum);
-    const auto weight = static_cast<float>(1 / (sum * call.tau));
-    float* out =
-        static_cast<float*>(call.grad.data) + (group.first + r) * stride_of(call.grad, call.rows);
-    for (int64_t k = 0; k < call.head.width; ++k)
-      out[k] = status == NABLA_FAST_OK ? (mixes.weighted_grad[k] - mean * mixes.plain[k]) * weight
-                                       : kNaN;
+    float* const out = grad_row(call, group.first + r);
+    if (status != NABLA_FAST_OK) {
+      std::fill_n(out, call.head.width, kNaN);
+      continue;
+    }
+    for_each_gradient(group, kPlain, r, total, out, [&](float gradient, float& element) {
+      element = gradient;
+      finite = finite && std::isfinite(gradient);
+    });
+  }
+  if (finite) return;
+  sum_group(group, cotangents, kSmall, threads, memory);
+  for (int r = 0; r < group.rows; ++r) {
+    if (call.row_status[group.first + r] != NABLA_FAST_OK) continue;
+    float* const out = grad_row(call, group.first + r);
+    for_each_gradient(group, kSmall, r, total, out, [](float gradient, float& element) {
+      if (!std::isfinite(element) && std::isfinite(gradient)) element = gradient;
+    });
   }
 }
 

@@ -16,6 +16,16 @@
 
 namespace nabla_fast::mix {
 
+// Factor of the weights in a pass whose sums stay finite: with numbers up to 2^128, those of 2^20
+// tokens reach 2^84. It is for sums that overflow without it, and these lose no digit: next to them,
+// terms of weights that become smaller than 2^-126 are rounding error.
+constexpr float kSmallScale = 0x1p-64f;
+
+inline void scale_tile(float* tile, int rows, int tokens, float scale) {
+  if (scale == 1) return;
+  for (int n = 0; n < tokens * gemm::lanes_of(rows); ++n) tile[n] *= scale;
+}
+
 // Sums of a segment, or of all segments so far. Mixes lie behind one another, as
 // add_weighted_sums() has them: [rows, padded(width)] each.
 struct MixSums {

@@ -199,6 +199,18 @@ NABLA_FAST_FOR_EACH_ISA(jacobian_lanes, jacobian_lanes_kernel<W>)
 // 1 / tau for differences of logits; finite.
 float inverse_of(double tau) { return static_cast<float>(1 / tau); }
 
+// Sum of e (G - c) of a row in a tile that weighted_grad_sum_lanes() has left, where that of fp32
+// overflows.
+double weighted_grad_sum_in_double(const float* e, const float* grad, int lanes, int row,
+                                   int tokens, GradTile left) {
+  double sum = 0;
+  for (int t = 0; t < tokens; ++t) {
+    const int at = t * lanes + row;
+    sum += left == GradTile::kWeighted ? grad[at] : static_cast<double>(e[at]) * grad[at];
+  }
+  return sum;
+}
+
 }  // namespace
 
 void load_tile(const gemm::Table& from, int rows, int64_t token, int tokens, float* tile) {
@@ -245,11 +257,14 @@ void exp_and_sum(float* y, int rows, int tokens, const float* max, double tau, S
 void weighted_grad_sum(float* y, float* grad, int rows, int tokens, const float* max,
                        const float* centre, double tau, GradTile left, Sums& sums) {
   alignas(64) float e[gemm::kRowsPerGroup], weighted_grad[gemm::kRowsPerGroup];
-  weighted_grad_sum_lanes(y, grad, gemm::lanes_of(rows), tokens, max, centre, inverse_of(tau),
+  const int lanes = gemm::lanes_of(rows);
+  weighted_grad_sum_lanes(y, grad, lanes, tokens, max, centre, inverse_of(tau),
                           left == GradTile::kWeighted, e, weighted_grad);
   for (int r = 0; r < rows; ++r) {
     sums.e[r] += e[r];
-    sums.weighted_grad_sum[r] += weighted_grad[r];
+    sums.weighted_grad_sum[r] += std::isfinite(weighted_grad[r])
+                                     ? weighted_grad[r]
+                                     : weighted_grad_sum_in_double(y, grad, lanes, r, tokens, left);
   }
 }
 

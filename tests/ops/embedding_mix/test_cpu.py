@@ -81,3 +81,19 @@ def test_an_infinite_entry_of_a_half_precision_table_spoils_its_column_alone(val
         (ours,) = embedding_mix(z, [table], hard=False)
     expected = ((table[5].float() + table[70].float()) / 2).to(BF16).expand(18, -1)
     torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_column_whose_sums_overflow_changes_no_other(dtype: torch.dtype, isa: str):
+    z, table = torch.randn(5, 2500), torch.randn(2500, 40).to(dtype)
+
+    def mix(z: torch.Tensor) -> torch.Tensor:
+        with use_backend("cpu"):
+            return embedding_mix(z, [table], hard=False)[0]
+
+    before = mix(z)
+    table[:, 3] = 3e38
+    after = mix(z)
+    torch.testing.assert_close(after[:, 3], table[0, 3].expand(5), rtol=1e-5, atol=0)
+    assert torch.equal(after[:, [0, 1, 2, *range(4, 40)]], before[:, [0, 1, 2, *range(4, 40)]])
+    assert torch.equal(mix(z[2:3]), after[2:3])

@@ -49,6 +49,22 @@ def arguments(
     )
 
 
+def huge_arguments(
+    op: Op, draw: Draw, vocabulary: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> dict[str, Any]:
+    """Tables of ±3e38 whose sums overflow, while mixes and gradients do not."""
+    given = arguments(op, draw, 5, vocabulary, 33, dtypes)
+    sign = torch.where(draw.uniform(vocabulary, 1) < 0.8, 1.0, -1.0)
+    given["tables"] = [(3e38 * sign.expand_as(t)).to(t.dtype) for t in given["tables"]]
+    # A token's G is about a third of its 3e38: the difference of two is finite.
+    if "cotangents" in given:
+        given["cotangents"] = [(c.float().abs() / 100).to(c.dtype) for c in given["cotangents"]]
+    # From a flat row to a peaked one.
+    name = "hidden" if "hidden" in given else "logits"
+    given[name] = (given[name] * torch.tensor([[0], [0.03], [0.1], [0.3], [1]])).to(dtypes[0])
+    return given
+
+
 def shifted(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers one element off every alignment."""
     memory = tensor.new_empty(tensor.numel() + 1)
@@ -69,6 +85,12 @@ class MixOnCpu:
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
     def test_sizes(self, dtypes: tuple, sizes: tuple, draw: Draw, isa: str):
         case = Case(str(sizes), lambda draw: arguments(self.op, draw, *sizes, dtypes))
+        check(self.op, case, draw, "cpu", partial(run, self.op, "cpu"))
+
+    @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+    @pytest.mark.parametrize("vocabulary", [2, 63, 300, 4500])
+    def test_numbers_near_the_largest(self, dtypes: tuple, vocabulary: int, draw: Draw, isa: str):
+        case = Case("huge", lambda draw: huge_arguments(self.op, draw, vocabulary, dtypes))
         check(self.op, case, draw, "cpu", partial(run, self.op, "cpu"))
 
     @pytest.mark.slow
