@@ -4,18 +4,24 @@
 // Python calls one with keywords, each the name of a field; a field that is not given, or None, is
 // 0. What stands for a field follows from its type:
 //
-//   number, or address of an array (0 for null)
-//   nabla_fast_matrix, nabla_fast_output    (address, width, stride, dtype)
-//   nabla_fast_heads, nabla_fast_pool, ...  (address, strides), of which the first three are read
-//   array with a count                      sequence; all sequences of a call are of one length
+//   number                                  number
+//   pointer to an array                     tensor, or its address
+//   nabla_fast_matrix, nabla_fast_output    tensor, or (address, width, stride, dtype)
+//   nabla_fast_heads, nabla_fast_pool, ...  tensor, or (address, strides)
+//   tensor with sizes                       tensor, which sets the fields of its sizes too, or as above
+//   pointer to an array with a count        sequence; those of a call have one length, the count
 //
-// The function gets a workspace of its own unless it is given one, and runs without the GIL. The
-// caller keeps the memory behind addresses alive. Returned is the status.
+// The function gets a workspace of its own unless it is given one, and runs without the GIL. It
+// returns False for NABLA_FAST_BAD_ROWS and raises ValueError for other statuses than OK.
+//
+// Tensors are torch's, or have its data_ptr(), shape, stride() and dtype; the caller keeps them
+// alive and has checked the dtypes and strides of all but matrices.
 #ifndef NABLA_FAST_PYTHON_ARGUMENTS_H_
 #define NABLA_FAST_PYTHON_ARGUMENTS_H_
 
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -55,10 +61,38 @@ inline void convert(PyObject* value, double& to) {
   if (to == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
 }
 
+// Attributes of tensors.
+struct Names {
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* stride = PyUnicode_InternFromString("stride");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+
+  static const Names& get() {
+    static const Names names;
+    return names;
+  }
+};
+
+inline pybind11::object owned(PyObject* object) {
+  if (!object) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(object);
+}
+
+inline pybind11::object attribute(PyObject* tensor, PyObject* name) {
+  return owned(PyObject_GetAttr(tensor, name));
+}
+
+inline pybind11::object called(PyObject* tensor, PyObject* name) {
+  return owned(PyObject_CallMethodNoArgs(tensor, name));
+}
+
 template <typename T>
 void convert(PyObject* value, T*& to) {
-  if (value == Py_None) {
-    to = nullptr;
+  to = nullptr;
+  if (value == Py_None) return;
+  if (!PyLong_Check(value)) {
+    convert(called(value, Names::get().data_ptr).ptr(), to);
     return;
   }
   const auto address = static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(value));
@@ -67,7 +101,7 @@ void convert(PyObject* value, T*& to) {
   to = pointer<T>(address);
 }
 
-// Converts the first elements of a tuple.
+// Converts the elements of a tuple, of which there may be more.
 template <typename... T>
 void convert_tuple(PyObject* tuple, T&... to) {
   if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) < static_cast<Py_ssize_t>(sizeof...(T)))
@@ -76,22 +110,47 @@ void convert_tuple(PyObject* tuple, T&... to) {
   (convert(PyTuple_GET_ITEM(tuple, n++), to), ...);
 }
 
-inline void convert(PyObject* value, nabla_fast_matrix& to) {
-  convert_tuple(value, to.data, to.width, to.stride, to.dtype);
+inline nabla_fast_dtype dtype_of(PyObject* dtype) {
+  static std::atomic<PyObject*> known[2];  // by value; torch's last as long as the process
+  for (int n = 0; n < 2; ++n)
+    if (known[n] == dtype) return n;
+  const auto name = pybind11::cast<std::string>(pybind11::str(pybind11::handle(dtype)));
+  const int n = name == "torch.float32" ? NABLA_FAST_FLOAT32 : NABLA_FAST_BFLOAT16;
+  if (n == NABLA_FAST_BFLOAT16 && name != "torch.bfloat16")
+    throw pybind11::type_error("a matrix must be float32 or bfloat16, not " + name);
+  known[n] = pybind11::handle(dtype).inc_ref().ptr();
+  return n;
 }
 
-inline void convert(PyObject* value, nabla_fast_output& to) {
-  convert_tuple(value, to.data, to.width, to.stride, to.dtype);
+template <typename Matrix>
+void convert_matrix(PyObject* value, Matrix& to) {
+  if (PyTuple_Check(value)) {
+    convert_tuple(value, to.data, to.width, to.stride, to.dtype);
+    return;
+  }
+  const Names& names = Names::get();
+  int64_t rows, unit;
+  convert(value, to.data);
+  convert_tuple(attribute(value, names.shape).ptr(), rows, to.width);
+  convert_tuple(called(value, names.stride).ptr(), to.stride, unit);
+  to.dtype = dtype_of(attribute(value, names.dtype).ptr());
+  if (unit != 1 && to.width > 1)
+    throw pybind11::value_error("a matrix must have unit stride along its columns");
 }
 
-// Tensor of four axes, of which the last is contiguous.
-template <typename Tensor>
-void convert_strided(PyObject* value, Tensor& to, int64_t& first, int64_t& second, int64_t& third) {
-  PyObject* strides = nullptr;
-  if (PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 2) strides = PyTuple_GET_ITEM(value, 1);
-  if (!strides) throw pybind11::type_error("a tuple (address, strides) is needed");
-  convert(PyTuple_GET_ITEM(value, 0), to.data);
-  convert_tuple(strides, first, second, third);
+inline void convert(PyObject* value, nabla_fast_matrix& to) { convert_matrix(value, to); }
+inline void convert(PyObject* value, nabla_fast_output& to) { convert_matrix(value, to); }
+
+// Tensor of four axes.
+template <typename Tensor, typename... Strides>
+void convert_strided(PyObject* value, Tensor& to, Strides&... strides) {
+  if (PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 2) {
+    convert(PyTuple_GET_ITEM(value, 0), to.data);
+    convert_tuple(PyTuple_GET_ITEM(value, 1), strides...);
+  } else {
+    convert(value, to.data);
+    convert_tuple(called(value, Names::get().stride).ptr(), strides...);
+  }
 }
 
 inline void convert(PyObject* value, nabla_fast_heads& to) {
@@ -116,6 +175,14 @@ struct Field {
 template <auto kMember, typename Args>
 void set_field(PyObject* value, Args& args, Memory&) {
   convert(value, args.*kMember);
+}
+
+// The same of a tensor whose sizes are fields too, the first ones of its axes.
+template <auto kMember, typename Args, auto... kSizes>
+void set_sized(PyObject* value, Args& args, Memory&) {
+  convert(value, args.*kMember);
+  if (PyTuple_Check(value) || PyLong_Check(value)) return;
+  convert_tuple(attribute(value, Names::get().shape).ptr(), args.*kSizes...);
 }
 
 template <auto kMember, auto kCount, typename Args>
@@ -174,7 +241,9 @@ class Function {
       }
       status = run_(&args);
     }
-    return PyLong_FromLong(status);
+    if (status != NABLA_FAST_OK && status != NABLA_FAST_BAD_ROWS)
+      throw pybind11::value_error(nabla_fast_status_string(status));
+    return PyBool_FromLong(status == NABLA_FAST_OK);
   }
 
   PyObject* query(PyObject* const* values, Py_ssize_t positional, PyObject* keywords) const {

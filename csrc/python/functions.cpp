@@ -8,6 +8,8 @@
 
 #define FIELD(name) {#name, &set_field<&Args::name, Args>}
 #define ARRAY(name) {#name, &set_array<&Args::name, &Args::table_count, Args>}
+// A tensor, and fields that are its first sizes.
+#define SIZED(name, ...) {#name, &set_sized<&Args::name, Args, __VA_ARGS__>}
 #define CALL_FIELDS FIELD(workspace), FIELD(workspace_bytes), FIELD(num_threads)
 
 namespace nabla_fast::bindings {
@@ -68,12 +70,12 @@ std::vector<Field<nabla_fast_attention_args>> attention_fields() {
           FIELD(table_width),
           FIELD(window),
           FIELD(scale),
-          FIELD(q),
+          SIZED(q, &Args::batch, &Args::heads, &Args::suffix, &Args::dim),
           FIELD(k),
           FIELD(v),
-          FIELD(key_pool),
+          SIZED(key_pool, &Args::blocks, &Args::block_size, &Args::kv_heads),
           FIELD(value_pool),
-          FIELD(block_tables),
+          SIZED(block_tables, &Args::batch, &Args::table_width),
           FIELD(table_stride),
           FIELD(prefix_lengths),
           FIELD(output),

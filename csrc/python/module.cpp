@@ -21,9 +21,6 @@ void vec_exp(std::uintptr_t x, std::uintptr_t y, int64_t n) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
-  module.attr("FLOAT32") = static_cast<int>(NABLA_FAST_FLOAT32);
-  module.attr("BFLOAT16") = static_cast<int>(NABLA_FAST_BFLOAT16);
-  module.attr("BAD_ROWS") = static_cast<int>(NABLA_FAST_BAD_ROWS);
   module.def("abi_version", &nabla_fast_abi_version);
   module.def("status_string", &nabla_fast_status_string, py::arg("status"));
   module.def("cpu_isa", &nabla_fast_cpu_isa);

@@ -1,9 +1,12 @@
-"""The C++ kernels (``nabla_fast._C``): whether they can be called, and how.
+"""The C++ kernels: ``extension()`` has the functions of nabla_fast.h under their names.
 
-The extension is optional and loaded at the first call. What calls it has checked its tensors.
+Arguments are the fields of the function's struct, by keyword: numbers, tensors that lie as the field
+says, sequences of these, None for what is not there. The struct's size, counts of arrays and a workspace
+are filled in. Callers have checked their tensors: a function reads no dtype but float32 and bfloat16 of
+matrices. It returns False where rows are bad and nothing has changed, and raises ValueError for what C
+refuses, TypeError for another field. The extension is optional and loaded at the first call.
 """
 
-from nabla_fast._native.calls import call, matrix
 from nabla_fast._native.loading import (
     ABI_VERSION,
     ISA_NAMES,
@@ -20,10 +23,8 @@ __all__ = [
     "ISA_NAMES",
     "MOST_HEAD_DIM",
     "available",
-    "call",
     "check",
     "cpu_isa",
     "extension",
-    "matrix",
     "why_missing",
 ]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nabla_fast._native import call, matrix
+from nabla_fast._native import extension
 from nabla_fast.errors import InputError
 from nabla_fast.ops.adam import AdamState, adam_step_
 from nabla_fast.ops.checks import expect_noise, expect_tau
@@ -140,35 +140,34 @@ def descend_native(
 
     Raises:
         RowError: a row of z is bad; then nothing has changed.
-        ValueError: a step is beyond the schedule.
+        ValueError: a step is beyond the schedule, or what is changed overlaps something.
     """
     rows = len(parameter)
     token, flipped, status = (
         torch.empty(rows, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.bool, torch.int32)
     )
-    # A row alone has nothing to wait for.
-    group = None if rows == 1 else group
-    good = call(
-        name,
+    seed, position = noise or (None, None)
+    good = getattr(extension(), name)(
+        num_threads=torch.get_num_threads(),
         rows=rows,
         vocab=grad.shape[1],
-        parameter=matrix(parameter),
-        exp_avg=matrix(state.exp_avg),
-        exp_avg_sq=matrix(state.exp_avg_sq),
-        step=state.step.data_ptr(),
-        head=None if head is None else matrix(head),
-        grad=matrix(grad),
-        schedule=schedule.data_ptr(),
+        parameter=parameter,
+        exp_avg=state.exp_avg,
+        exp_avg_sq=state.exp_avg_sq,
+        step=state.step,
+        head=head,
+        grad=grad,
+        schedule=schedule,
         iters=schedule.shape[-1],
         schedule_stride=schedule.stride(0) if schedule.ndim == 2 else 0,
-        until=None if until is None else until.data_ptr(),
-        group=None if group is None else group.data_ptr(),
+        until=until,
+        group=group,
         tau=tau,
-        noise_seed=None if noise is None else noise[0].data_ptr(),
-        noise_position=None if noise is None else noise[1].data_ptr(),
-        token=token.data_ptr(),
-        flipped=flipped.data_ptr(),
-        row_status=status.data_ptr(),
+        noise_seed=seed,
+        noise_position=position,
+        token=token,
+        flipped=flipped,
+        row_status=status,
     )
     return reported(name, token, flipped, None if good else status)
 

@@ -50,7 +50,8 @@ def dto_descent(
     Returns:
         The rows' hard tokens now, and which of them the last step moved.
     Raises:
-        InputError: a shape, dtype or device does not fit.
+        InputError: a shape, dtype or device does not fit, or ``z`` or a tensor of ``state`` overlaps
+            itself or another argument.
         RowError: a row of ``z`` has a NaN or +inf logit, or no finite one. Nothing has changed then, but
             on a device, where the error comes later: there a bad row stays and the others move.
 
@@ -97,7 +98,9 @@ def fake_dto_descent(z: Tensor, *_: Any, **__: Any) -> Descent:
 
 
 @dto_descent.backend(
-    "cpu", refuses=lambda z, *inputs, **options: native_backend.descent_refusal("z", z, *inputs, **options)
+    "cpu",
+    refuses=lambda z, *inputs, **options: native_backend.descent_refusal("z", z, *inputs, **options),
+    finds_overlaps=True,
 )
 def dto_descent_cpu(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> Descent:
     return descend_native("dto_descent", z, None, grad, state, schedule, **options)

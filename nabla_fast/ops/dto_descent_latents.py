@@ -42,7 +42,8 @@ def dto_descent_latents(
     Returns:
         The rows' hard tokens now, and which of them the last step moved.
     Raises:
-        InputError: a shape, dtype or device does not fit.
+        InputError: a shape, dtype or device does not fit, or ``h`` or a tensor of ``state`` overlaps
+            itself or another argument.
         RowError: a row's logits have a NaN or +inf, or no finite value; as in ``dto_descent``.
 
     Example:
@@ -94,7 +95,7 @@ def _cpu_refusal(h: Tensor, head: Tensor, *inputs: Any, **options: Any) -> str |
     )
 
 
-@dto_descent_latents.backend("cpu", refuses=_cpu_refusal)
+@dto_descent_latents.backend("cpu", refuses=_cpu_refusal, finds_overlaps=True)
 def dto_descent_latents_cpu(
     h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any
 ) -> Descent:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast._native import call, matrix
+from nabla_fast._native import extension
 from nabla_fast.ops.checks import expect_matrix, expect_mix
 from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous, perturbed
 from nabla_fast.ops.limits import native_backend, triton_backend
@@ -146,16 +146,11 @@ def mix_native(
     hard: bool,
 ) -> list[Tensor]:
     """The mixes by the C++ kernel: ``rows`` are logits, or with a head [V, H] hidden states."""
-    n = len(rows)
+    n = rows.shape[0]
     mixes = [torch.empty(n, table.shape[1], dtype=torch.float32, device="cpu") for table in tables]
     status = torch.empty(n, dtype=torch.int32, device="cpu")
-    call(
-        "embedding_mix",
-        **_mix_fields(rows, head, tables, tau, noise),
-        row_status=status.data_ptr(),
-        hard=hard,
-        mixes=[matrix(mix) for mix in mixes],
-    )
+    fields = _mix_fields(rows, head, tables, tau, noise)
+    extension().embedding_mix(**fields, row_status=status, hard=hard, mixes=mixes)
     report(name, status)
     return [mix.to(table.dtype) for mix, table in zip(mixes, tables, strict=True)]
 
@@ -168,16 +163,18 @@ def _mix_fields(
     noise: GumbelNoise | None,
 ) -> dict[str, Any]:
     """What both C++ kernels read."""
+    seed, position = noise or (None, None)
     return {
-        "rows": len(rows),
-        "vocab": rows.shape[1] if head is None else len(head),
-        "logits": matrix(rows) if head is None else None,
-        "hidden": None if head is None else matrix(rows),
-        "head": None if head is None else matrix(head),
+        "num_threads": torch.get_num_threads(),
+        "rows": rows.shape[0],
+        "vocab": rows.shape[1] if head is None else head.shape[0],
+        "logits": rows if head is None else None,
+        "hidden": None if head is None else rows,
+        "head": head,
         "tau": tau,
-        "noise_seed": None if noise is None else noise.seed.data_ptr(),
-        "noise_position": None if noise is None else noise.position.data_ptr(),
-        "tables": [matrix(table) for table in tables],
+        "noise_seed": seed,
+        "noise_position": position,
+        "tables": tables,
     }
 
 
@@ -212,14 +209,10 @@ def mix_backward_native(
     cotangents = [native_backend.as_native(cotangent) for cotangent in cotangents]
     direct = None if direct is None else native_backend.as_native(direct)
     grad = torch.empty(rows.shape, dtype=rows.dtype if head is None else torch.float32, device="cpu")
-    status = torch.empty(len(rows), dtype=torch.int32, device="cpu")
-    call(
-        "embedding_mix_backward",
-        **_mix_fields(rows, head, tables, tau, noise),
-        row_status=status.data_ptr(),
-        cotangents=[matrix(cotangent) for cotangent in cotangents],
-        direct=None if direct is None else matrix(direct),
-        grad=matrix(grad),
+    status = torch.empty(rows.shape[0], dtype=torch.int32, device="cpu")
+    fields = _mix_fields(rows, head, tables, tau, noise)
+    extension().embedding_mix_backward(
+        **fields, row_status=status, cotangents=cotangents, direct=direct, grad=grad
     )
     return grad
 

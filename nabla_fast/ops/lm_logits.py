@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast._native import call, matrix
+from nabla_fast._native import extension
 from nabla_fast.ops.checks import expect_matrix, expect_one_device
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.registry import op
@@ -100,15 +100,15 @@ def lm_logits_gradient(
 
 @lm_logits.backend("cpu", refuses=native_backend.hidden_refusal)
 def lm_logits_cpu(hidden: Tensor, head: Tensor) -> Tensor:
-    hidden = native_backend.as_float32(hidden)
-    logits = torch.empty(len(hidden), len(head), dtype=torch.float32, device="cpu")
-    call(
-        "lm_logits",
-        rows=len(hidden),
-        vocab=len(head),
-        hidden=matrix(hidden),
-        head=matrix(head),
-        logits=matrix(logits),
+    hidden, rows, vocab = native_backend.as_float32(hidden), hidden.shape[0], head.shape[0]
+    logits = torch.empty(rows, vocab, dtype=torch.float32, device="cpu")
+    extension().lm_logits(
+        num_threads=torch.get_num_threads(),
+        rows=rows,
+        vocab=vocab,
+        hidden=hidden,
+        head=head,
+        logits=logits,
     )
     return logits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla_fast._native import call, matrix
+from nabla_fast._native import extension
 from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_vocabulary
 from nabla_fast.ops.limits import native_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
@@ -67,17 +67,18 @@ def fake_nll_grad(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
 @nll_grad.backend("cpu", refuses=lambda hidden, head, tokens: native_backend.hidden_refusal(hidden, head))
 def nll_grad_cpu(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
     hidden, tokens = native_backend.as_float32(hidden), tokens.contiguous()
+    rows = hidden.shape[0]
     grad = torch.empty(hidden.shape, dtype=torch.float32, device="cpu")
-    status = torch.empty(len(hidden), dtype=torch.int32, device="cpu")
-    call(
-        "nll_grad",
-        rows=len(hidden),
-        vocab=len(head),
-        hidden=matrix(hidden),
-        head=matrix(head),
-        targets=tokens.data_ptr(),
-        grad=matrix(grad),
-        row_status=status.data_ptr(),
+    status = torch.empty(rows, dtype=torch.int32, device="cpu")
+    extension().nll_grad(
+        num_threads=torch.get_num_threads(),
+        rows=rows,
+        vocab=head.shape[0],
+        hidden=hidden,
+        head=head,
+        targets=tokens,
+        grad=grad,
+        row_status=status,
     )
     report("nll_grad", status)
     return grad

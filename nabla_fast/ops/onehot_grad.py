@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast._native import call, matrix
+from nabla_fast._native import extension
 from nabla_fast.ops.checks import (
     expect,
     expect_matrix,
@@ -141,17 +141,18 @@ def onehot_fields(
     nll_coeff: float,
     token_maps: Sequence[Tensor | None] = (),
 ) -> dict[str, Any]:
-    """What the C++ kernels read, all as a map [V] int64 and matrices that they take."""
+    """What both C++ kernels read, of tensors that they take."""
     return {
-        "rows": len(hidden),
-        "vocab": len(head),
-        "hidden": matrix(hidden),
-        "head": matrix(head),
+        "num_threads": torch.get_num_threads(),
+        "rows": hidden.shape[0],
+        "vocab": head.shape[0],
+        "hidden": hidden,
+        "head": head,
         "nll_coeff": nll_coeff,
-        "cotangents": [matrix(cotangent) for cotangent in cotangents],
-        "tables": [matrix(table) for table in tables],
-        "token_maps": [m if m is None else m.data_ptr() for m in token_maps] if token_maps else None,
-        "table_rows": [len(table) for table in tables] if token_maps else None,
+        "cotangents": cotangents,
+        "tables": tables,
+        "token_maps": token_maps or None,
+        "table_rows": [table.shape[0] for table in tables] if token_maps else None,
     }
 
 
@@ -160,7 +161,7 @@ def onehot_grad_native(*inputs: Any) -> tuple[Tensor, Tensor]:
     fields = onehot_fields(*inputs)
     grad = torch.empty(fields["rows"], fields["vocab"], dtype=torch.float32, device="cpu")
     status = torch.empty(fields["rows"], dtype=torch.int32, device="cpu")
-    call("onehot_grad", **fields, row_status=status.data_ptr(), grad=matrix(grad))
+    extension().onehot_grad(**fields, row_status=status, grad=grad)
     return grad, status
 
 

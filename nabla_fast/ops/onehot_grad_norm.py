@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast._native import call
+from nabla_fast._native import extension
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.onehot_grad import check_onehot_inputs, onehot_fields, onehot_rows, run_kernel
 from nabla_fast.ops.registry import op
@@ -68,7 +68,7 @@ def onehot_grad_norm_native(*inputs: Any) -> tuple[Tensor, Tensor]:
     fields = onehot_fields(*inputs)
     norm = torch.empty(fields["rows"], dtype=torch.float32, device="cpu")
     status = torch.empty(fields["rows"], dtype=torch.int32, device="cpu")
-    call("onehot_grad_norm", **fields, row_status=status.data_ptr(), norm=norm.data_ptr())
+    extension().onehot_grad_norm(**fields, row_status=status, norm=norm)
     return norm, status
 
 

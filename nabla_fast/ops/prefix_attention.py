@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nabla_fast._native import MOST_HEAD_DIM, call
+from nabla_fast._native import MOST_HEAD_DIM, extension
 from nabla_fast.errors import InputError
 from nabla_fast.ops.limits.native_backend import device_refusal
 from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal
@@ -253,11 +253,21 @@ def prefix_attention_cpu(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    output = _empty(q)
-    call(
-        "prefix_attention",
-        **_fields(q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window),
-        output=(output.data_ptr(), output.stride()),
+    batch, heads, suffix, dim = q.shape
+    output = torch.empty(batch, suffix, heads, dim, dtype=torch.float32, device="cpu").transpose(1, 2)
+    extension().prefix_attention(
+        num_threads=torch.get_num_threads(),
+        window=window,
+        scale=scale,
+        q=q,
+        k=k,
+        v=v,
+        key_pool=key_pool,
+        value_pool=value_pool,
+        block_tables=block_tables,
+        table_stride=block_tables.stride()[0],
+        prefix_lengths=prefix_lengths,
+        output=output,
     )
     return output
 
@@ -286,55 +296,26 @@ def prefix_attention_backward_cpu(
 ) -> SuffixGradient:
     # A sum's cotangent is one number, expanded; the kernel reads unit stride along D.
     cotangent = cotangent if cotangent.stride(-1) == 1 else cotangent.contiguous()
-    dq, dk, dv = _empty(q), _empty(k), _empty(v)
-    call(
-        "prefix_attention_backward",
-        **_fields(q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window),
-        cotangent=(cotangent.data_ptr(), cotangent.stride()),
-        dq=(dq.data_ptr(), dq.stride()),
-        dk=(dk.data_ptr(), dk.stride()),
-        dv=(dv.data_ptr(), dv.stride()),
+    (batch, heads, suffix, dim), kv_heads = q.shape, k.shape[1]
+    dq, dk, dv = (
+        torch.empty(batch, suffix, count, dim, dtype=torch.float32, device="cpu").transpose(1, 2)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    extension().prefix_attention_backward(
+        num_threads=torch.get_num_threads(),
+        window=window,
+        scale=scale,
+        q=q,
+        k=k,
+        v=v,
+        key_pool=key_pool,
+        value_pool=value_pool,
+        block_tables=block_tables,
+        table_stride=block_tables.stride()[0],
+        prefix_lengths=prefix_lengths,
+        cotangent=cotangent,
+        dq=dq,
+        dk=dk,
+        dv=dv,
     )
     return SuffixGradient(dq, dk, dv)
-
-
-def _empty(tensor: Tensor) -> Tensor:
-    """Room for a result of the C++ kernels: [B, heads, S, D], in memory [B, S, heads, D]."""
-    batch, heads, suffix, dim = tensor.shape
-    return torch.empty(batch, suffix, heads, dim, dtype=torch.float32, device="cpu").transpose(1, 2)
-
-
-def _fields(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    block_tables: Tensor,
-    prefix_lengths: Tensor,
-    scale: float,
-    window: int | None,
-) -> dict[str, Any]:
-    """What both C++ kernels read."""
-    batch, heads, suffix, dim = q.shape
-    blocks, block_size, kv_heads, _ = key_pool.shape
-    return {
-        "batch": batch,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "suffix": suffix,
-        "dim": dim,
-        "blocks": blocks,
-        "block_size": block_size,
-        "table_width": block_tables.shape[1],
-        "window": window,
-        "scale": scale,
-        "q": (q.data_ptr(), q.stride()),
-        "k": (k.data_ptr(), k.stride()),
-        "v": (v.data_ptr(), v.stride()),
-        "key_pool": (key_pool.data_ptr(), key_pool.stride()),
-        "value_pool": (value_pool.data_ptr(), value_pool.stride()),
-        "block_tables": block_tables.data_ptr(),
-        "table_stride": block_tables.stride(0),
-        "prefix_lengths": prefix_lengths.data_ptr(),
-    }

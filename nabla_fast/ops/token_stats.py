@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nabla_fast._native import call, matrix
+from nabla_fast._native import extension
 from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_tau, expect_vocabulary
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.limits.refusals import tau_refusal
@@ -91,26 +91,27 @@ def token_stats_cpu(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenSt
 def token_stats_native(rows: Tensor, head: Tensor | None, tau: float) -> tuple[TokenStats, Tensor]:
     """Statistics by the C++ kernels, and a status [N] int32; of a row with another one than 0 they are NaN,
     and its argmax is −1."""
-    n = len(rows)
+    n = rows.shape[0]
     logsumexp, confidence, entropy = (torch.empty(n, dtype=torch.float32, device="cpu") for _ in range(3))
     argmax = torch.empty(n, dtype=torch.int64, device="cpu")
     status = torch.empty(n, dtype=torch.int32, device="cpu")
-    if head is not None:
-        rows = native_backend.as_native(rows)
-    call(
-        "token_stats" if head is None else "linear_token_stats",
-        rows=n,
-        vocab=rows.shape[1] if head is None else len(head),
-        logits=matrix(rows) if head is None else None,
-        hidden=None if head is None else matrix(rows),
-        head=None if head is None else matrix(head),
-        tau=tau,
-        logsumexp=logsumexp.data_ptr(),
-        confidence=confidence.data_ptr(),
-        entropy=entropy.data_ptr(),
-        argmax=argmax.data_ptr(),
-        row_status=status.data_ptr(),
-    )
+    results = {
+        "logsumexp": logsumexp,
+        "confidence": confidence,
+        "entropy": entropy,
+        "argmax": argmax,
+        "row_status": status,
+    }
+    native, threads = extension(), torch.get_num_threads()
+    if head is None:
+        native.token_stats(
+            num_threads=threads, rows=n, vocab=rows.shape[1], logits=rows, tau=tau, **results
+        )
+    else:
+        hidden, vocab = native_backend.as_native(rows), head.shape[0]
+        native.linear_token_stats(
+            num_threads=threads, rows=n, vocab=vocab, hidden=hidden, head=head, tau=tau, **results
+        )
     return TokenStats(logsumexp, confidence, entropy, argmax), status
 
 

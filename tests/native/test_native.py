@@ -12,6 +12,7 @@ import torch
 
 import nabla_fast
 from nabla_fast import _native
+from nabla_fast.ops.token_stats import token_stats_native
 
 if not _native.available():
     if os.environ.get("NABLA_FAST_REQUIRE_NATIVE") == "1":
@@ -58,6 +59,12 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def token_stats(logits: torch.Tensor, tau: float = 1.0) -> list[torch.Tensor]:
+    """logsumexp, confidence, entropy, argmax and status of the rows of logits [N, V]."""
+    values, status = token_stats_native(logits, None, tau)
+    return [*values, status]
+
+
 def reference(logits: torch.Tensor, tau: float, dtype: torch.dtype) -> list[torch.Tensor]:
     """logsumexp, confidence and entropy of the rows of logits [N, V], in plain PyTorch in `dtype`."""
     z = logits.to(dtype) / tau
@@ -69,7 +76,7 @@ def reference(logits: torch.Tensor, tau: float, dtype: torch.dtype) -> list[torc
 
 def check_accuracy(logits: torch.Tensor, tau: float) -> None:
     """|ours - float64| <= 2 |torch in float32 - float64| + one ulp, for every row and every statistic."""
-    *ours, argmax, status = _native.token_stats(logits, tau)
+    *ours, argmax, status = token_stats(logits, tau)
     exact = reference(logits, tau, torch.float64)
     same_dtype = reference(logits, tau, torch.float32)
     assert (status == 0).all()
@@ -121,7 +128,7 @@ def test_masked_logits_contribute_nothing(isa):
     # A row with one token left is certain of it.
     alone = torch.full((1, 5000), -INF)
     alone[0, 3210] = -7.25
-    logsumexp, confidence, entropy, argmax, status = _native.token_stats(alone, 0.5)
+    logsumexp, confidence, entropy, argmax, status = token_stats(alone, 0.5)
     results = (float(logsumexp), float(confidence), float(entropy), int(argmax), int(status))
     assert results == (-14.5, 1.0, 0.0, 3210, 0)
 
@@ -132,12 +139,12 @@ def test_peaked_rows_keep_their_entropy(isa):
     logits[0, 77] = 30.0
     rest = 999 * np.exp(-30.0)
     expected = np.log1p(rest) + 30 * rest / (1 + rest)
-    entropy = _native.token_stats(logits)[2]
+    entropy = token_stats(logits)[2]
     assert float(entropy) == pytest.approx(expected, rel=2 * ULP)
 
 
 def test_equal_logits(isa):
-    logsumexp, confidence, entropy, argmax, _ = _native.token_stats(torch.full((1, 3000), 2.5))
+    logsumexp, confidence, entropy, argmax, _ = token_stats(torch.full((1, 3000), 2.5))
     assert float(logsumexp) == pytest.approx(2.5 + np.log(3000), rel=ULP)
     assert float(confidence) == pytest.approx(1 / 3000, rel=ULP)
     assert float(entropy) == pytest.approx(np.log(3000), rel=ULP)
@@ -151,7 +158,7 @@ def test_subnormal_logits(isa):
 
 def test_extreme_logits(isa):
     logits = torch.tensor([[3.4e38, -3.4e38, 0.0], [-3.4e38, -3.4e38, -3.4e38]])
-    _, confidence, entropy, argmax, status = _native.token_stats(logits)
+    _, confidence, entropy, argmax, status = token_stats(logits)
     assert status.tolist() == [0, 0]
     assert argmax.tolist() == [0, 0]
     assert confidence.tolist() == pytest.approx([1.0, 1 / 3])
@@ -162,26 +169,26 @@ def test_extreme_logits(isa):
 def test_argmax_is_the_first_of_equal_logits(isa, places):
     logits = randn(1, 50_000).clamp(max=3.0)
     logits[0, list(places)] = 4.0
-    assert int(_native.token_stats(logits)[3]) == min(places)
+    assert int(token_stats(logits)[3]) == min(places)
 
 
 def test_argmax_takes_both_zeros_for_equal(isa):
     logits = torch.full((1, 2000), -1.0)
     logits[0, 300], logits[0, 1500] = -0.0, 0.0
-    assert int(_native.token_stats(logits)[3]) == 300
+    assert int(token_stats(logits)[3]) == 300
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_status_names_the_rows_that_have_no_answer(isa, dtype):
     logits = randn(8, 40_000).to(dtype)
-    healthy = _native.token_stats(logits)
+    healthy = token_stats(logits)
     logits[1, 39_999] = float("nan")
     logits[2, 0] = INF
     logits[3] = -INF
     logits[4, 20_000], logits[4, 20_001] = INF, -float("nan")
     logits[6, 5] = -float("nan")
-    *results, status = _native.token_stats(logits)
+    *results, status = token_stats(logits)
     assert status.tolist() == [0, 1, 2, 3, 1, 0, 1, 0]
     bad = status != 0
     for before, after in zip(healthy, results, strict=False):
@@ -202,13 +209,13 @@ def test_status_names_the_rows_that_have_no_answer(isa, dtype):
 def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(isa, threads, rows, vocab, dtype):
     logits = (randn(rows, vocab) * 3).to(dtype)
     threads(1)
-    expected = _native.token_stats(logits, 0.7)
+    expected = token_stats(logits, 0.7)
     for count in (1, 2, 3):
         threads(count)
-        for result, want in zip(_native.token_stats(logits, 0.7), expected, strict=True):
+        for result, want in zip(token_stats(logits, 0.7), expected, strict=True):
             assert torch.equal(result, want)
         for first, last in [(0, 1), (rows // 2, rows), (rows - 1, rows)]:
-            part = _native.token_stats(logits[first:last], 0.7)
+            part = token_stats(logits[first:last], 0.7)
             for result, want in zip(part, expected, strict=True):
                 assert torch.equal(result, want[first:last])
 
@@ -217,22 +224,22 @@ def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(isa, threads, rows,
 def test_rows_with_any_stride_and_alignment(isa, dtype):
     wide = (randn(12, 5003) * 3).to(dtype)
     for view in (wide[:, :5000], wide[::3, 1:4001], wide[1:2].expand(4, -1), wide[:, 2:3]):
-        results = _native.token_stats(view, 0.7)
-        for result, want in zip(results, _native.token_stats(view.clone(), 0.7), strict=True):
+        results = token_stats(view, 0.7)
+        for result, want in zip(results, token_stats(view.clone(), 0.7), strict=True):
             assert torch.equal(result, want)
 
 
 def test_calls_from_several_threads(threads):
     logits = randn(16, 20_000)
-    expected = _native.token_stats(logits)
+    expected = token_stats(logits)
     threads(1)
     with ThreadPoolExecutor(3) as pool:
-        for results in pool.map(_native.token_stats, [logits] * 12):
+        for results in pool.map(token_stats, [logits] * 12):
             assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
 def test_no_rows():
-    results = _native.token_stats(torch.empty(0, 10))
+    results = token_stats(torch.empty(0, 10))
     assert [result.shape for result in results] == [(0,)] * 5
 
 
@@ -240,14 +247,32 @@ def test_arguments_that_are_refused():
     logits = randn(3, 10)
     for tau in (0.0, -1.0, INF, float("nan")):
         with pytest.raises(ValueError, match="tau"):
-            _native.token_stats(logits, tau)
+            token_stats(logits, tau)
     with pytest.raises(ValueError, match="vocabulary is empty"):
-        _native.token_stats(torch.empty(3, 0))
+        token_stats(torch.empty(3, 0))
     with pytest.raises(ValueError, match="unit stride"):
-        _native.token_stats(logits.t())
-    for other in (logits.double(), logits.half(), logits[0], logits.to("meta")):
-        with pytest.raises(ValueError, match="float32 or bfloat16 logits on the CPU"):
-            _native.token_stats(other)
+        token_stats(logits.t())
+    for other in (logits.double(), logits.half()):
+        with pytest.raises(TypeError, match="float32 or bfloat16"):
+            token_stats(other)
+
+
+def test_fields_that_are_refused():
+    native, logits = _native.extension(), randn(3, 10)
+    with pytest.raises(TypeError, match=r"lm_logits\(\) has no argument 'logit'"):
+        native.lm_logits(rows=3, logit=logits)
+    with pytest.raises(TypeError, match="keyword arguments only"):
+        native.lm_logits(3)
+    with pytest.raises(TypeError):
+        native.lm_logits(rows="3")
+    with pytest.raises(TypeError, match="a tuple of 4"):
+        native.lm_logits(hidden=(logits.data_ptr(), 10))
+    with pytest.raises(OverflowError):
+        native.lm_logits(num_threads=2**31)
+    with pytest.raises(ValueError, match="one length"):
+        native.embedding_mix(tables=[logits, logits], cotangents=[logits])
+    with pytest.raises(ValueError, match="null"):
+        native.embedding_mix(rows=3, vocab=10, logits=(None, 10, 10, 0), tau=1.0)
 
 
 def test_exp_is_within_two_ulp(isa):
@@ -290,7 +315,7 @@ def test_a_missing_extension_says_why(monkeypatch):
     assert not _native.available()
     assert _native.why_missing() == "it is not here"
     with pytest.raises(RuntimeError, match="it is not here"):
-        _native.token_stats(torch.zeros(1, 1))
+        token_stats(torch.zeros(1, 1))
 
 
 def test_the_c_interface_is_exported():

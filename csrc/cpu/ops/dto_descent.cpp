@@ -285,7 +285,7 @@ struct Layout {
 
   explicit Layout(const nabla_fast_descent_args& call) {
     const int64_t rows = call.rows, vocab = call.vocab;
-    const bool noise = call.noise_seed, groups = call.group;
+    const bool noise = call.noise_seed, groups = waits(call);
     threads = threads_for((Size(rows) * vocab * std::max<int64_t>(call.iters, 1)).or_most(),
                           kWorkPerThread, call.num_threads);
     const int64_t most = std::clamp<int64_t>(vocab / kTokensPerThread, 1, threads);
@@ -423,5 +423,6 @@ nabla_fast_status nabla_fast_dto_descent(const nabla_fast_descent_args* args) {
   if (call.rows == 0) return NABLA_FAST_OK;
   const Layout layout(call);
   if (const auto refused = check_outputs(call, call.vocab, nullptr, layout.bytes)) return refused;
+  if (!waits(call)) call.group = nullptr;
   return run(call, layout, aligned(call.workspace));
 }

@@ -109,6 +109,9 @@ inline nabla_fast_status check_outputs(const nabla_fast_descent_args& call, int6
   return NABLA_FAST_OK;
 }
 
+// Whether rows wait for each other: one alone has none to wait for.
+inline bool waits(const nabla_fast_descent_args& call) { return call.group && call.rows > 1; }
+
 // Groups of rows that stop together. A row's leader is the first row of its group.
 struct StopGroups {
   int64_t* order;     // [rows]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.errors import BackendUnavailable, InputError
+from nabla_fast.ops.overlaps import expect_apart
 from nabla_fast.ops.registry.backends import BACKENDS, PREFERENCE, forced_backends, is_available
 from nabla_fast.ops.registry.schema import (
     is_record,
@@ -31,6 +32,7 @@ class Backend:
 
     run: Callable[..., Any]
     refuses: Callable[..., str | None]
+    finds_overlaps: bool = False  # of what it changes in place, with a ValueError
 
 
 class Op:
@@ -78,13 +80,14 @@ class Op:
         return function
 
     def backend(
-        self, name: str, *, refuses: Callable[..., str | None]
+        self, name: str, *, refuses: Callable[..., str | None], finds_overlaps: bool = False
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register a function that computes the op where ``refuses(*arguments)`` is None.
 
         Elsewhere ``refuses`` returns one line that names the argument, as in "rows is float64 (the C++
         kernels take float32 and bfloat16)". Among backends that are there and take an input,
-        ``PREFERENCE`` decides, whatever the order of registration.
+        ``PREFERENCE`` decides, whatever the order of registration. ``finds_overlaps``: the function raises
+        ValueError itself where what it changes in place overlaps another argument.
         """
         if name not in BACKENDS:
             raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
@@ -94,7 +97,7 @@ class Op:
             raise TypeError(f"refuses must be a function of the op's arguments, got {refuses!r}")
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            self._backends[name] = Backend(function, refuses)
+            self._backends[name] = Backend(function, refuses, finds_overlaps)
             self._preferred = tuple(known for known in PREFERENCE if known in self._backends)
             return function
 
@@ -174,7 +177,7 @@ class Op:
         Neither normalizes nor checks arguments, nor records a gradient: for inner loops whose arguments
         are right by construction.
         """
-        return self._choose(args, kwargs)
+        return self._choose(args, kwargs).run
 
     def backends(self) -> tuple[str, ...]:
         """The backends registered on this op, the plain-PyTorch one first."""
@@ -219,20 +222,36 @@ class Op:
     def _compute(self, values: list[Any]) -> Any:
         args, kwargs = self._split(values)
         self._check(*args, **kwargs)
-        run = self._choose(args, kwargs)
+        backend = self._choose(args, kwargs)
+        if self._mutated and not backend.finds_overlaps:
+            self._expect_apart(values)
         device = next(tensors_in(values)).device.type
-        if not torch.is_autocast_enabled(device):
-            return run(*args, **kwargs)
-        # A caller's autocast would round what is promised in float32.
-        with torch.autocast(device, enabled=False):
-            return run(*args, **kwargs)
+        try:
+            if not torch.is_autocast_enabled(device):
+                return backend.run(*args, **kwargs)
+            # A caller's autocast would round what is promised in float32.
+            with torch.autocast(device, enabled=False):
+                return backend.run(*args, **kwargs)
+        except ValueError:
+            if backend.finds_overlaps:
+                self._expect_apart(values)
+            raise
 
-    def _choose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    def _expect_apart(self, values: list[Any]) -> None:
+        """Raise InputError where what the op changes in place overlaps itself or another argument."""
+        changed: list[tuple[str, Tensor]] = []
+        read: list[tuple[str, Tensor]] = []
+        for index, (parameter, value) in enumerate(zip(self.parameters, values, strict=True)):
+            into = changed if index in self._mutated else read
+            into += ((name, t) for name, t in parameter.named(value) if isinstance(t, Tensor))
+        expect_apart(self.name, changed, read)
+
+    def _choose(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Backend:
         names = forced_backends()
         for name in names or self._preferred:
             backend = self._backends.get(name)
             if backend and (names or is_available(name)) and backend.refuses(*args, **kwargs) is None:
-                return backend.run
+                return backend
         reasons = (f"backend {name}: {self._refusal(name, args, kwargs)}" for name in names)
         raise BackendUnavailable(f"{self.name}: {'; '.join(reasons)}")
 

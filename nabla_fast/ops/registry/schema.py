@@ -44,6 +44,14 @@ class Parameter:
             return [value]
         return [None] * len(self.fields) if value is None else list(value)
 
+    def named(self, value: Any) -> list[tuple[str, Any]]:
+        """The parts of a normalized value, each with the name that a caller knows it by."""
+        if self.sequence:
+            return [(f"{self.name}[{index}]", part) for index, part in enumerate(value)]
+        if self.record is None or value is None:
+            return [(self.name, value)]
+        return [(f"{self.name}.{field}", part) for field, part in value._asdict().items()]
+
     def gather(self, flat: Sequence[Any]) -> Any:
         """The value that flat arguments stand for."""
         if self.record is None:

@@ -13,11 +13,12 @@ from torch import Tensor
 from nabla_fast import _native
 from nabla_fast.errors import RowError
 from nabla_fast.ops import AdamState, Descent, cosine_schedule, dto_descent, use_backend
+from nabla_fast.ops.descent_loop import descend_native
 
 from ..contract import BackendContract, EveryInstructionSet
 from ..harness import check, map_tensors, run, to_float64
 from ..inputs import F64, Case, Draw
-from ..shared.descents import descent_arguments
+from ..shared.descents import DescentOverlaps, descent_arguments
 from .cases import DTO_DESCENT
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.why_missing()))
@@ -25,6 +26,10 @@ pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.why_
 
 class TestContract(BackendContract):
     tested, backend = DTO_DESCENT, "cpu"
+
+
+class TestOverlaps(DescentOverlaps):
+    op, backend = dto_descent, "cpu"
 
 
 class TestInstructionSets(EveryInstructionSet):
@@ -37,6 +42,12 @@ def descended(arguments: dict[str, Any], backend: str = "cpu") -> tuple[Descent,
     with use_backend(backend):
         result = dto_descent(**given)
     return result, given["z"], given["state"]
+
+
+def native_descent(arguments: dict[str, Any]) -> Descent:
+    """The kernel's result, in any thread."""
+    own = dict(arguments)
+    return descend_native("dto_descent", own.pop("z"), None, **own)
 
 
 def same(first: tuple, second: tuple, rows: slice | Tensor = slice(None)) -> bool:
@@ -256,7 +267,7 @@ def test_steps_outside_the_schedule_are_refused(draw: Draw):
     arguments = descent_arguments(draw, 3, 50)
     arguments["state"].step[1] = -1
     with pytest.raises(ValueError, match="negative or beyond the schedule"):
-        _native.dto_descent_(arguments["z"], arguments["grad"], *arguments["state"], arguments["schedule"])
+        native_descent(arguments)
 
 
 def test_calls_from_several_threads(draw: Draw):
@@ -265,10 +276,7 @@ def test_calls_from_several_threads(draw: Draw):
     given = [map_tensors(torch.clone, arguments) for _ in range(12)]
 
     def work(own: dict[str, Any]) -> tuple:
-        token, flipped, _ = _native.dto_descent_(
-            own["z"], own["grad"], *own["state"], own["schedule"], group=own["group"], noise=own["noise"]
-        )
-        return Descent(token, flipped), own["z"], own["state"]
+        return native_descent(own), own["z"], own["state"]
 
     with ThreadPoolExecutor(3) as pool:
         assert all(same(expected, result) for result in pool.map(work, given))

@@ -12,12 +12,16 @@ from ..bad_rows import logits_with
 from ..contract import BackendContract, LibraryContract
 from ..inputs import BF16, F32, F64, Draw
 from ..shared.arguments import ArgumentContract
-from ..shared.descents import EXACT, VOCABULARY, DescentAgainstAdam, Problem, stops
+from ..shared.descents import EXACT, VOCABULARY, DescentAgainstAdam, DescentOverlaps, Problem, stops
 from .cases import DTO_DESCENT, good
 
 
 class TestContract(BackendContract):
     tested, backend = DTO_DESCENT, "torch"
+
+
+class TestOverlaps(DescentOverlaps):
+    op, backend = dto_descent, "torch"
 
 
 class TestLibrary(LibraryContract):

@@ -17,7 +17,7 @@ from nabla_fast.ops import AdamState, Descent, backend_status, cosine_schedule, 
 from ..contract import BackendContract
 from ..harness import map_tensors, to_device, to_float64
 from ..inputs import F64, Draw
-from ..shared.descents import descent_arguments
+from ..shared.descents import DescentOverlaps, descent_arguments
 from ..shared.triton_descents import (
     DEVICE,
     ON_DEVICE,
@@ -38,6 +38,10 @@ pytestmark = ON_DEVICE
 
 class TestContract(BackendContract):
     tested, backend = DTO_DESCENT, "triton"
+
+
+class TestOverlaps(DescentOverlaps):
+    op, backend = dto_descent, "triton"
 
 
 class TestDescent(TritonDescent):

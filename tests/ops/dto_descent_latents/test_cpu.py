@@ -13,11 +13,12 @@ from torch import Tensor
 from nabla_fast import _native
 from nabla_fast.errors import RowError
 from nabla_fast.ops import AdamState, Descent, cosine_schedule, dto_descent_latents, use_backend
+from nabla_fast.ops.descent_loop import descend_native
 
 from ..contract import BackendContract, EveryInstructionSet
 from ..harness import check, map_tensors, run, to_float64
 from ..inputs import BF16, F64, Case, Draw
-from ..shared.descents import descent_arguments
+from ..shared.descents import DescentOverlaps, descent_arguments
 from .cases import DTO_DESCENT_LATENTS
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.why_missing()))
@@ -27,6 +28,10 @@ BY_ROW = ("h", "grad", "until", "group")  # beside state and noise
 
 class TestContract(BackendContract):
     tested, backend = DTO_DESCENT_LATENTS, "cpu"
+
+
+class TestOverlaps(DescentOverlaps):
+    op, backend, hidden = dto_descent_latents, "cpu", 5
 
 
 class TestInstructionSets(EveryInstructionSet):
@@ -313,60 +318,73 @@ def test_a_learning_rate_that_is_no_number(draw: Draw):
 def test_what_the_interface_refuses(draw: Draw):
     native = _native.extension()
     arguments = descent_arguments(draw, 3, 50, hidden=8)
+    h, head, grad, state = (arguments[name] for name in ("h", "head", "grad", "state"))
+    token, flipped = torch.full((3,), -7), torch.zeros(3, dtype=torch.bool)
+    matrices = {
+        "parameter": h,
+        "exp_avg": state.exp_avg,
+        "exp_avg_sq": state.exp_avg_sq,
+        "head": head,
+        "grad": grad,
+    }
+    fields = {
+        "num_threads": 1,
+        "rows": 3,
+        "vocab": 50,
+        **matrices,
+        "step": state.step,
+        "schedule": arguments["schedule"],
+        "iters": 20,
+        "tau": 1.0,
+        "token": token,
+        "flipped": flipped,
+        "row_status": torch.zeros(3, dtype=torch.int32),
+    }
+    size = native.dto_descent_latents_workspace(**fields)
 
-    def call(**changed: Any) -> str:
-        h, head, grad, state = (arguments[name] for name in ("h", "head", "grad", "state"))
-        token, flipped = torch.full((3,), -7), torch.zeros(3, dtype=torch.bool)
-        status = torch.zeros(3, dtype=torch.int32)
-        size = native.dto_descent_latents_workspace(3, 50, 8)
-        workspace = torch.empty(size, dtype=torch.uint8)
-        values = {
-            "h": h.data_ptr(),
-            "head": head.data_ptr(),
-            "head_dtype": native.FLOAT32,
-            "grad": grad.data_ptr(),
-            "exp_avg": state.exp_avg.data_ptr(),
-            "exp_avg_sq": state.exp_avg_sq.data_ptr(),
-            "step": state.step.data_ptr(),
-            **{"rows": 3, "vocab": 50, "width": 8, "h_stride": 8, "head_stride": 8, "grad_stride": 50},
-            **{"exp_avg_stride": 8, "exp_avg_sq_stride": 8},
-            "schedule": arguments["schedule"].data_ptr(),
-            **{"iters": 20, "schedule_stride": 0, "until": 0, "group": 0, "tau": 1.0},
-            **{"noise_seed": 0, "noise_position": 0},
-            "token": token.data_ptr(),
-            "flipped": flipped.data_ptr(),
-            "row_status": status.data_ptr(),
-            "workspace": workspace.data_ptr(),
-            "workspace_bytes": size,
-            "num_threads": 1,
-        }
+    def refused(match: str, **changed: Any) -> None:
         before = h.clone()
-        code = native.dto_descent_latents(**(values | changed))
-        assert code == 0 or ((token == -7).all() and torch.equal(before, h))
-        return native.status_string(code)
+        with pytest.raises(ValueError, match=match):
+            native.dto_descent_latents(**(fields | changed))
+        assert (token == -7).all()
+        assert torch.equal(before, h)
 
-    for name in ("rows", "width", "iters"):
-        assert "negative" in call(**{name: -1})
-    assert "negative" in call(vocab=0)
-    assert "tau" in call(tau=0.0)
-    assert "tau" in call(tau=float("nan"))
-    assert "dtype" in call(head_dtype=7)
-    for name in ("h", "head", "grad", "exp_avg", "exp_avg_sq", "step", "schedule"):
-        assert "null" in call(**{name: 0})
-    for name in ("token", "flipped", "row_status", "workspace"):
-        assert "null" in call(**{name: 0})
-    assert "null" in call(noise_seed=arguments["state"].step.data_ptr())
-    assert "workspace" in call(workspace_bytes=native.dto_descent_latents_workspace(3, 50, 8) - 1)
-    for name in ("h_stride", "head_stride", "grad_stride", "exp_avg_stride", "exp_avg_sq_stride"):
-        assert "address space" in call(**{name: 2**60})
-    assert "address space" in call(vocab=2**60)
-    assert native.dto_descent_latents_workspace(2**60, 50, 8) == 0
-    assert call(rows=0, h=0, head=0, workspace=0) == "ok"
-    until = torch.tensor([1, 21, 2])
-    assert "schedule" in call(until=until.data_ptr())
-    assert call() == "ok"
-    arguments["state"].step[1] = -1
-    assert "schedule" in call()
+    def changed(name: str, index: int, value: Any) -> tuple[Any, ...]:
+        tensor = matrices[name]
+        of = [tensor.data_ptr(), tensor.shape[1], tensor.stride(0), 0]
+        of[index] = value
+        return tuple(of)
+
+    for name in ("rows", "iters"):
+        refused("negative", **{name: -1})
+    refused("empty", vocab=0)
+    refused("tau", tau=0.0)
+    refused("tau", tau=float("nan"))
+    for name in matrices:
+        refused("widths differ", **{name: changed(name, 1, 7)})
+        refused("dtype", **{name: changed(name, 3, 7)})
+        refused("null", **{name: changed(name, 0, None)})
+        refused("address space", **{name: changed(name, 2, 2**60)})
+    for name in ("parameter", "exp_avg", "exp_avg_sq"):
+        refused("overlaps", **{name: changed(name, 2, 7)})
+    refused("overlaps", exp_avg=h)
+    refused("overlaps", step=arguments["schedule"])
+    for name in ("step", "schedule", "token", "flipped", "row_status"):
+        refused("null", **{name: None})
+    refused("null", noise_seed=state.step)
+    workspace = torch.empty(size, dtype=torch.uint8)
+    refused("workspace", workspace=workspace, workspace_bytes=size - 1)
+    refused("null", workspace=None, workspace_bytes=size)
+    refused("overlaps", workspace=h, workspace_bytes=size)
+    refused("negative", vocab=2**60)
+    assert native.dto_descent_latents_workspace(**(fields | {"rows": 2**60})) == 0
+    nothing = {"rows": 0, "parameter": None, "head": None, "workspace": None}
+    assert native.dto_descent_latents(**(fields | nothing))
+    refused("schedule", until=torch.tensor([1, 21, 2]))
+    state.step[1] = -1
+    refused("schedule")
+    state.step[1] = 0
+    assert native.dto_descent_latents(**fields)
 
 
 def test_calls_from_several_threads(draw: Draw):
@@ -375,14 +393,9 @@ def test_calls_from_several_threads(draw: Draw):
     given = [map_tensors(torch.clone, arguments) for _ in range(12)]
 
     def work(own: dict[str, Any]) -> tuple:
-        token, flipped, _ = _native.dto_descent_latents_(
-            *(own[name] for name in ("h", "head", "grad")),
-            *own["state"],
-            own["schedule"],
-            group=own["group"],
-            noise=own["noise"],
-        )
-        return Descent(token, flipped), own["h"], own["state"]
+        own = dict(own)
+        h, state = own.pop("h"), own["state"]
+        return descend_native("dto_descent_latents", h, own.pop("head"), **own), h, state
 
     with ThreadPoolExecutor(3) as pool:
         assert all(same(result, expected) for result in pool.map(work, given))

@@ -6,12 +6,16 @@ from nabla_fast.ops import dto_descent_latents
 
 from ..contract import BackendContract, LibraryContract
 from ..shared.arguments import ArgumentContract
-from ..shared.descents import DescentAgainstAdam
+from ..shared.descents import DescentAgainstAdam, DescentOverlaps
 from .cases import DTO_DESCENT_LATENTS, good
 
 
 class TestContract(BackendContract):
     tested, backend = DTO_DESCENT_LATENTS, "torch"
+
+
+class TestOverlaps(DescentOverlaps):
+    op, backend, hidden = dto_descent_latents, "torch", 5
 
 
 class TestLibrary(LibraryContract):

@@ -19,7 +19,7 @@ from nabla_fast.ops import AdamState, Descent, backend_status, dto_descent_laten
 from ..contract import BackendContract
 from ..harness import interpreted, map_tensors, to_float64
 from ..inputs import BF16, F32, Draw
-from ..shared.descents import descent_arguments
+from ..shared.descents import DescentOverlaps, descent_arguments
 from ..shared.triton_descents import (
     DEVICE,
     ON_DEVICE,
@@ -41,6 +41,10 @@ pytestmark = ON_DEVICE
 
 class TestContract(BackendContract):
     tested, backend = DTO_DESCENT_LATENTS, "triton"
+
+
+class TestOverlaps(DescentOverlaps):
+    op, backend, hidden = dto_descent_latents, "triton", 5
 
 
 class TestDescent(TritonDescent):

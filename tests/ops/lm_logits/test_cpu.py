@@ -8,7 +8,7 @@ import torch
 from nabla_fast import _native
 
 from ..contract import BackendContract
-from ..inputs import F32, Draw
+from ..inputs import Draw
 from ..shared.products import DTYPES, ROWS, WIDTHS, unaligned
 from .cases import LM_LOGITS
 
@@ -20,22 +20,9 @@ class TestContract(BackendContract):
 
 
 def logits(hidden: torch.Tensor, head: torch.Tensor, threads: int = 1) -> torch.Tensor:
-    native = _native.extension()
     out = torch.full((len(hidden), len(head)), torch.nan)
-    dtype = native.FLOAT32 if head.dtype == F32 else native.BFLOAT16
-    status = native.lm_logits(
-        hidden.data_ptr(),
-        len(hidden),
-        hidden.stride(0),
-        head.data_ptr(),
-        dtype,
-        *head.shape,
-        head.stride(0),
-        out.data_ptr(),
-        len(head),
-        threads,
-    )
-    assert status == 0
+    sizes = {"num_threads": threads, "rows": len(hidden), "vocab": len(head)}
+    assert _native.extension().lm_logits(**sizes, hidden=hidden, head=head, logits=out)
     return out
 
 
@@ -59,18 +46,21 @@ def test_bits_do_not_depend_on_threads_or_alignment(dtype: torch.dtype, draw: Dr
 
 
 def test_what_the_interface_refuses(draw: Draw):
-    native = _native.extension()
-    hidden, head = draw.normal(2, 16), draw.normal(40, 16)
-    out = torch.empty(2, 40)
-    h, w, o = hidden.data_ptr(), head.data_ptr(), out.data_ptr()
+    hidden, head, out = draw.normal(2, 16), draw.normal(40, 16), torch.full((2, 40), -7.0)
+    fields = {"num_threads": 1, "rows": 2, "vocab": 40, "hidden": hidden, "head": head, "logits": out}
 
-    def text(status: int) -> str:
-        assert status != 0
-        return native.status_string(status)
+    def refused(match: str, **changed: object) -> None:
+        with pytest.raises(ValueError, match=match):
+            _native.extension().lm_logits(**(fields | changed))
+        assert (out == -7).all()
 
-    assert "negative" in text(native.lm_logits(h, -1, 16, w, 0, 40, 16, 16, o, 40, 1))
-    assert "dtype" in text(native.lm_logits(h, 2, 16, w, 7, 40, 16, 16, o, 40, 1))
-    assert "null" in text(native.lm_logits(0, 2, 16, w, 0, 40, 16, 16, o, 40, 1))
-    assert "null" in text(native.lm_logits(h, 2, 16, 0, 0, 40, 16, 16, o, 40, 1))
-    assert "null" in text(native.lm_logits(h, 2, 16, w, 0, 40, 16, 16, 0, 40, 1))
-    assert native.lm_logits(h, 0, 16, w, 0, 40, 16, 16, 0, 40, 1) == 0
+    refused("negative", rows=-1)
+    refused("widths differ", head=head[:, 1:])
+    refused("dtype", head=(head.data_ptr(), 16, 16, 7))
+    refused("dtype", logits=torch.empty(2, 40, dtype=torch.bfloat16))
+    for name, width in (("hidden", 16), ("head", 16), ("logits", 40)):
+        refused("null", **{name: (None, width, width, 0)})
+    refused("address space", hidden=(hidden.data_ptr(), 16, 2**60, 0))
+    refused("overlaps", logits=(out.data_ptr(), 40, 39, 0))
+    refused("overlaps", hidden=(out[1, 20:].data_ptr(), 16, 16, 0))
+    assert _native.extension().lm_logits(**(fields | {"rows": 0, "logits": None}))

@@ -6,6 +6,7 @@ import pytest
 
 from nabla_fast import _native
 from nabla_fast.ops import onehot_grad_norm
+from nabla_fast.ops.onehot_grad_norm import onehot_grad_norm_native
 
 from ..contract import BackendContract, EveryInstructionSet
 from ..shared.onehot import OnehotCall, OnehotOnBackend, OnehotPass
@@ -31,4 +32,4 @@ class NormCall(OnehotCall):
 
 
 class TestPasses(OnehotPass):
-    op, call, native = onehot_grad_norm, NormCall, staticmethod(_native.onehot_grad_norm)
+    op, call, native = onehot_grad_norm, NormCall, staticmethod(onehot_grad_norm_native)

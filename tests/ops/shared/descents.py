@@ -18,9 +18,12 @@ from nabla_fast.ops import (
     dto_descent,
     dto_descent_latents,
     gumbel_noise,
+    use_backend,
 )
+from nabla_fast.ops.registry import Op
 
-from ..harness import rows_of
+from ..contract import OnBackend
+from ..harness import home, rows_of, to_device
 from ..inputs import BF16, F16, F32, F64, WHOLE, Case, Draw
 from ..reference import AdamRun
 
@@ -139,6 +142,56 @@ def _case(name: str, sizes: dict[str, Any]) -> Case:
     many = sizes.get("iters", 20) > 20
     make = partial(descent_arguments, **sizes)
     return Case(name, make, sizes["vocabulary"] == WHOLE, many, None if many else partial(_few, **sizes))
+
+
+# -- overlaps ----------------------------------------------------------------------------------------
+
+
+class DescentOverlaps(OnBackend):
+    """Tensors that a descent changes may share memory with nothing, but may be parts of one matrix."""
+
+    op: ClassVar[Op]
+    hidden: ClassVar[int] = 0
+
+    def arguments(self, draw: Draw) -> dict[str, Any]:
+        arguments = descent_arguments(draw, rows=3, vocabulary=9, iters=2, hidden=self.hidden)
+        return to_device(home(self.backend), arguments)
+
+    def refused(self, arguments: dict[str, Any], *parts: str) -> None:
+        with use_backend(self.backend), pytest.raises(InputError) as error:
+            self.op(**arguments)
+        assert all(part in str(error.value) for part in (self.op.name, "changed in place", *parts))
+
+    def test_overlaps_are_refused(self, draw: Draw):
+        arguments = self.arguments(draw)
+        name = "h" if self.hidden else "z"
+        parameter, state = arguments[name], arguments["state"]
+        before = parameter.clone()
+        self.refused(arguments | {"state": state._replace(exp_avg=parameter)}, name, "state.exp_avg")
+        same = state._replace(exp_avg_sq=state.exp_avg)
+        self.refused(arguments | {"state": same}, "state.exp_avg", "state.exp_avg_sq")
+        self.refused(arguments | {"until": state.step}, "state.step", "until")
+        repeated = parameter[:1].expand(3, -1)
+        self.refused(arguments | {name: repeated}, name, "elements of it overlap")
+        shifted = torch.cat([parameter, parameter]).flatten()
+        size = parameter.numel()
+        moved = shifted[parameter.shape[1] :][:size].view_as(parameter)
+        shared = state._replace(exp_avg=moved)
+        self.refused(arguments | {name: shifted[:size].view_as(parameter), "state": shared}, name)
+        assert torch.equal(parameter, before)
+
+    def test_parts_of_one_matrix_are_taken(self, draw: Draw):
+        arguments = self.arguments(draw)
+        name = "h" if self.hidden else "z"
+        parameter, state = arguments[name], arguments["state"]
+        columns = torch.cat([parameter, state.exp_avg, state.exp_avg_sq], dim=1)
+        parts = columns.split(parameter.shape[1], dim=1)
+        beside = {name: parts[0], "state": AdamState(parts[1], parts[2], state.step.clone())}
+        with use_backend(self.backend):
+            found = self.op(**(arguments | beside))
+            wanted = self.op(**arguments)
+        assert torch.equal(found.token, wanted.token)
+        assert torch.equal(parts[0], parameter)
 
 
 # -- against Adam ------------------------------------------------------------------------------------

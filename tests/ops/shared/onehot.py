@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from nabla_fast import _native
 from nabla_fast.errors import InputError, RowError
 from nabla_fast.ops import use_backend
+from nabla_fast.ops.onehot_grad import onehot_grad_native
+from nabla_fast.ops.onehot_grad_norm import onehot_grad_norm_native
 from nabla_fast.ops.registry import Op
 
 from ..contract import OnBackend, only_if
 from ..harness import home, interpreted, map_tensors, run, to_device
 from ..inputs import BF16, F16, F32, F64, WHOLE, Case, Draw, cases_of, masked_by_head, strided
 from .passes import Call, VocabularyPass, forced
+
+NATIVE = {"onehot_grad": onehot_grad_native, "onehot_grad_norm": onehot_grad_norm_native}
 
 # -- inputs ------------------------------------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class OnehotAgainstAutograd:
         with pytest.raises(InputError, match=r"tables\[1\]"):
             self.op(**arguments)
         with pytest.raises(ValueError, match="has no row"):
-            getattr(_native, self.op.name)(*arguments.values(), [None, token_map])
+            NATIVE[self.op.name](*arguments.values(), [None, token_map])
 
     def test_no_rows(self, draw: Draw):
         arguments = Loss(draw, 3).arguments()
@@ -275,28 +278,17 @@ def exact(op: Op, arguments: dict[str, Any]) -> Tensor:
 class OnehotCall(Call):
     """A raw call of onehot_grad or onehot_grad_norm."""
 
-    name: ClassVar[str]
-
-    def inputs(self) -> Any:
-        parts = {
-            "rows": self.rows,
-            "vocab": self.vocabulary,
+    def fields(self) -> dict[str, Any]:
+        to: Any = self.results[0]
+        if self.matrix_result:
+            to = (to.data_ptr(), self.vocabulary, self.stride, 0)
+        fields = {
+            "nll_coeff": self.arguments["nll_coeff"],
             "cotangents": [self.matrix(t) for t in self.arguments["cotangents"]],
             "tables": [self.matrix(t) for t in self.arguments["tables"]],
-            "hidden": self.hidden,
-            "head": self.head,
-            "nll_coeff": self.arguments["nll_coeff"],
-            "token_maps": [],
-            "table_rows": [],
+            "grad" if self.matrix_result else "norm": to,
         }
-        return self.native.Onehot(**(parts | self.table_change))
-
-    def workspace(self) -> int:
-        return getattr(self.native, f"{self.name}_workspace")(self.inputs())
-
-    def run(self, result: int, tail: tuple[int, ...], tau: float) -> int:
-        strides = [self.stride] if self.matrix_result else []
-        return getattr(self.native, self.name)(self.inputs(), result, *strides, *tail)
+        return fields | self.table_change
 
 
 class OnehotPass(VocabularyPass):

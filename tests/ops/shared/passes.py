@@ -18,6 +18,7 @@ from nabla_fast.ops.registry import Op
 from ..harness import check, map_tensors, rows_of, run
 from ..inputs import BF16, F32, Case, Draw
 
+RESULTS = ("logsumexp", "grad", "norm")
 Made = Callable[..., dict[str, Any]]
 DTYPES = pytest.mark.parametrize(
     ("small", "dtype"), [(F32, F32), (F32, BF16), (BF16, BF16)], ids=["fp32", "bf16 tables", "bf16"]
@@ -42,6 +43,7 @@ def _as_list(result: Any) -> list[Tensor]:
 class Call:
     """A raw call of one of the kernels, on buffers with room around them."""
 
+    name: ClassVar[str]
     results_of_a_row: ClassVar[int] = 1
     small: ClassVar[str] = "hidden"
     matrix_result: ClassVar[bool] = False  # [N, V] instead of numbers a row
@@ -66,21 +68,40 @@ class Call:
     @staticmethod
     def matrix(tensor: Tensor) -> tuple[int, int, int, int]:
         dtype = 0 if tensor.dtype == F32 else 1
-        return tensor.data_ptr(), dtype, tensor.shape[1], tensor.stride(0)
+        return tensor.data_ptr(), tensor.shape[1], tensor.stride(0), dtype
+
+    def fields(self) -> dict[str, Any]:
+        """Fields of the kernel's own, the first result among them."""
+        raise NotImplementedError
+
+    def _fields(self, tau: float = 1.0) -> dict[str, Any]:
+        return {
+            "num_threads": 1,
+            "rows": self.rows,
+            "vocab": self.vocabulary,
+            "hidden": self.hidden,
+            "head": self.head,
+            "row_status": self.status,
+            **({"tau": tau} if self.writes_argmax else {}),
+            **self.fields(),
+        }
 
     def workspace(self) -> int:
-        raise NotImplementedError
-
-    def run(self, result: int, tail: tuple[int, ...], tau: float) -> int:
-        """The kernel's status."""
-        raise NotImplementedError
+        return getattr(self.native, f"{self.name}_workspace")(**self._fields())
 
     def __call__(self, memory: int, size: int, tau: float = 1.0, null: str = "") -> str:
-        def at(name: str, tensor: Tensor) -> int:
-            return 0 if name == null else tensor.data_ptr()
-
-        tail = at("status", self.status), memory, size, 1
-        return self.native.status_string(self.run(at("result", self.results[0]), tail, tau))
+        """Why the call is refused, or "ok"."""
+        fields = self._fields(tau) | {"workspace": memory, "workspace_bytes": size}
+        if null == "status":
+            fields["row_status"] = None
+        if null == "result":
+            name, value = next(item for item in self.fields().items() if item[0] in RESULTS)
+            fields[name] = (None, *value[1:]) if isinstance(value, tuple) else None
+        try:
+            assert getattr(self.native, self.name)(**fields)
+        except ValueError as error:
+            return str(error)
+        return "ok"
 
 
 class VocabularyPass:
@@ -235,11 +256,11 @@ class VocabularyPass:
             turned["cotangents"] = [t.flip(0) for t in call.arguments["cotangents"]]
             last = call.rows - 1
             call.table_change["cotangents"] = [
-                (t[last].data_ptr(), 0, t.shape[1], -t.stride(0)) for t in call.arguments["cotangents"]
+                (t[last].data_ptr(), t.shape[1], -t.stride(0), 0) for t in call.arguments["cotangents"]
             ]
         wanted = next(iter(run(self.op, "cpu", turned).values()))
         small = call.arguments[name]
-        call.hidden = (small[call.rows - 1].data_ptr(), 0, small.shape[1], -small.stride(0))
+        call.hidden = (small[call.rows - 1].data_ptr(), small.shape[1], -small.stride(0), 0)
         memory = torch.empty(call.workspace(), dtype=torch.uint8)
         assert call(memory.data_ptr(), len(memory)) == "ok"
         got = call.results[0]
@@ -271,9 +292,9 @@ class VocabularyPass:
         assert "negative" in self.refused(draw, set_to(rows=-1))
         assert "empty" in self.refused(draw, set_to(vocabulary=0))
         assert "null" in self.refused(draw, hidden(0, 0))
-        assert "dtype" in self.refused(draw, hidden(1, 7))
-        assert "negative" in self.refused(draw, hidden(2, 3))
-        assert "address space" in self.refused(draw, hidden(3, 2**60))
+        assert "dtype" in self.refused(draw, hidden(3, 7))
+        assert "negative" in self.refused(draw, hidden(1, 3))
+        assert "address space" in self.refused(draw, hidden(2, 2**60))
         assert "address space" in self.refused(draw, set_to(rows=2**60))
         assert "null" in self.refused(draw, null="status")
         assert "null" in self.refused(draw, null="result")

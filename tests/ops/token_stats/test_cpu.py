@@ -9,6 +9,7 @@ import torch
 
 from nabla_fast import _native
 from nabla_fast.ops import token_stats
+from nabla_fast.ops.token_stats import token_stats_native
 
 from ..contract import BackendContract, EveryInstructionSet
 from ..inputs import F32, Draw
@@ -37,18 +38,24 @@ class StatsCall(Call):
     results_of_a_row = 3
     small = "rows"
 
-    def workspace(self) -> int:
-        given = self.hidden, self.rows, self.head, self.vocabulary
-        return self.native.linear_token_stats_workspace(*given)
+    name = "linear_token_stats"
 
-    def run(self, result: int, tail: tuple[int, ...], tau: float) -> int:
-        more = (tensor.data_ptr() for tensor in (*self.results[1:], self.argmax))
-        given = self.hidden, self.rows, self.head, self.vocabulary
-        return self.native.linear_token_stats(*given, tau, result, *more, *tail)
+    def fields(self) -> dict[str, Any]:
+        return {
+            "logsumexp": self.results[0],
+            "confidence": self.results[1],
+            "entropy": self.results[2],
+            "argmax": self.argmax,
+        }
+
+
+def statistics(rows: torch.Tensor, head: torch.Tensor, tau: float) -> list[torch.Tensor]:
+    values, status = token_stats_native(rows, head, tau)
+    return [*values, status]
 
 
 class TestPasses(VocabularyPass):
-    op, call, native, small = token_stats, StatsCall, staticmethod(_native.linear_token_stats), "rows"
+    op, call, native, small = token_stats, StatsCall, staticmethod(statistics), "rows"
 
     @staticmethod
     def made(
