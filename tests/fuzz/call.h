@@ -284,7 +284,7 @@ class Call {
       put(before);
       const Restored restored(*this);
       for (Array& array : arrays) {
-        if (array.by != By::kRows || array.empty() || !array.address()) continue;
+        if (array.by != By::kRows || !is_there(array)) continue;
         const View view = array.view();
         const int64_t stride = view.axes.empty() ? 1 : view.axes[0].stride;
         if (r > 0)
@@ -402,6 +402,8 @@ class Call {
     return arrays.back();
   }
 
+  static bool is_there(const Array& array) { return !array.empty() && array.address(); }
+
   static bool same_elements(const AnyTensor& tensor, const std::vector<char>& a,
                             const std::vector<char>& b) {
     if (a.size() != b.size()) return false;
@@ -457,8 +459,10 @@ class Call {
       mistake(NABLA_FAST_WORKSPACE_TOO_SMALL, [this] { form_.workspace_is_small = true; });
       mistake(NABLA_FAST_INVALID_POINTER, [this] { form_.no_workspace = true; });
     }
+    int64_t number = 0;
+    const auto there = std::count_if(arrays.begin(), arrays.end(), is_there);
     for (Array& array : arrays) {
-      if (array.width_field) add_mistakes_of_matrix(array);
+      if (array.width_field) add_mistakes_of_matrix(array, ++number);
       if (array.empty()) continue;
       if (!array.may_be_null)
         mistake(NABLA_FAST_INVALID_POINTER, [&array] { array.put_address(0); });
@@ -473,15 +477,17 @@ class Call {
           *array.stride_fields[n] = random_.pick<int64_t>({0, below, -below, below / 2});
         });
       }
-      if (array.address() && query_)
+      if (is_there(array) && query_)
         mistake(NABLA_FAST_OVERLAP, [this, &array] { form_.workspace_over = &array; });
-      if (array.written) mistake(NABLA_FAST_OVERLAP, [this, &array] { overlap(array); });
+      if (array.written && there > 1)
+        mistake(NABLA_FAST_OVERLAP, [this, &array] { overlap(array); });
     }
   }
-  void add_mistakes_of_matrix(Array& array) {
-    any_mistake([this, &array] {
-      *array.width_field =
-          random_.pick<int64_t>({random_.negative(), random_.huge(), array.tensor->columns() + 1});
+  // more: columns that no other matrix is too wide by, so that two mistakes do not agree.
+  void add_mistakes_of_matrix(Array& array, int64_t more) {
+    any_mistake([this, &array, more] {
+      *array.width_field = random_.pick<int64_t>(
+          {random_.negative(), random_.huge(), array.tensor->columns() + more});
     });
     mistake(NABLA_FAST_UNKNOWN_DTYPE, [this, &array] {
       const nabla_fast_dtype other =
@@ -495,9 +501,9 @@ class Call {
   void overlap(Array& array) {
     std::vector<const Array*> others;
     for (const Array& other : arrays)
-      if (&other != &array && !other.empty() && other.address()) others.push_back(&other);
-    // A call has other arrays, or it has this one twice.
-    if (others.empty()) others.push_back(&array);
+      if (&other != &array && is_there(other)) others.push_back(&other);
+    // Another mistake may have taken them away.
+    if (others.empty()) return;
     const Array& other =
         *others[static_cast<size_t>(random_.between(0, static_cast<int64_t>(others.size()) - 1))];
     const View view = array.view(), over = other.view();
@@ -568,9 +574,7 @@ class Call {
     }
   }
   // Most of those that can be elsewhere.
-  bool movable(const Array& array) {
-    return !array.stays && !array.empty() && array.address() && !random_.one_in(4);
-  }
+  bool movable(const Array& array) { return !array.stays && is_there(array) && !random_.one_in(4); }
   static int64_t rounded_up(int64_t bytes) { return (bytes + 7) / 8 * 8; }
 
   Random& random_;

@@ -15,6 +15,7 @@ struct Problem {
   bool linear;
   std::vector<Matrix> inputs;  // logits, or hidden and head
   std::vector<int64_t> widths;
+  Values gradients;  // of tables and cotangents
   MatrixList<nabla_fast_matrix> tables;
   List<int64_t> seed, position;
   List<nabla_fast_status> status;
@@ -25,7 +26,8 @@ struct Problem {
         vocab(sizes.vocab),
         linear(random.one_in(2)),
         widths(of_tables),
-        tables(random, sizes.vocab, of_tables),
+        gradients(random),
+        tables(random, gradients, sizes.vocab, of_tables),
         seed(random, rows),
         position(random, rows),
         status(random, rows) {
@@ -93,7 +95,8 @@ void run(Random& random, Problem& problem, MixCall& call) {
 
 FUZZ(embedding_mix) {
   Problem problem(random);
-  MatrixList<nabla_fast_output> mixes(random, problem.rows, problem.widths, true);
+  MatrixList<nabla_fast_output> mixes(random, problem.gradients, problem.rows, problem.widths,
+                                      true);
   MixCall call(random, nabla_fast_embedding_mix, nabla_fast_embedding_mix_workspace);
   call.garbage(call.args.cotangents);
   call.garbage(call.args.direct);
@@ -107,12 +110,11 @@ FUZZ(embedding_mix) {
 FUZZ(embedding_mix_backward) {
   Problem problem(random);
   const int64_t width = problem.inputs.back().tensor().columns();
-  MatrixList<nabla_fast_matrix> cotangents(random, problem.rows, problem.widths);
+  MatrixList<nabla_fast_matrix> cotangents(random, problem.gradients, problem.rows, problem.widths);
   Matrix grad(random, problem.rows, width,
               problem.linear ? NABLA_FAST_FLOAT32 : problem.inputs[0].dtype());
   Matrix direct(random, problem.rows, problem.vocab, dtype(random));
-  Values gradients(random);
-  direct.plain(gradients);
+  direct.plain(problem.gradients);
   MixCall call(random, nabla_fast_embedding_mix_backward,
                nabla_fast_embedding_mix_backward_workspace);
   call.garbage(call.args.hard);

@@ -36,6 +36,7 @@ struct Problem {
   std::vector<int64_t> widths;
   std::vector<std::unique_ptr<List<int64_t>>> maps;  // null: none
   std::vector<int64_t> rows_of_tables;
+  Values gradients;  // of tables and cotangents
   MatrixList<nabla_fast_matrix> tables, cotangents;
   List<int64_t> table_rows;
   List<const int64_t*> token_maps;
@@ -46,8 +47,9 @@ struct Problem {
       : linear(random, sizes.rows, sizes.vocab),
         widths(of_tables),
         rows_of_tables(draw_maps(random)),
-        tables(random, rows_of_tables, widths, false),
-        cotangents(random, sizes.rows, widths),
+        gradients(random),
+        tables(random, gradients, rows_of_tables, widths, false),
+        cotangents(random, gradients, sizes.rows, widths),
         table_rows(random, static_cast<int64_t>(widths.size())),
         token_maps(random, static_cast<int64_t>(widths.size())),
         status(random, sizes.rows) {}

@@ -26,18 +26,18 @@ struct MatrixList {
   List<Field> fields;
 
   // rows[t]: of matrix t.
-  MatrixList(Random& random, const std::vector<int64_t>& rows, const std::vector<int64_t>& widths,
-             bool floats)
+  MatrixList(Random& random, Values& values, const std::vector<int64_t>& rows,
+             const std::vector<int64_t>& widths, bool floats)
       : fields(random, static_cast<int64_t>(widths.size())) {
-    Values values(random);
     for (size_t t = 0; t < widths.size(); ++t) {
       const nabla_fast_dtype of = floats ? NABLA_FAST_FLOAT32 : fuzz::dtype(random);
       matrices.emplace_back(random, rows[t], widths[t], of);
       matrices.back().plain(values);
     }
   }
-  MatrixList(Random& random, int64_t rows, const std::vector<int64_t>& widths, bool floats = false)
-      : MatrixList(random, std::vector<int64_t>(widths.size(), rows), widths, floats) {}
+  MatrixList(Random& random, Values& values, int64_t rows, const std::vector<int64_t>& widths,
+             bool floats = false)
+      : MatrixList(random, values, std::vector<int64_t>(widths.size(), rows), widths, floats) {}
 
   template <typename Args>
   void give(Call<Args>& call, By by, const Field*& list) {
