@@ -1,9 +1,9 @@
 // nabla_fast_embedding_mix: products of relaxed one-hot rows with tables.
 //
 // Soft: a segment's weights are relative to the largest y that its row has shown so far; where that
-// moves, the sums are rescaled. Tables may hold numbers so large that these sums overflow though the
-// mixes do not: then there is a second pass, with kSmallScale. Hard: only the largest y is
-// looked for.
+// moves, the sums are rescaled. For tables of bf16 they are rounded to it where that is faster.
+// Tables may hold numbers so large that sums overflow though mixes do not: then there is a second
+// pass, with kSmallScale. Hard: only the largest y is looked for.
 
 #include <algorithm>
 #include <cmath>
@@ -59,7 +59,27 @@ void write_row(const nabla_fast_mix_args& call, int64_t row, nabla_fast_status s
 
 // -- soft -----------------------------------------------------------------------------------------
 
-void add_segment(const RowGroup& group, float scale, int64_t segment, int64_t floats,
+// Weights of a pass: e scale, with e rounded to bf16 or not.
+struct Weights {
+  float scale;
+  bool bf16;
+};
+
+// Fewest columns of a table whose weights are rounded. The rounding errors of a mix are as large as
+// those of its elements where these do not cancel; a few elements may all cancel.
+constexpr int64_t kRoundedColumns = 16;
+
+// Whether weights are rounded: all tables share them, and one of fp32 needs their digits.
+bool rounds_weights(const nabla_fast_mix_args& call) {
+  const nabla_fast_isa isa = nabla_fast_cpu_isa();
+  bool all = call.table_count > 0;
+  for (int64_t t = 0; t < call.table_count; ++t)
+    all = all && call.tables[t].width >= kRoundedColumns &&
+          gemm::rounds_weights(gemm::table_of(call.tables[t], call.vocab), isa);
+  return all;
+}
+
+void add_segment(const RowGroup& group, Weights weights, int64_t segment, int64_t floats,
                  MixSums& part) {
   const nabla_fast_mix_args& call = group.call;
   alignas(64) float y[softmax::kTileFloats];
@@ -77,13 +97,13 @@ void add_segment(const RowGroup& group, float scale, int64_t segment, int64_t fl
             for (int64_t k = 0; k < width; ++k) mixed[k] *= factor[r];
       }
     }
-    softmax::exp_and_sum(y, group.rows, tokens, part.tops.max, call.tau, part.sums);
-    scale_tile(y, group.rows, tokens, scale);
+    softmax::exp_and_sum(y, group.rows, tokens, part.tops.max, call.tau, weights.bf16, part.sums);
+    scale_tile(y, group.rows, tokens, weights.scale);
     float* mixed = part.mixes();
     for (int64_t t = 0; t < call.table_count; ++t) {
       const gemm::Table table = gemm::table_of(call.tables[t], call.vocab);
       gemm::add_weighted_sums(y, gemm::lanes_of(group.rows), group.rows, table.from(token), tokens,
-                              mixed);
+                              mixed, weights.bf16);
       mixed += group.rows * padded(table.width);
     }
   });
@@ -113,7 +133,7 @@ void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
 }
 
 // Sums over all segments, in `memory`.
-MixSums& sum_group(const RowGroup& group, float scale, int threads, char* memory) {
+MixSums& sum_group(const RowGroup& group, Weights weights, int threads, char* memory) {
   const nabla_fast_mix_args& call = group.call;
   const int64_t floats = mix_floats(call).or_zero(), bytes = MixSums::bytes(floats).or_zero();
   auto* total = reinterpret_cast<MixSums*>(memory);
@@ -121,7 +141,7 @@ MixSums& sum_group(const RowGroup& group, float scale, int threads, char* memory
   total->clear(floats);
   in_rounds(
       mix_segments(call.vocab), group.rows, threads,
-      [&](int64_t segment, int64_t n) { add_segment(group, scale, segment, floats, *part(n)); },
+      [&](int64_t segment, int64_t n) { add_segment(group, weights, segment, floats, *part(n)); },
       [&](int row, int64_t n) { join_row(group, row, *part(n), *total); });
   return *total;
 }
@@ -141,8 +161,9 @@ void for_each_mix(const RowGroup& group, float scale, int row, MixSums& total, c
 
 void soft_group(const RowGroup& group, int threads, char* memory) {
   const nabla_fast_mix_args& call = group.call;
+  const bool bf16 = rounds_weights(call);
   bool finite = true;
-  MixSums& total = sum_group(group, 1, threads, memory);
+  MixSums& total = sum_group(group, {1, bf16}, threads, memory);
   for (int r = 0; r < group.rows; ++r) {
     const int64_t row = group.first + r;
     call.row_status[row] = total.tops.status(r);
@@ -156,7 +177,7 @@ void soft_group(const RowGroup& group, int threads, char* memory) {
     });
   }
   if (finite) return;
-  sum_group(group, kSmallScale, threads, memory);
+  sum_group(group, {kSmallScale, bf16}, threads, memory);
   for (int r = 0; r < group.rows; ++r) {
     if (call.row_status[group.first + r] != NABLA_FAST_OK) continue;
     for_each_mix(group, kSmallScale, r, total, [](float mix, float& out) {

@@ -27,6 +27,14 @@ NABLA_FAST_INLINE uint16_t fp32_to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+// The same of numbers that are not NaN, as fp32.
+template <int W>
+NABLA_FAST_INLINE Floats<W> rounded_to_bf16(Floats<W> x) {
+  using Bits = typename VecTypes<W>::Bits;
+  const Bits bits = (Bits)x;
+  return (Floats<W>)((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u);
+}
+
 // An element of float or, as uint16_t, of bf16.
 NABLA_FAST_INLINE float to_fp32(float x) { return x; }
 NABLA_FAST_INLINE float to_fp32(uint16_t bf16) { return bf16_to_fp32(bf16); }

@@ -132,7 +132,7 @@ NABLA_FAST_INLINE Floats<W> weight_of(Floats<W> y, Floats<W> max, float inverse)
   return x > kMinExponent ? vec_exp_normal<W>(x) : Floats<W>{};
 }
 
-template <int W>
+template <int W, bool kBf16>
 NABLA_FAST_INLINE void exp_and_sum_lanes_kernel(float* y, int lanes, int tokens, const float* max,
                                                 float inverse, float* sum_e) {
   for (int lane = 0; lane < lanes; lane += W) {
@@ -140,7 +140,8 @@ NABLA_FAST_INLINE void exp_and_sum_lanes_kernel(float* y, int lanes, int tokens,
     Floats<W> sum = {};
     for (int t = 0; t < tokens; ++t) {
       float* at = y + t * lanes + lane;
-      const Floats<W> e = weight_of<W>(load<W>(at), top, inverse);
+      Floats<W> e = weight_of<W>(load<W>(at), top, inverse);
+      if constexpr (kBf16) e = rounded_to_bf16<W>(e);
       store<W>(at, e);
       sum += e;
     }
@@ -192,7 +193,8 @@ NABLA_FAST_FOR_EACH_ISA(load_rows, load_rows_kernel<W>)
 NABLA_FAST_FOR_EACH_ISA(store_rows, store_rows_kernel<W>)
 NABLA_FAST_FOR_EACH_ISA(add_noise_rows, noise_rows_kernel<W>)
 NABLA_FAST_FOR_EACH_ISA(find_tops, find_tops_kernel<W>)
-NABLA_FAST_FOR_EACH_ISA(exp_and_sum_lanes, exp_and_sum_lanes_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(exp_and_sum_lanes, exp_and_sum_lanes_kernel<W, false>)
+NABLA_FAST_FOR_EACH_ISA(exp_and_sum_lanes_bf16, exp_and_sum_lanes_kernel<W, true>)
 NABLA_FAST_FOR_EACH_ISA(weighted_grad_sum_lanes, weighted_grad_sum_lanes_kernel<W>)
 NABLA_FAST_FOR_EACH_ISA(jacobian_lanes, jacobian_lanes_kernel<W>)
 
@@ -248,9 +250,11 @@ bool update_max(const float* y, int rows, int64_t token, int tokens, double tau,
   return moved;
 }
 
-void exp_and_sum(float* y, int rows, int tokens, const float* max, double tau, Sums& sums) {
+void exp_and_sum(float* y, int rows, int tokens, const float* max, double tau, bool bf16,
+                 Sums& sums) {
   alignas(64) float e[gemm::kRowsPerGroup];
-  exp_and_sum_lanes(y, gemm::lanes_of(rows), tokens, max, inverse_of(tau), e);
+  const auto& run = bf16 ? exp_and_sum_lanes_bf16 : exp_and_sum_lanes;
+  run(y, gemm::lanes_of(rows), tokens, max, inverse_of(tau), e);
   for (int r = 0; r < rows; ++r) sums.e[r] += e[r];
 }
 

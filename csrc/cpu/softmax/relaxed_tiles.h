@@ -67,8 +67,9 @@ void add_tile(const float* other, int rows, int tokens, float* tile);
 bool update_max(const float* y, int rows, int64_t token, int tokens, double tau, Tops& tops,
                 float* factor);
 
-// y = e, added to sums.e.
-void exp_and_sum(float* y, int rows, int tokens, const float* max, double tau, Sums& sums);
+// y = e, rounded to bf16 if `bf16` is true, added to sums.e.
+void exp_and_sum(float* y, int rows, int tokens, const float* max, double tau, bool bf16,
+                 Sums& sums);
 
 // Contents of the tile of G after weighted_grad_sum().
 enum class GradTile { kCentred, kWeighted };

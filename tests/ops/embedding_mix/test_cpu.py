@@ -97,3 +97,11 @@ def test_a_column_whose_sums_overflow_changes_no_other(dtype: torch.dtype, isa: 
     torch.testing.assert_close(after[:, 3], table[0, 3].expand(5), rtol=1e-5, atol=0)
     assert torch.equal(after[:, [0, 1, 2, *range(4, 40)]], before[:, [0, 1, 2, *range(4, 40)]])
     assert torch.equal(mix(z[2:3]), after[2:3])
+
+
+def test_weights_keep_their_digits_beside_a_table_of_fp32(isa: str):
+    z, table, half = torch.randn(17, 300), torch.randn(300, 33), torch.randn(300, 24).to(BF16)
+    with use_backend("cpu"):
+        (alone,) = embedding_mix(z, [table], hard=False)
+        together, _ = embedding_mix(z, [table, half], hard=False)
+    assert torch.equal(alone, together)

@@ -40,7 +40,7 @@ def arguments(
         draw,
         rows=rows,
         vocabulary=vocabulary,
-        tables=((width, dtypes[1]), (7, dtypes[1])),
+        tables=((width, dtypes[1]), (23, dtypes[1])),
         dtype=dtypes[0],
         hidden=width if "linear" in op.name else 0,
         direct=True,
