@@ -20,10 +20,10 @@ from nabla_fast.ops.registry import BACKENDS, all_ops
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DECODE, DEMO, DEMO_500, KERNELS = (
-    RESULTS / "cpu" / f"{name}.json" for name in ("decode", "demo", "demo_500", "kernels")
-)
+DECODE, DEMO, DEMO_500 = (RESULTS / "cpu" / f"{name}.json" for name in ("decode", "demo", "demo_500"))
 GPU_KERNELS = RESULTS / "gpu" / "kernels.json"
+# A folder for each kind of CPU.
+KERNELS = tuple(sorted(path for path in RESULTS.glob("*/kernels.json") if path != GPU_KERNELS))
 NO_FIGURES = "There are no figures of this release yet."
 
 # The demo's methods, for a reader who has not met them.
@@ -110,7 +110,22 @@ def decode_tables(results: dict[str, Any]) -> str:
     return "\n\n".join([*(table.markdown() for table in tables(results)), " ".join(filter(None, summary))])
 
 
-def kernels_table(results: dict[str, Any]) -> str:
+def cpu_kernels_tables(*results: dict[str, Any]) -> str:
+    """Markdown tables of the kernel benchmark's JSON of CPUs, one for each level of instruction sets.
+
+    Raises:
+        SystemExit: a run was interrupted, or a check did not pass.
+    """
+    parts = []
+    for whole in results:
+        for level, one in whole.get("levels", {whole["environment"]["isa"]: whole}).items():
+            rows = [row for row in whole["rows"] if row["isa"] == level]
+            parts.append(f"**{one['environment']['cpu']['name']}, level `{level}`**")
+            parts.append(kernels_table({**one, "rows": rows}, explained=not parts[1:]))
+    return "\n\n".join(parts) or NO_FIGURES
+
+
+def kernels_table(results: dict[str, Any], explained: bool = True) -> str:
     """A Markdown table of the kernel benchmark's JSON, with the machine it came from and its limits.
 
     Raises:
@@ -126,27 +141,33 @@ def kernels_table(results: dict[str, Any]) -> str:
     ]
     rows += [f"| {' | '.join(_kernel_cells(row))} |" for row in results["rows"]]
     machine, environment = results["machine"], results["environment"]
-    names = {"read": "GB/s", "copy": "GB/s", "multiply_add": "GFLOP/s", "bfloat16_matmul": "GFLOP/s"}
+    names = {
+        "read": "GB/s",
+        "copy": "GB/s",
+        "multiply_add": "GFLOP/s",
+        "dot_product": "GFLOP/s",
+        "tile_product": "GFLOP/s",
+        "bfloat16_matmul": "GFLOP/s",
+    }
     limits = ", ".join(
-        f"{name.replace('_', ' ')} {machine[f'{name}_per_s'] / 1e9:,.4g} {unit}"
+        f"{name.replace('_', ' ')} {machine[f'{name}_per_s'] / 1e9:,.0f} {unit}"
         for name, unit in names.items()
-        if machine[f"{name}_per_s"]
+        if machine.get(f"{name}_per_s")
     )
     gpus = ", ".join(gpu["name"] for gpu in environment["gpus"])
     where = f"{gpus}, torch {environment['versions']['torch']}" if gpus else _machine(environment)
-    return "\n".join(
-        [
-            *rows,
-            "",
-            "Medians of one interleaved run with cold caches; each result was checked against float64 "
-            "first. Ratios say how many times our time the others take: PyTorch as one would write it, "
-            "the same written with care, in place in memory that is there, and torch.compile of the "
-            "former. The limit is the time that the op's bytes or products need at the rates below, "
-            "whichever is longer. Extra memory is the peak beyond inputs and results.",
-            "",
-            f"{where}; limits measured in the same run: {limits}.",
-        ]
-    )
+    if said := environment.get("torch_isa"):
+        where += f" limited to {said['aten']}; oneDNN: {said['onednn']}; MKL: {said['mkl']}"
+    explanation = [
+        "",
+        "Medians of one interleaved run with cold caches; each result was checked against float64 "
+        "first. Ratios say how many times our time the others take: PyTorch as one would write it, "
+        "the same written with care, in place in memory that is there, and torch.compile of the "
+        "former. The limit is the time that the op's bytes or products need at the rates below, "
+        "whichever is longer. Extra memory is the peak beyond inputs and results.",
+    ]
+    said = [*(explanation if explained else []), "", f"{where}; limits measured in the same run: {limits}."]
+    return "\n".join([*rows, *said])
 
 
 def _kernel_cells(row: dict[str, Any]) -> list[str]:
@@ -211,7 +232,7 @@ DOCUMENTS = {
     ROOT / "docs" / "benchmarks.md": [
         Section("demo", demo_table, (DEMO,)),
         Section("decode", decode_tables, (DECODE,)),
-        Section("kernels", kernels_table, (KERNELS,)),
+        Section("kernels", cpu_kernels_tables, KERNELS),
         Section("gpu-kernels", kernels_table, (GPU_KERNELS,), "The GPU kernels are unmeasured."),
     ],
     ROOT / "nabla_fast" / "assets" / "README.md": [Section("demo", demo_table, (DEMO_500,))],

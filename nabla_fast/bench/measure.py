@@ -16,6 +16,7 @@ from nabla_fast.decode.timing import PeakMemory
 
 _FLUSH_BYTES = 256 << 20  # several times the last-level cache of a GPU or a CPU of today
 _SLOW_S = 0.5  # a function that takes so long is warm after one run
+_SLOWEST_S = 10.0  # and one that takes so long is not run again
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,27 @@ def interleaved(
     Each run starts with cold caches, its inputs in memory; on CUDA it is timed with events.
 
     Args:
-        functions: by name; each runs at least three times.
+        functions: by name; each runs at least three times, unless its first run takes very long: that is
+            its time then.
         seconds: spent on all of them together, warm-up not counted.
         reset: called before each run, not timed.
     """
     time_one = _time_cuda if device.type == "cuda" else _time_cpu
-    for function in functions.values():
+    flush = cache_flush(device)
+    runs: dict[str, list[float]] = {name: [] for name in functions}
+    for name, function in functions.items():
         reset()
-        if time_one(function) < 1e3 * _SLOW_S:
+        flush()
+        first = time_one(function)
+        if first < 1e3 * _SLOW_S:
             reset()
             function()
-    runs: dict[str, list[float]] = {name: [] for name in functions}
-    flush = cache_flush(device)
+        elif first > 1e3 * _SLOWEST_S:
+            runs[name].append(first)
+    turns = {name: function for name, function in functions.items() if not runs[name]}
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(next(iter(runs.values()))) < 3:
-        for name, function in functions.items():
+    while turns and (time.perf_counter() - start < seconds or len(runs[next(iter(turns))]) < 3):
+        for name, function in turns.items():
             reset()
             flush()
             runs[name].append(time_one(function))

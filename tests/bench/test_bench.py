@@ -238,6 +238,24 @@ def test_every_function_runs_equally_often():
     assert len(resets) == counts["a"] + counts["b"]  # one before each
 
 
+def test_what_takes_very_long_runs_once(monkeypatch):
+    monkeypatch.setattr(measure, "_SLOWEST_S", measure._SLOW_S)
+    milliseconds = {"a": 1.0, "b": 700.0}
+    counts = dict.fromkeys(milliseconds, 0)
+
+    def count(name: str) -> str:
+        counts[name] += 1
+        return name
+
+    monkeypatch.setattr(measure, "_time_cpu", lambda function: milliseconds[function()])
+    functions = {name: lambda name=name: count(name) for name in counts}
+    times = interleaved(functions, CPU, seconds=0.0)
+    assert counts == {"a": 5, "b": 1}
+    assert times["b"] == Timing(700.0, 700.0, 700.0)
+    del functions["a"]
+    assert interleaved(functions, CPU, seconds=0.0) == {"b": times["b"]}
+
+
 def test_peaks_leave_out_results_and_see_what_is_gone():
     size = 40 << 20
 
@@ -318,6 +336,10 @@ def test_json_holds_rows_machine_and_environment(command):
     assert document["machine"] == LIMITS.to_json()
     assert document["interrupted"] is False
     assert document["environment"]["threads"] == torch.get_num_threads()
+    level = _native.cpu_isa() if _native.available() else None
+    assert document["environment"]["isa"] == level
+    assert {row["isa"] for row in document["rows"]} == {level}
+    assert document["environment"]["torch_isa"]["aten"] == torch.backends.cpu.get_cpu_capability()
     assert "dto_descent N=2 V=257 K=5 float32: passed" in err
 
 
@@ -394,6 +416,24 @@ def test_the_documents_table_compares_with_ours(document):
     assert "dto_descent_latents (plain PyTorch)" in table[3]
     assert "10 GB/s" in table[-1]
     assert "100 GFLOP/s" in table[-1]
+
+
+def test_levels_have_tables_of_their_own(document):
+    tables = pytest.importorskip("tools.tables", reason="not run from a checkout")
+    single = {**document, "environment": document["environment"] | {"isa": "avx512"}}
+    rest = {key: document[key] for key in ("machine", "interrupted", "environment")}
+    both = {
+        "levels": {"avx2": rest, "amx": rest},
+        "rows": [row | {"isa": isa} for isa in ("avx2", "amx") for row in document["rows"]],
+        "environment": document["environment"],
+    }
+    single["rows"] = [row | {"isa": "avx512"} for row in document["rows"]]
+    text = tables.cpu_kernels_tables(both, single)
+    places = [text.index(f"level `{isa}`**") for isa in ("avx2", "amx", "avx512")]
+    assert places == sorted(places)
+    assert text.count("| token_stats (plain PyTorch) |") == 3
+    assert text.count("Medians of one interleaved run") == 1
+    assert tables.cpu_kernels_tables() == tables.NO_FIGURES
 
 
 @pytest.mark.parametrize("change", ["interrupted", "failed"])
