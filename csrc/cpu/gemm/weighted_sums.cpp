@@ -18,10 +18,8 @@ NABLA_FAST_INLINE void weighted_sums_kernel(const float* weights, int lanes, int
   // Few rows read the tile once or twice: the whole next tile has to arrive meanwhile.
   if (rows < 32)
     add_weighted_sums_vec<W, 1>(weights, lanes, rows, table, tokens, sums, prefetcher);
-  else if (table.dtype == NABLA_FAST_BFLOAT16)
-    add_weighted_sums_converted<W>(weights, lanes, rows, table, tokens, sums, prefetcher);
   else
-    add_weighted_sums_vec<W, 4>(weights, lanes, rows, table, tokens, sums, prefetcher);
+    add_weighted_sums_copied<W>(weights, lanes, rows, table, tokens, sums, prefetcher);
 }
 
 NABLA_FAST_FOR_EACH_ISA(weighted_sums, weighted_sums_kernel<W>)

@@ -1,7 +1,6 @@
 // add_weighted_sums() of vocab_tiles.h in vector registers, from a tile that products() has brought
-// into the second-level cache: the table is read as it is, and each element loaded serves as many
-// rows as registers have room for. The same multiply-adds in the same order, whatever the number of
-// rows.
+// into the second-level cache: each element loaded serves as many rows as registers have room for.
+// The same multiply-adds in the same order, whatever the number of rows.
 #ifndef NABLA_FAST_CPU_GEMM_WEIGHTED_SUMS_H_
 #define NABLA_FAST_CPU_GEMM_WEIGHTED_SUMS_H_
 
@@ -97,20 +96,20 @@ NABLA_FAST_INLINE void add_weighted_sums_vec(const float* weights, int lanes, in
                                                          padded(table.width), prefetcher);
 }
 
-// The same of a bf16 table for many rows, where converting elements once pays: 64 columns at a
-// time, which stay in the first-level cache.
+// The same for many rows, where copying elements once pays: 64 columns at a time, which stay in the
+// first-level cache whatever the table's stride is.
 template <int W>
-NABLA_FAST_INLINE void add_weighted_sums_converted(const float* weights, int lanes, int rows,
-                                                   const Table& table, int tokens, float* sums,
-                                                   Prefetcher prefetcher) {
+NABLA_FAST_INLINE void add_weighted_sums_copied(const float* weights, int lanes, int rows,
+                                                const Table& table, int tokens, float* sums,
+                                                Prefetcher prefetcher) {
   constexpr int kStripColumns = 64, kRows = W == 16 ? 8 : 4;
   alignas(64) float strip[kVocabTileTokens * kStripColumns];
   for (int64_t k = 0; k < table.width; k += kStripColumns) {
     const int64_t columns = std::min<int64_t>(kStripColumns, table.width - k);
     for (int t = 0; t < tokens; ++t)
       copy_to_fp32<W>(table, t, k, columns, strip + t * kStripColumns);
-    const Table wide{strip, NABLA_FAST_FLOAT32, columns, kStripColumns};
-    add_all_rows<W, kRows, 8, float>(weights, lanes, rows, wide, tokens, sums + k,
+    const Table copied{strip, NABLA_FAST_FLOAT32, columns, kStripColumns};
+    add_all_rows<W, kRows, 8, float>(weights, lanes, rows, copied, tokens, sums + k,
                                      padded(table.width), prefetcher);
   }
 }
