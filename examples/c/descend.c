@@ -55,9 +55,27 @@ int descend(const struct functions* nabla_fast) {
   static float z[ROWS * STRIDE], grad[ROWS * STRIDE], m[ROWS * STRIDE], s[ROWS * STRIDE];
   static double expected[ROWS][VOCAB];
   double schedule[ITERS], error = 0;
-  int64_t step[ROWS] = {0}, token[ROWS], row, v;
+  int64_t step[ROWS] = {0}, token[ROWS], row, v, bytes;
   uint8_t flipped[ROWS];
   nabla_fast_status row_status[ROWS], status;
+  /* What is not named is 0. */
+  nabla_fast_descent_args args = {
+      .size = sizeof args,
+      .num_threads = 1,
+      .rows = ROWS,
+      .vocab = VOCAB,
+      .parameter = {z, VOCAB, STRIDE, NABLA_FAST_FLOAT32},
+      .exp_avg = {m, VOCAB, STRIDE, NABLA_FAST_FLOAT32},
+      .exp_avg_sq = {s, VOCAB, STRIDE, NABLA_FAST_FLOAT32},
+      .step = step,
+      .grad = {grad, VOCAB, STRIDE, NABLA_FAST_FLOAT32},
+      .schedule = schedule,
+      .iters = ITERS,
+      .tau = TAU,
+      .token = token,
+      .flipped = flipped,
+      .row_status = row_status,
+  };
   int moved = 0;
 
   if (nabla_fast->abi_version() != NABLA_FAST_ABI_VERSION)
@@ -77,18 +95,16 @@ int descend(const struct functions* nabla_fast) {
     for (v = 0; v < VOCAB; ++v) expected[row][v] = z[row * STRIDE + v];
   }
 
-  const int64_t bytes = nabla_fast->workspace(ROWS, VOCAB, ITERS, 0, 0, 1);
-  void* const workspace = malloc((size_t)bytes);
+  bytes = nabla_fast->workspace(&args);
+  args.workspace = malloc((size_t)bytes);
   /* Too small a workspace is refused, and nothing has happened. */
-  status = nabla_fast->descent(z, grad, m, s, step, ROWS, VOCAB, STRIDE, STRIDE, STRIDE, STRIDE,
-                               schedule, ITERS, 0, NULL, NULL, TAU, NULL, NULL, token, flipped,
-                               row_status, workspace, bytes - 1, 1);
+  args.workspace_bytes = bytes - 1;
+  status = nabla_fast->descent(&args);
   if (status != NABLA_FAST_WORKSPACE_TOO_SMALL)
     return fail("status of a small workspace", status, NABLA_FAST_WORKSPACE_TOO_SMALL);
-  status = nabla_fast->descent(z, grad, m, s, step, ROWS, VOCAB, STRIDE, STRIDE, STRIDE, STRIDE,
-                               schedule, ITERS, 0, NULL, NULL, TAU, NULL, NULL, token, flipped,
-                               row_status, workspace, bytes, 1);
-  free(workspace);
+  args.workspace_bytes = bytes;
+  status = nabla_fast->descent(&args);
+  free(args.workspace);
   if (status != NABLA_FAST_OK) {
     fprintf(stderr, "nabla_fast_dto_descent: %s\n", nabla_fast->status_string(status));
     return 1;

@@ -1,256 +1,134 @@
+#include "call.h"
 #include "fuzz.h"
-#include "matrix.h"
+#include "linear.h"
+#include "tables.h"
+#include "tensor.h"
 
 namespace fuzz {
 namespace {
 
+using MixCall = Call<nabla_fast_mix_args>;
+
+// What both functions are given.
 struct Problem {
   int64_t rows, vocab;
   bool linear;
   std::vector<Matrix> inputs;  // logits, or hidden and head
-  std::vector<Matrix> tables, cotangents;
-  std::vector<Matrix> direct;  // none or one
-  std::vector<nabla_fast_table> of_tables, of_cotangents;
-  nabla_fast_table of_direct{};
-  Memory<int64_t> seed, position;
-  nabla_fast_mix call{};
+  std::vector<int64_t> widths;
+  Values gradients;  // of tables and cotangents
+  MatrixList<nabla_fast_matrix> tables;
+  List<int64_t> seed, position;
+  List<nabla_fast_status> status;
 
-  explicit Problem(Random& random) {
-    rows = random.one_in(12) ? random.between(60, 140) : random.between(0, 9);
-    vocab = random.one_in(15) ? random.between(2000, 5000) : random.size(700);
-    linear = random.one_in(2);
-    Values values(random), gradients(random);
+  explicit Problem(Random& random) : Problem(random, Sizes(random), table_widths(random)) {}
+  Problem(Random& random, const Sizes& sizes, const std::vector<int64_t>& of_tables)
+      : rows(sizes.rows),
+        vocab(sizes.vocab),
+        linear(random.one_in(2)),
+        widths(of_tables),
+        gradients(random),
+        tables(random, gradients, sizes.vocab, of_tables),
+        seed(random, rows),
+        position(random, rows),
+        status(random, rows) {
+    Values values(random);
     if (linear) {
       const int64_t width = random.between(1, 100);
       inputs.emplace_back(random, rows, width, dtype(random));
       inputs.emplace_back(random, vocab, width, dtype(random));
       for (Matrix& matrix : inputs) matrix.plain(values);
-      call.hidden = inputs[0].table();
-      call.head = inputs[1].table();
     } else {
       inputs.emplace_back(random, rows, vocab, dtype(random));
       inputs[0].logits(values);
-      call.logits = inputs[0].table();
-    }
-    const int64_t count = random.between(0, 3);
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t width = random.between(1, 150);
-      tables.emplace_back(random, vocab, width, dtype(random));
-      tables.back().plain(gradients);
-      cotangents.emplace_back(random, rows, width, dtype(random));
-      cotangents.back().plain(gradients);
-      of_tables.push_back(tables.back().table());
-      of_cotangents.push_back(cotangents.back().table());
-    }
-    if (random.one_in(2)) {
-      direct.emplace_back(random, rows, vocab, dtype(random));
-      direct[0].plain(gradients);
-      of_direct = direct[0].table();
-    }
-    call.rows = rows;
-    call.vocab = vocab;
-    call.tau = random.pick({1.0, 0.7, 10.0, 0.05});
-    call.table_count = count;
-    call.tables = of_tables.data();
-    seed = Memory<int64_t>(random, rows);
-    position = Memory<int64_t>(random, rows);
-    if (random.one_in(3)) {
-      call.noise_seed = seed.data();
-      call.noise_position = position.data();
     }
   }
-  bool untouched() {
-    bool same = true;
-    for (auto* matrices : {&inputs, &tables, &cotangents, &direct})
-      for (Matrix& matrix : *matrices) same = matrix.untouched() && same;
-    return same;
+  void give(Random& random, MixCall& call) {
+    nabla_fast_mix_args& args = call.args;
+    call.rows(args.rows, rows);
+    call.size(args.vocab, vocab, 1);
+    call.tau(random.pick({1.0, 0.7, 10.0, 0.05}));
+    call.size(args.table_count, static_cast<int64_t>(widths.size()), 0);
+    tables.give(call, By::kOthers, args.tables);
+    if (linear) {
+      call.reads(By::kRows, args.hidden, inputs[0]);
+      call.reads(By::kOthers, args.head, inputs[1]);
+      // What is not there is not looked at.
+      call.garbage(args.logits);
+      args.logits.data = nullptr;
+    } else {
+      call.reads(By::kRows, args.logits, inputs[0]);
+    }
+    if (random.one_in(3)) {
+      call.reads(By::kRows, args.noise_seed, seed);
+      call.reads(By::kRows, args.noise_position, position);
+    } else {
+      call.mistake(NABLA_FAST_INVALID_POINTER, [&] {
+        const bool which = random.one_in(2);
+        args.noise_seed = which ? seed.data() : nullptr;
+        args.noise_position = which ? nullptr : position.data();
+      });
+    }
+    call.writes(By::kRows, args.row_status, status);
+  }
+  void check_statuses() {
+    for (int64_t r = 0; r < rows; ++r) {
+      check(is_row_status(status[r]), "a row's status");
+      if (!linear)
+        check(status[r] == inputs[0].status(r), "a row's status is not that of its logits");
+    }
   }
 };
 
-// One thing wrong with what both functions are given.
-void spoil(Random& random, Problem& problem) {
-  nabla_fast_mix& call = problem.call;
-  nabla_fast_table& input = problem.linear ? call.head : call.logits;
-  switch (random.between(0, 13)) {
-    case 0:
-      call.rows = random.negative();
-      break;
-    case 1:
-      call.rows = random.huge();
-      break;
-    case 2:
-      call.vocab = random.pick<int64_t>({0, random.negative()});
-      break;
-    case 3:
-      call.vocab = random.huge();
-      break;
-    case 4:
-      call.table_count = random.negative();
-      break;
-    case 5:
-      call.table_count = random.huge();
-      break;
-    case 6:
-      call.tau = random.wrong_tau();
-      break;
-    case 7:
-      input.dtype = random.pick<nabla_fast_dtype>({-1, 2, INT32_MAX});
-      break;
-    case 8:
-      input.width = random.pick<int64_t>({random.negative(), random.huge()});
-      break;
-    case 9:
-      if (problem.linear)
-        call.head.data = nullptr;
-      else
-        ++call.logits.width;
-      break;
-    case 10:
-      call.noise_seed = call.noise_seed ? nullptr : problem.seed.data();
-      call.noise_position = call.noise_seed ? nullptr : problem.position.data();
-      break;
-    default:
-      if (problem.of_tables.empty()) {
-        call.rows = -1;
-      } else {
-        nabla_fast_table& table = problem.of_tables[0];
-        switch (random.between(0, 3)) {
-          case 0:
-            table.data = nullptr;
-            break;
-          case 1:
-            table.dtype = 7;
-            break;
-          case 2:
-            table.width = random.pick<int64_t>({-1, random.huge()});
-            break;
-          default:
-            call.tables = nullptr;
-            break;
-        }
-      }
-  }
-}
-
-// Statuses of all rows, where they can be known without the kernel.
-void check_statuses(Problem& problem, const Memory<nabla_fast_status>& status) {
-  for (int64_t r = 0; r < problem.rows; ++r) {
-    check(status[r] >= NABLA_FAST_OK && status[r] <= NABLA_FAST_ROW_ALL_MASKED, "a row's status");
-    if (!problem.linear)
-      check(status[r] == problem.inputs[0].status(r), "a row's status is not that of its logits");
-  }
+void run(Random& random, Problem& problem, MixCall& call) {
+  if (random.one_in(3)) return call.check_refused();
+  const State before = call.state();
+  check(call.run() == NABLA_FAST_OK, "right arguments are refused");
+  const State after = call.state();
+  call.check_inputs();
+  problem.check_statuses();
+  call.check_again(before, after);
+  call.check_interleaved(before, after);
+  call.check_rows_alone(before, after, 1 + problem.rows / 4);
 }
 
 }  // namespace
 
 FUZZ(embedding_mix) {
   Problem problem(random);
-  const int32_t hard = random.one_in(2);
-  int32_t threads = random.threads();
-  std::vector<Memory<float>> mixes;
-  std::vector<float*> into;
-  for (const nabla_fast_table& table : problem.of_tables)
-    mixes.emplace_back(random, problem.rows * table.width);
-  for (Memory<float>& mix : mixes) into.push_back(mix.data());
-  Memory<nabla_fast_status> status(random, problem.rows);
-  const auto run = [&](int fill, int64_t short_by) {
-    const int64_t bytes = nabla_fast_embedding_mix_workspace(&problem.call, hard, threads);
-    check(bytes >= 0, "a size is negative");
-    const int64_t size = std::max<int64_t>(std::min<int64_t>(bytes, 1 << 28) - short_by, 0);
-    Workspace workspace(random, size, fill);
-    return nabla_fast_embedding_mix(&problem.call, hard, into.data(), status.data(),
-                                    workspace.data(), size, threads);
-  };
-  if (random.one_in(3)) {
-    const auto mixes_before = mixes;
-    const auto status_before = status;
-    const bool small = random.one_in(8);
-    if (!small) spoil(random, problem);
-    const nabla_fast_status refused = run(0xAA, small);
-    check(refuses(refused) || (problem.rows == 0 && refused == NABLA_FAST_OK),
-          "wrong arguments are accepted");
-    for (size_t t = 0; t < mixes.size(); ++t)
-      check(same(mixes[t], mixes_before[t]), "a refused call has written");
-    check(same(status, status_before), "a refused call has written");
-    return;
-  }
-  check(run(0xFF, 0) == NABLA_FAST_OK, "right arguments are refused");
-  check(problem.untouched(), "inputs have changed");
-  check_statuses(problem, status);
-  const auto found = mixes;
-  const auto statuses = status;
-  check(run(0, 0) == NABLA_FAST_OK && same(status, statuses), "a second call");
-  for (size_t t = 0; t < mixes.size(); ++t)
-    check(same(mixes[t], found[t]), "the result depends on what the workspace holds");
+  MatrixList<nabla_fast_output> mixes(random, problem.gradients, problem.rows, problem.widths,
+                                      true);
+  MixCall call(random, nabla_fast_embedding_mix, nabla_fast_embedding_mix_workspace);
+  call.garbage(call.args.cotangents);
+  call.garbage(call.args.direct);
+  call.garbage(call.args.grad);
+  call.args.hard = random.one_in(2) ? random.pick({1, -1, INT32_MIN}) : 0;
+  problem.give(random, call);
+  mixes.give(call, By::kRows, call.args.mixes);
+  run(random, problem, call);
 }
 
 FUZZ(embedding_mix_backward) {
   Problem problem(random);
-  int32_t threads = random.threads();
-  const int64_t width = problem.linear ? problem.call.head.width : problem.vocab;
+  const int64_t width = problem.inputs.back().tensor().columns();
+  MatrixList<nabla_fast_matrix> cotangents(random, problem.gradients, problem.rows, problem.widths);
   Matrix grad(random, problem.rows, width,
-              problem.linear ? NABLA_FAST_FLOAT32 : problem.call.logits.dtype);
-  const nabla_fast_table to = grad.table();
-  void* into = const_cast<void*>(to.data);
-  int64_t stride = to.stride;
-  Memory<nabla_fast_status> status(random, problem.rows);
-  const nabla_fast_table* cotangents = problem.of_cotangents.data();
-  const auto run = [&](int fill, int64_t short_by) {
-    const int64_t bytes =
-        nabla_fast_embedding_mix_backward_workspace(&problem.call, cotangents, threads);
-    check(bytes >= 0, "a size is negative");
-    const int64_t size = std::max<int64_t>(std::min<int64_t>(bytes, 1 << 28) - short_by, 0);
-    Workspace workspace(random, size, fill);
-    return nabla_fast_embedding_mix_backward(
-        &problem.call, cotangents, problem.direct.empty() ? nullptr : &problem.of_direct, into,
-        stride, status.data(), workspace.data(), size, threads);
-  };
-  if (random.one_in(3)) {
-    const auto status_before = status;
-    int64_t small = 0;
-    switch (random.between(0, 7)) {
-      case 0:
-        small = 1;
-        break;
-      case 1:
-        into = nullptr;
-        break;
-      case 2:
-        if (problem.rows > 1)
-          stride = random.huge();
-        else
-          into = nullptr;
-        break;
-      case 3:
-        if (problem.of_cotangents.empty())
-          into = nullptr;
-        else
-          problem.of_cotangents[0].width += random.pick<int64_t>({1, -1, 1 << 20});
-        break;
-      default:
-        spoil(random, problem);
-        break;
-    }
-    const nabla_fast_status refused = run(0xAA, small);
-    check(refuses(refused) || (problem.rows == 0 && refused == NABLA_FAST_OK),
-          "wrong arguments are accepted");
-    check(grad.untouched() && same(status, status_before), "a refused call has written");
-    return;
+              problem.linear ? NABLA_FAST_FLOAT32 : problem.inputs[0].dtype());
+  Matrix direct(random, problem.rows, problem.vocab, dtype(random));
+  direct.plain(problem.gradients);
+  MixCall call(random, nabla_fast_embedding_mix_backward,
+               nabla_fast_embedding_mix_backward_workspace);
+  call.garbage(call.args.hard);
+  call.garbage(call.args.mixes);
+  problem.give(random, call);
+  cotangents.give(call, By::kRows, call.args.cotangents);
+  if (random.one_in(2)) {
+    call.reads(By::kRows, call.args.direct, direct).may_be_null = true;
+  } else {
+    call.garbage(call.args.direct);
+    call.args.direct.data = nullptr;
   }
-  const auto elements = [&] {
-    return grad.with([](auto& tensor) {
-      std::vector<double> all;
-      for (const auto element : tensor.elements()) all.push_back(element);
-      return all;
-    });
-  };
-  check(run(0xFF, 0) == NABLA_FAST_OK, "right arguments are refused");
-  check(problem.untouched(), "inputs have changed");
-  check_statuses(problem, status);
-  const auto found = elements();
-  const auto statuses = status;
-  check(run(0, 0) == NABLA_FAST_OK && same(status, statuses) && same(elements(), found),
-        "the result depends on what the workspace holds");
+  call.writes(By::kRows, call.args.grad, grad.tensor());
+  run(random, problem, call);
 }
 
 }  // namespace fuzz

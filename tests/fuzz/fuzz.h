@@ -1,15 +1,16 @@
 // Random calls of the functions of nabla_fast.h.
 //
-// A function has a file of its own with one or more of
+// An op has a file of its own with one or more of
 //
 //   FUZZ(token_stats) {                        // one case; `random` is its source of numbers
-//     Matrix<float> logits(random, rows, vocab);
+//     Matrix logits(random, rows, vocab, dtype(random));
+//     Call<nabla_fast_stats_args> call(random, nabla_fast_token_stats);
+//     call.reads(By::kRows, call.args.logits, logits);
 //     ...
-//     check(status == NABLA_FAST_OK, "refused what is right");
 //   }
 //
-// A case depends on the seed, its name and its number alone. Memory is allocated to the byte, and what
-// lies between the rows of a tensor is poisoned, so that AddressSanitizer sees every access beside it.
+// where Call (call.h) knows what holds for every function, from the arrays that it reads and writes. A
+// case depends on the seed, its name and its number alone.
 #ifndef NABLA_FAST_FUZZ_H_
 #define NABLA_FAST_FUZZ_H_
 
@@ -26,13 +27,6 @@
 #include <vector>
 
 #include "nabla_fast.h"
-
-#ifdef __SANITIZE_ADDRESS__
-  #include <sanitizer/asan_interface.h>
-#else
-  #define ASAN_POISON_MEMORY_REGION(address, bytes) (static_cast<void>(0))
-  #define ASAN_UNPOISON_MEMORY_REGION(address, bytes) (static_cast<void>(0))
-#endif
 
 namespace fuzz {
 
@@ -99,155 +93,6 @@ struct Registered {
   static void fuzz_##NAME(Random& random);                       \
   static const Registered registered_##NAME{#NAME, fuzz_##NAME}; \
   static void fuzz_##NAME(Random& random)
-
-// -- memory
-
-// Exactly `count` elements on the heap, at any address that suits them.
-template <typename T>
-class Memory {
- public:
-  Memory() = default;
-  Memory(Random& random, int64_t count) : count_(count) {
-    shift_ = static_cast<size_t>(random.pick<int64_t>({0, 0, 1, 3})) * sizeof(T);
-    base_.resize(shift_ + static_cast<size_t>(count) * sizeof(T));
-    base_.shrink_to_fit();
-    std::fill(base_.begin(), base_.end(), static_cast<char>(random.next()));
-  }
-  T* data() { return reinterpret_cast<T*>(base_.data() + shift_); }
-  const T* data() const { return reinterpret_cast<const T*>(base_.data() + shift_); }
-  int64_t count() const { return count_; }
-  T& operator[](int64_t n) { return data()[n]; }
-  const T& operator[](int64_t n) const { return data()[n]; }
-
- private:
-  std::vector<char> base_;
-  size_t shift_ = 0;
-  int64_t count_ = 0;
-};
-
-// Workspace bytes anywhere, filled with one byte.
-class Workspace {
- public:
-  Workspace(Random& random, int64_t bytes, int fill)
-      : shift_(static_cast<size_t>(random.between(0, 5))),
-        base_(shift_ + static_cast<size_t>(bytes), static_cast<char>(fill)) {
-    base_.shrink_to_fit();
-  }
-  void* data() { return base_.data() + shift_; }
-
- private:
-  size_t shift_;
-  std::vector<char> base_;
-};
-
-// A tensor with up to three outer axes in any order in memory, rows of `columns` that are poisoned
-// behind, and strides that may be negative.
-template <typename T>
-class Tensor {
- public:
-  Tensor(Random& random, std::vector<int64_t> sizes, int64_t columns)
-      : sizes_(std::move(sizes)), strides_(sizes_.size()), columns_(columns) {
-    const size_t axes = sizes_.size();
-    std::vector<size_t> order(axes);
-    for (size_t n = 0; n < axes; ++n) order[n] = n;
-    for (size_t n = axes; n > 1; --n)
-      std::swap(order[n - 1],
-                order[static_cast<size_t>(random.between(0, static_cast<int64_t>(n) - 1))]);
-    int64_t stride = columns + random.pick<int64_t>({0, 0, 1, 3, 16, 61});
-    int64_t span = columns, first = 0;
-    for (const size_t axis : order) {
-      strides_[axis] = random.one_in(6) ? -stride : stride;
-      const int64_t extent = stride * (sizes_[axis] - 1);
-      span += extent > 0 ? extent : 0;
-      if (strides_[axis] < 0 && extent > 0) first += extent;
-      stride = sizes_[axis] > 0 ? stride * sizes_[axis] : stride;
-      // Nothing lies a stride away from the only one: any number will do.
-      if (sizes_[axis] <= 1 && random.one_in(3))
-        strides_[axis] = random.one_in(2) ? random.huge() : random.negative();
-    }
-    for (const int64_t size : sizes_)
-      if (size == 0) span = 0;
-    memory_ = Memory<T>(random, span);
-    first_ = span > 0 ? first : 0;
-    before_.assign(memory_.data(), memory_.data() + span);
-    poison();
-  }
-  Tensor(const Tensor&) = delete;
-  Tensor& operator=(const Tensor&) = delete;
-  ~Tensor() { ASAN_UNPOISON_MEMORY_REGION(memory_.data(), bytes()); }
-
-  T* data() { return memory_.data() + first_; }
-  int64_t stride(size_t axis) const { return strides_[axis]; }
-  int64_t size(size_t axis) const { return sizes_[axis]; }
-  int64_t columns() const { return columns_; }
-  T* row(std::initializer_list<int64_t> index) {
-    int64_t at = 0;
-    size_t axis = 0;
-    for (const int64_t n : index) at += n * strides_[axis++];
-    return data() + at;
-  }
-  T* row(int64_t n) { return row({n}); }
-
-  // fill(row) of every row, and what is between them becomes poison.
-  template <typename Fill>
-  void each_row(const Fill& fill) {
-    ASAN_UNPOISON_MEMORY_REGION(memory_.data(), bytes());
-    visit(fill);
-    before_.assign(memory_.data(), memory_.data() + memory_.count());
-    poison();
-  }
-  // Whether not a byte has changed since each_row() or the constructor.
-  bool untouched() {
-    ASAN_UNPOISON_MEMORY_REGION(memory_.data(), bytes());
-    const bool same = bytes() == 0 || !std::memcmp(before_.data(), memory_.data(), bytes());
-    poison();
-    return same;
-  }
-  // The elements of all rows, one behind the other.
-  std::vector<T> elements() {
-    std::vector<T> all;
-    visit([&](T* row) { all.insert(all.end(), row, row + columns_); });
-    return all;
-  }
-  // Puts back what elements() gave.
-  void put(const std::vector<T>& all) {
-    auto from = all.begin();
-    visit([&](T* row) {
-      std::copy(from, from + columns_, row);
-      from += columns_;
-    });
-  }
-
- private:
-  size_t bytes() const { return static_cast<size_t>(memory_.count()) * sizeof(T); }
-  template <typename Work>
-  void visit(const Work& work) {
-    std::vector<int64_t> index(sizes_.size(), 0);
-    for (const int64_t size : sizes_)
-      if (size == 0) return;
-    for (bool more = true; more;) {
-      int64_t at = 0;
-      for (size_t axis = 0; axis < index.size(); ++axis) at += index[axis] * strides_[axis];
-      work(data() + at);
-      more = false;
-      for (size_t axis = index.size(); axis-- > 0 && !more;) {
-        more = ++index[axis] < sizes_[axis];
-        if (!more) index[axis] = 0;
-      }
-    }
-  }
-  void poison() {
-    ASAN_POISON_MEMORY_REGION(memory_.data(), bytes());
-    visit([&]([[maybe_unused]] T* row) {
-      ASAN_UNPOISON_MEMORY_REGION(row, static_cast<size_t>(columns_) * sizeof(T));
-    });
-  }
-
-  std::vector<int64_t> sizes_, strides_;
-  int64_t columns_, first_ = 0;
-  Memory<T> memory_;
-  std::vector<T> before_;
-};
 
 // -- values
 
@@ -329,16 +174,6 @@ bool same(const T* a, const T* b, int64_t n) {
     if (std::memcmp(a + i, b + i, sizeof(T))) return false;
   }
   return true;
-}
-
-template <typename T>
-bool same(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && same(a.data(), b.data(), static_cast<int64_t>(a.size()));
-}
-
-template <typename T>
-bool same(const Memory<T>& a, const Memory<T>& b) {
-  return a.count() == b.count() && same(a.data(), b.data(), a.count());
 }
 
 // Whether a status refuses a call, as against saying something of a row.

@@ -1,23 +1,18 @@
+#include "call.h"
 #include "fuzz.h"
+#include "tensor.h"
 
 namespace fuzz {
 namespace {
 
-nabla_fast_strides strides(const Tensor<float>& tensor) {
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-nabla_fast_pool_strides pool_strides(const Tensor<float>& tensor) {
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
+using AttentionCall = Call<nabla_fast_attention_args>;
 
 struct Problem {
   int64_t batch, group, kv_heads, suffix, dim, block_size, width, blocks;
-  Tensor<float> q, k, v, key_pool, value_pool, output, cotangent, dq, dk, dv;
+  Tensor<float> q, k, v, key_pool, value_pool;
   Tensor<int64_t> tables;
-  Memory<int64_t> lengths;
+  List<int64_t> lengths;
   bool strange;  // whether inputs hold NaN and infinities
-  nabla_fast_attention in;
 
   static Problem draw(Random& random) {
     // One after the other: arguments of a call are drawn in no particular order.
@@ -43,23 +38,14 @@ struct Problem {
         v(random, {b, h, s}, d),
         key_pool(random, {blocks, size, h}, d),
         value_pool(random, {blocks, size, h}, d),
-        output(random, {b, g * h, s}, d),
-        cotangent(random, {b, g * h, s}, d),
-        dq(random, {b, g * h, s}, d),
-        dk(random, {b, h, s}, d),
-        dv(random, {b, h, s}, d),
         tables(random, {b}, w),
-        lengths(random, b) {
+        lengths(random, b),
+        strange(random.one_in(10)) {
     Values values(random);
-    strange = random.one_in(10);
-    const auto fill = [&](float* row) {
-      values.fill_plain(row, d);
-      if (strange && random.one_in(20))
-        row[random.between(0, d - 1)] = random.pick({kNaN, kInfinity, -kInfinity});
-    };
-    for (Tensor<float>* tensor : {&q, &k, &v, &key_pool, &value_pool, &cotangent})
-      tensor->each_row(fill);
+    for (Tensor<float>* tensor : {&q, &k, &v, &key_pool, &value_pool})
+      fill(random, values, *tensor);
     for (int64_t n = 0; n < b; ++n) lengths[n] = random.between(0, w * size);
+    lengths.seal();
     int64_t n = 0;
     tables.each_row([&](int64_t* row) {
       // Behind a prefix stands what nobody may follow.
@@ -68,146 +54,69 @@ struct Problem {
                                        : random.pick<int64_t>({INT64_MIN, INT64_MAX, -1, blocks});
       ++n;
     });
-    in.batch = b;
-    in.heads = g * h;
-    in.kv_heads = h;
-    in.suffix = s;
-    in.dim = d;
-    in.blocks = blocks;
-    in.block_size = size;
-    in.table_width = w;
-    in.window = random.one_in(2) ? 0 : random.pick<int64_t>({1, 2, 7, 64, INT64_MAX});
-    in.scale = random.pick({1.0, 0.125, 0.0, -1.0});
-    in.q = q.data();
-    in.k = k.data();
-    in.v = v.data();
-    in.key_pool = key_pool.data();
-    in.value_pool = value_pool.data();
-    in.block_tables = tables.data();
-    in.prefix_lengths = lengths.data();
-    in.table_stride = tables.stride(0);
-    in.q_strides = strides(q);
-    in.k_strides = strides(k);
-    in.v_strides = strides(v);
-    in.key_pool_strides = pool_strides(key_pool);
-    in.value_pool_strides = pool_strides(value_pool);
   }
-  bool nothing() const { return batch == 0 || group == 0 || suffix == 0; }
-  // One sequence of it by itself.
-  nabla_fast_attention only(int64_t b) {
-    nabla_fast_attention one = in;
-    one.batch = 1;
-    one.q = q.row({b});
-    one.k = k.row({b});
-    one.v = v.row({b});
-    one.block_tables += b * in.table_stride;
-    one.prefix_lengths += b;
-    return one;
+  void fill(Random& random, Values& values, Tensor<float>& tensor) const {
+    tensor.each_row([&](float* row) {
+      values.fill_plain(row, dim);
+      if (strange && random.one_in(20))
+        row[random.between(0, dim - 1)] = random.pick({kNaN, kInfinity, -kInfinity});
+    });
   }
-  bool inputs_untouched() {
-    bool same = tables.untouched();
-    for (Tensor<float>* tensor : {&q, &k, &v, &key_pool, &value_pool, &cotangent})
-      same = tensor->untouched() && same;
-    return same;
+  // [batch, heads, suffix, dim].
+  std::vector<int64_t> queries() const { return {batch, group * kv_heads, suffix}; }
+  std::vector<int64_t> keys() const { return {batch, kv_heads, suffix}; }
+
+  void give(Random& random, AttentionCall& call) {
+    nabla_fast_attention_args& args = call.args;
+    call.rows(args.batch, batch);
+    call.nothing = batch == 0 || group == 0 || suffix == 0;
+    call.size(args.heads, group * kv_heads, 0);
+    call.size(args.kv_heads, kv_heads, 1);
+    call.size(args.suffix, suffix, 0);
+    call.size(args.dim, dim, 1);
+    call.size(args.blocks, blocks, 0);
+    call.size(args.block_size, block_size, 1);
+    call.size(args.table_width, width, 0);
+    args.window = random.one_in(2) ? 0 : random.pick<int64_t>({1, 2, 7, 64, INT64_MAX});
+    args.scale = random.pick({1.0, 0.125, 0.0, -1.0});
+    call.reads(By::kRows, args.q, q);
+    call.reads(By::kRows, args.k, k);
+    call.reads(By::kRows, args.v, v);
+    const bool prefix = batch > 0 && *std::max_element(lengths.data(), lengths.data() + batch) > 0;
+    call.reads(By::kOthers, args.key_pool, key_pool).may_be_null = !prefix;
+    call.reads(By::kOthers, args.value_pool, value_pool).may_be_null = !prefix;
+    call.reads(By::kRows, args.block_tables, tables, {&args.table_stride}).may_be_null = !prefix;
+    call.reads(By::kRows, args.prefix_lengths, lengths);
+    give_mistakes(random, call);
+  }
+  void give_mistakes(Random& random, AttentionCall& call) {
+    nabla_fast_attention_args& args = call.args;
+    call.any_mistake([&] { args.dim = NABLA_FAST_MOST_HEAD_DIM + 1; });
+    call.any_mistake([&] { args.window = random.negative(); });
+    call.mistake(NABLA_FAST_INVALID_HEADS, [&] {
+      args.kv_heads = kv_heads + (kv_heads == 1);
+      args.heads = args.kv_heads * group + 1;
+    });
+    if (batch == 0) return;
+    // A prefix that is too long for its table, or has no length.
+    call.mistake(NABLA_FAST_INVALID_PREFIX, [&] {
+      lengths[random.between(0, batch - 1)] =
+          random.pick<int64_t>({-1, INT64_MIN, INT64_MAX, width * block_size + 1});
+    });
+    if (width == 0) return;
+    // A block that is not in the pool, within a prefix.
+    call.mistake(NABLA_FAST_INVALID_PREFIX, [&] {
+      const int64_t b = random.between(0, batch - 1);
+      lengths[b] = width * block_size;
+      tables.row(b)[random.between(0, width - 1)] =
+          random.pick<int64_t>({-1, blocks, INT64_MIN, INT64_MAX});
+    });
   }
 };
 
-void spoil(Random& random, Problem& problem) {
-  nabla_fast_attention& in = problem.in;
-  switch (random.between(0, 21)) {
-    case 0:
-      in.q = nullptr;
-      break;
-    case 1:
-      in.k = nullptr;
-      break;
-    case 2:
-      in.v = nullptr;
-      break;
-    case 3:
-      in.prefix_lengths = nullptr;
-      break;
-    case 4:
-      in.batch = random.negative();
-      break;
-    case 5:
-      in.heads = random.negative();
-      break;
-    case 6:
-      in.kv_heads = random.pick<int64_t>({0, random.negative()});
-      break;
-    case 7:
-      in.suffix = random.negative();
-      break;
-    case 8:
-      in.dim = random.pick<int64_t>({0, random.negative(), NABLA_FAST_MOST_HEAD_DIM + 1});
-      break;
-    case 9:
-      in.block_size = random.pick<int64_t>({0, random.negative()});
-      break;
-    case 10:
-      in.table_width = random.negative();
-      break;
-    case 11:
-      in.window = random.negative();
-      break;
-    case 12:
-      in.batch = random.huge();
-      break;
-    case 13:
-      in.suffix = random.huge();
-      break;
-    case 14:
-      in.dim = random.huge();
-      break;
-    case 15:
-      in.table_width = random.huge();
-      break;
-    case 16:
-      in.block_size = random.huge();
-      break;
-    case 17:
-      in.blocks = random.pick<int64_t>({random.negative(), random.huge()});
-      break;
-    case 18:
-      in.q_strides.batch = in.k_strides.head = random.huge();
-      in.v_strides.token = INT64_MIN;
-      in.key_pool_strides.block = random.huge();
-      in.batch += 2;
-      break;
-    case 19:
-      in.heads = in.kv_heads * problem.group + 1;
-      in.kv_heads += in.kv_heads == 1;
-      in.heads += in.heads % in.kv_heads == 0;
-      break;
-    case 20: {
-      // A prefix that is too long for its table, or has no length.
-      if (problem.batch == 0) {
-        in.dim = 0;
-        break;
-      }
-      problem.lengths[random.between(0, problem.batch - 1)] =
-          random.pick<int64_t>({-1, INT64_MIN, INT64_MAX, problem.width * problem.block_size + 1});
-      break;
-    }
-    default: {
-      // A block that is not in the pool, within a prefix.
-      if (problem.batch == 0 || problem.width == 0) {
-        in.dim = 0;
-        break;
-      }
-      const int64_t b = random.between(0, problem.batch - 1);
-      problem.lengths[b] = problem.width * problem.block_size;
-      problem.tables.row(b)[random.between(0, problem.width - 1)] =
-          random.pick<int64_t>({-1, problem.blocks, INT64_MIN, INT64_MAX});
-      break;
-    }
-  }
-}
-
 // The first result of a query of a sequence, in double.
-double expected(Problem& problem, int64_t b, int64_t head, int64_t s) {
-  const nabla_fast_attention& in = problem.in;
+double expected(Problem& problem, const nabla_fast_attention_args& in, int64_t b, int64_t head,
+                int64_t s) {
   const int64_t kv = head / problem.group, prefix = problem.lengths[b], position = prefix + s;
   const int64_t first =
       in.window > 0 && in.window <= position ? position - in.window + 1 : int64_t{0};
@@ -233,51 +142,46 @@ double expected(Problem& problem, int64_t b, int64_t head, int64_t s) {
   return mix / total;
 }
 
+// Whether a right call was checked, and not a wrong one.
+bool run(Random& random, Problem& problem, AttentionCall& call) {
+  if (random.one_in(3)) {
+    call.check_refused();
+    return false;
+  }
+  const State before = call.state();
+  check(call.run() == NABLA_FAST_OK, "right arguments are refused");
+  const State after = call.state();
+  call.check_inputs();
+  if (call.nothing) check(call.same_state(before, after), "a call without queries has written");
+  call.check_again(before, after);
+  call.check_interleaved(before, after);
+  call.check_rows_alone(before, after, problem.batch);
+  return !call.nothing;
+}
+
 }  // namespace
 
 FUZZ(prefix_attention) {
   Problem problem = Problem::draw(random);
-  int32_t threads = random.threads();
-  const nabla_fast_strides to = strides(problem.output);
-  if (random.one_in(3)) {
-    float* output = problem.output.data();
-    nabla_fast_strides wrong = to;
-    const int64_t kind = random.between(0, 24);
-    if (kind == 0) output = nullptr;
-    if (kind == 1) wrong.batch = wrong.head = wrong.token = INT64_MIN;
-    const bool certain = kind > 1 || problem.in.batch * problem.group * problem.suffix > 1;
-    if (kind > 1) spoil(random, problem);
-    const nabla_fast_status status = nabla_fast_prefix_attention(
-        random.one_in(25) ? nullptr : &problem.in, output, wrong, threads);
-    check(refuses(status) || problem.nothing() || (!certain && kind == 1),
-          "wrong inputs are accepted");
-    if (kind != 1) check(problem.output.untouched(), "a refused call has written");
-    return;
-  }
-  const auto run = [&](const nabla_fast_attention& in, float* output) {
-    check(nabla_fast_prefix_attention(&in, output, to, threads) == NABLA_FAST_OK,
-          "right inputs are refused");
-  };
-  run(problem.in, problem.output.data());
-  check(problem.inputs_untouched(), "inputs have changed");
-  const std::vector<float> found = problem.output.elements();
-  threads = random.threads();
-  run(problem.in, problem.output.data());
-  check(same(problem.output.elements(), found), "the result depends on the threads");
-  if (problem.nothing()) return;
-  for (int64_t b = 0; b < problem.batch; ++b) run(problem.only(b), problem.output.row({b}));
-  check(same(problem.output.elements(), found), "a sequence's result depends on the others");
+  Tensor<float> output(random, problem.queries(), problem.dim);
+  AttentionCall call(random, nabla_fast_prefix_attention);
+  for (nabla_fast_heads_output* unused : {&call.args.dq, &call.args.dk, &call.args.dv})
+    call.garbage(*unused);
+  call.garbage(call.args.cotangent);
+  problem.give(random, call);
+  call.writes(By::kRows, call.args.output, output);
+  if (!run(random, problem, call)) return;
 
   const int64_t b = random.between(0, problem.batch - 1);
-  const int64_t head = random.between(0, problem.in.heads - 1);
+  const int64_t head = random.between(0, call.args.heads - 1);
   const int64_t s = random.between(0, problem.suffix - 1);
-  const double want = expected(problem, b, head, s);
+  const double want = expected(problem, call.args, b, head, s);
   // Scores of magnitude 1000 and more are known to few digits.
   double size = 0;
   for (int64_t d = 0; d < problem.dim; ++d)
     size = std::max(size, std::fabs(double{problem.q.row({b, head, s})[d]}));
   if (!problem.strange && size <= 4) {
-    const double have = problem.output.row({b, head, s})[0];
+    const double have = output.row({b, head, s})[0];
     check(std::fabs(have - want) <= 1e-3 * (std::fabs(want) + size),
           "far from what it is in double");
   }
@@ -285,72 +189,20 @@ FUZZ(prefix_attention) {
 
 FUZZ(prefix_attention_backward) {
   Problem problem = Problem::draw(random);
-  float *dq = problem.dq.data(), *dk = problem.dk.data(), *dv = problem.dv.data();
-  const float* cotangent = problem.cotangent.data();
-  int32_t threads = random.threads();
-  const auto call = [&](const nabla_fast_attention* in, void* workspace, int64_t bytes) {
-    return nabla_fast_prefix_attention_backward(in, cotangent, strides(problem.cotangent), dq,
-                                                strides(problem.dq), dk, strides(problem.dk), dv,
-                                                strides(problem.dv), workspace, bytes, threads);
-  };
-  if (random.one_in(3)) {
-    int64_t short_by = 0;
-    switch (random.between(0, 14)) {
-      case 0:
-        cotangent = nullptr;
-        break;
-      case 1:
-        dq = nullptr;
-        break;
-      case 2:
-        dk = nullptr;
-        break;
-      case 3:
-        dv = nullptr;
-        break;
-      case 4:
-        short_by = 1;
-        break;
-      default:
-        spoil(random, problem);
-        break;
-    }
-    const nabla_fast_attention* in = random.one_in(25) ? nullptr : &problem.in;
-    const int64_t bytes = nabla_fast_prefix_attention_backward_workspace(in, threads);
-    check(bytes >= 0, "a size is negative");
-    const int64_t size = std::max<int64_t>(std::min<int64_t>(bytes, 1 << 22) - short_by, 0);
-    Workspace workspace(random, size, 0xAA);
-    const nabla_fast_status status = call(in, workspace.data(), size);
-    check(refuses(status) || problem.nothing(), "wrong inputs are accepted");
-    check(problem.dq.untouched() && problem.dk.untouched() && problem.dv.untouched(),
-          "a refused call has written");
-    return;
-  }
-  const auto run = [&](const nabla_fast_attention& in, int fill) {
-    const int64_t bytes = nabla_fast_prefix_attention_backward_workspace(&in, threads);
-    Workspace workspace(random, bytes, fill);
-    check(call(&in, workspace.data(), bytes) == NABLA_FAST_OK, "right inputs are refused");
-  };
-  run(problem.in, 0xFF);
-  check(problem.inputs_untouched(), "inputs have changed");
-  const std::vector<float> of_q = problem.dq.elements(), of_k = problem.dk.elements(),
-                           of_v = problem.dv.elements();
-  const auto unchanged = [&] {
-    return same(problem.dq.elements(), of_q) && same(problem.dk.elements(), of_k) &&
-           same(problem.dv.elements(), of_v);
-  };
-  threads = random.threads();
-  run(problem.in, 0);
-  check(unchanged(), "the result depends on the threads or on what the workspace holds");
-  if (problem.nothing()) return;
-  for (int64_t b = 0; b < problem.batch; ++b) {
-    cotangent = problem.cotangent.row({b});
-    dq = problem.dq.row({b});
-    dk = problem.dk.row({b});
-    dv = problem.dv.row({b});
-    run(problem.only(b), 0x55);
-  }
-  check(unchanged(), "a sequence's result depends on the others");
+  Tensor<float> cotangent(random, problem.queries(), problem.dim);
+  Tensor<float> dq(random, problem.queries(), problem.dim);
+  Tensor<float> dk(random, problem.keys(), problem.dim), dv(random, problem.keys(), problem.dim);
+  Values values(random);
+  problem.fill(random, values, cotangent);
+  AttentionCall call(random, nabla_fast_prefix_attention_backward,
+                     nabla_fast_prefix_attention_backward_workspace);
+  call.garbage(call.args.output);
+  problem.give(random, call);
+  call.reads(By::kRows, call.args.cotangent, cotangent);
+  call.writes(By::kRows, call.args.dq, dq);
+  call.writes(By::kRows, call.args.dk, dk);
+  call.writes(By::kRows, call.args.dv, dv);
+  run(random, problem, call);
 }
 
 }  // namespace fuzz

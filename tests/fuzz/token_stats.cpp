@@ -1,12 +1,15 @@
+#include "call.h"
 #include "fuzz.h"
+#include "linear.h"
+#include "tensor.h"
 
 namespace fuzz {
 namespace {
 
 struct Statistics {
-  Memory<float> logsumexp, confidence, entropy;
-  Memory<int64_t> argmax;
-  Memory<nabla_fast_status> status;
+  List<float> logsumexp, confidence, entropy;
+  List<int64_t> argmax;
+  List<nabla_fast_status> status;
 
   Statistics(Random& random, int64_t rows)
       : logsumexp(random, rows),
@@ -14,158 +17,121 @@ struct Statistics {
         entropy(random, rows),
         argmax(random, rows),
         status(random, rows) {}
-  bool operator==(const Statistics& other) const {
-    return same(logsumexp, other.logsumexp) && same(confidence, other.confidence) &&
-           same(entropy, other.entropy) && same(argmax, other.argmax) && same(status, other.status);
+  void give(Call<nabla_fast_stats_args>& call) {
+    call.writes(By::kRows, call.args.logsumexp, logsumexp);
+    call.writes(By::kRows, call.args.confidence, confidence);
+    call.writes(By::kRows, call.args.entropy, entropy);
+    call.writes(By::kRows, call.args.argmax, argmax);
+    call.writes(By::kRows, call.args.row_status, status);
+  }
+  // Whether there is a result of a row; if not, all of it says so.
+  bool has(int64_t r) {
+    if (status[r] == NABLA_FAST_OK) return true;
+    check(std::isnan(logsumexp[r]) && std::isnan(confidence[r]) && std::isnan(entropy[r]) &&
+              argmax[r] == -1,
+          "a row without an answer has one");
+    return false;
   }
 };
 
-// The arguments of a call, to be made wrong one by one.
-struct Call {
-  const void* logits;
-  nabla_fast_dtype dtype;
-  int64_t rows, vocab, stride;
-  double tau;
-  float *logsumexp, *confidence, *entropy;
-  int64_t* argmax;
-  nabla_fast_status* status;
-  int32_t threads;
-
-  nabla_fast_status operator()() const {
-    return nabla_fast_token_stats(logits, dtype, rows, vocab, stride, tau, logsumexp, confidence,
-                                  entropy, argmax, status, threads);
-  }
-};
-
-void spoil(Random& random, Call& call) {
-  switch (random.between(0, 11)) {
-    case 0:
-      call.logits = nullptr;
-      break;
-    case 1:
-      call.logsumexp = nullptr;
-      break;
-    case 2:
-      call.confidence = nullptr;
-      break;
-    case 3:
-      call.entropy = nullptr;
-      break;
-    case 4:
-      call.argmax = nullptr;
-      break;
-    case 5:
-      call.status = nullptr;
-      break;
-    case 6:
-      call.rows = random.negative();
-      break;
-    case 7:
-      call.vocab = random.pick<int64_t>({0, random.negative()});
-      break;
-    case 8:
-      call.rows = random.huge();
-      break;
-    case 9:
-      call.vocab = random.huge();
-      break;
-    case 10:
-      call.dtype = random.pick<nabla_fast_dtype>({-1, 2, INT32_MAX, INT32_MIN});
-      break;
-    default:
-      call.tau = random.wrong_tau();
-      break;
-  }
-  // A stride by itself is no mistake where there is one row.
-  if (call.rows > 1 && random.one_in(8))
-    call.stride = random.pick<int64_t>({random.huge(), INT64_MIN});
-}
-
-template <typename T>
-void one(Random& random, nabla_fast_dtype dtype) {
-  const int64_t rows = random.between(0, 6);
-  const int64_t vocab = random.one_in(30) ? random.between(60000, 140000) : random.size(20000);
-  Tensor<T> logits(random, {rows}, vocab);
-  Values values(random);
-  logits.each_row([&](T* row) { values.fill_logits(row, vocab); });
-  Statistics found(random, rows), again(random, rows);
-  const auto call_of = [&](Statistics& into, int64_t first, int64_t count, int32_t threads) {
-    return Call{logits.row(first),
-                dtype,
-                count,
-                vocab,
-                logits.stride(0),
-                1.0,
-                into.logsumexp.data(),
-                into.confidence.data(),
-                into.entropy.data(),
-                into.argmax.data(),
-                into.status.data(),
-                threads};
-  };
-  Call call = call_of(found, 0, rows, random.threads());
-  call.tau = random.tau();
-  const double tau = call.tau;
+// A right call, or nothing where a wrong one was checked.
+bool run(Random& random, Call<nabla_fast_stats_args>& call, int64_t apart) {
   if (random.one_in(3)) {
-    const Statistics before = found;
-    spoil(random, call);
-    const nabla_fast_status status = call();
-    check(refuses(status) || (rows == 0 && status == NABLA_FAST_OK),
-          "wrong arguments are accepted");
-    check(found == before && logits.untouched(), "a refused call has written");
-    return;
+    call.check_refused();
+    return false;
   }
-  check(call() == NABLA_FAST_OK, "right arguments are refused");
-  check(logits.untouched(), "logits have changed");
-  Call on_others = call_of(again, 0, rows, random.threads());
-  on_others.tau = tau;
-  check(on_others() == NABLA_FAST_OK && again == found, "the result depends on the threads");
-
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* row = logits.row(r);
-    check(found.status[r] == status_of(row, vocab), "a row's status is not that of its logits");
-    Statistics alone(random, 1);
-    Call of_row = call_of(alone, r, 1, 1);
-    of_row.tau = tau;
-    check(of_row() == NABLA_FAST_OK, "a row alone is refused");
-    check(same(alone.logsumexp.data(), &found.logsumexp[r], 1) &&
-              same(alone.confidence.data(), &found.confidence[r], 1) &&
-              same(alone.entropy.data(), &found.entropy[r], 1) &&
-              alone.argmax[0] == found.argmax[r] && alone.status[0] == found.status[r],
-          "a row's result depends on the others");
-    if (found.status[r] != NABLA_FAST_OK) {
-      check(std::isnan(found.logsumexp[r]) && std::isnan(found.confidence[r]) &&
-                std::isnan(found.entropy[r]) && found.argmax[r] == -1,
-            "a row without an answer has one");
-      continue;
-    }
-    check(found.argmax[r] == argmax(row, vocab), "argmax");
-    const double top = Values::wide(row[found.argmax[r]]);
-    double sum = 0, weighted = 0;
-    for (int64_t v = 0; v < vocab; ++v) {
-      const double x = (Values::wide(row[v]) - top) / tau;
-      if (x < -700) continue;
-      sum += std::exp(x);
-      weighted += x * std::exp(x);
-    }
-    const double logsumexp = top / tau + std::log(sum), entropy = std::log(sum) - weighted / sum;
-    const auto near = [](double a, double b, double scale) {
-      return std::fabs(a - b) <= 1e-5 * (std::fabs(b) + scale);
-    };
-    if (std::fabs(logsumexp) < 1e38)
-      check(near(found.logsumexp[r], logsumexp, 1), "logsumexp is far from what it is in double");
-    check(near(found.confidence[r], 1 / sum, 1e-30), "confidence is far from what it is in double");
-    check(near(found.entropy[r], entropy, 1), "entropy is far from what it is in double");
-  }
+  const State before = call.state();
+  check(call.run() == NABLA_FAST_OK, "right arguments are refused");
+  const State after = call.state();
+  call.check_inputs();
+  call.check_again(before, after);
+  call.check_interleaved(before, after);
+  call.check_rows_alone(before, after, apart);
+  return true;
 }
 
 }  // namespace
 
 FUZZ(token_stats) {
-  if (random.one_in(2))
-    one<float>(random, NABLA_FAST_FLOAT32);
-  else
-    one<uint16_t>(random, NABLA_FAST_BFLOAT16);
+  const int64_t rows = random.between(0, 6);
+  const int64_t vocab = random.one_in(30) ? random.between(60000, 140000) : random.size(20000);
+  Matrix logits(random, rows, vocab, dtype(random));
+  Values values(random);
+  logits.logits(values);
+  Statistics found(random, rows);
+  Call<nabla_fast_stats_args> call(random, nabla_fast_token_stats);
+  call.garbage(call.args.hidden);
+  call.garbage(call.args.head);
+  call.rows(call.args.rows, rows);
+  call.size(call.args.vocab, vocab, 1);
+  call.tau(random.tau());
+  call.reads(By::kRows, call.args.logits, logits);
+  found.give(call);
+  if (!run(random, call, 1)) return;
+
+  const double tau = call.args.tau;
+  for (int64_t r = 0; r < rows; ++r) {
+    check(found.status[r] == logits.status(r), "a row's status is not that of its logits");
+    if (!found.has(r)) continue;
+    check(found.argmax[r] == logits.best(r), "argmax");
+    logits.with([&](auto& tensor) {
+      const auto* row = tensor.row(r);
+      const double top = Values::wide(row[found.argmax[r]]);
+      double sum = 0, weighted = 0;
+      for (int64_t v = 0; v < vocab; ++v) {
+        const double x = (Values::wide(row[v]) - top) / tau;
+        if (x < -700) continue;
+        sum += std::exp(x);
+        weighted += x * std::exp(x);
+      }
+      const double logsumexp = top / tau + std::log(sum), entropy = std::log(sum) - weighted / sum;
+      const auto near = [](double a, double b, double scale) {
+        return std::fabs(a - b) <= 1e-5 * (std::fabs(b) + scale);
+      };
+      if (std::fabs(logsumexp) < 1e38)
+        check(near(found.logsumexp[r], logsumexp, 1), "logsumexp is far from what it is in double");
+      check(near(found.confidence[r], 1 / sum, 1e-30),
+            "confidence is far from what it is in double");
+      check(near(found.entropy[r], entropy, 1), "entropy is far from what it is in double");
+    });
+  }
+}
+
+FUZZ(linear_token_stats) {
+  const Sizes sizes(random);
+  const int64_t rows = sizes.rows, vocab = sizes.vocab;
+  Linear linear(random, rows, vocab);
+  Statistics found(random, rows);
+  Call<nabla_fast_stats_args> call(random, nabla_fast_linear_token_stats,
+                                   nabla_fast_linear_token_stats_workspace);
+  call.garbage(call.args.logits);
+  call.rows(call.args.rows, rows);
+  call.size(call.args.vocab, vocab, 1);
+  call.tau(random.tau());
+  linear.give(call);
+  found.give(call);
+  if (!run(random, call, 1 + rows / 4)) return;
+
+  const double tau = call.args.tau;
+  for (int64_t r = 0; r < rows; r += random.between(1, 1 + rows / 4)) {
+    check(is_row_status(found.status[r]), "a row's status");
+    const Row row(linear, r, tau);
+    if (row.moderate())
+      check(found.status[r] == row.status(), "a row's status is not that of its logits");
+    if (!found.has(r)) continue;
+    check(found.argmax[r] >= 0 && found.argmax[r] < vocab, "argmax is no token");
+    check(found.confidence[r] > 0 && found.confidence[r] <= 1, "confidence");
+    check(found.entropy[r] > -1e-5 &&
+              found.entropy[r] < std::log(static_cast<double>(vocab)) * 1.00001 + 1e-5,
+          "entropy");
+    if (!row.moderate()) continue;
+    check(row.z[static_cast<size_t>(found.argmax[r])] >= row.top - kNear * row.size - kTiny,
+          "argmax");
+    const double scale = row.size / tau + 1 + std::fabs(row.logsumexp);
+    if (scale < 1e30)
+      check(std::fabs(found.logsumexp[r] - row.logsumexp) <= kNear * scale,
+            "logsumexp is far from what it is in double");
+  }
 }
 
 }  // namespace fuzz

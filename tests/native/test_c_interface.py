@@ -111,7 +111,7 @@ def test_example_that_loads_the_library(library, tmp_path):
 
 @pytest.mark.parametrize(
     ("compiler", "suffix", "standard"),
-    [("cc", "c", "c99"), ("c++", "cpp", "c++11"), ("c++", "cpp", "c++20")],
+    [("cc", "c", "c99"), ("cc", "c", "c11"), ("c++", "cpp", "c++11"), ("c++", "cpp", "c++17")],
 )
 def test_the_header_compiles_without_a_warning(compiler, suffix, standard, tmp_path):
     source = tmp_path / f"header.{suffix}"
@@ -150,15 +150,12 @@ assert len(runtimes) == 1, runtimes
     run(sys.executable, "-c", code)
 
 
-def test_the_status_of_a_size_beyond_memory(library):
-    loaded = ctypes.CDLL(library)
-    loaded.nabla_fast_status_string.restype = ctypes.c_char_p
-    too_large = 27
-    assert b"larger than any address space" in loaded.nabla_fast_status_string(too_large)
-    one = ctypes.c_int64(1)
-    arguments = [ctypes.c_int64(2), ctypes.c_int64(3), ctypes.c_int64(2**62), ctypes.c_double(1)]
-    pointers = [ctypes.byref(one)] * 5
-    assert loaded.nabla_fast_token_stats(pointers[0], 0, *arguments, *pointers, 1) == too_large
+def test_header_library_and_package_have_one_abi_version(library):
+    header = Path(nabla_fast.get_include(), "nabla_fast.h").read_text()
+    version = int(re.search(r"#define NABLA_FAST_ABI_VERSION (\d+)", header)[1])
+    assert ctypes.CDLL(library).nabla_fast_abi_version() == version
+    assert _native.extension().abi_version() == version
+    assert version == _native.ABI_VERSION
 
 
 def test_a_missing_library_says_why(monkeypatch, tmp_path):

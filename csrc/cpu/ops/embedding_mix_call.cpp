@@ -12,6 +12,8 @@ nabla_fast_status check_mix(const nabla_fast_mix_args& call) {
   if (!call.noise_seed != !call.noise_position || (call.table_count > 0 && !call.tables))
     return NABLA_FAST_INVALID_POINTER;
   if (is_linear(call)) {
+    // All three missing is no mix of hidden states without columns.
+    if (!call.hidden.data || !call.head.data) return NABLA_FAST_INVALID_POINTER;
     const int64_t width = call.head.width;
     if (const auto refused = check_matrix(call.hidden, call.rows, width)) return refused;
     if (const auto refused = check_matrix(call.head, call.vocab, width)) return refused;
