@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "base/floats.h"
 #include "base/isa.h"
 #include "simd/avx512.h"
 
@@ -92,6 +93,12 @@ NABLA_FAST_INLINE Floats<W> vec_exp_normal(Floats<W> x) {
   // The low bits of `shifted` hold n; the bits above them are shifted out.
   using Bits = typename VecTypes<W>::Bits;
   return (Floats<W>)((Bits)mantissa + (((Bits)shifted + uint32_t{kPower}) << 23));
+}
+
+// exp(x) for x <= 0, and 0 below kMinExponent.
+template <int W>
+NABLA_FAST_INLINE Floats<W> vec_exp_or_zero(Floats<W> x) {
+  return x > kMinExponent ? vec_exp_normal<W>(x) : Floats<W>{};
 }
 
 // Lanes that a condition holds for.

@@ -88,7 +88,7 @@ NABLA_FAST_INLINE void differentiate(const float* y, int64_t n, const JacobianRo
   const Floats<W> zero = {};
   for (int64_t i = 0; i < n; i += W) {
     const Floats<W> x = (load<W>(y + i) - of.max) * inverse;
-    const Floats<W> e = x > kMinExponent ? vec_exp_normal<W>(x) : zero;
+    const Floats<W> e = vec_exp_or_zero<W>(x);
     store<W>(grad + i, e > 0.0f ? e * of.weight * (load<W>(grad + i) - of.mean) : zero);
   }
 }

@@ -126,12 +126,6 @@ NABLA_FAST_INLINE void find_tops_kernel(const float* y, int lanes, int tokens, f
   }
 }
 
-template <int W>
-NABLA_FAST_INLINE Floats<W> weight_of(Floats<W> y, Floats<W> max, float inverse) {
-  const Floats<W> x = (y - max) * inverse;
-  return x > kMinExponent ? vec_exp_normal<W>(x) : Floats<W>{};
-}
-
 template <int W, bool kBf16>
 NABLA_FAST_INLINE void exp_and_sum_lanes_kernel(float* y, int lanes, int tokens, const float* max,
                                                 float inverse, float* sum_e) {
@@ -140,50 +134,12 @@ NABLA_FAST_INLINE void exp_and_sum_lanes_kernel(float* y, int lanes, int tokens,
     Floats<W> sum = {};
     for (int t = 0; t < tokens; ++t) {
       float* at = y + t * lanes + lane;
-      Floats<W> e = weight_of<W>(load<W>(at), top, inverse);
+      Floats<W> e = vec_exp_or_zero<W>((load<W>(at) - top) * inverse);
       if constexpr (kBf16) e = rounded_to_bf16<W>(e);
       store<W>(at, e);
       sum += e;
     }
     store<W>(sum_e + lane, sum);
-  }
-}
-
-template <int W>
-NABLA_FAST_INLINE void weighted_grad_sum_lanes_kernel(float* y, float* grad, int lanes, int tokens,
-                                                      const float* max, const float* centre,
-                                                      float inverse, bool weighted, float* sum_e,
-                                                      float* sum_weighted_grad) {
-  const Floats<W> zero = {};
-  for (int lane = 0; lane < lanes; lane += W) {
-    const Floats<W> top = load<W>(max + lane), c = load<W>(centre + lane);
-    Floats<W> sum = {}, weighted_grad = {};
-    for (int t = 0; t < tokens; ++t) {
-      const int64_t at = t * lanes + lane;
-      const Floats<W> e = weight_of<W>(load<W>(y + at), top, inverse);
-      const Floats<W> g = e > 0.0f ? load<W>(grad + at) - c : zero;
-      store<W>(y + at, e);
-      store<W>(grad + at, weighted ? e * g : g);
-      sum += e;
-      weighted_grad += e * g;
-    }
-    store<W>(sum_e + lane, sum);
-    store<W>(sum_weighted_grad + lane, weighted_grad);
-  }
-}
-
-template <int W>
-NABLA_FAST_INLINE void jacobian_lanes_kernel(const float* y, float* grad, int lanes, int tokens,
-                                             const float* max, const float* mean,
-                                             const float* weight, float inverse) {
-  const Floats<W> zero = {};
-  for (int lane = 0; lane < lanes; lane += W) {
-    const Floats<W> top = load<W>(max + lane), m = load<W>(mean + lane), w = load<W>(weight + lane);
-    for (int t = 0; t < tokens; ++t) {
-      const int64_t at = t * lanes + lane;
-      const Floats<W> e = weight_of<W>(load<W>(y + at), top, inverse);
-      store<W>(grad + at, e > 0.0f ? e * w * (load<W>(grad + at) - m) : zero);
-    }
   }
 }
 
@@ -195,23 +151,6 @@ NABLA_FAST_FOR_EACH_ISA(add_noise_rows, noise_rows_kernel<W>)
 NABLA_FAST_FOR_EACH_ISA(find_tops, find_tops_kernel<W>)
 NABLA_FAST_FOR_EACH_ISA(exp_and_sum_lanes, exp_and_sum_lanes_kernel<W, false>)
 NABLA_FAST_FOR_EACH_ISA(exp_and_sum_lanes_bf16, exp_and_sum_lanes_kernel<W, true>)
-NABLA_FAST_FOR_EACH_ISA(weighted_grad_sum_lanes, weighted_grad_sum_lanes_kernel<W>)
-NABLA_FAST_FOR_EACH_ISA(jacobian_lanes, jacobian_lanes_kernel<W>)
-
-// 1 / tau for differences of logits; finite.
-float inverse_of(double tau) { return static_cast<float>(1 / tau); }
-
-// Sum of e (G - c) of a row in a tile that weighted_grad_sum_lanes() has left, where that of fp32
-// overflows.
-double weighted_grad_sum_in_double(const float* e, const float* grad, int lanes, int row,
-                                   int tokens, GradTile left) {
-  double sum = 0;
-  for (int t = 0; t < tokens; ++t) {
-    const int at = t * lanes + row;
-    sum += left == GradTile::kWeighted ? grad[at] : static_cast<double>(e[at]) * grad[at];
-  }
-  return sum;
-}
 
 }  // namespace
 
@@ -254,27 +193,8 @@ void exp_and_sum(float* y, int rows, int tokens, const float* max, double tau, b
                  Sums& sums) {
   alignas(64) float e[gemm::kRowsPerGroup];
   const auto& run = bf16 ? exp_and_sum_lanes_bf16 : exp_and_sum_lanes;
-  run(y, gemm::lanes_of(rows), tokens, max, inverse_of(tau), e);
+  run(y, gemm::lanes_of(rows), tokens, max, static_cast<float>(1 / tau), e);
   for (int r = 0; r < rows; ++r) sums.e[r] += e[r];
-}
-
-void weighted_grad_sum(float* y, float* grad, int rows, int tokens, const float* max,
-                       const float* centre, double tau, GradTile left, Sums& sums) {
-  alignas(64) float e[gemm::kRowsPerGroup], weighted_grad[gemm::kRowsPerGroup];
-  const int lanes = gemm::lanes_of(rows);
-  weighted_grad_sum_lanes(y, grad, lanes, tokens, max, centre, inverse_of(tau),
-                          left == GradTile::kWeighted, e, weighted_grad);
-  for (int r = 0; r < rows; ++r) {
-    sums.e[r] += e[r];
-    sums.weighted_grad_sum[r] += std::isfinite(weighted_grad[r])
-                                     ? weighted_grad[r]
-                                     : weighted_grad_sum_in_double(y, grad, lanes, r, tokens, left);
-  }
-}
-
-void softmax_jacobian(const float* y, float* grad, int rows, int tokens, const float* max,
-                      const float* mean, const float* weight, double tau) {
-  jacobian_lanes(y, grad, gemm::lanes_of(rows), tokens, max, mean, weight, inverse_of(tau));
 }
 
 }  // namespace nabla_fast::softmax

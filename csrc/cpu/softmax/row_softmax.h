@@ -121,7 +121,7 @@ NABLA_FAST_INLINE void add_exps(const float* z, int lanes, int tokens, LaneSoftm
 #pragma GCC unroll 4
       for (int c = 0; c < kSumChains; ++c) {
         const Floats<W> x = load<W>(z + (t + c) * lanes + lane) - base;
-        chain[c] += x > kMinExponent ? vec_exp_normal<W>(x) : Floats<W>{};
+        chain[c] += vec_exp_or_zero<W>(x);
       }
     }
     const Floats<W> sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
