@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,3 +111,11 @@ def test_rooms_that_do_not_know_each_other(left: str, right: str):
             if name == one or name.startswith(one + "."):
                 crossing = {target for target in GRAPH[name] if target.startswith(other)}
                 assert not crossing, f"{name} imports {', '.join(sorted(crossing))}"
+
+
+def test_the_way_of_a_mix_to_machine_code_is_short():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    listed = page.split("<!-- path: embedding_mix -->")[1].split("\n\n")[0]
+    files = re.findall(r"\* `(csrc/[^`]+)`", listed)
+    assert len(files) == len(set(files)) <= 12
+    assert sum(len((PACKAGE.parent / name).read_text().splitlines()) for name in files) <= 1700

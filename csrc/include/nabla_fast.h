@@ -3,9 +3,10 @@
  * What holds for every function:
  *
  *   structs     A call is a struct, whose first field is its size: sizeof of it as the caller
- *               compiled it. Later versions may add fields behind the last one; what a caller does
- *               not know counts as 0, and a field that the library does not know has to be 0.
- *               Fields that a call does not use are not read: begin with a struct of zeros.
+ *               compiled it. Later versions may add fields behind the last one, up to 4,096 bytes in
+ *               all; what a caller does not know counts as 0, and a field that the library does not
+ *               know has to be 0. Fields that a call does not use are not read: begin with a struct
+ *               of zeros. The struct is copied before anything is written.
  *   memory      Functions read the caller's memory and write into the caller's memory. They
  *               allocate nothing, print nothing, throw nothing and keep no state between calls.
  *   threads     Any number of threads may call at once, as long as none writes what another uses.
@@ -20,8 +21,9 @@
  *               are aligned to their own size.
  *   no rows     A call that has no rows is fine, and its pointers may be null.
  *   workspaces  Bytes of the caller's, of any alignment and content, as many as the function's size
- *               query says for the same struct, whose workspace fields it does not read; free for
- *               other use between calls. A size query returns 0 for what its function refuses.
+ *               query says for the same struct; free for other use between calls. A size query does
+ *               not read the fields of the workspace and of what is written, so that these may
+ *               follow. It returns 0 where there are no rows or the function refuses the rest.
  *   elements    Sizes and strides count elements, not bytes; a stride may be 0 or negative. bf16
  *               elements are the upper 16 bits of a float32, held in a uint16_t; below 2^-126
  *               they count as 0 where the CPU multiplies bf16 itself (the last two levels of

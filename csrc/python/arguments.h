@@ -7,7 +7,7 @@
 //   number                                  number
 //   pointer to an array                     tensor, or its address
 //   nabla_fast_matrix, nabla_fast_output    tensor, or (address, width, stride, dtype)
-//   nabla_fast_heads, nabla_fast_pool, ...  tensor, or (address, strides)
+//   nabla_fast_heads, nabla_fast_pool, ...  tensor
 //   tensor with sizes                       tensor, which sets the fields of its sizes too, or as above
 //   pointer to an array with a count        sequence; those of a call have one length, the count
 //
@@ -144,13 +144,8 @@ inline void convert(PyObject* value, nabla_fast_output& to) { convert_matrix(val
 // Tensor of four axes.
 template <typename Tensor, typename... Strides>
 void convert_strided(PyObject* value, Tensor& to, Strides&... strides) {
-  if (PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 2) {
-    convert(PyTuple_GET_ITEM(value, 0), to.data);
-    convert_tuple(PyTuple_GET_ITEM(value, 1), strides...);
-  } else {
-    convert(value, to.data);
-    convert_tuple(called(value, Names::get().stride).ptr(), strides...);
-  }
+  convert(value, to.data);
+  convert_tuple(called(value, Names::get().stride).ptr(), strides...);
 }
 
 inline void convert(PyObject* value, nabla_fast_heads& to) {
@@ -181,8 +176,8 @@ void set_field(PyObject* value, Args& args, Memory&) {
 template <auto kMember, typename Args, auto... kSizes>
 void set_sized(PyObject* value, Args& args, Memory&) {
   convert(value, args.*kMember);
-  if (PyTuple_Check(value) || PyLong_Check(value)) return;
-  convert_tuple(attribute(value, Names::get().shape).ptr(), args.*kSizes...);
+  if (!PyLong_Check(value))
+    convert_tuple(attribute(value, Names::get().shape).ptr(), args.*kSizes...);
 }
 
 template <auto kMember, auto kCount, typename Args>

@@ -59,9 +59,3 @@ def extension() -> ModuleType:
 def cpu_isa() -> str:
     """The instruction set that kernels use, one of ``ISA_NAMES``."""
     return ISA_NAMES[extension().cpu_isa()]
-
-
-def check(status: int) -> None:
-    """Raise ValueError with the line of a status that is not 0."""
-    if status != 0:
-        raise ValueError(extension().status_string(status))
