@@ -83,9 +83,12 @@ struct Problem {
     call.reads(By::kRows, args.k, k);
     call.reads(By::kRows, args.v, v);
     const bool prefix = batch > 0 && *std::max_element(lengths.data(), lengths.data() + batch) > 0;
-    call.reads(By::kOthers, args.key_pool, key_pool).may_be_null = !prefix;
-    call.reads(By::kOthers, args.value_pool, value_pool).may_be_null = !prefix;
-    call.reads(By::kRows, args.block_tables, tables, {&args.table_stride}).may_be_null = !prefix;
+    for (Array* array : {&call.reads(By::kOthers, args.key_pool, key_pool),
+                         &call.reads(By::kOthers, args.value_pool, value_pool),
+                         &call.reads(By::kRows, args.block_tables, tables, {&args.table_stride})}) {
+      array->may_be_null = !prefix;
+      if (!prefix && random.one_in(2)) array->put_address(0);
+    }
     call.reads(By::kRows, args.prefix_lengths, lengths);
     give_mistakes(random, call);
   }
@@ -104,8 +107,9 @@ struct Problem {
           random.pick<int64_t>({-1, INT64_MIN, INT64_MAX, width * block_size + 1});
     });
     if (width == 0) return;
-    // A block that is not in the pool, within a prefix.
-    call.mistake(NABLA_FAST_INVALID_PREFIX, [&] {
+    // A block that is not in the pool, within a prefix; without one the pool may be null.
+    const bool pool = args.key_pool.data && args.value_pool.data && args.block_tables;
+    call.mistake(pool ? NABLA_FAST_INVALID_PREFIX : NABLA_FAST_INVALID_POINTER, [&] {
       const int64_t b = random.between(0, batch - 1);
       lengths[b] = width * block_size;
       tables.row(b)[random.between(0, width - 1)] =

@@ -57,7 +57,8 @@ struct View {
   template <typename Work>
   void each_row(const Work& work) const {
     std::vector<int64_t> index(axes.size(), 0);
-    for (int64_t left = rows(); left > 0; --left) {
+    // Rows of no elements may be any distance apart.
+    for (int64_t left = columns > 0 ? rows() : 0; left > 0; --left) {
       int64_t at = 0;
       for (size_t n = 0; n < axes.size(); ++n)
         if (index[n] > 0) at += index[n] * axes[n].stride;
@@ -174,6 +175,7 @@ class Tensor : public AnyTensor {
 
   T* data() { return reinterpret_cast<T*>(view().first); }
   T* row(std::initializer_list<int64_t> index) {
+    if (columns() == 0) return data();
     int64_t at = 0;
     size_t axis = 0;
     for (const int64_t n : index) at += n > 0 ? n * stride(axis) : 0, ++axis;

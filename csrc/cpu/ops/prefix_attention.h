@@ -61,14 +61,15 @@ struct Sequence {
 
 inline Sequence sequence_of(const nabla_fast_attention_args& a, const nabla_fast_pool& pool,
                             const nabla_fast_heads& own, int64_t batch, int64_t kv_head) {
+  const int64_t prefix = a.prefix_lengths[batch];
   nabla_fast_pool of_head = pool;
-  of_head.data += kv_head * pool.head_stride;
-  return {of_head,
-          a.block_size,
-          a.block_tables + batch * a.table_stride,
-          a.prefix_lengths[batch],
-          token_of(own, batch, kv_head, 0),
-          own.token_stride};
+  const int64_t* table = nullptr;
+  // Without a prefix, pool and table may be nowhere.
+  if (prefix > 0) {
+    of_head.data += kv_head * pool.head_stride;
+    table = a.block_tables + batch * a.table_stride;
+  }
+  return {of_head, a.block_size, table, prefix, token_of(own, batch, kv_head, 0), own.token_stride};
 }
 
 inline Sequence keys_of(const nabla_fast_attention_args& a, int64_t batch, int64_t kv_head) {
