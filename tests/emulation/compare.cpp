@@ -79,7 +79,7 @@ uint32_t bits_of(float x) {
 }
 
 // Kinds of matrices: what exponents their numbers have.
-enum Kind { kAnyBits, kModerate, kCancelling, kSmallest, kLargest, kSpecial, kKinds };
+enum Kind { kAnyBits, kModerate, kCancelling, kSmallest, kBoundary, kLargest, kSpecial, kKinds };
 
 // An fp32 number; its upper half is one of bf16.
 uint32_t number(Kind kind) {
@@ -93,6 +93,8 @@ uint32_t number(Kind kind) {
       return sign | (120 + 4 * below(3)) << 23 | (fraction & 0x600000);
     case kSmallest:  // products around 2^-126, subnormal factors too
       return sign | (below(8) ? 50 + below(30) : below(2)) << 23 | fraction;
+    case kBoundary:  // products of 2^-126 and of 2^-150 to 2^-152, whose sums are just below 2^-126
+      return sign | (below(2) ? 127 - 63 : 127 - 75 - below(2)) << 23 | (below(4) ? 0 : fraction);
     case kLargest:  // products around 2^128
       return sign | (180 + below(20)) << 23 | fraction;
     default: {
@@ -109,6 +111,7 @@ uint32_t begin(Kind kind) {
   if (below(3) == 0) return 0;
   if (kind == kSmallest)
     return below(2) << 31 | below(4) << 23 | (below(3) ? below(1u << 23) : 0x7FFFFF);
+  if (kind == kBoundary) return below(2) << 31 | 1u << 23;
   if (kind == kLargest) return below(2) << 31 | (250 + below(5)) << 23 | below(1u << 23);
   return number(kind);
 }
