@@ -8,6 +8,7 @@
 #include "gemm/amx.h"
 #include "gemm/amx_tiles.h"
 #include "gemm/amx_unit.h"
+#include "simd/vec.h"
 
 namespace nabla_fast::gemm {
 namespace {
@@ -34,6 +35,23 @@ float fp32_product(const PackedRows& rows, int row, const uint16_t* w) {
   }
   return sum;
 }
+
+// Whether all of n numbers are, n a multiple of 16.
+template <int W>
+NABLA_FAST_INLINE bool all_finite_kernel(const float* x, int n) {
+  Floats<W> zeros = {};
+  for (int i = 0; i < n; i += W) zeros += load<W>(x + i) - load<W>(x + i);
+  return lane_sum<W>(zeros) == 0;
+}
+
+template <int W>
+NABLA_FAST_INLINE void add_or_copy_kernel(const float* x, int n, bool add, float* z) {
+  for (int i = 0; i < n; i += W)
+    store<W>(z + i, add ? load<W>(z + i) + load<W>(x + i) : load<W>(x + i));
+}
+
+NABLA_FAST_FOR_EACH_ISA(all_finite, all_finite_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(add_or_copy, add_or_copy_kernel<W>)
 
 #if NABLA_FAST_AMX
 
@@ -140,14 +158,13 @@ void products_amx(const PackedRows& rows, const Table& table, int tokens, bool a
   alignas(64) float sums[kVocabTileTokens * kRowsPerGroup];
   std::fill(sums, sums + (tokens + 2 * kAmxSide - 1) / (2 * kAmxSide) * 2 * kAmxSide * lanes, 0.0f);
   add_products(rows, table, tokens, sums);
-  bool finite = true;
-  for (int n = 0; n < tokens * lanes; ++n) finite &= sums[n] - sums[n] == 0;
+  const bool finite = all_finite(sums, tokens * lanes);
   for (int t = 0; t < tokens && !finite; ++t) {
     const uint16_t* w = static_cast<const uint16_t*>(table.data) + t * table.stride;
     for (int r = 0; r < rows.rows; ++r)
       if (!std::isfinite(sums[t * lanes + r])) sums[t * lanes + r] = fp32_product(rows, r, w);
   }
-  for (int n = 0; n < tokens * lanes; ++n) z[n] = add ? z[n] + sums[n] : sums[n];
+  add_or_copy(sums, tokens * lanes, add, z);
 }
 
 }  // namespace nabla_fast::gemm
