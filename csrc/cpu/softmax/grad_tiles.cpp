@@ -81,7 +81,8 @@ void weighted_grad_sum(float* y, float* grad, int rows, int tokens, const float*
 
 void softmax_jacobian(const float* y, float* grad, int rows, int tokens, const float* max,
                       const float* mean, const float* weight, double tau) {
-  jacobian_lanes(y, grad, gemm::lanes_of(rows), tokens, max, mean, weight, static_cast<float>(1 / tau));
+  jacobian_lanes(y, grad, gemm::lanes_of(rows), tokens, max, mean, weight,
+                 static_cast<float>(1 / tau));
 }
 
 }  // namespace nabla_fast::softmax
