@@ -104,7 +104,7 @@ def compare(n: int, seen: Counter) -> None:
 
 def test_random_problems_in_float64():
     seen: Counter[str] = Counter()
-    for n in range(24):
+    for n in range(30):
         compare(n, seen)
     assert seen["problems"] >= 75
     assert min(seen["speculated"], seen["fewer rounds"], seen["accepted"]) >= 5, seen

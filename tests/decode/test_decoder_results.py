@@ -142,7 +142,7 @@ def test_the_reward_model_has_its_own_template():
         "{% if add_generation_prompt %}cc{% endif %}"
     )
     d = decoder(reward_tokenizer=theirs)
-    ours, prefix = [BOS, 3, 4, 5, 4], [3, 3, 3, 4, 4, 5, 5]  # "<bos>" "ab" "c" "b"; "aa" "ab" "b" "cc"
+    ours, prefix = [BOS, 3, 4, 5, 4], [3, 3, 3, 4, 4]  # "<bos>" "ab" "c" "b"; "aa" "ab" "b"
     by_ids = d.generate([ours], reward_context=[(prefix, [4])], max_new_tokens=6)
     assert outcomes(d.generate(["ab"], max_new_tokens=6)) == outcomes(by_ids)
 
