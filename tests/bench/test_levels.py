@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,15 @@ def test_a_level_that_ends_early_is_the_last(stub, has_avx512, capsys):
     assert "avx2: the process that measured it was ended by signal 9" in err
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """A shell's background jobs, of which the tests may be one, ignore Ctrl-C."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupt_is_passed_on_and_keeps_rows(stub, has_avx512, capsys, tmp_path: Path):
     started = tmp_path / "started"
     # The process tells its parent, this one, that it is time for the signal.
@@ -168,11 +178,10 @@ def test_an_interrupt_is_passed_on_and_keeps_rows(stub, has_avx512, capsys, tmp_
         open({str(started)!r}, "w").close()
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(60)
+        say([{{"op": "b"}}])
     """)
-    begun = time.monotonic()
     status, document, _ = bench(capsys, "--isa", "all")
     assert started.exists()
-    assert time.monotonic() - begun < 30
     assert (status, [row["op"] for row in document["rows"]]) == (130, ["a"])
     assert document["interrupted"] is True
 
