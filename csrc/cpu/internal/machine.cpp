@@ -6,7 +6,7 @@
 #include "base/isa.h"
 #include "simd/vec.h"
 
-#if NABLA_FAST_AMX
+#if NABLA_FAST_AMX && !NABLA_FAST_EMULATED
   #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -145,7 +145,7 @@ NABLA_FAST_TARGET_AVX512 double dot_products(int64_t rounds) {
 }
 #endif
 
-#if NABLA_FAST_AMX
+#if NABLA_FAST_AMX && !NABLA_FAST_EMULATED
 // Eight tiles of 16 rows of 64 bytes. Static: of a local one the compiler may leave out what the
 // intrinsic does not say it reads, all but its first bytes.
 alignas(64) constexpr uint8_t kTiles[64] = {
@@ -257,7 +257,7 @@ double machine_dot_products(int64_t rounds, int threads) {
 }
 
 double machine_tile_products(int64_t rounds, int threads) {
-#if NABLA_FAST_AMX
+#if NABLA_FAST_AMX && !NABLA_FAST_EMULATED
   if (nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AMX)
     return in_all_threads(tile_products, rounds, threads);
 #endif
