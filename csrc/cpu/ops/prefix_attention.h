@@ -23,6 +23,8 @@
 namespace nabla_fast::attention {
 
 constexpr int64_t kKeysPerTile = 64;
+// Factor of weights whose sums stay finite: with numbers up to 2^128, those of 2^31 keys reach 2^95.
+constexpr float kSmallScale = 0x1p-64f;
 constexpr int64_t kMaxHeadDim = NABLA_FAST_MOST_HEAD_DIM;
 // Positions are counted in 32-bit lanes.
 constexpr int64_t kMaxPositions = std::numeric_limits<int32_t>::max();
