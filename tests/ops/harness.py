@@ -316,8 +316,8 @@ def _rows(mask: Tensor) -> list[int]:
 def _row_error(value: Tensor, exact: Tensor) -> Tensor:
     """[N] largest difference in each row; infinities must agree, and a NaN is an infinite difference."""
     value = value.double()
-    difference = torch.where(value == exact, 0.0, (value - exact).abs()).nan_to_num(nan=torch.inf)
-    return _row_maximum(difference)
+    difference = torch.where(value == exact, 0.0, (value - exact).abs())
+    return _row_maximum(difference.nan_to_num(nan=torch.inf, posinf=torch.inf))
 
 
 def _row_maximum(tensor: Tensor) -> Tensor:

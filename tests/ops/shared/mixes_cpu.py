@@ -56,9 +56,9 @@ def huge_arguments(
     given = arguments(op, draw, 5, vocabulary, 33, dtypes)
     sign = torch.where(draw.uniform(vocabulary, 1) < 0.8, 1.0, -1.0)
     given["tables"] = [(3e38 * sign.expand_as(t)).to(t.dtype) for t in given["tables"]]
-    # A token's G is about a third of its 3e38: the difference of two is finite.
+    # A token's G is about 0.3 times its 3e38: the difference of two is finite.
     if "cotangents" in given:
-        given["cotangents"] = [(c.float().abs() / 100).to(c.dtype) for c in given["cotangents"]]
+        given["cotangents"] = [(c.float().abs() / 160).to(c.dtype) for c in given["cotangents"]]
     # From a flat row to a peaked one.
     name = "hidden" if "hidden" in given else "logits"
     given[name] = (given[name] * torch.tensor([[0], [0.03], [0.1], [0.3], [1]])).to(dtypes[0])
