@@ -198,16 +198,33 @@ class Descent {
     // Reading the head costs as much as the arithmetic of some rows.
     const int64_t work = (Size(call_.vocab) * std::max<int64_t>(width, 1) * (count + 4)).or_most();
     const int threads = threads_for(work, kProductsPerThread, call_.num_threads);
-    // Dynamic: with equal shares all threads would wait for a core that is slower, or shared.
+    for (const float scale : kPassScales) {
+      pass.scale = scale;
+      // Dynamic: with equal shares all threads would wait for a core that is slower, or shared.
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t s = 0; s < segments; ++s)
-      pass_segment(pass, s * tokens, std::min(call_.vocab, (s + 1) * tokens), w_.found + s * count,
-                   sums ? w_.weighted_sums + s * weighted_sums : nullptr);
+      for (int64_t s = 0; s < segments; ++s)
+        pass_segment(pass, s * tokens, std::min(call_.vocab, (s + 1) * tokens),
+                     w_.found + s * count, sums ? w_.weighted_sums + s * weighted_sums : nullptr);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int n = 0; n < count; ++n)
-      w_.rows[list[n]].result =
-          join_segments(w_.found, w_.weighted_sums, segments, count, n, width, call_.tau,
-                        sums ? w_.gradient + list[n] * width : nullptr);
+      for (int n = 0; n < count; ++n) {
+        if (scale != kPassScales[0] && has_gradient(list[n])) continue;
+        w_.rows[list[n]].result =
+            join_segments(w_.found, w_.weighted_sums, segments, count, n, width, call_.tau,
+                          sums ? w_.gradient + list[n] * width : nullptr);
+      }
+      if (!sums || std::all_of(list, list + count, [&](int64_t r) { return has_gradient(r); }))
+        break;
+    }
+  }
+
+  // Whether the gradient of a row is finite, or can be none.
+  bool has_gradient(int64_t row) const {
+    const HeadPassResult& result = w_.rows[row].result;
+    const int64_t width = call_.head.width;
+    const float* const gradient = w_.gradient + row * width;
+    const auto is_finite = [](float x) { return std::isfinite(x); };
+    return status_of(result) != NABLA_FAST_OK ||
+           (std::isfinite(result.mean) && std::all_of(gradient, gradient + width, is_finite));
   }
 
   // A step of every active row. Returns whether there was one.

@@ -131,7 +131,7 @@ NABLA_FAST_INLINE void rescale_to_new_max(const PassRow& row, float top, int64_t
 // tokens.
 template <int W>
 NABLA_FAST_INLINE void exp_and_weighted_grad(int rows, int lanes, int tokens, float inverse_tau,
-                                             int stride, Tile& tile) {
+                                             float scale, int stride, Tile& tile) {
   const Floats<W> zero = {};
   // From the last vector to the first and from the first token to the last: lanes behind the last
   // row are overwritten by the next store.
@@ -141,7 +141,7 @@ NABLA_FAST_INLINE void exp_and_weighted_grad(int rows, int lanes, int tokens, fl
     for (int t = 0; t < tokens; ++t) {
       const Floats<W> x = (load<W>(tile.y + t * lanes + r) - max) * inverse_tau;
       const Floats<W> g = load<W>(tile.grad + t * lanes + r) - centre;
-      const Floats<W> e = x > kMinScaledExponent ? vec_exp_normal<W, kExpPower>(x) : zero;
+      const Floats<W> e = x > kMinScaledExponent ? vec_exp_normal<W, kExpPower>(x) * scale : zero;
       const Floats<W> weighted_grad =
           x > kMinScaledExponent ? e * g : zero;  // G may be infinite where p is 0
       store<W>(tile.weights + t * stride + r, e);
@@ -188,7 +188,7 @@ NABLA_FAST_INLINE void segment_kernel(const HeadPass& pass, int64_t first, int64
     const float* grad[kRowsPerHeadPass];
     for (int r = 0; r < rows; ++r) grad[r] = pass.row[r].grad + token;
     transpose_tile<W, false>(grad, rows, lanes, tokens, tile.grad);
-    exp_and_weighted_grad<W>(rows, lanes, tokens, pass.inverse_tau, stride, tile);
+    exp_and_weighted_grad<W>(rows, lanes, tokens, pass.inverse_tau, pass.scale, stride, tile);
     for (int r = 0; r < rows; ++r) {
       found[r].sum += tile.sum[r];
       found[r].weighted_grad_sum += tile.weighted_grad_sum[r];

@@ -41,10 +41,16 @@ struct PassRow {
   float centre;
 };
 
+// Scales of a pass: G and the head may hold numbers so large that sums overflow in the first though
+// the gradient does not. The second's stay finite: exponentials, which are multiplied by 2^24 in
+// both, are at most 2^-64 in it.
+constexpr float kPassScales[] = {1, 0x1p-88f};
+
 struct HeadPass {
   gemm::PackedRows rows;  // hidden states, at most kRowsPerHeadPass
   gemm::Table head;       // [vocab, width]
   float inverse_tau;
+  float scale;  // of exponentials
   bool noise;
   PassRow row[kRowsPerHeadPass];
 };

@@ -4,7 +4,9 @@
 // The vocabulary is cut into segments, by position alone. A segment keeps for each row the largest
 // logit so far, the sum of exponentials under it and their sum times the head's rows; segments are
 // joined from left to right, on whatever thread they were computed. The target's own term is left
-// out of both sums and joined at the end, where 1 - p would be lost to rounding.
+// out of both sums and joined at the end, where 1 - p would be lost to rounding. The head may hold
+// numbers so large that sums overflow though the gradient does not: then there is a second pass,
+// with smaller exponentials.
 
 #include <algorithm>
 #include <cmath>
@@ -31,34 +33,40 @@ constexpr int64_t kNllSegmentTokens = 8192;
 // Rows that share a reading of the head, and tokens whose logits exist at once.
 constexpr int64_t kRowsPerHeadRead = 64;
 constexpr int64_t kLogitTokens = gemm::kTokensInL2;
+// Factors of exponentials in the first pass and in the second, whose sums stay finite: with numbers
+// up to 2^128, those of 2^31 tokens reach 2^95.
+constexpr float kScales[] = {1, 0x1p-64f};
 
 int64_t segments_of(int64_t vocab) { return (vocab + kNllSegmentTokens - 1) / kNllSegmentTokens; }
 
 // Sums of a group of rows over a segment.
 struct Part {
   float* max;            // [rows]
-  float* sum;            // [rows] of exp(logit - max), the target's left out
+  float* sum;            // [rows] of e = exp(logit - max) scale, the target's left out
   float* target;         // [rows] its logit, if it lies in the segment
-  float* weighted_rows;  // [rows, padded(width)] of exp(logit - max) times the head's row, likewise
+  float* nan;            // [rows] other than 0 if a logit is NaN
+  float* weighted_rows;  // [rows, padded(width)] of e times the head's row, likewise
 
-  static int64_t floats(int64_t rows, int64_t width) { return rows * (3 + padded(width)); }
+  static int64_t floats(int64_t rows, int64_t width) { return rows * (4 + padded(width)); }
 
   Part(float* memory, int64_t rows)
       : max(memory),
         sum(memory + rows),
         target(memory + 2 * rows),
-        weighted_rows(memory + 3 * rows) {}
+        nan(memory + 3 * rows),
+        weighted_rows(memory + 4 * rows) {}
 };
 
 // Tokens [first, last) for the rows of `p`, at most kRowsPerHeadRead.
 template <int W, typename T>
 NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const int64_t* targets, int64_t first,
-                               int64_t last, Part part) {
+                               int64_t last, float scale, Part part) {
   int64_t width = padded(p.width);
   for (int64_t r = 0; r < p.rows; ++r) {
     part.max[r] = -kInfinity;
     part.sum[r] = 0;
     part.target[r] = -kInfinity;
+    part.nan[r] = 0;
   }
   std::fill_n(part.weighted_rows, p.rows * width, 0.0f);
   float z[kRowsPerHeadRead * kLogitTokens];
@@ -71,16 +79,21 @@ NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const int64_t* target
       bool here = target >= 0 && target < tokens;
       if (here) part.target[r] = row[target];
       float top = part.max[r];
-      for (int t = 0; t < tokens; ++t) top = row[t] > top ? row[t] : top;
+      int32_t nan = 0;
+      for (int t = 0; t < tokens; ++t) {
+        top = row[t] > top ? row[t] : top;
+        nan |= row[t] != row[t];
+      }
+      if (nan) part.nan[r] = 1;
       if (top > part.max[r]) {
-        float scale = vec_exp(part.max[r] - top);
-        part.sum[r] *= scale;
-        for (int64_t k = 0; k < width; ++k) part.weighted_rows[r * width + k] *= scale;
+        float factor = vec_exp(part.max[r] - top);
+        part.sum[r] *= factor;
+        for (int64_t k = 0; k < width; ++k) part.weighted_rows[r * width + k] *= factor;
         part.max[r] = top;
       }
       // A row of -inf alone so far: its differences would be NaN.
       float shift = top > -kInfinity ? top : 0.0f;
-      for (int t = 0; t < tokens; ++t) row[t] = vec_exp(row[t] - shift);
+      for (int t = 0; t < tokens; ++t) row[t] = vec_exp(row[t] - shift) * scale;
       if (here) row[target] = 0;
       float sum = 0;
       for (int t = 0; t < tokens; ++t) sum += row[t];
@@ -95,38 +108,43 @@ NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const int64_t* target
 NABLA_FAST_FOR_EACH_ISA(fp32_segment, segment<W, float>)
 NABLA_FAST_FOR_EACH_ISA(bf16_segment, segment<W, uint16_t>)
 
-// Joins a row's parts from left to right.
-nabla_fast_status join(const gemm::HeadProduct& p, nabla_fast_dtype dtype, int64_t target,
-                       float* memory, int64_t segments, int64_t row, float* out) {
+// Joins a row's parts from left to right, in the memory of the first, and puts the gradient: of the
+// second pass those elements that are not finite after the first. Returns whether all are finite.
+bool join(const gemm::HeadProduct& p, nabla_fast_dtype dtype, int64_t target, float scale,
+          float* memory, int64_t segments, int64_t row, float* out, nabla_fast_status& status) {
   int64_t width = padded(p.width), floats = Part::floats(p.rows, p.width);
   float top = -kInfinity, target_logit = -kInfinity;
   bool nan = false;
   for (int64_t s = 0; s < segments; ++s) {
     Part part(memory + s * floats, p.rows);
-    nan = nan || part.sum[row] != part.sum[row] || part.target[row] != part.target[row];
+    nan = nan || part.nan[row] != 0;
     top = std::max(top, part.max[row]);
     if (target / kNllSegmentTokens == s) target_logit = part.target[row];
   }
-  // An infinite logit makes the sums NaN too.
-  const nabla_fast_status status = softmax::row_status(top, nan && top < kInfinity);
+  status = softmax::row_status(top, nan);
   if (status != NABLA_FAST_OK) {
-    for (int64_t k = 0; k < p.width; ++k) out[k] = kNaN;
-    return status;
+    std::fill_n(out, p.width, kNaN);
+    return true;
   }
   const gemm::Table head{p.head, dtype, p.width, p.head_stride};
   double rest = 0;
-  for (int64_t k = 0; k < p.width; ++k) out[k] = 0;
+  float* const joined = Part(memory, p.rows).weighted_rows + row * width;
   for (int64_t s = 0; s < segments; ++s) {
     Part part(memory + s * floats, p.rows);
-    double scale = softmax::rescale(part.max[row], top);
-    rest += scale * part.sum[row];
+    double factor = softmax::rescale(part.max[row], top);
+    rest += factor * part.sum[row];
     for (int64_t k = 0; k < p.width; ++k)
-      out[k] += static_cast<float>(scale) * part.weighted_rows[row * width + k];
+      joined[k] = (s == 0 ? 0.0f : joined[k]) +
+                  static_cast<float>(factor) * part.weighted_rows[row * width + k];
   }
-  double inverse = 1 / (rest + softmax::rescale(target_logit, top));
-  for (int64_t k = 0; k < p.width; ++k)
-    out[k] = static_cast<float>((out[k] - rest * head.value(target, k)) * inverse);
-  return NABLA_FAST_OK;
+  double inverse = 1 / (rest + scale * softmax::rescale(target_logit, top));
+  bool finite = true;
+  for (int64_t k = 0; k < p.width; ++k) {
+    const auto grad = static_cast<float>((joined[k] - rest * head.value(target, k)) * inverse);
+    if (scale == 1 || (!std::isfinite(out[k]) && std::isfinite(grad))) out[k] = grad;
+    finite = finite && std::isfinite(out[k]);
+  }
+  return finite;
 }
 
 nabla_fast_status check(const nabla_fast_nll_grad_args& call) {
@@ -193,14 +211,18 @@ nabla_fast_status nabla_fast_nll_grad(const nabla_fast_nll_grad_args* args) {
                         stride_of(call.head, vocab)};
     int64_t floats = Part::floats(count, width);
     const int threads = threads_for(segments, 1, call.num_threads);
+    for (const float scale : kScales) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t s = 0; s < segments; ++s)
-      run(p, targets + first, s * kNllSegmentTokens, std::min(vocab, (s + 1) * kNllSegmentTokens),
-          Part(memory + s * floats, count));
-    for (int64_t r = 0; r < count; ++r)
-      call.row_status[first + r] =
-          join(p, call.head.dtype, targets[first + r], memory, segments, r,
-               static_cast<float*>(call.grad.data) + (first + r) * grad_stride);
+      for (int64_t s = 0; s < segments; ++s)
+        run(p, targets + first, s * kNllSegmentTokens, std::min(vocab, (s + 1) * kNllSegmentTokens),
+            scale, Part(memory + s * floats, count));
+      bool finite = true;
+      for (int64_t r = 0; r < count; ++r)
+        finite &= join(p, call.head.dtype, targets[first + r], scale, memory, segments, r,
+                       static_cast<float*>(call.grad.data) + (first + r) * grad_stride,
+                       call.row_status[first + r]);
+      if (finite) break;
+    }
   }
   return NABLA_FAST_OK;
 }

@@ -4,6 +4,9 @@
 // being token n / group and head n mod group of the group. Many rows go into lanes, W at a time.
 // Few rows, as in a decode step, would leave most lanes empty: there the lanes go along the head
 // instead.
+//
+// Values may be so large that their sums overflow though the results do not: then a second pass has
+// smaller weights.
 
 #include "ops/prefix_attention.h"
 
@@ -31,12 +34,34 @@ struct Call {
   }
 };
 
+// Factors of the weights in the first pass and in the second.
+constexpr float kWeightScales[] = {1, kSmallScale};
+
+// Whether all sums are finite; W divides `count`.
+template <int W>
+NABLA_FAST_INLINE bool are_finite(const float* sums, int64_t count) {
+  typename VecTypes<W>::Bits bits = {};
+  for (int64_t n = 0; n < count; n += W) {
+    const Floats<W> sum = load<W>(sums + n);
+    bits |= (typename VecTypes<W>::Bits)(sum - sum);  // 0 or NaN
+  }
+  uint32_t any = 0;
+  for (int lane = 0; lane < W; ++lane) any |= bits[lane];
+  return any == 0;
+}
+
+// Puts a result: of the second pass where that of the first is not finite.
+NABLA_FAST_INLINE void put_result(float result, float weight_scale, float& out) {
+  if (weight_scale == 1 || (!std::isfinite(out) && std::isfinite(result))) out = result;
+}
+
 // -- rows in lanes --------------------------------------------------------------------------------
 
-// Rows first to first + W - 1 of a key-value head; those behind the last repeat it.
+// Rows first to first + W - 1 of a key-value head; those behind the last repeat it. Returns whether
+// sums are finite.
 template <int W>
-NABLA_FAST_INLINE void attend_rows_in_lanes(const Call& call, int64_t batch, int64_t kv_head,
-                                            int64_t first) {
+NABLA_FAST_INLINE bool attend_rows_in_lanes(const Call& call, int64_t batch, int64_t kv_head,
+                                            int64_t first, float weight_scale) {
   const nabla_fast_attention_args& in = call.in;
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const int64_t last = std::min(first + W, call.rows()) - 1;
@@ -78,7 +103,7 @@ NABLA_FAST_INLINE void attend_rows_in_lanes(const Call& call, int64_t batch, int
     Floats<W> tile_total = {};
     for (int64_t j = 0; j < count; ++j) {
       const Floats<W> e = exp_of_negative<W>(load<W>(s + j * W) - base, nan);
-      store<W>(s + j * W, e);
+      store<W>(s + j * W, e * weight_scale);
       tile_total += e;
     }
     total = total * rescale + tile_total;
@@ -88,10 +113,12 @@ NABLA_FAST_INLINE void attend_rows_in_lanes(const Call& call, int64_t batch, int
     accumulate<W>(others, count, s, in.dim, sums);
   }
   for (int lane = 0; first + lane <= last; ++lane) {
-    const float inverse = nan[lane] ? kNaN : 1 / total[lane];
+    const float inverse = nan[lane] ? kNaN : 1 / (weight_scale * total[lane]);
     float* result = call.result(batch, kv_head, first + lane);
-    for (int64_t d = 0; d < in.dim; ++d) result[d] = sums[d * W + lane] * inverse;
+    for (int64_t d = 0; d < in.dim; ++d)
+      put_result(sums[d * W + lane] * inverse, weight_scale, result[d]);
   }
+  return are_finite<W>(sums, in.dim * W);
 }
 
 // -- a row by itself ------------------------------------------------------------------------------
@@ -155,9 +182,11 @@ NABLA_FAST_INLINE void add_values(const float* weights, const float* const* valu
 }
 
 // All rows of a key-value head, each by itself, over one tile of keys after the other. kDim: the
-// head's width if it is known, else 0; a multiple of W in either case.
+// head's width if it is known, else 0; a multiple of W in either case. Returns whether sums are
+// finite.
 template <int W, int kDim>
-NABLA_FAST_INLINE void attend_rows_singly(const Call& call, int64_t batch, int64_t kv_head) {
+NABLA_FAST_INLINE bool attend_rows_singly(const Call& call, int64_t batch, int64_t kv_head,
+                                          float weight_scale) {
   const nabla_fast_attention_args& in = call.in;
   const int64_t dim = kDim ? kDim : in.dim, rows = call.rows();
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
@@ -205,7 +234,7 @@ NABLA_FAST_INLINE void attend_rows_singly(const Call& call, int64_t batch, int64
       Floats<W> total = {};
       for (int64_t j = 0; j < padded; j += W) {
         const Floats<W> e = exp_of_negative<W>(load<W>(s + j) - base, mine.nan);
-        store<W>(s + j, e);
+        store<W>(s + j, e * weight_scale);
         total += e;
       }
       mine.max = max;
@@ -213,11 +242,18 @@ NABLA_FAST_INLINE void attend_rows_singly(const Call& call, int64_t batch, int64
       add_values<W, kDim>(s, value + offset, count, dim, rescale, mine.sums);
     }
   }
+  bool finite = true;
   for (int64_t r = 0; r < rows; ++r) {
-    const float inverse = any_lane<W>(row[r].nan) ? kNaN : 1 / row[r].total;
+    const float inverse = any_lane<W>(row[r].nan) ? kNaN : 1 / (weight_scale * row[r].total);
     float* result = call.result(batch, kv_head, r);
-    for (int64_t d = 0; d < dim; d += W) store<W>(result + d, load<W>(row[r].sums + d) * inverse);
+    if (weight_scale == 1)
+      for (int64_t d = 0; d < dim; d += W) store<W>(result + d, load<W>(row[r].sums + d) * inverse);
+    else
+      for (int64_t d = 0; d < dim; ++d)
+        put_result(row[r].sums[d] * inverse, weight_scale, result[d]);
+    finite = finite && are_finite<W>(row[r].sums, dim);
   }
+  return finite;
 }
 
 // True if the rows of a head are too few to go into lanes, by the vector operations for a key.
@@ -236,26 +272,31 @@ NABLA_FAST_INLINE int64_t units_of_head_kernel(const Call& call) {
   return are_few<W>(call.rows(), call.in.dim) ? 1 : (call.rows() + W - 1) / W;
 }
 
+// A pass over the keys of a unit. Returns whether sums are finite.
 template <int W>
-NABLA_FAST_INLINE void attend_kernel(const Call& call, int64_t unit) {
+NABLA_FAST_INLINE bool pass_unit(const Call& call, int64_t unit, float weight_scale) {
   const int64_t of_head = units_of_head_kernel<W>(call), head = unit / of_head;
   const int64_t batch = head / call.in.kv_heads, kv_head = head % call.in.kv_heads;
-  if (!are_few<W>(call.rows(), call.in.dim)) {
-    attend_rows_in_lanes<W>(call, batch, kv_head, unit % of_head * W);
-    return;
-  }
+  if (!are_few<W>(call.rows(), call.in.dim))
+    return attend_rows_in_lanes<W>(call, batch, kv_head, unit % of_head * W, weight_scale);
   switch (call.in.dim) {
     case 16:
-      return attend_rows_singly<W, 16>(call, batch, kv_head);
+      return attend_rows_singly<W, 16>(call, batch, kv_head, weight_scale);
     case 32:
-      return attend_rows_singly<W, 32>(call, batch, kv_head);
+      return attend_rows_singly<W, 32>(call, batch, kv_head, weight_scale);
     case 64:
-      return attend_rows_singly<W, 64>(call, batch, kv_head);
+      return attend_rows_singly<W, 64>(call, batch, kv_head, weight_scale);
     case 128:
-      return attend_rows_singly<W, 128>(call, batch, kv_head);
+      return attend_rows_singly<W, 128>(call, batch, kv_head, weight_scale);
     default:
-      return attend_rows_singly<W, 0>(call, batch, kv_head);
+      return attend_rows_singly<W, 0>(call, batch, kv_head, weight_scale);
   }
+}
+
+template <int W>
+NABLA_FAST_INLINE void attend_kernel(const Call& call, int64_t unit) {
+  for (const float weight_scale : kWeightScales)
+    if (pass_unit<W>(call, unit, weight_scale)) return;
 }
 
 NABLA_FAST_FOR_EACH_ISA(attend, attend_kernel<W>)

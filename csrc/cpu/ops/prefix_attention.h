@@ -25,6 +25,10 @@
 namespace nabla_fast::attention {
 
 constexpr int64_t kKeysPerTile = 64;
+// Products of a query and a key that are summed in one chain: rounding grows with its length.
+constexpr int64_t kScoreChain = 128;
+// Factor of weights whose sums stay finite: with numbers up to 2^128, those of 2^31 keys reach 2^95.
+constexpr float kSmallScale = 0x1p-64f;
 constexpr int64_t kMaxHeadDim = NABLA_FAST_MOST_HEAD_DIM;
 // Positions are counted in 32-bit lanes.
 constexpr int64_t kMaxPositions = std::numeric_limits<int32_t>::max();
@@ -183,6 +187,17 @@ inline int64_t attention_work(const nabla_fast_attention_args& a) {
   return (Size(keys) * a.heads * a.suffix * a.dim).or_most();
 }
 
+// sum[j] += sum of others[j][d] rows[d] over columns [first, last), in one chain.
+template <int W>
+NABLA_FAST_INLINE void add_products(const float* const* others, const float* rows, int64_t first,
+                                    int64_t last, Floats<W> (&sum)[8]) {
+  for (int64_t d = first; d < last; ++d) {
+    const Floats<W> row = load<W>(rows + d * W);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) sum[j] += others[j][d] * row;
+  }
+}
+
 // others: [count] addresses of [dim]; rows: [dim] vectors; s: [count rounded up to 8] vectors, of
 // which those behind `count` repeat the last.
 template <int W>
@@ -192,10 +207,12 @@ NABLA_FAST_INLINE void scores(const float* const* others, int64_t count, const f
     const float* other[8];
     for (int64_t j = 0; j < 8; ++j) other[j] = others[std::min(begin + j, count - 1)];
     Floats<W> sum[8] = {};
-    for (int64_t d = 0; d < dim; ++d) {
-      const Floats<W> row = load<W>(rows + d * W);
+    add_products<W>(other, rows, 0, std::min(kScoreChain, dim), sum);
+    for (int64_t first = kScoreChain; first < dim; first += kScoreChain) {
+      Floats<W> chain[8] = {};
+      add_products<W>(other, rows, first, std::min(first + kScoreChain, dim), chain);
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) sum[j] += other[j][d] * row;
+      for (int j = 0; j < 8; ++j) sum[j] += chain[j];
     }
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) store<W>(s + (begin + j) * W, sum[j] * scale);

@@ -48,6 +48,22 @@ NABLA_FAST_INLINE void put_lane(const float* row, int64_t dim, int lane, float* 
   for (int64_t d = 0; d < dim; ++d) rows[d * W + lane] = row[d];
 }
 
+// Sum of e dp, with e times `scale`.
+template <int W>
+NABLA_FAST_INLINE Floats<W> weighted_sum(const float* e, const float* dp, int64_t count,
+                                         float scale) {
+  Floats<W> sum = {};
+  for (int64_t begin = 0; begin < count; begin += kKeysPerTile) {
+    Floats<W> of_tile = {};
+    for (int64_t t = begin; t < std::min(begin + kKeysPerTile, count); ++t) {
+      const Floats<W> weight = load<W>(e + t * W);
+      of_tile += weight == 0.0f ? Floats<W>{} : weight * scale * load<W>(dp + t * W);
+    }
+    sum += of_tile;
+  }
+  return sum;
+}
+
 template <int W>
 NABLA_FAST_INLINE void take_lane(const float* rows, int64_t dim, int lane, float* row) {
   for (int64_t d = 0; d < dim; ++d) row[d] = rows[d * W + lane];
@@ -95,21 +111,24 @@ NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_h
     scores<W>(others, count, upstream, in.dim, 1, dp + (begin - start) * W);
   }
 
-  Floats<W> total = {}, delta = {};
+  Floats<W> total = {};
   Ints<W> nan = {};
   for (int64_t begin = start; begin < end; begin += kKeysPerTile) {
-    Floats<W> tile_total = {}, tile_delta = {};
+    Floats<W> tile_total = {};
     for (int64_t t = begin - start; t < std::min(begin + kKeysPerTile, end) - start; ++t) {
       const Floats<W> e = exp_of_negative<W>(load<W>(s + t * W) - max, nan);
       store<W>(s + t * W, e);
       tile_total += e;
-      tile_delta += e == 0.0f ? Floats<W>{} : e * load<W>(dp + t * W);
     }
     total += tile_total;
-    delta += tile_delta;
   }
   const Floats<W> inverse = nan ? splat<W>(kNaN) : 1.0f / total;
-  delta *= inverse;
+  Floats<W> delta = weighted_sum<W>(s, dp, end - start, 1) * inverse;
+  const Floats<W> nothing = delta - delta;  // 0 where delta is finite
+  if (lane_sum<W>(nothing) != 0) {
+    const Floats<W> small = weighted_sum<W>(s, dp, end - start, kSmallScale);
+    delta = nothing == 0.0f ? delta : small * (inverse / kSmallScale);
+  }
 
   alignas(64) float weights[kKeysPerTile * W];
   std::fill(q, q + in.dim * W, 0.0f);  // becomes dq

@@ -17,7 +17,7 @@ from nabla_fast.ops.descent_loop import descend_native
 
 from ..contract import BackendContract, EveryInstructionSet
 from ..harness import check, map_tensors, run, to_float64
-from ..inputs import BF16, F64, Case, Draw
+from ..inputs import BF16, F32, F64, Case, Draw
 from ..shared.descents import DescentOverlaps, descent_arguments
 from .cases import DTO_DESCENT_LATENTS
 
@@ -385,6 +385,19 @@ def test_what_the_interface_refuses(draw: Draw):
     refused("schedule")
     state.step[1] = 0
     assert native.dto_descent_latents(**fields)
+
+
+@pytest.mark.parametrize("head", [F32, BF16], ids=str)
+@pytest.mark.parametrize("size", [1e30, 1e38])
+def test_gradients_near_the_largest(size: float, head: torch.dtype, isa: str, draw: Draw):
+    arguments = descent_arguments(draw, 5, 1100, hidden=33, head=head, iters=1)
+    arguments["h"] *= torch.tensor([[0.0], [0.01], [0.1], [0.3], [1.0]])
+    arguments["grad"] = size * arguments["grad"].clamp(-1.5, 1.5)
+    _, h, state = descended(arguments)
+    _, _, exact = descended(to_float64(arguments), "torch")
+    error = (state.exp_avg - exact.exp_avg).abs().amax(dim=1)
+    assert (error <= 1e-5 * exact.exp_avg.abs().amax(dim=1)).all()
+    assert h.isfinite().all()
 
 
 def test_calls_from_several_threads(draw: Draw):

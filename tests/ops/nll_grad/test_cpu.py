@@ -122,3 +122,31 @@ def test_what_the_interface_refuses(draw: Draw):
     for token in (-1, 40):
         tokens[1] = token
         refused("token")
+
+
+@DTYPES
+@pytest.mark.parametrize("vocabulary", [63, 523, 8192 + 77])
+def test_a_head_near_the_largest_numbers(isa: str, dtype: torch.dtype, vocabulary: int, draw: Draw):
+    # Hidden states are 0 where the head is huge: logits are small, and in some rows all alike.
+    hidden, head = draw.normal(5, 33), draw.normal(vocabulary, 33)
+    hidden *= torch.tensor([[0.0], [0.03], [0.1], [0.3], [1.0]])
+    hidden[:, 1::2] = 0
+    head[:, 1::2] = 7e37 * (1 + head[:, 1::2]).clamp(-2, 2)
+    head, tokens = head.to(dtype), draw.integers(0, vocabulary, 5)
+    grad, status = gradient(hidden, head, tokens)
+    pi = (hidden.double() @ head.double().T).softmax(dim=-1)
+    pi[torch.arange(5), tokens] -= 1
+    assert status.tolist() == [0] * 5
+    torch.testing.assert_close(grad.double(), pi @ head.double(), rtol=0, atol=1e34)
+
+
+def test_a_row_with_nan_and_infinity_has_nan(isa: str, draw: Draw):
+    hidden, head = draw.normal(3, 4), draw.normal(9000, 4)
+    hidden[:, 0], head[:, 0] = 1, 0
+    head[7, 0] = torch.inf
+    for token in (3, 7, 8999):  # in the block of the infinity, at it, in another segment
+        spoilt = head.clone()
+        spoilt[token, 1] = torch.nan
+        _, status = gradient(hidden, spoilt, torch.tensor([0, token, 7]))
+        assert status.tolist() == [1, 1, 1]
+    assert gradient(hidden, head, torch.tensor([0, 5, 7]))[1].tolist() == [2, 2, 2]
