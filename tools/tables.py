@@ -118,7 +118,8 @@ def cpu_kernels_tables(*results: dict[str, Any]) -> str:
     """
     parts = []
     for whole in results:
-        for level, one in whole.get("levels", {whole["environment"]["isa"]: whole}).items():
+        levels = whole["levels"] if "levels" in whole else {whole["environment"]["isa"]: whole}
+        for level, one in levels.items():
             rows = [row for row in whole["rows"] if row["isa"] == level]
             parts.append(f"**{one['environment']['cpu']['name']}, level `{level}`**")
             parts.append(kernels_table({**one, "rows": rows}, explained=not parts[1:]))
