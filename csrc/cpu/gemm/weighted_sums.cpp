@@ -15,9 +15,13 @@ template <int W>
 NABLA_FAST_INLINE void weighted_sums_kernel(const float* weights, int lanes, int rows,
                                             const Table& table, int tokens, float* sums) {
   const Prefetcher prefetcher{static_cast<const char*>(table.from(tokens).data)};
-  // Few rows read the tile once or twice: the whole next tile has to arrive meanwhile.
-  if (rows < 32)
+  // Sixteen rows read the tile several times, in all of which the next one arrives; fewer read it
+  // once or twice.
+  if (rows < 16)
     add_weighted_sums_vec<W, 1>(weights, lanes, rows, table, tokens, sums, prefetcher);
+  else if (rows < 32)
+    add_weighted_sums_vec<W, W == 16 ? 2 : 4>(weights, lanes, rows, table, tokens, sums,
+                                              prefetcher);
   else
     add_weighted_sums_copied<W>(weights, lanes, rows, table, tokens, sums, prefetcher);
 }
