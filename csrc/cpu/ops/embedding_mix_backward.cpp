@@ -7,9 +7,9 @@
 // with it <p, G>; then dz. Between the two, G is kept in the place of dz if that is float32; else
 // it is computed twice.
 //
-// To hidden states: dz head = (sum e (G - c) w - mean sum e w) / (tau sum e) over rows w of the
-// head, all in one pass. Both sums and c, the G of the hard token, follow the largest y so far.
-// Where the sums overflow there is a second pass, with kSmallScale.
+// To hidden states: dz head = sum e (G - c - mean) w / (tau sum e) over rows w of the head. y and G
+// are kept between the passes: a product more would take longer than their memory. Where the sums
+// overflow all is done again, with kSmallScale.
 
 #include <algorithm>
 #include <cmath>
@@ -57,6 +57,19 @@ void pick_centres(const Cotangents& cotangents, int rows, const softmax::Top* to
     if (tops[r].token < 0) continue;
     cotangents.gradient(tops[r].token, 1, grad);
     of.centre[r] = grad[r];
+  }
+}
+
+// Means and weights of whole rows, from the sums of their segments.
+void join_sums(const softmax::Sums* sums, int64_t segments, int rows, double tau, Rows& of) {
+  for (int r = 0; r < rows; ++r) {
+    double sum = 0, weighted_grad = 0;
+    for (int64_t segment = 0; segment < segments; ++segment) {
+      sum += sums[segment].e[r];
+      weighted_grad += sums[segment].weighted_grad_sum[r];
+    }
+    of.mean[r] = static_cast<float>(weighted_grad / sum);
+    of.weight[r] = static_cast<float>(1 / (sum * tau));
   }
 }
 
@@ -121,20 +134,11 @@ void logits_group(const RowGroup& group, const Cotangents& cotangents, const Out
     for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
       cotangents.gradient(token, tokens, grad);
       group.load(token, tokens, y);
-      softmax::weighted_grad_sum(y, grad, rows, tokens, of.max, of.centre, call.tau,
-                                 softmax::GradTile::kCentred, sums[segment]);
+      softmax::weighted_grad_sum(y, grad, rows, tokens, of.max, of.centre, call.tau, sums[segment]);
       if (waits) out.store(grad, rows, token, tokens);
     });
   }
-  for (int r = 0; r < rows; ++r) {
-    double sum = 0, weighted_grad = 0;
-    for (int64_t segment = 0; segment < segments; ++segment) {
-      sum += sums[segment].e[r];
-      weighted_grad += sums[segment].weighted_grad_sum[r];
-    }
-    of.mean[r] = static_cast<float>(weighted_grad / sum);
-    of.weight[r] = static_cast<float>(1 / (sum * call.tau));
-  }
+  join_sums(sums, segments, rows, call.tau, of);
   if (waits) {
     softmax::JacobianRow of_rows[gemm::kRowsPerGroup];
     for (int r = 0; r < rows; ++r) of_rows[r] = {of.max[r], of.mean[r], of.weight[r]};
@@ -159,204 +163,168 @@ constexpr Scales kPlain{1, 1};
 // Two G near the largest number have a difference too.
 constexpr Scales kSmall{kSmallScale, 0.25f};
 
-// Sums of a row over head rows w: of e (G - c) w, and, behind those of all rows, of e w.
-struct RowMixes {
-  float* weighted_grad;
-  float* plain;
+// A group's y and G of the whole vocabulary, by tiles [tokens, lanes], and what its segments find.
+struct Kept {
+  float* y;  // e, once the maxima are known
+  float* grad;
+  softmax::Tops* tops;
+  softmax::Sums* sums;
+  float* mixes;  // of all segments so far and of those computed at once: [rows, padded(width)] each
 
-  RowMixes(MixSums& sums, int rows, int row, int64_t width)
-      : weighted_grad(sums.mixes() + row * width), plain(sums.mixes() + (rows + row) * width) {}
+  static Size tile_bytes(const nabla_fast_mix_args& call) {
+    const auto rows = static_cast<int>(std::min<int64_t>(call.rows, gemm::kRowsPerGroup));
+    return (Size(call.vocab) * (4 * gemm::lanes_of(rows))).rounded_up(kAlignment);
+  }
+  static Size segment_bytes(const nabla_fast_mix_args& call, size_t size) {
+    return (Size(mix_segments(call.vocab)) * static_cast<int64_t>(size)).rounded_up(kAlignment);
+  }
+  static Size mix_bytes(const nabla_fast_mix_args& call) {
+    return Size(call.head.width).rounded_up(16) *
+           (4 * std::min<int64_t>(call.rows, gemm::kRowsPerGroup));
+  }
+  static Size bytes(const nabla_fast_mix_args& call) {
+    return tile_bytes(call) * 2 + segment_bytes(call, sizeof(softmax::Tops)) +
+           segment_bytes(call, sizeof(softmax::Sums)) + mix_bytes(call) * (threads_of(call) + 1);
+  }
 
-  // Moves the sums to a larger y, whose e was 1 / scale, and to c + shift.
-  void move(float scale, float shift, int64_t width) const {
-    for (int64_t k = 0; k < width; ++k) {
-      weighted_grad[k] = scale * (weighted_grad[k] - shift * plain[k]);
-      plain[k] *= scale;
-    }
+  Kept(const nabla_fast_mix_args& call, char* memory) {
+    const auto take = [&](Size bytes) {
+      char* const begin = memory;
+      memory += bytes.or_zero();
+      return begin;
+    };
+    y = reinterpret_cast<float*>(take(tile_bytes(call)));
+    grad = reinterpret_cast<float*>(take(tile_bytes(call)));
+    tops = reinterpret_cast<softmax::Tops*>(take(segment_bytes(call, sizeof(softmax::Tops))));
+    sums = reinterpret_cast<softmax::Sums*>(take(segment_bytes(call, sizeof(softmax::Sums))));
+    mixes = reinterpret_cast<float*>(memory);
   }
 };
 
-void move_sums(softmax::Sums& sums, int row, double scale, double shift) {
-  sums.weighted_grad_sum[row] = scale * (sums.weighted_grad_sum[row] - shift * sums.e[row]);
-  sums.e[row] *= scale;
-}
-
-// <p, G> of a row over the tokens so far and a tile that holds their maximum. Relative to it the
-// sums are smallest, whether p is flat or not, and so is their rounding error.
-float mean_so_far(const float* y, const float* grad, int row, int rows, int tokens, double tau,
-                  float factor, const MixSums& part) {
-  const int lanes = gemm::lanes_of(rows);
-  const float max = part.tops.max[row], inverse_tau = static_cast<float>(1 / tau);
-  double sum = factor * part.sums.e[row];
-  double weighted = factor * part.sums.weighted_grad_sum[row] + sum * part.centre[row];
-  float of_max = 0;
-  for (int t = 0; t < tokens; ++t) {
-    const float e = std::exp((y[t * lanes + row] - max) * inverse_tau);
-    if (!(e > 0)) continue;  // G may be infinite there
-    sum += e;
-    weighted += static_cast<double>(e) * grad[t * lanes + row];
-    if (y[t * lanes + row] == max) of_max = grad[t * lanes + row];
-  }
-  const auto mean = static_cast<float>(weighted / sum);
-  return std::isfinite(mean) ? mean : of_max;
-}
-
-// Moves the centres to <p, G> of the tokens so far: as sums grow, so does the rounding error of an
-// old centre.
-void centre_rows(int rows, int64_t width, MixSums& part) {
-  for (int r = 0; r < rows; ++r) {
-    const auto centre =
-        static_cast<float>(part.centre[r] + part.sums.weighted_grad_sum[r] / part.sums.e[r]);
-    if (!std::isfinite(centre)) continue;
-    const float shift = centre - part.centre[r];
-    part.centre[r] = centre;
-    move_sums(part.sums, r, 1, shift);
-    RowMixes(part, rows, r, width).move(1, shift, width);
+// Both products of tiles, and the maxima of segments.
+void multiply(const RowGroup& group, const Cotangents& cotangents, float scale, int threads,
+              const Kept& kept) {
+  const nabla_fast_mix_args& call = group.call;
+  const int rows = group.rows, lanes = gemm::lanes_of(rows);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t segment = 0; segment < mix_segments(call.vocab); ++segment) {
+    float factor[gemm::kRowsPerGroup];
+    kept.tops[segment].clear();
+    for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
+      float* const y = kept.y + token * lanes;
+      float* const grad = kept.grad + token * lanes;
+      group.load(token, tokens, y);
+      cotangents.gradient(token, tokens, grad);
+      scale_tile(grad, rows, tokens, scale);
+      softmax::update_max(y, rows, token, tokens, call.tau, kept.tops[segment], factor);
+    });
   }
 }
 
-// Tiles after which rows are centred anew.
-constexpr int64_t kCentredTiles = 8;
-static_assert(kMixSegmentTokens % (kCentredTiles * gemm::kVocabTileTokens) == 0);
+// Maxima of whole rows, their statuses, and G of their hard tokens as centres.
+void join_tops(const RowGroup& group, const Kept& kept, Rows& of) {
+  const nabla_fast_mix_args& call = group.call;
+  for (int r = 0; r < group.rows; ++r) {
+    softmax::Top top;
+    for (int64_t segment = 0; segment < mix_segments(call.vocab); ++segment) {
+      const softmax::Tops& tops = kept.tops[segment];
+      top.join({tops.max[r], tops.token[r], tops.nan[r] != 0});
+    }
+    of.max[r] = top.max;
+    if (top.token >= 0) of.centre[r] = kept.grad[top.token * gemm::lanes_of(group.rows) + r];
+    call.row_status[group.first + r] = top.status();
+  }
+}
 
-void add_segment(const RowGroup& group, const Cotangents& cotangents, const Scales& scales,
-                 int64_t segment, MixSums& part) {
+// y = e and G = G - c, and with their sums the means.
+void centre_tiles(const RowGroup& group, int threads, const Kept& kept, Rows& of) {
+  const nabla_fast_mix_args& call = group.call;
+  const int rows = group.rows, lanes = gemm::lanes_of(rows);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t segment = 0; segment < mix_segments(call.vocab); ++segment) {
+    kept.sums[segment].clear();
+    for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
+      softmax::weighted_grad_sum(kept.y + token * lanes, kept.grad + token * lanes, rows, tokens,
+                                 of.max, of.centre, call.tau, kept.sums[segment]);
+    });
+  }
+  join_sums(kept.sums, mix_segments(call.vocab), rows, call.tau, of);
+}
+
+// Sums of e (G - c - mean) times the head's rows, in the first of `kept.mixes`.
+void mix_head(const RowGroup& group, float scale, int threads, const Rows& of, const Kept& kept) {
   const nabla_fast_mix_args& call = group.call;
   const gemm::Table head = gemm::table_of(call.head, call.vocab);
-  const int64_t width = padded(head.width);
   const int rows = group.rows, lanes = gemm::lanes_of(rows);
-  alignas(64) float y[softmax::kTileFloats], grad[softmax::kTileFloats];
-  float factor[gemm::kRowsPerGroup];
-  part.clear(2 * rows * width);
-  for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
-    group.load(token, tokens, y);
-    cotangents.gradient(token, tokens, grad);
-    scale_tile(grad, rows, tokens, scales.grad);
-    if (softmax::update_max(y, rows, token, tokens, call.tau, part.tops, factor)) {
-      for (int r = 0; r < rows; ++r) {
-        if (part.tops.token[r] < token) continue;  // moved in an earlier tile
-        const float centre = mean_so_far(y, grad, r, rows, tokens, call.tau, factor[r], part);
-        const float shift = centre - part.centre[r];
-        part.centre[r] = centre;
-        if (part.sums.e[r] == 0) continue;  // nothing has been added yet
-        move_sums(part.sums, r, factor[r], shift);
-        RowMixes(part, rows, r, width).move(factor[r], shift, width);
-      }
-    }
-    softmax::weighted_grad_sum(y, grad, rows, tokens, part.tops.max, part.centre, call.tau,
-                               softmax::GradTile::kWeighted, part.sums);
-    scale_tile(y, rows, tokens, scales.weights);
-    scale_tile(grad, rows, tokens, scales.weights);
-    gemm::add_weighted_sums(grad, lanes, rows, head.from(token), tokens, part.mixes());
-    gemm::add_weighted_sums(y, lanes, rows, head.from(token), tokens, part.mixes() + rows * width);
-    const int64_t end = token + tokens;
-    if (end % (kCentredTiles * gemm::kVocabTileTokens) == 0 || end == call.vocab)
-      centre_rows(rows, width, part);
-  });
-}
-
-void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
-  const int64_t width = padded(group.call.head.width);
-  const double tau = group.call.tau;
-  softmax::Tops& tops = total.tops;
-  tops.nan[row] |= part.tops.nan[row];
-  if (part.tops.token[row] < 0) return;
-  const RowMixes mine(total, group.rows, row, width), other(part, group.rows, row, width);
-  const double before = tops.max[row];
-  double scale = 1, shift = 0;  // of the part
-  if (part.tops.max[row] > before) {
-    const double own = softmax::rescale(tops.max[row], part.tops.max[row], tau);
-    if (tops.token[row] >= 0) {
-      const double moved = static_cast<double>(part.centre[row]) - total.centre[row];
-      move_sums(total.sums, row, own, moved);
-      mine.move(static_cast<float>(own), static_cast<float>(moved), width);
-    }
-    tops.max[row] = part.tops.max[row];
-    tops.token[row] = part.tops.token[row];
-    total.centre[row] = part.centre[row];
-  } else {
-    scale = softmax::rescale(part.tops.max[row], tops.max[row], tau);
-    shift = static_cast<double>(total.centre[row]) - part.centre[row];
-  }
-  total.sums.weighted_grad_sum[row] +=
-      scale * (part.sums.weighted_grad_sum[row] - shift * part.sums.e[row]);
-  total.sums.e[row] += scale * part.sums.e[row];
-  const auto a = static_cast<float>(scale), s = static_cast<float>(shift);
-  for (int64_t k = 0; k < width; ++k) {
-    mine.weighted_grad[k] += a * (other.weighted_grad[k] - s * other.plain[k]);
-    mine.plain[k] += a * other.plain[k];
-  }
-}
-
-// Sums over all segments, in `memory`.
-MixSums& sum_group(const RowGroup& group, const Cotangents& cotangents, const Scales& scales,
-                   int threads, char* memory) {
-  const nabla_fast_mix_args& call = group.call;
-  const int64_t floats = 2 * group.rows * padded(call.head.width);
-  const int64_t bytes = MixSums::bytes(floats).or_zero();
-  auto* total = reinterpret_cast<MixSums*>(memory);
-  const auto part = [=](int64_t n) { return reinterpret_cast<MixSums*>(memory + (n + 1) * bytes); };
-  total->clear(floats);
+  const int64_t width = padded(head.width), floats = rows * width;
+  float* const total = kept.mixes;
+  std::fill_n(total, floats, 0.0f);
   in_rounds(
-      mix_segments(call.vocab), group.rows, threads,
+      mix_segments(call.vocab), rows, threads,
       [&](int64_t segment, int64_t n) {
-        add_segment(group, cotangents, scales, segment, *part(n));
+        float* const part = total + (n + 1) * floats;
+        std::fill_n(part, floats, 0.0f);
+        for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
+          alignas(64) float weights[softmax::kTileFloats];
+          for (int t = 0; t < tokens; ++t) {
+            const int64_t at = (token + t) * lanes;
+            for (int r = 0; r < lanes; ++r)
+              weights[t * lanes + r] = kept.y[at + r] * (kept.grad[at + r] - of.mean[r]) * scale;
+          }
+          gemm::add_weighted_sums(weights, lanes, rows, head.from(token), tokens, part);
+        });
       },
-      [&](int row, int64_t n) { join_row(group, row, *part(n), *total); });
-  return *total;
-}
-
-// Calls visit(gradient, element) for every element of a row's hidden state.
-template <typename Visit>
-void for_each_gradient(const RowGroup& group, const Scales& scales, int row, MixSums& total,
-                       float* out, const Visit& visit) {
-  const RowMixes mixes(total, group.rows, row, padded(group.call.head.width));
-  const double sum = total.sums.e[row];
-  const auto mean = static_cast<float>(total.sums.weighted_grad_sum[row] / sum);
-  const double scale = static_cast<double>(scales.weights) * scales.grad;
-  const auto weight = static_cast<float>(1 / (sum * group.call.tau * scale));
-  for (int64_t k = 0; k < group.call.head.width; ++k)
-    visit((mixes.weighted_grad[k] - mean * mixes.plain[k]) * weight, out[k]);
+      [&](int row, int64_t n) {
+        const float* const part = total + (n + 1) * floats + row * width;
+        for (int64_t k = 0; k < width; ++k) total[row * width + k] += part[k];
+      });
 }
 
 float* grad_row(const nabla_fast_mix_args& call, int64_t row) {
   return static_cast<float*>(call.grad.data) + row * stride_of(call.grad, call.rows);
 }
 
-void hidden_group(const RowGroup& group, const Cotangents& cotangents, int threads, char* memory) {
+// Calls visit(gradient, element) for every element of the group's hidden states whose rows are OK.
+template <typename Visit>
+void for_each_gradient(const RowGroup& group, const Cotangents& cotangents, const Scales& scales,
+                       int threads, const Kept& kept, const Visit& visit) {
   const nabla_fast_mix_args& call = group.call;
-  bool finite = true;
-  MixSums& total = sum_group(group, cotangents, kPlain, threads, memory);
-  for (int r = 0; r < group.rows; ++r) {
-    const nabla_fast_status status = total.tops.status(r);
-    call.row_status[group.first + r] = status;
-    float* const out = grad_row(call, group.first + r);
-    if (status != NABLA_FAST_OK) {
-      std::fill_n(out, call.head.width, kNaN);
-      continue;
-    }
-    for_each_gradient(group, kPlain, r, total, out, [&](float gradient, float& element) {
-      element = gradient;
-      finite = finite && std::isfinite(gradient);
-    });
-  }
-  if (finite) return;
-  sum_group(group, cotangents, kSmall, threads, memory);
+  const int64_t width = call.head.width;
+  Rows of = {};
+  multiply(group, cotangents, scales.grad, threads, kept);
+  join_tops(group, kept, of);
+  centre_tiles(group, threads, kept, of);
+  mix_head(group, scales.weights, threads, of, kept);
+  const float rest = 1 / (scales.weights * scales.grad);  // a power of two
   for (int r = 0; r < group.rows; ++r) {
     if (call.row_status[group.first + r] != NABLA_FAST_OK) continue;
     float* const out = grad_row(call, group.first + r);
-    for_each_gradient(group, kSmall, r, total, out, [](float gradient, float& element) {
-      if (!std::isfinite(element) && std::isfinite(gradient)) element = gradient;
-    });
+    const float* const mix = kept.mixes + r * padded(width);
+    for (int64_t k = 0; k < width; ++k) visit(mix[k] * of.weight[r] * rest, out[k]);
   }
+}
+
+void hidden_group(const RowGroup& group, const Cotangents& cotangents, int threads, char* memory) {
+  const nabla_fast_mix_args& call = group.call;
+  const Kept kept(call, memory);
+  bool finite = true;
+  for_each_gradient(group, cotangents, kPlain, threads, kept, [&](float gradient, float& element) {
+    element = gradient;
+    finite = finite && std::isfinite(gradient);
+  });
+  for (int r = 0; r < group.rows; ++r)
+    if (call.row_status[group.first + r] != NABLA_FAST_OK)
+      std::fill_n(grad_row(call, group.first + r), call.head.width, kNaN);
+  if (finite) return;
+  for_each_gradient(group, cotangents, kSmall, threads, kept, [](float gradient, float& element) {
+    if (!std::isfinite(element) && std::isfinite(gradient)) element = gradient;
+  });
 }
 
 // Bytes behind the hidden states and cotangents in the workspace.
 Size sums_bytes(const nabla_fast_mix_args& call) {
   const int64_t rows = std::min<int64_t>(call.rows, gemm::kRowsPerGroup);
-  if (is_linear(call))
-    return MixSums::bytes(Size(call.head.width).rounded_up(16) * (2 * rows)) *
-           (threads_of(call) + 1);
+  if (is_linear(call)) return Kept::bytes(call);
   const Size tops = Size(softmax::top_parts(rows, call.vocab)) * sizeof(softmax::Top);
   const Size sums = Size(mix_segments(call.vocab)) * sizeof(softmax::Sums);
   return std::max(tops.or_most(), sums.or_most());

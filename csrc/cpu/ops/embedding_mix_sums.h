@@ -31,14 +31,12 @@ inline void scale_tile(float* tile, int rows, int tokens, float scale) {
 struct MixSums {
   softmax::Tops tops;
   softmax::Sums sums;
-  alignas(64) float centre[gemm::kRowsPerGroup];  // c
 
   float* mixes() { return reinterpret_cast<float*>(this + 1); }
 
   void clear(int64_t mix_floats) {
     tops.clear();
     sums.clear();
-    for (int r = 0; r < gemm::kRowsPerGroup; ++r) centre[r] = 0;
     float* all = mixes();
     for (int64_t n = 0; n < mix_floats; ++n) all[n] = 0;
   }

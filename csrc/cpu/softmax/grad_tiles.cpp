@@ -13,7 +13,7 @@ namespace {
 template <int W>
 NABLA_FAST_INLINE void weighted_grad_sum_lanes_kernel(float* y, float* grad, int lanes, int tokens,
                                                       const float* max, const float* centre,
-                                                      float inverse, bool weighted, float* sum_e,
+                                                      float inverse, float* sum_e,
                                                       float* sum_weighted_grad) {
   const Floats<W> zero = {};
   for (int lane = 0; lane < lanes; lane += W) {
@@ -24,7 +24,7 @@ NABLA_FAST_INLINE void weighted_grad_sum_lanes_kernel(float* y, float* grad, int
       const Floats<W> e = vec_exp_or_zero<W>((load<W>(y + at) - top) * inverse);
       const Floats<W> g = e > 0.0f ? load<W>(grad + at) - c : zero;
       store<W>(y + at, e);
-      store<W>(grad + at, weighted ? e * g : g);
+      store<W>(grad + at, g);
       sum += e;
       weighted_grad += e * g;
     }
@@ -54,28 +54,26 @@ NABLA_FAST_FOR_EACH_ISA(jacobian_lanes, jacobian_lanes_kernel<W>)
 // Sum of e (G - c) of a row in a tile that weighted_grad_sum_lanes() has left, where that of fp32
 // overflows.
 double weighted_grad_sum_in_double(const float* e, const float* grad, int lanes, int row,
-                                   int tokens, GradTile left) {
+                                   int tokens) {
   double sum = 0;
-  for (int t = 0; t < tokens; ++t) {
-    const int at = t * lanes + row;
-    sum += left == GradTile::kWeighted ? grad[at] : static_cast<double>(e[at]) * grad[at];
-  }
+  for (int t = 0; t < tokens; ++t)
+    sum += static_cast<double>(e[t * lanes + row]) * grad[t * lanes + row];
   return sum;
 }
 
 }  // namespace
 
 void weighted_grad_sum(float* y, float* grad, int rows, int tokens, const float* max,
-                       const float* centre, double tau, GradTile left, Sums& sums) {
+                       const float* centre, double tau, Sums& sums) {
   alignas(64) float e[gemm::kRowsPerGroup], weighted_grad[gemm::kRowsPerGroup];
   const int lanes = gemm::lanes_of(rows);
-  weighted_grad_sum_lanes(y, grad, lanes, tokens, max, centre, static_cast<float>(1 / tau),
-                          left == GradTile::kWeighted, e, weighted_grad);
+  weighted_grad_sum_lanes(y, grad, lanes, tokens, max, centre, static_cast<float>(1 / tau), e,
+                          weighted_grad);
   for (int r = 0; r < rows; ++r) {
     sums.e[r] += e[r];
     sums.weighted_grad_sum[r] += std::isfinite(weighted_grad[r])
                                      ? weighted_grad[r]
-                                     : weighted_grad_sum_in_double(y, grad, lanes, r, tokens, left);
+                                     : weighted_grad_sum_in_double(y, grad, lanes, r, tokens);
   }
 }
 

@@ -71,12 +71,9 @@ bool update_max(const float* y, int rows, int64_t token, int tokens, double tau,
 void exp_and_sum(float* y, int rows, int tokens, const float* max, double tau, bool bf16,
                  Sums& sums);
 
-// Contents of the tile of G after weighted_grad_sum().
-enum class GradTile { kCentred, kWeighted };
-
-// y = e; grad = G - c, or e (G - c), and 0 where e is: G may be infinite there. Adds to `sums`.
+// y = e; grad = G - c, and 0 where e is: G may be infinite there. Adds to `sums`.
 void weighted_grad_sum(float* y, float* grad, int rows, int tokens, const float* max,
-                       const float* centre, double tau, GradTile left, Sums& sums);
+                       const float* centre, double tau, Sums& sums);
 
 // grad = e (grad - mean) weight, with e of the tile's y and grad = G - c; 0 where e is.
 void softmax_jacobian(const float* y, float* grad, int rows, int tokens, const float* max,
