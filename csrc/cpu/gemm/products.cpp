@@ -1,9 +1,9 @@
 // products() and pack_rows().
 //
 // Many rows: rows lie in the vectors' lanes, and every element of the table is broadcast to a
-// vector once; the table is read as it is. Few rows: tokens lie in the lanes, a square of tokens
-// and columns being transposed in registers. An element's multiply-adds are the same ones in the
-// same order either way.
+// vector once; the table is read as it is. Few rows: tokens and chains of columns lie in the lanes,
+// squares of them and of a chain's columns being transposed in registers. An element's multiply-adds
+// are the same ones in the same order either way.
 //
 // A column is a float, a bf16 converted to one, or, where both sides are bf16 and the CPU has their
 // dot product, a pair of bf16.
@@ -191,86 +191,211 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
 
 // -- few rows -------------------------------------------------------------------------------------
 
-// W words of a row: floats or pairs of bf16; zeros behind the first `bytes` bytes.
+// Tokens side by side: as many streams as the hardware's prefetcher follows well.
+constexpr int kFewTokens = 4;
+// Chains of a row that lie word by word behind one another: enough for vectors of 16.
+constexpr int kChainsTogether = 4;
+constexpr int64_t kColumnsTogether = kChainColumns * kChainsTogether;
+// Bytes from the table's elements at work to those being prefetched.
+constexpr int64_t kFewPrefetchBytes = 28 << 10;
+
+// Where column `k` of a row lies, and how many words a row takes.
+constexpr int64_t word_of_column(int64_t k) {
+  return k / kColumnsTogether * kColumnsTogether + k % kChainColumns * kChainsTogether +
+         k % kColumnsTogether / kChainColumns;
+}
+constexpr int64_t words_of_row(int64_t columns) {
+  return (columns + kColumnsTogether - 1) / kColumnsTogether * kColumnsTogether;
+}
+constexpr int padded_few_rows(int rows) { return rows <= 2 ? rows : kMaxFewRows; }
+
+typedef uint32_t Four __attribute__((vector_size(16), aligned(2), may_alias));
+
+// x[lane % (W / kFewTokens)] in each lane.
 template <int W>
-NABLA_FAST_INLINE Bits<W> load_words(const char* x, int64_t bytes) {
-  Bits<W> words = {};
-  if (bytes >= 4 * W)
-    std::memcpy(&words, x, 4 * W);
-  else
-    std::memcpy(&words, x, static_cast<size_t>(bytes));
-  return words;
+NABLA_FAST_INLINE Bits<W> repeat(const float* x) {
+  if constexpr (W == 16) {
+    const Four* const four = reinterpret_cast<const Four*>(x);
+#if NABLA_FAST_AVX512
+    Bits<W> words;
+    asm("vbroadcastf32x4 %1, %0" : "=v"(words) : "m"(*four));
+    return words;
+#else
+    return __builtin_shufflevector(*four, *four, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+#endif
+  } else if constexpr (W == 8) {
+    typedef uint64_t Pairs __attribute__((vector_size(32)));
+    uint64_t pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return (Bits<W>)(Pairs{} + pair);
+  } else {
+    uint32_t word;
+    std::memcpy(&word, x, sizeof word);
+    return Bits<W>{} + word;
+  }
+}
+
+// Words 4 `n` to 4 `n` + 3 of rows `first`, first + 4, ... of W, whose addresses row_at() gives.
+template <int W, typename RowAt>
+NABLA_FAST_INLINE Bits<W> four_words(const RowAt& row_at, int first, int n) {
+  const auto four = [&](int row) -> const Four& {
+    return reinterpret_cast<const Four*>(row_at(first + 4 * row))[n];
+  };
+  if constexpr (W == 16) {
+#if NABLA_FAST_AVX512
+    // Insertions from memory leave the one port alone that shuffles need.
+    Bits<W> words;
+    asm("vbroadcasti32x4 %1, %0" : "=v"(words) : "m"(four(0)));
+    asm("vinserti32x4 $1, %1, %0, %0" : "+v"(words) : "m"(four(1)));
+    asm("vinserti32x4 $2, %1, %0, %0" : "+v"(words) : "m"(four(2)));
+    asm("vinserti32x4 $3, %1, %0, %0" : "+v"(words) : "m"(four(3)));
+    return words;
+#else
+    const auto lower = __builtin_shufflevector(four(0), four(1), 0, 1, 2, 3, 4, 5, 6, 7);
+    const auto upper = __builtin_shufflevector(four(2), four(3), 0, 1, 2, 3, 4, 5, 6, 7);
+    return __builtin_shufflevector(lower, upper, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
+                                   15);
+#endif
+  } else if constexpr (W == 8) {
+    return __builtin_shufflevector(four(0), four(1), 0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    return four(0);
+  }
+}
+
+// In every four lanes, of each pair of words: the lower two, or the upper two, interleaved; likewise
+// of pairs of words.
+template <int kFrom, int... kLane, typename Vector>
+NABLA_FAST_INLINE Vector interleave_words(Vector a, Vector b,
+                                          std::integer_sequence<int, kLane...>) {
+  constexpr int W = sizeof...(kLane);
+  return __builtin_shufflevector(a, b, (kLane / 4 * 4 + kFrom + kLane % 4 / 2 + kLane % 2 * W)...);
+}
+template <int kFrom, int... kLane, typename Vector>
+NABLA_FAST_INLINE Vector interleave_pairs(Vector a, Vector b,
+                                          std::integer_sequence<int, kLane...>) {
+  constexpr int W = sizeof...(kLane);
+  return __builtin_shufflevector(a, b, (kLane / 4 * 4 + kFrom + kLane % 2 + kLane % 4 / 2 * W)...);
+}
+
+// words[n] = word n of each of W rows.
+template <int W, typename RowAt>
+NABLA_FAST_INLINE void load_transposed(const RowAt& row_at, Bits<W> (&words)[W]) {
+  constexpr std::make_integer_sequence<int, W> kLanes;
+#pragma GCC unroll 4
+  for (int n = 0; n < W; n += 4) {
+    Bits<W> x[4];
+#pragma GCC unroll 4
+    for (int first = 0; first < 4; ++first) x[first] = four_words<W>(row_at, first, n / 4);
+    const Bits<W> lower = interleave_words<0>(x[0], x[1], kLanes);
+    const Bits<W> lower2 = interleave_words<0>(x[2], x[3], kLanes);
+    const Bits<W> upper = interleave_words<2>(x[0], x[1], kLanes);
+    const Bits<W> upper2 = interleave_words<2>(x[2], x[3], kLanes);
+    words[n] = interleave_pairs<0>(lower, lower2, kLanes);
+    words[n + 1] = interleave_pairs<2>(lower, lower2, kLanes);
+    words[n + 2] = interleave_pairs<0>(upper, upper2, kLanes);
+    words[n + 3] = interleave_pairs<2>(upper, upper2, kLanes);
+  }
 }
 
 // A word of a table's row: a float32 column, two of bf16, or one of pairs.
 template <int W, typename T>
 struct Words {
   static constexpr int kColumns = 4 / sizeof(T), kColumnBytes = sizeof(T);
-  static NABLA_FAST_INLINE void add(Floats<W>& total, Bits<W> words, int part, const float* x) {
+  static NABLA_FAST_INLINE void add(Floats<W>& total, Bits<W> words, int part, Bits<W> x) {
     total += (kColumns == 1 ? (Floats<W>)words
               : part        ? upper_to_fp32<W>(words)
                             : lower_to_fp32<W>(words)) *
-             *x;
+             (Floats<W>)x;
   }
 };
 
 #if NABLA_FAST_BF16_DOT
 struct PairWords {
   static constexpr int kColumns = 1, kColumnBytes = 4;
-  static NABLA_FAST_INLINE void add(Floats<16>& total, Bits<16> words, int, const float* x) {
-    add_bf16_dot(total, words, broadcast_pair(reinterpret_cast<const uint16_t*>(x)));
+  static NABLA_FAST_INLINE void add(Floats<16>& total, Bits<16> words, int, Bits<16> x) {
+    add_bf16_dot(total, words, x);
   }
 };
 #endif
 
-// total[r] += W tokens times row r, for `R` rows and at most W words of columns.
-template <int W, int R, typename Word>
-NABLA_FAST_INLINE void add_square(const char* const (&w)[W], int64_t from, int64_t columns,
-                                  const float* x, int lanes, Floats<W> (&total)[R],
+// total[r], a token and a chain in each lane, += W words of each from column `from` of the chain on.
+// w: [kFewTokens] at the first chain's first column, of which `columns` columns are left; x likewise.
+template <int W, int R, bool kWhole, typename Word>
+NABLA_FAST_INLINE void add_square(const char* const (&w)[kFewTokens], int64_t from, int64_t columns,
+                                  const float* x, int64_t x_words, Floats<W> (&total)[R],
                                   Prefetcher& prefetcher) {
-  prefetcher.advance<4 * W * W>();
+  constexpr int kChains = W / kFewTokens;
+  const auto row_at = [&](int lane) {
+    return w[lane / kChains] + from * Word::kColumnBytes +
+           lane % kChains * kChainColumns * Word::kColumnBytes;
+  };
   Bits<W> words[W];
-#pragma GCC unroll 16
-  for (int t = 0; t < W; ++t)
-    words[t] = load_words<W>(w[t] + from * Word::kColumnBytes, columns * Word::kColumnBytes);
-  transpose<W>(words);
+  if constexpr (kWhole) {
+    prefetcher.advance<4 * W * W>();
+    load_transposed<W>(row_at, words);
+  } else {
+    char ends[W][4 * W] = {};
+    for (int lane = 0; lane < W; ++lane) {
+      const int64_t rest = columns - from - lane % kChains * kChainColumns;
+      if (rest > 0)
+        std::memcpy(ends[lane], row_at(lane),
+                    std::min(sizeof ends[lane], static_cast<size_t>(rest * Word::kColumnBytes)));
+    }
+    load_transposed<W>([&](int lane) { return ends[lane]; }, words);
+  }
 #pragma GCC unroll 16
   for (int n = 0; n < W; ++n) {
 #pragma GCC unroll 2
     for (int part = 0; part < Word::kColumns; ++part) {
-      const int64_t k = n * Word::kColumns + part;
-      if (k >= columns) return;
+      const int64_t word = (from + n * Word::kColumns + part) * kChainsTogether;
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) Word::add(total[r], words[n], part, x + (from + k) * lanes + r);
+      for (int r = 0; r < R; ++r)
+        Word::add(total[r], words[n], part, repeat<W>(x + r * x_words + word));
     }
   }
 }
 
-// `columns`: those of the table, or pairs of them.
+// x: [R, x_words]; `columns`: those of the table, or pairs of them.
 template <int W, int R, typename Word>
-NABLA_FAST_INLINE void rows_with_tokens_in_lanes(const float* x, int lanes, const Table& table,
-                                                 int64_t columns, int tokens, bool add, float* z) {
-  constexpr int64_t kColumns = W * Word::kColumns;
-  for (int first = 0; first < tokens; first += W) {
-    const int some = std::min(W, tokens - first);
-    const char* w[W];
-    // Lanes without a token repeat the last one.
-    for (int t = 0; t < W; ++t)
-      w[t] = static_cast<const char*>(table.from(first + std::min(t, some - 1)).data);
-    Prefetcher prefetcher{static_cast<const char*>(table.from(first + some).data)};
-    for (int64_t k = 0; k < columns || k == 0; k += kChainColumns) {
-      const int64_t end = std::min(columns, k + kChainColumns);
+NABLA_FAST_INLINE void tokens_and_chains_in_lanes(const float* x, int64_t x_words, int lanes,
+                                                  const Table& table, int64_t columns, int tokens,
+                                                  bool add, float* z) {
+  constexpr int kChains = W / kFewTokens;
+  constexpr int64_t kColumns = kChains * kChainColumns;
+  Prefetcher prefetcher{static_cast<const char*>(table.data) + kFewPrefetchBytes};
+  for (int first = 0; first < tokens; first += kFewTokens) {
+    const int some = std::min(kFewTokens, tokens - first);
+    float sums[R][kFewTokens];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < kFewTokens; ++t)
+        sums[r][t] = add && t < some ? z[(first + t) * lanes + r] : 0.0f;
+    for (int64_t k = 0; k < columns; k += kColumns) {
+      const char* w[kFewTokens];
+      // Lanes without a token repeat the last one.
+      for (int t = 0; t < kFewTokens; ++t)
+        w[t] = static_cast<const char*>(table.from(first + std::min(t, some - 1)).data) +
+               k * Word::kColumnBytes;
       Floats<W> total[R] = {};
-      for (int64_t at = k; at < end; at += kColumns)
-        add_square<W, R, Word>(w, at, std::min(kColumns, end - at), x, lanes, total, prefetcher);
-      const bool onto = add || k > 0;
+      const float* const x_at = x + word_of_column(k);
+      if (k + kColumns <= columns)
+        for (int64_t at = 0; at < kChainColumns; at += W * Word::kColumns)
+          add_square<W, R, true, Word>(w, at, kColumns, x_at, x_words, total, prefetcher);
+      else
+        for (int64_t at = 0; at < kChainColumns; at += W * Word::kColumns)
+          add_square<W, R, false, Word>(w, at, columns - k, x_at, x_words, total, prefetcher);
+      const auto chains = static_cast<int>(
+          std::min<int64_t>(kChains, (columns - k + kChainColumns - 1) / kChainColumns));
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < some; ++t) {
-          float* out = z + (first + t) * lanes + r;
-          *out = onto ? *out + total[r][t] : total[r][t];
-        }
+        float of_chain[W];
+        store<W>(of_chain, total[r]);
+        for (int c = 0; c < chains; ++c)
+          for (int t = 0; t < kFewTokens; ++t) sums[r][t] += of_chain[t * kChains + c];
       }
     }
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < some; ++t) z[(first + t) * lanes + r] = sums[r][t];
   }
 }
 
@@ -279,16 +404,19 @@ NABLA_FAST_INLINE void few_rows(const PackedRows& rows, const Table& table, int6
                                 int tokens, bool add, float* z) {
   const auto* x = static_cast<const float*>(rows.data);
   const int lanes = rows.lanes();
+  const int64_t x_words = words_of_row(rows.columns());
   if (!add)
     for (int n = 0; n < tokens * lanes; ++n) z[n] = 0;
-  switch (rows.rows) {
+  switch (padded_few_rows(rows.rows)) {
     case 1:
-      return rows_with_tokens_in_lanes<W, 1, Word>(x, lanes, table, columns, tokens, add, z);
+      return tokens_and_chains_in_lanes<W, 1, Word>(x, x_words, lanes, table, columns, tokens, add,
+                                                    z);
     case 2:
-      return rows_with_tokens_in_lanes<W, 2, Word>(x, lanes, table, columns, tokens, add, z);
+      return tokens_and_chains_in_lanes<W, 2, Word>(x, x_words, lanes, table, columns, tokens, add,
+                                                    z);
     default:
-      return rows_with_tokens_in_lanes<W, kMaxFewRows, Word>(x, lanes, table, columns, tokens, add,
-                                                             z);
+      return tokens_and_chains_in_lanes<W, kMaxFewRows, Word>(x, x_words, lanes, table, columns,
+                                                              tokens, add, z);
   }
 }
 
@@ -329,8 +457,15 @@ NABLA_FAST_TARGET_AVX512 void pair_tile(const PackedRows& rows, const Table& tab
   // The last column has no other half: the next element in memory is not the row's.
   uint16_t last[2 * kVocabTileTokens] = {};
   for (int t = 0; t < tokens; ++t) last[2 * t] = w[t * stride + table.width - 1];
+  const float* last_x = x + whole * lanes;
+  float last_of_few[16] = {};
+  if (few) {
+    for (int r = 0; r < rows.rows; ++r)
+      last_of_few[r] = x[r * words_of_row(rows.columns()) + word_of_column(whole)];
+    last_x = last_of_few;
+  }
   Prefetcher none{reinterpret_cast<const char*>(w)};
-  all_lanes<16, Bf16PairColumn>(last, 2, tokens, x + whole * lanes, lanes, 1, true, z, none);
+  all_lanes<16, Bf16PairColumn>(last, 2, tokens, last_x, lanes, 1, true, z, none);
 }
 #endif
 
@@ -357,14 +492,30 @@ NABLA_FAST_INLINE void pack_floats(const Table& from, int rows, int lanes, float
 
 NABLA_FAST_FOR_EACH_ISA(pack_fp32, pack_floats<W>)
 
-void pack_pairs(const Table& from, int rows, int lanes, uint16_t* packed) {
-  const auto* data = static_cast<const uint16_t*>(from.data);
-  for (int r = 0; r < lanes; ++r) {
-    for (int64_t k = 0; k < from.width + from.width % 2; ++k) {
-      const bool there = r < rows && k < from.width;
-      packed[k / 2 * 2 * lanes + 2 * r + k % 2] = there ? data[r * from.stride + k] : 0;
-    }
-  }
+// A pair of bf16 columns of a row, as a word; 0 behind the last column.
+float pair_of(const Table& from, int row, int64_t pair) {
+  const uint16_t* const data =
+      static_cast<const uint16_t*>(from.data) + row * from.stride + 2 * pair;
+  const uint16_t halves[2] = {data[0], 2 * pair + 1 < from.width ? data[1] : uint16_t{0}};
+  float word;
+  std::memcpy(&word, halves, sizeof word);
+  return word;
+}
+
+void pack_pairs(const Table& from, int rows, int lanes, float* packed) {
+  for (int64_t pair = 0; pair < (from.width + 1) / 2; ++pair)
+    for (int r = 0; r < lanes; ++r)
+      packed[pair * lanes + r] = r < rows ? pair_of(from, r, pair) : 0.0f;
+}
+
+// As few_rows() reads them.
+void pack_few(const Table& from, int rows, bool pairs, float* packed) {
+  const int64_t columns = PackedRows{nullptr, rows, from.width, pairs, 0}.columns();
+  const int64_t words = words_of_row(columns);
+  std::fill_n(packed, padded_few_rows(rows) * words, 0.0f);
+  for (int r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < columns; ++k)
+      packed[r * words + word_of_column(k)] = pairs ? pair_of(from, r, k) : from.value(r, k);
 }
 
 }  // namespace
@@ -375,10 +526,13 @@ PackedRows pack_rows(const Table& from, int rows, nabla_fast_dtype table_dtype, 
   const bool both = from.dtype == NABLA_FAST_BFLOAT16 && table_dtype == NABLA_FAST_BFLOAT16;
   const bool pairs = both && nabla_fast_cpu_isa() >= NABLA_FAST_ISA_AVX512_BF16;
   const int lanes = lanes_of(rows);
-  if (pairs)
-    pack_pairs(from, rows, lanes, static_cast<uint16_t*>(memory));
+  auto* const packed = static_cast<float*>(memory);
+  if (rows <= kMaxFewRows)
+    pack_few(from, rows, pairs, packed);
+  else if (pairs)
+    pack_pairs(from, rows, lanes, packed);
   else
-    pack_fp32(from, rows, lanes, static_cast<float*>(memory));
+    pack_fp32(from, rows, lanes, packed);
   return {memory, rows, from.width, pairs, 0};
 }
 

@@ -65,9 +65,9 @@ inline Table table_of(const nabla_fast_matrix& t, int64_t count) {
   return {t.data, t.dtype, t.width, stride_of(t, count)};
 }
 
-// Rows transposed, as products() reads them: [width, lanes] of float; where they and the table are
-// bf16 and the CPU has a dot product for it, [(width + 1) / 2, lanes] of pairs of bf16; and where
-// the table is bf16 and it has a matrix unit, as amx.h says.
+// Rows as products() reads them: [width, lanes] of float; where they and the table are bf16 and the
+// CPU has a dot product for it, [(width + 1) / 2, lanes] of pairs of bf16; a few rows in the order
+// of products.cpp; and where the table is bf16 and there is a matrix unit, as amx.h says.
 struct PackedRows {
   const void* data;
   int rows;
@@ -76,6 +76,8 @@ struct PackedRows {
   int terms;  // bf16 terms whose sum a number is; 0 where there is no matrix unit
 
   int lanes() const { return lanes_of(rows); }
+  // Columns, or pairs of them.
+  int64_t columns() const { return pairs ? (width + 1) / 2 : width; }
   // Bytes for any of these forms.
   static int64_t bytes(int rows, int64_t width) {
     return 6 * lanes_of(rows) * ((width + 31) / 32 * 32) + 64;
