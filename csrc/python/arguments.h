@@ -33,6 +33,7 @@
 
 #include "bindings.h"
 #include "nabla_fast.h"
+#include "pages.h"
 
 namespace nabla_fast::bindings {
 
@@ -205,8 +206,10 @@ struct FreeAligned {
 };
 
 inline std::unique_ptr<void, FreeAligned> aligned_memory(int64_t bytes) {
-  return std::unique_ptr<void, FreeAligned>(
+  std::unique_ptr<void, FreeAligned> memory(
       ::operator new(static_cast<size_t>(bytes), std::align_val_t{64}));
+  advise_large_pages(memory.get(), bytes);
+  return memory;
 }
 
 template <typename Args>

@@ -8,6 +8,7 @@
 #include "bindings.h"
 #include "internal/vec_exp_array.h"
 #include "nabla_fast.h"
+#include "pages.h"
 
 namespace py = pybind11;
 
@@ -28,6 +29,12 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("vec_exp", &vec_exp, py::call_guard<py::gil_scoped_release>(), py::arg("x"),
              py::arg("y"), py::arg("n"),
              "y = exp(x) for n float32 at the addresses x and y, as kernels compute it.");
+  module.def(
+      "advise_large_pages",
+      [](std::uintptr_t address, int64_t bytes) {
+        advise_large_pages(pointer<void>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"), "Asks for large pages in memory that is new.");
   bind_functions(module);
   bind_decoder(module);
   bind_machine(module);

@@ -108,9 +108,7 @@ def dto_descent_cpu(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor,
 
 @dto_descent.backend(
     "triton",
-    refuses=lambda z, grad, state, schedule, *, tau, **_: triton_backend.descent_refusal(
-        "z", z, grad, state, tau=tau
-    ),
+    refuses=lambda z, grad, state, *_, **__: triton_backend.descent_refusal("z", z, grad, state),
 )
 def dto_descent_triton(
     z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any

@@ -103,9 +103,9 @@ def dto_descent_latents_cpu(
 
 
 def _triton_refusal(
-    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, *, tau: float, **_: Any
+    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, *_: Any, **__: Any
 ) -> str | None:
-    return triton_backend.refusal(head=head) or triton_backend.descent_refusal("h", h, grad, state, tau=tau)
+    return triton_backend.refusal(head=head) or triton_backend.descent_refusal("h", h, grad, state)
 
 
 @dto_descent_latents.backend("triton", refuses=_triton_refusal)

@@ -122,7 +122,7 @@ def embedding_mix_gradient(
 
 @embedding_mix.backend(
     "cpu",
-    refuses=lambda logits, tables, *, tau, **_: native_backend.mix_refusal(tables, tau, logits=logits),
+    refuses=lambda logits, tables, **_: native_backend.mix_refusal(tables, logits=logits),
 )
 def embedding_mix_cpu(
     logits: Tensor,
@@ -180,8 +180,8 @@ def _mix_fields(
 
 @embedding_mix_backward.backend(
     "cpu",
-    refuses=lambda cotangents, logits, tables, *, tau, direct, **_: native_backend.mix_refusal(
-        tables, tau, cotangents=cotangents, direct=direct, logits=logits
+    refuses=lambda cotangents, logits, tables, *, direct, **_: native_backend.mix_refusal(
+        tables, cotangents=cotangents, direct=direct, logits=logits
     ),
 )
 def embedding_mix_backward_cpu(
@@ -208,7 +208,7 @@ def mix_backward_native(
     """∂ℒ/∂rows by the C++ kernel, of logits in their dtype, of hidden states in float32."""
     cotangents = [native_backend.as_native(cotangent) for cotangent in cotangents]
     direct = None if direct is None else native_backend.as_native(direct)
-    grad = torch.empty(rows.shape, dtype=rows.dtype if head is None else torch.float32, device="cpu")
+    grad = native_backend.empty_matrix(*rows.shape, rows.dtype if head is None else torch.float32)
     status = torch.empty(rows.shape[0], dtype=torch.int32, device="cpu")
     fields = _mix_fields(rows, head, tables, tau, noise)
     extension().embedding_mix_backward(
@@ -219,8 +219,8 @@ def mix_backward_native(
 
 @embedding_mix.backend(
     "triton",
-    refuses=lambda logits, tables, *, tau, noise, direct, **_: triton_backend.mix_refusal(
-        tau, logits=logits, tables=tables, noise=noise, direct=direct
+    refuses=lambda logits, tables, *, noise, direct, **_: triton_backend.refusal(
+        logits=logits, tables=tables, noise=noise, direct=direct
     ),
 )
 def embedding_mix_triton(
@@ -235,8 +235,8 @@ def embedding_mix_triton(
 
 @embedding_mix_backward.backend(
     "triton",
-    refuses=lambda cotangents, logits, tables, *, tau, noise, direct: triton_backend.mix_refusal(
-        tau, cotangents=cotangents, logits=logits, tables=tables, noise=noise, direct=direct
+    refuses=lambda cotangents, logits, tables, *, noise, direct, **_: triton_backend.refusal(
+        cotangents=cotangents, logits=logits, tables=tables, noise=noise, direct=direct
     ),
 )
 def embedding_mix_backward_triton(

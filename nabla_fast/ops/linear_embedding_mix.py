@@ -116,9 +116,7 @@ def linear_embedding_mix_gradient(
 
 @linear_embedding_mix.backend(
     "cpu",
-    refuses=lambda hidden, head, tables, *, tau, **_: native_backend.mix_refusal(
-        tables, tau, hidden=hidden, head=head
-    ),
+    refuses=lambda hidden, head, tables, **_: native_backend.mix_refusal(tables, hidden=hidden, head=head),
 )
 def linear_embedding_mix_cpu(
     hidden: Tensor,
@@ -135,8 +133,8 @@ def linear_embedding_mix_cpu(
 
 @linear_embedding_mix_backward.backend(
     "cpu",
-    refuses=lambda cotangents, hidden, head, tables, *, tau, direct, **_: native_backend.mix_refusal(
-        tables, tau, cotangents=cotangents, direct=direct, hidden=hidden, head=head
+    refuses=lambda cotangents, hidden, head, tables, *, direct, **_: native_backend.mix_refusal(
+        tables, cotangents=cotangents, direct=direct, hidden=hidden, head=head
     ),
 )
 def linear_embedding_mix_backward_cpu(
@@ -155,8 +153,8 @@ def linear_embedding_mix_backward_cpu(
 
 @linear_embedding_mix.backend(
     "triton",
-    refuses=lambda hidden, head, tables, *, tau, noise, direct, **_: triton_backend.mix_refusal(
-        tau, hidden=hidden, head=head, tables=tables, noise=noise, direct=direct
+    refuses=lambda hidden, head, tables, *, noise, direct, **_: triton_backend.refusal(
+        hidden=hidden, head=head, tables=tables, noise=noise, direct=direct
     ),
 )
 def linear_embedding_mix_triton(
@@ -180,14 +178,8 @@ def linear_embedding_mix_triton(
 
 @linear_embedding_mix_backward.backend(
     "triton",
-    refuses=lambda cotangents, hidden, head, tables, *, tau, noise, direct: triton_backend.mix_refusal(
-        tau,
-        cotangents=cotangents,
-        hidden=hidden,
-        head=head,
-        tables=tables,
-        noise=noise,
-        direct=direct,
+    refuses=lambda cotangents, hidden, head, tables, *, noise, direct, **_: triton_backend.refusal(
+        cotangents=cotangents, hidden=hidden, head=head, tables=tables, noise=noise, direct=direct
     ),
 )
 def linear_embedding_mix_backward_triton(

@@ -101,7 +101,7 @@ def lm_logits_gradient(
 @lm_logits.backend("cpu", refuses=native_backend.hidden_refusal)
 def lm_logits_cpu(hidden: Tensor, head: Tensor) -> Tensor:
     hidden, rows, vocab = native_backend.as_float32(hidden), hidden.shape[0], head.shape[0]
-    logits = torch.empty(rows, vocab, dtype=torch.float32, device="cpu")
+    logits = native_backend.empty_matrix(rows, vocab)
     extension().lm_logits(
         num_threads=torch.get_num_threads(),
         rows=rows,

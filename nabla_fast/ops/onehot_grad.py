@@ -159,7 +159,7 @@ def onehot_fields(
 def onehot_grad_native(*inputs: Any) -> tuple[Tensor, Tensor]:
     """G [N, V] of :func:`onehot_fields`, and a status [N] int32: a row with another one than 0 is NaN."""
     fields = onehot_fields(*inputs)
-    grad = torch.empty(fields["rows"], fields["vocab"], dtype=torch.float32, device="cpu")
+    grad = native_backend.empty_matrix(fields["rows"], fields["vocab"])
     status = torch.empty(fields["rows"], dtype=torch.int32, device="cpu")
     extension().onehot_grad(**fields, row_status=status, grad=grad)
     return grad, status

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch import Tensor
 from nabla_fast._native import extension
 from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_tau, expect_vocabulary
 from nabla_fast.ops.limits import native_backend, triton_backend
-from nabla_fast.ops.limits.refusals import tau_refusal
 from nabla_fast.ops.lm_logits import lm_logits
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
@@ -75,10 +74,10 @@ def fake_token_stats(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenS
     return TokenStats(*values, rows.new_empty(n, dtype=torch.int64))
 
 
-def _cpu_refusal(rows: Tensor, head: Tensor | None, *, tau: float) -> str | None:
+def _cpu_refusal(rows: Tensor, head: Tensor | None, **_: Any) -> str | None:
     if head is not None:
-        return native_backend.product_refusal("rows", rows, "head", head) or tau_refusal(tau, "C++")
-    return native_backend.matrix_refusal("rows", rows) or tau_refusal(tau, "C++")
+        return native_backend.product_refusal("rows", rows, "head", head)
+    return native_backend.matrix_refusal("rows", rows)
 
 
 @token_stats.backend("cpu", refuses=_cpu_refusal)
@@ -115,8 +114,8 @@ def token_stats_native(rows: Tensor, head: Tensor | None, tau: float) -> tuple[T
     return TokenStats(logsumexp, confidence, entropy, argmax), status
 
 
-def _triton_refusal(rows: Tensor, head: Tensor | None, *, tau: float) -> str | None:
-    return triton_backend.refusal(rows=rows, head=head) or tau_refusal(tau, "Triton")
+def _triton_refusal(rows: Tensor, head: Tensor | None, **_: Any) -> str | None:
+    return triton_backend.refusal(rows=rows, head=head)
 
 
 @token_stats.backend("triton", refuses=_triton_refusal)

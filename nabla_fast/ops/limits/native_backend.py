@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_fast._native import extension
 from nabla_fast.ops.adam import AdamState
-from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal, tau_refusal
+from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal
 
 _FLOAT32 = (torch.float32,)
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -60,7 +61,6 @@ def onehot_refusal(
 
 def mix_refusal(
     tables: Sequence[Tensor],
-    tau: float,
     *,
     cotangents: Sequence[Tensor] = (),
     direct: Tensor | None = None,
@@ -70,7 +70,6 @@ def mix_refusal(
 
     Args:
         tables: [V, H_t] each.
-        tau: τ.
         cotangents: [N, H_t] each.
         direct: [N, V].
         rows: by name, logits [N, V] or hidden states [N, H] and an lm_head [V, H].
@@ -84,7 +83,7 @@ def mix_refusal(
     for t, cotangent in enumerate(cotangents):
         if _float64_refusal("", cotangent):
             return _float64_refusal(f"cotangents[{t}]", cotangent)
-    return tau_refusal(tau, "C++") or (None if direct is None else _float64_refusal("direct", direct))
+    return None if direct is None else _float64_refusal("direct", direct)
 
 
 def descent_refusal(
@@ -96,8 +95,8 @@ def descent_refusal(
     *,
     until: Tensor | None,
     group: Tensor | None,
-    tau: float,
     noise: tuple[Tensor, Tensor] | None,
+    **_: Any,
 ) -> str | None:
     """Arguments of a descent that moves rows of ``parameter`` [N, D], called ``name``."""
     seed, position = noise or (None, None)
@@ -112,7 +111,6 @@ def descent_refusal(
         or contiguous_refusal("noise.seed", seed, "C++")
         or contiguous_refusal("noise.position", position, "C++")
         or stride_refusal("schedule", schedule, "C++")
-        or tau_refusal(tau, "C++")
     )
 
 
@@ -120,6 +118,13 @@ def _float64_refusal(name: str, tensor: Tensor) -> str | None:
     if tensor.dtype != torch.float64:
         return None
     return f"{name} is float64 (the C++ kernels compute in float32)"
+
+
+def empty_matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[rows, columns] for a kernel to fill, in large pages where it is large."""
+    matrix = torch.empty(rows, columns, dtype=dtype, device="cpu")
+    extension().advise_large_pages(matrix.data_ptr(), matrix.nbytes)
+    return matrix
 
 
 def as_native(tensor: Tensor) -> Tensor:

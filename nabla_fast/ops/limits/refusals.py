@@ -35,12 +35,5 @@ def contiguous_refusal(name: str, tensor: Tensor | None, kernels: str) -> str | 
     return f"{name} has strides {list(tensor.stride())} (the {kernels} kernels read contiguous memory)"
 
 
-def tau_refusal(tau: float, kernels: str) -> str | None:
-    """A temperature is so far from 0 and infinity that τ and 1/τ are normal float32 numbers."""
-    if 2**-64 <= tau <= 2**64:
-        return None
-    return f"tau is {tau} (the {kernels} kernels take 2^-64 to 2^64)"
-
-
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nabla_fast._triton import interpreted
 from nabla_fast.ops.adam import AdamState
-from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal, tau_refusal
+from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal
 from nabla_fast.ops.registry import forced
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,11 +38,6 @@ def refusal(**arguments: Tensor | Sequence[Tensor] | None) -> str | None:
     return None
 
 
-def mix_refusal(tau: float, **arguments: Tensor | Sequence[Tensor] | None) -> str | None:
-    """Arguments of the mixes and their backward; ``arguments`` as in :func:`refusal`."""
-    return refusal(**arguments) or tau_refusal(tau, "Triton")
-
-
 def onehot_refusal(
     cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
 ) -> str | None:
@@ -50,9 +45,7 @@ def onehot_refusal(
     return refusal(cotangents=cotangents, tables=tables, hidden=hidden, head=head)
 
 
-def descent_refusal(
-    name: str, parameter: Tensor, grad: Tensor, state: AdamState, *, tau: float
-) -> str | None:
+def descent_refusal(name: str, parameter: Tensor, grad: Tensor, state: AdamState) -> str | None:
     """Arguments of a descent that moves rows of ``parameter`` [N, D], called ``name``."""
     rows = {
         name: parameter,
@@ -63,10 +56,8 @@ def descent_refusal(
     for key, tensor in rows.items():
         if reason := _tensor_refusal(key, tensor) or stride_refusal(key, tensor, "Triton"):
             return reason
-    return (
-        dtype_refusal(name, parameter, (torch.float32,), "Triton")
-        or contiguous_refusal("state.step", state.step, "Triton")
-        or tau_refusal(tau, "Triton")
+    return dtype_refusal(name, parameter, (torch.float32,), "Triton") or contiguous_refusal(
+        "state.step", state.step, "Triton"
     )
 
 
