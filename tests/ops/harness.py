@@ -229,16 +229,28 @@ def _bitwise_equal(a: Any, b: Any) -> bool:
 # -- the rule ----------------------------------------------------------------------------------------
 
 
-def check(op: Op, case: Case, draw: Draw, device: str, compute: Callable[[Arguments], Results]) -> None:
+def check(
+    op: Op,
+    case: Case,
+    draw: Draw,
+    device: str,
+    compute: Callable[[Arguments], Results],
+    peer: Callable[[Arguments], Results] | None = None,
+) -> None:
     """Hold ``compute`` to the rule: results of the op by name, as :func:`run` returns them.
 
+    Args:
+        op, case, draw, device: what is computed.
+        compute: what is held to the rule.
+        peer: plain PyTorch in the dtypes of the inputs where the body computes in wider ones: its errors
+            are allowed too.
     Raises:
         BackendUnavailable: ``compute`` does not take these inputs.
     """
     worst: dict[str, float] = {}
     for _ in range(DRAWS):
         arguments = to_device(device, case.make(draw))
-        excess, message = compare(op, compute(arguments), arguments, worst)
+        excess, message = compare(op, compute(arguments), arguments, worst, peer)
         if excess <= 1:
             return
         if excess > GROSS:
@@ -246,14 +258,21 @@ def check(op: Op, case: Case, draw: Draw, device: str, compute: Callable[[Argume
     pytest.fail(f"{op.name}, {case.name}: {message}")
 
 
-def compare(op: Op, ours: Results, arguments: Arguments, worst: dict[str, float]) -> tuple[float, str]:
+def compare(
+    op: Op,
+    ours: Results,
+    arguments: Arguments,
+    worst: dict[str, float],
+    peer: Callable[[Arguments], Results] | None = None,
+) -> tuple[float, str]:
     """How many times the largest error is the allowed one, and where it is.
 
     Args:
-        worst: the body's worst relative error so far by result, brought up to date.
+        worst: the body's, and its peer's, worst relative error so far by result, brought up to date.
     """
     exact_arguments = to_float64(arguments)
     body, exact = run_body(op, arguments), run_body(op, exact_arguments)
+    of_peer = peer(arguments) if peer else body
     assert ours.keys() == body.keys()
     for name, value in body.items():
         got = (ours[name].dtype, ours[name].shape)
@@ -273,6 +292,9 @@ def compare(op: Op, ours: Results, arguments: Arguments, worst: dict[str, float]
             continue
         magnitude = _row_maximum(torch.where(value.isfinite(), value.abs(), 0.0))
         body_error = _row_error(body[name], value)[~body_differs] / magnitude[~body_differs]
+        if peer:
+            peer_error = _row_error(of_peer[name], value) / magnitude
+            body_error = torch.cat([body_error, peer_error])
         worst[name] = max([worst.get(name, 0.0), *body_error[body_error.isfinite()].tolist()])
         floor = OP_FLOORS.get(op.name, FLOORS[ours[name].dtype])
         underflow = 0.0 if ours[name].dtype == torch.float64 else UNDERFLOW

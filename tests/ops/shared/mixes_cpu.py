@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from nabla_fast.ops import use_backend
 from nabla_fast.ops.registry import Op
 
-from ..harness import check, map_tensors, rows_of, run
+from ..harness import Arguments, Results, check, map_tensors, rows_of, run
 from ..inputs import BF16, F32, Case, Draw
 from .mixes import backward_arguments, mix_arguments
 
@@ -65,6 +66,33 @@ def huge_arguments(
     return given
 
 
+def cancelling_arguments(op: Op, draw: Draw, vocabulary: int) -> dict[str, Any]:
+    """A bf16 table whose rows cancel in pairs, of tokens whose logits are nearly the same."""
+    given = arguments(op, draw, 5, vocabulary, 33, (F32, BF16))
+    pair = torch.arange(vocabulary) // 2 * 2
+    sign = torch.where(torch.arange(vocabulary) % 2 == 0, 1.0, -1.0)[:, None]
+    given["tables"] = [(table[pair] * sign).to(BF16) for table in given["tables"]]
+    if "hidden" in given:
+        given["hidden"] *= 1e-3
+    else:
+        given["logits"] = given["logits"][:, pair] + 1e-3 * given["logits"]
+    return given
+
+
+def rounded_mixes(arguments: Arguments) -> Results:
+    """Soft mixes whose weights are rounded to the tables' dtype, as a product in that dtype asks for."""
+    rows, head = arguments.get("hidden", arguments.get("logits")), arguments.get("head")
+    z = rows.float() if head is None else rows.float() @ head.float().T
+    p = torch.softmax(z / arguments["tau"], dim=-1)
+    return {f"result[{n}]": p.to(t.dtype) @ t for n, t in enumerate(arguments["tables"])}
+
+
+def peer_of(op: Op, tables: torch.dtype, isa: str) -> Callable[[Arguments], Results] | None:
+    """What rounds weights as the kernel does, where it does."""
+    rounds = tables == BF16 and isa in ("avx512_bf16", "amx") and "backward" not in op.name
+    return rounded_mixes if rounds else None
+
+
 def shifted(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers one element off every alignment."""
     memory = tensor.new_empty(tensor.numel() + 1)
@@ -91,7 +119,14 @@ class MixOnCpu:
     @pytest.mark.parametrize("vocabulary", [2, 63, 300, 4500])
     def test_numbers_near_the_largest(self, dtypes: tuple, vocabulary: int, draw: Draw, isa: str):
         case = Case("huge", lambda draw: huge_arguments(self.op, draw, vocabulary, dtypes))
-        check(self.op, case, draw, "cpu", partial(run, self.op, "cpu"))
+        peer = peer_of(self.op, dtypes[1], isa)
+        check(self.op, case, draw, "cpu", partial(run, self.op, "cpu"), peer)
+
+    @pytest.mark.parametrize("vocabulary", [2, 64, 3000])
+    def test_rows_of_bf16_that_cancel(self, vocabulary: int, draw: Draw, isa: str):
+        case = Case("pairs", lambda draw: cancelling_arguments(self.op, draw, vocabulary))
+        peer = peer_of(self.op, BF16, isa)
+        check(self.op, case, draw, "cpu", partial(run, self.op, "cpu"), peer)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("tables", [F32, BF16], ids=str)
