@@ -97,7 +97,11 @@ def work(level: str, threads: int) -> None:
 def _digest(result: Any) -> str:
     import hashlib
 
-    return hashlib.sha256(result.detach().contiguous().numpy().tobytes()).hexdigest()
+    import torch
+
+    # bfloat16 has no dtype in numpy. A number by itself has no axis to be viewed along.
+    octets = result.detach().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(octets.numpy().tobytes()).hexdigest()
 
 
 class Worker:

@@ -182,7 +182,7 @@ def _times(
 
 
 def limit(case: Case, machine: Machine) -> dict[str, Any]:
-    """``limit_ms``, which no computation of the case undercuts, and which ``limit`` that is."""
+    """``limit_ms``, at the rates of :class:`Machine`, and which ``limit`` that is."""
     memory = 1e3 * case.bytes / machine.bandwidth
     matmul = 1e3 * case.flops / machine.rate(case.bf16_terms)
     return {"limit_ms": max(memory, matmul), "limit": "memory" if memory >= matmul else "matmul"}

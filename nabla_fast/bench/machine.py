@@ -53,14 +53,19 @@ class Machine:
         return max(filter(None, (self.read, self.triad, self.copy)))
 
     def rate(self, bf16_terms: int) -> float:
-        """Operations a second that no product exceeds; see ``Case.bf16_terms``.
+        """Operations a second that products are held against; see ``Case.bf16_terms``.
 
-        Torch's products stand beside the loops for where there are none, and for units that no loop uses.
+        Where both sides are bf16, what multiplies bf16 counts if the instruction set in force has it,
+        though float32 may be faster: a CPU with tiles may take two cycles for the dot product that stands
+        for one without. Torch's products stand beside the loops for where there are none, and for units
+        that no loop uses.
         """
+        of_bf16 = [rate or 0.0 for rate in (self.dot_product, self.tile_product, self.bfloat16_matmul)]
+        if bf16_terms == 1 and any(of_bf16[:2]):
+            return max(of_bf16)
         rates = [self.multiply_add, self.float32_matmul]
         if bf16_terms:
-            of_bf16 = self.dot_product, self.tile_product, self.bfloat16_matmul
-            rates += [(rate or 0) / bf16_terms for rate in of_bf16]
+            rates += [rate / bf16_terms for rate in of_bf16]
         return max(filter(None, rates))
 
     def to_json(self) -> dict[str, Any]:

@@ -124,6 +124,12 @@ def test_a_product_may_be_made_of_faster_ones():
     assert LIMITS.rate(1) == 1e11
 
 
+def test_bf16_is_held_against_the_unit_that_multiplies_it():
+    slow = replace(LIMITS, dot_product=5e10, bfloat16_matmul=4e10)
+    assert slow.rate(1) == 5e10
+    assert slow.rate(2) == 1e11
+
+
 def test_a_wrong_result_gets_no_time():
     wrong = with_ours(small_cases()[0], lambda v: [value * 1.001 for value in v.naive()])
     (row,) = run_small([wrong])
