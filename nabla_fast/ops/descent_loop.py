@@ -11,7 +11,10 @@ from torch import Tensor
 from nabla_fast._native import extension
 from nabla_fast.errors import InputError
 from nabla_fast.ops.adam import AdamState, adam_step_
-from nabla_fast.ops.checks import expect_noise, expect_tau
+from nabla_fast.ops.checks import expect_tau
+from nabla_fast.ops.gumbel_noise import NOISE_RULE
+from nabla_fast.ops.registry import floats, integers, tensors
+from nabla_fast.ops.registry.rules import Rule
 from nabla_fast.ops.rows import report
 
 
@@ -20,6 +23,22 @@ class Descent(NamedTuple):
 
     token: Tensor  # [N] int64, the hard token now
     flipped: Tensor  # [N] bool, whether the last step taken moved it
+
+
+# A small step on a half-precision number rounds to nothing.
+PARAMETER_DTYPES = torch.float32, torch.float64
+
+
+def descent_rules(parameter: str, columns: str) -> dict[str, Rule]:
+    """Rules of what a descent has beside its parameter [N, columns] and G."""
+    moment = floats("N", columns, like=parameter)
+    return {
+        "state": {"exp_avg": moment, "exp_avg_sq": moment, "step": integers("N")},
+        "schedule": tensors(("K",), ("N", "K"), dtypes=(torch.float64,)),
+        "until": integers("N"),
+        "group": integers("N"),
+        "noise": NOISE_RULE,
+    }
 
 
 def descend(
@@ -89,39 +108,16 @@ def check_descent(
         grad, state, schedule, until, group, tau, noise: as in ``dto_descent``.
     """
     # Messages are written on failure alone: a descent of few tokens takes less time than to write them.
-    rows, columns = parameter.shape
-    if parameter.dtype not in (torch.float32, torch.float64):
-        raise InputError(
-            f"{name}: the parameter must be float32 or float64, got {parameter.dtype}: "
-            "a small step on a half-precision number rounds to nothing"
-        )
-    for field, tensor in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
-        if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
-            raise InputError(
-                f"{name}: state.{field} must be {parameter.dtype} [{rows}, {columns}], "
-                f"got {tensor.dtype} {list(tensor.shape)}"
-            )
-    for field, tensor in (("state.step", state.step), ("until", until), ("group", group)):
-        if tensor is not None and (tensor.dtype != torch.int64 or tensor.shape != (rows,)):
-            raise InputError(f"{name}: {field} must be int64 [{rows}]")
-    if (
-        schedule.dtype != torch.float64
-        or schedule.ndim not in (1, 2)
-        or schedule.shape[:-1] not in ((), (rows,))
-    ):
-        raise InputError(
-            f"{name}: schedule must be float64 [K] or [{rows}, K], "
-            f"got {schedule.dtype} {list(schedule.shape)}"
-        )
+    rows = len(parameter)
     # Values on a device are not checked, as that would wait for it; kernels read nothing past the schedule.
     if rows > 0 and state.step.device.type == "cpu":
+        if int(state.step.min()) < 0:
+            raise InputError(f"{name}: state.step must not be negative, got {int(state.step.min())}")
         if until is not None and int(until.max()) > schedule.shape[-1]:
             raise InputError(f"{name}: until exceeds the {schedule.shape[-1]} steps of the schedule")
         if group is not None and int(group.min()) < 0:
             raise InputError(f"{name}: group numbers must not be negative")
     expect_tau(name, tau)
-    if noise is not None:
-        expect_noise(name, noise, rows)
 
 
 def descend_native(

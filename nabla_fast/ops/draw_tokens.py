@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_vocabulary
-from nabla_fast.ops.registry import op
+from nabla_fast.ops.checks import expect, expect_vocabulary
+from nabla_fast.ops.registry import floats, op, tensors
 
 
-@op
+@op(
+    arguments={
+        "logits": tensors(("N", "V"), dtypes=(torch.float32, torch.float64)),
+        "exponentials": floats("N", "V", like="logits"),
+    }
+)
 def draw_tokens(
     logits: Tensor, exponentials: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
@@ -94,15 +99,7 @@ def _first_kept(ascending: Tensor, equal_least: Tensor, limit: float) -> tuple[T
 def check_draw_tokens(
     logits: Tensor, exponentials: Tensor, *, temperature: float, top_k: int, top_p: float
 ) -> None:
-    expect_matrix("draw_tokens", "logits", logits)
-    expect(
-        logits.dtype in (torch.float32, torch.float64) and exponentials.dtype == logits.dtype,
-        "draw_tokens: logits and exponentials must both be float32 or both float64, "
-        f"got {logits.dtype} and {exponentials.dtype}",
-    )
     expect_vocabulary("draw_tokens", logits.shape[1])
-    expect_matrix("draw_tokens", "exponentials", exponentials, columns=logits.shape[1], rows=len(logits))
-    expect_one_device("draw_tokens", logits, exponentials)
     expect(top_k >= 0, f"draw_tokens: top_k must not be negative, got {top_k}")
     expect(0 < top_p <= 1, f"draw_tokens: top_p must be in (0, 1], got {top_p}")
 

@@ -8,16 +8,31 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops.adam import AdamState
-from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
-from nabla_fast.ops.descent_loop import Descent, check_descent, descend, descend_native, reported
+from nabla_fast.ops.checks import expect_vocabulary
+from nabla_fast.ops.descent_loop import (
+    PARAMETER_DTYPES,
+    Descent,
+    check_descent,
+    descend,
+    descend_native,
+    descent_rules,
+    reported,
+)
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
 from nabla_fast.ops.limits import native_backend, triton_backend
-from nabla_fast.ops.registry import op
+from nabla_fast.ops.registry import floats, op, tensors
 from nabla_fast.ops.rows import report, row_status
-from nabla_fast.ops.softmax import softmax_gradient
+from nabla_fast.ops.softmax import softmax_gradient, tempered
 
 
-@op(mutates=("z", "state"))
+@op(
+    mutates=("z", "state"),
+    arguments={
+        "z": tensors(("N", "V"), dtypes=PARAMETER_DTYPES),
+        "grad": floats("N", "V"),
+        **descent_rules("z", "V"),
+    },
+)
 def dto_descent(
     z: Tensor,
     grad: Tensor,
@@ -73,7 +88,7 @@ def dto_descent(
 
     def gradient(part: Tensor, rows: Tensor | slice) -> Tensor:
         y = perturbed(part, rows)
-        p = torch.softmax(y / tau, dim=-1)
+        p = torch.softmax(tempered(y, tau), dim=-1)
         return softmax_gradient(p, grad[rows].to(p.dtype), y.argmax(dim=-1), tau)
 
     def hard_token(part: Tensor, rows: Tensor | slice) -> Tensor:
@@ -84,11 +99,7 @@ def dto_descent(
 
 @dto_descent.check
 def check_dto_descent(z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any) -> None:
-    until, group, noise = options["until"], options["group"], options["noise"]
-    expect_matrix("dto_descent", "z", z)
     expect_vocabulary("dto_descent", z.shape[1])
-    expect_matrix("dto_descent", "grad", grad, rows=z.shape[0], columns=z.shape[1])
-    expect_one_device("dto_descent", z, grad, *state, schedule, until, group, *(noise or ()))
     check_descent("dto_descent", z, grad, state, schedule, **options)
 
 

@@ -8,17 +8,33 @@ import torch
 from torch import Tensor
 
 from nabla_fast.ops.adam import AdamState
-from nabla_fast.ops.checks import expect_matrix, expect_one_device, expect_vocabulary
-from nabla_fast.ops.descent_loop import Descent, check_descent, descend, descend_native, reported
+from nabla_fast.ops.checks import expect_vocabulary
+from nabla_fast.ops.descent_loop import (
+    PARAMETER_DTYPES,
+    Descent,
+    check_descent,
+    descend,
+    descend_native,
+    descent_rules,
+    reported,
+)
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
-from nabla_fast.ops.registry import op
+from nabla_fast.ops.registry import floats, op, tensors
 from nabla_fast.ops.rows import report, row_status
-from nabla_fast.ops.softmax import softmax_gradient
+from nabla_fast.ops.softmax import softmax_gradient, tempered
 
 
-@op(mutates=("h", "state"))
+@op(
+    mutates=("h", "state"),
+    arguments={
+        "h": tensors(("N", "H"), dtypes=PARAMETER_DTYPES),
+        "head": floats("V", "H"),
+        "grad": floats("N", "V"),
+        **descent_rules("h", "H"),
+    },
+)
 def dto_descent_latents(
     h: Tensor,
     head: Tensor,
@@ -61,7 +77,9 @@ def dto_descent_latents(
 
     def gradient(part: Tensor, rows: Tensor | slice) -> Tensor:
         z = logits(part, rows)
-        dz = softmax_gradient(torch.softmax(z / tau, dim=-1), grad[rows].to(z.dtype), z.argmax(dim=-1), tau)
+        dz = softmax_gradient(
+            torch.softmax(tempered(z, tau), dim=-1), grad[rows].to(z.dtype), z.argmax(dim=-1), tau
+        )
         return logits_backward(dz, head)
 
     def hard_token(part: Tensor, rows: Tensor | slice) -> Tensor:
@@ -75,12 +93,7 @@ def check_dto_descent_latents(
     h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any
 ) -> None:
     name = "dto_descent_latents"
-    until, group, noise = options["until"], options["group"], options["noise"]
-    expect_matrix(name, "h", h)
-    expect_matrix(name, "head", head, columns=h.shape[1])
     expect_vocabulary(name, head.shape[0])
-    expect_matrix(name, "grad", grad, rows=h.shape[0], columns=head.shape[0])
-    expect_one_device(name, h, head, grad, *state, schedule, until, group, *(noise or ()))
     check_descent(name, h, grad, state, schedule, **options)
 
 

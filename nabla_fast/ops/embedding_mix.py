@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from nabla_fast._native import extension
-from nabla_fast.ops.checks import expect_matrix, expect_mix
-from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous, perturbed
+from nabla_fast.ops.checks import expect_mix
+from nabla_fast.ops.gumbel_noise import NOISE_RULE, GumbelNoise, contiguous, perturbed
 from nabla_fast.ops.limits import native_backend, triton_backend
-from nabla_fast.ops.registry import op
+from nabla_fast.ops.registry import floats, op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
-from nabla_fast.ops.softmax import onehot_gradient, softmax_gradient
+from nabla_fast.ops.softmax import onehot_gradient, softmax_gradient, tempered
+
+# Of tables and what else a mix has, beside logits or hidden states.
+MIX_RULES = {"tables": floats("V", "H_t"), "noise": NOISE_RULE, "direct": floats("N", "V")}
+COTANGENT_RULES = {"cotangents": floats("N", "H_t")}
 
 
-@op
+@op(arguments={"logits": floats("N", "V"), **MIX_RULES})
 def embedding_mix(
     logits: Tensor,
     tables: Sequence[Tensor],
@@ -66,11 +70,11 @@ def embedding_mix(
     if hard:
         token = z.argmax(dim=-1)
         return [table[token] for table in tables]
-    p = torch.softmax(z / tau, dim=-1)
+    p = torch.softmax(tempered(z, tau), dim=-1)
     return [(p @ table.to(p.dtype)).to(table.dtype) for table in tables]
 
 
-@op
+@op(arguments={"logits": floats("N", "V"), **MIX_RULES, **COTANGENT_RULES})
 def embedding_mix_backward(
     cotangents: Sequence[Tensor],
     logits: Tensor,
@@ -89,15 +93,21 @@ def embedding_mix_backward(
         [N, V] in the dtype of ``logits``.
     """
     z = perturbed(logits.to(accumulation_dtype(logits, *tables)), noise)
-    p = torch.softmax(z / tau, dim=-1)
+    p = torch.softmax(tempered(z, tau), dim=-1)
     grad = onehot_gradient(cotangents, tables, direct, z.dtype)
     return softmax_gradient(p, grad, z.argmax(dim=-1), tau).to(logits.dtype)
 
 
 @embedding_mix.check
 def check_embedding_mix(logits: Tensor, tables: Sequence[Tensor], *, hard: bool, **options: Any) -> None:
-    expect_matrix("embedding_mix", "logits", logits)
-    expect_mix("embedding_mix", *logits.shape, tables, logits, **options)
+    expect_mix("embedding_mix", logits.shape[1], tables, **options)
+
+
+@embedding_mix_backward.check
+def check_embedding_mix_backward(
+    cotangents: Sequence[Tensor], logits: Tensor, tables: Sequence[Tensor], **options: Any
+) -> None:
+    expect_mix("embedding_mix_backward", logits.shape[1], tables, cotangents, **options)
 
 
 @embedding_mix.fake

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.checks import expect_noise, expect_vocabulary
+from nabla_fast.ops.checks import expect_vocabulary
 from nabla_fast.ops.limits import triton_backend
-from nabla_fast.ops.registry import op
+from nabla_fast.ops.registry import integers, op
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -52,7 +52,10 @@ def philox_4x32_10(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tupl
     return c0, c1, c2, c3
 
 
-@op
+NOISE_RULE = {"seed": integers("N"), "position": integers("N")}
+
+
+@op(arguments={"noise": NOISE_RULE})
 def gumbel_noise(noise: GumbelNoise, vocabulary: int) -> Tensor:
     """Standard Gumbel noise, −log(−log u).
 
@@ -89,7 +92,6 @@ def gumbel_noise(noise: GumbelNoise, vocabulary: int) -> Tensor:
 
 @gumbel_noise.check
 def check_gumbel_noise(noise: GumbelNoise, vocabulary: int) -> None:
-    expect_noise("gumbel_noise", noise, noise.seed.numel())
     expect_vocabulary("gumbel_noise", vocabulary)
 
 

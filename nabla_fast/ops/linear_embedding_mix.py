@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from nabla_fast.ops.checks import expect_matrix, expect_mix
+from nabla_fast.ops.checks import expect, expect_mix
 from nabla_fast.ops.embedding_mix import (
+    COTANGENT_RULES,
+    MIX_RULES,
     embedding_mix,
     embedding_mix_backward,
     mix_backward_native,
@@ -17,11 +19,13 @@ from nabla_fast.ops.embedding_mix import (
 from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
-from nabla_fast.ops.registry import op
+from nabla_fast.ops.registry import floats, op
 from nabla_fast.ops.rows import report, row_status
 
+_HIDDEN_RULES = {"hidden": floats("N", "H"), "head": floats("V", "H")}
 
-@op
+
+@op(arguments={**_HIDDEN_RULES, **MIX_RULES})
 def linear_embedding_mix(
     hidden: Tensor,
     head: Tensor,
@@ -58,7 +62,7 @@ def linear_embedding_mix(
     return embedding_mix.body(z, tables, tau=tau, hard=hard, noise=noise, direct=direct)
 
 
-@op
+@op(arguments={**_HIDDEN_RULES, **MIX_RULES, **COTANGENT_RULES})
 def linear_embedding_mix_backward(
     cotangents: Sequence[Tensor],
     hidden: Tensor,
@@ -86,10 +90,26 @@ def linear_embedding_mix_backward(
 def check_linear_embedding_mix(
     hidden: Tensor, head: Tensor, tables: Sequence[Tensor], *, hard: bool, **options: Any
 ) -> None:
-    name = "linear_embedding_mix"
-    expect_matrix(name, "hidden", hidden)
-    expect_matrix(name, "head", head, columns=hidden.shape[1])
-    expect_mix(name, len(hidden), len(head), tables, hidden, head, **options)
+    _check("linear_embedding_mix", hidden, head, tables, **options)
+
+
+@linear_embedding_mix_backward.check
+def check_linear_embedding_mix_backward(
+    cotangents: Sequence[Tensor], hidden: Tensor, head: Tensor, tables: Sequence[Tensor], **options: Any
+) -> None:
+    _check("linear_embedding_mix_backward", hidden, head, tables, cotangents, **options)
+
+
+def _check(
+    name: str,
+    hidden: Tensor,
+    head: Tensor,
+    tables: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> None:
+    expect(hidden.shape[1] > 0, f"{name}: hidden must have at least one column")
+    expect_mix(name, len(head), tables, cotangents, **options)
 
 
 @linear_embedding_mix.fake

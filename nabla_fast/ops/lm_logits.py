@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from nabla_fast._native import extension
-from nabla_fast.ops.checks import expect_matrix, expect_one_device
 from nabla_fast.ops.limits import native_backend, triton_backend
-from nabla_fast.ops.registry import op
+from nabla_fast.ops.registry import floats, op
 from nabla_fast.ops.rows import accumulation_dtype
 
 # Rows of a half-precision lm_head that are converted at a time.
 HEAD_ROWS = 16384
 
 
-@op
+@op(arguments={"hidden": floats("N", "H"), "head": floats("V", "H")})
 def lm_logits(hidden: Tensor, head: Tensor) -> Tensor:
     """z = hidden·headᵀ in float32 (float64 if hidden is).
 
@@ -76,13 +75,6 @@ def logits_backward(grad: Tensor, head: Tensor) -> Tensor:
         return grad @ head
     parts = zip(grad.split(HEAD_ROWS, dim=1), head.split(HEAD_ROWS), strict=True)
     return sum(columns @ rows.to(grad.dtype) for columns, rows in parts)
-
-
-@lm_logits.check
-def check_lm_logits(hidden: Tensor, head: Tensor) -> None:
-    expect_matrix("lm_logits", "hidden", hidden)
-    expect_matrix("lm_logits", "head", head, columns=hidden.shape[1])
-    expect_one_device("lm_logits", hidden, head)
 
 
 @lm_logits.fake

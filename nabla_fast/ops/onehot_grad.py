@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 
 from nabla_fast._native import extension
-from nabla_fast.ops.checks import (
-    expect,
-    expect_matrix,
-    expect_one_device,
-    expect_tables,
-    expect_vocabulary,
-)
+from nabla_fast.ops.checks import expect, expect_rows, expect_tables, expect_vocabulary
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits
-from nabla_fast.ops.registry import op
+from nabla_fast.ops.registry import floats, integers, op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.softmax import onehot_gradient
 
+ONEHOT_RULES = {
+    "hidden": floats("N", "H"),
+    "head": floats("V", "H"),
+    "tables": floats("V_t", "H_t"),
+    "token_maps": integers("V"),
+    "cotangents": floats("N", "H_t"),
+}
 
-@op
+
+@op(arguments=ONEHOT_RULES)
 def onehot_grad(
     cotangents: Sequence[Tensor],
     tables: Sequence[Tensor],
@@ -87,17 +89,20 @@ def check_onehot_inputs(
     token_maps: Sequence[Tensor | None],
 ) -> None:
     """Raise InputError for arguments that neither rows of G nor their norms can be computed from."""
-    expect_matrix(name, "hidden", hidden)
-    expect_matrix(name, "head", head, columns=hidden.shape[1])
-    expect_vocabulary(name, head.shape[0])
-    expect_tables(name, tables, head.shape[0], token_maps)
+    expect_vocabulary(name, len(head))
+    expect_tables(name, tables, cotangents)
     expect(
-        len(cotangents) == len(tables),
-        f"{name}: one cotangent a table is needed, got {len(cotangents)} for {len(tables)}",
+        len(token_maps) in (0, len(tables)),
+        f"{name}: one token map a table is needed, or none, got {len(token_maps)} for {len(tables)}",
     )
-    for t, (cotangent, table) in enumerate(zip(cotangents, tables, strict=True)):
-        expect_matrix(name, f"cotangents[{t}]", cotangent, rows=hidden.shape[0], columns=table.shape[1])
-    expect_one_device(name, *cotangents, *tables, hidden, head, *token_maps)
+    for t, table in enumerate(tables):
+        if not token_maps or token_maps[t] is None:
+            expect(
+                len(table) == len(head),
+                f"{name}: tables[{t}] must have {len(head)} rows or a token map, got {len(table)}",
+            )
+        elif token_maps[t].device.type == "cpu":  # for one on a device nobody waits
+            expect_rows(f"{name}: token_maps[{t}]", token_maps[t], len(table))
 
 
 @onehot_grad.check

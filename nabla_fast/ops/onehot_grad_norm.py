@@ -10,12 +10,18 @@ from torch import Tensor
 
 from nabla_fast._native import extension
 from nabla_fast.ops.limits import native_backend, triton_backend
-from nabla_fast.ops.onehot_grad import check_onehot_inputs, onehot_fields, onehot_rows, run_kernel
+from nabla_fast.ops.onehot_grad import (
+    ONEHOT_RULES,
+    check_onehot_inputs,
+    onehot_fields,
+    onehot_rows,
+    run_kernel,
+)
 from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_slices
 
 
-@op
+@op(arguments=ONEHOT_RULES)
 def onehot_grad_norm(
     cotangents: Sequence[Tensor],
     tables: Sequence[Tensor],

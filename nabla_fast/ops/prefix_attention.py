@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from nabla_fast._native import MOST_HEAD_DIM, extension
 from nabla_fast.errors import InputError
+from nabla_fast.ops.checks import expect
 from nabla_fast.ops.limits.native_backend import device_refusal
 from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal
-from nabla_fast.ops.registry import op
+from nabla_fast.ops.registry import floats, integers, op
 from nabla_fast.ops.rows import accumulation_dtype
 
 _FLOAT32 = (torch.float32,)
@@ -26,7 +27,20 @@ class SuffixGradient(NamedTuple):
     v: Tensor  # [B, Hkv, S, D]
 
 
-@op
+_HEADS = floats("B", "Hkv", "S", "D")
+_POOL = floats("blocks", "block_size", "Hkv", "D")
+_RULES = {
+    "q": floats("B", "Hq", "S", "D"),
+    "k": _HEADS,
+    "v": _HEADS,
+    "key_pool": _POOL,
+    "value_pool": _POOL,
+    "block_tables": integers("B", "M"),
+    "prefix_lengths": integers("B"),
+}
+
+
+@op(arguments=_RULES)
 def prefix_attention(
     q: Tensor,
     k: Tensor,
@@ -68,7 +82,8 @@ def prefix_attention(
         >>> prefix_attention(q, k, v, pool, pool, block_tables, prefix_lengths, scale=0.0)[0, :, 0, 0]
         tensor([0.2500, 0.2500])
     """
-    keys, values = _gathered(key_pool, value_pool, block_tables, k, v)
+    _expect_blocks("prefix_attention", key_pool, block_tables, prefix_lengths)
+    keys, values = _gathered(key_pool, value_pool, block_tables, prefix_lengths, k, v)
     seen = _seen(prefix_lengths, keys.shape[2] - k.shape[2], k.shape[2], window)
     output = F.scaled_dot_product_attention(
         q.to(keys.dtype), keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
@@ -76,7 +91,7 @@ def prefix_attention(
     return _by_token(output.to(q.dtype))
 
 
-@op
+@op(arguments={**_RULES, "cotangent": floats("B", "Hq", "S", "D")})
 def prefix_attention_backward(
     cotangent: Tensor,
     q: Tensor,
@@ -99,7 +114,8 @@ def prefix_attention_backward(
         ∂ℒ/∂q [B, Hq, S, D], ∂ℒ/∂k and ∂ℒ/∂v [B, Hkv, S, D], in memory by token as the output.
     """
     suffix, groups = k.shape[2], q.shape[1] // k.shape[1]
-    keys, values = _gathered(key_pool, value_pool, block_tables, k, v)
+    _expect_blocks("prefix_attention_backward", key_pool, block_tables, prefix_lengths)
+    keys, values = _gathered(key_pool, value_pool, block_tables, prefix_lengths, k, v)
     seen = _seen(prefix_lengths, keys.shape[2] - suffix, suffix, window)
     queries = q.to(keys.dtype).unflatten(1, (-1, groups))  # [B, Hkv, G, S, D]
     scores = scale * (queries @ keys[:, :, None].mT)
@@ -119,14 +135,43 @@ def _by_token(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _used(key_pool: Tensor, block_tables: Tensor, prefix_lengths: Tensor) -> Tensor:
+    """[B, M], which entries of a block table stand before the end of its prefix."""
+    first = torch.arange(block_tables.shape[1], device=block_tables.device) * key_pool.shape[1]
+    return first < prefix_lengths[:, None]
+
+
+def _expect_blocks(name: str, key_pool: Tensor, block_tables: Tensor, prefix_lengths: Tensor) -> None:
+    """Every prefix fits its block table, its blocks the pool; on a device, the device asserts it."""
+    blocks, block_size = key_pool.shape[:2]
+    outside = _used(key_pool, block_tables, prefix_lengths) & (
+        (block_tables < 0) | (block_tables >= blocks)
+    )
+    too_long = (prefix_lengths < 0) | (prefix_lengths > block_tables.shape[1] * block_size)
+    good = ~(outside.any() | too_long.any())
+    if key_pool.device.type == "cpu":
+        expect(bool(good), f"{name}: a prefix does not fit its block table, or a block the pool")
+    else:
+        torch._assert_async(good)
+
+
 def _gathered(
-    key_pool: Tensor, value_pool: Tensor, block_tables: Tensor, k: Tensor, v: Tensor
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    prefix_lengths: Tensor,
+    k: Tensor,
+    v: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of prefix and suffix, [B, Hkv, P + S, D] in the accumulation dtype."""
     dtype = accumulation_dtype(k)
+    blocks = len(key_pool)
+    block_tables = block_tables.where(_used(key_pool, block_tables, prefix_lengths), 0)
 
     def joined(pool: Tensor, own: Tensor) -> Tensor:
-        prefix = pool[block_tables].flatten(1, 2).transpose(1, 2)
+        # Where a pool has no blocks, no prefix has a token.
+        taken = pool[block_tables] if blocks else pool.new_zeros(*block_tables.shape, *pool.shape[1:])
+        prefix = taken.flatten(1, 2).transpose(1, 2)
         return torch.cat([prefix.to(dtype), own.to(dtype)], dim=2)
 
     return joined(key_pool, k), joined(value_pool, v)
@@ -147,44 +192,23 @@ def _seen(prefix_lengths: Tensor, width: int, suffix: int, window: int | None) -
 
 
 @prefix_attention.check
-def check_prefix_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    block_tables: Tensor,
-    prefix_lengths: Tensor,
-    *,
-    scale: float,
-    window: int | None,
+def check_prefix_attention(q: Tensor, k: Tensor, *_: Tensor, window: int | None, **__: float) -> None:
+    _check("prefix_attention", q.shape[1], k.shape[1], window)
+
+
+@prefix_attention_backward.check
+def check_prefix_attention_backward(
+    cotangent: Tensor, q: Tensor, k: Tensor, *_: Tensor, window: int | None, **__: float
 ) -> None:
+    _check("prefix_attention_backward", q.shape[1], k.shape[1], window)
+
+
+def _check(name: str, heads: int, kv_heads: int, window: int | None) -> None:
     # Messages are written on failure alone: attention of one token takes less time than to write them.
-    name = "prefix_attention"
-    if not q.ndim == k.ndim == 4:
-        raise InputError(f"{name}: q and k must be [B, heads, S, D], got {list(q.shape)}, {list(k.shape)}")
-    batch, heads, suffix, dim = q.shape
-    kv_heads = k.shape[1]
     if kv_heads == 0 or heads % kv_heads != 0:
         raise InputError(
             f"{name}: query heads must be a multiple of key-value heads, got {heads} and {kv_heads}"
         )
-    for field, tensor in (("k", k), ("v", v)):
-        if tensor.shape != (batch, kv_heads, suffix, dim):
-            raise InputError(
-                f"{name}: {field} must be [{batch}, {kv_heads}, {suffix}, {dim}], got {list(tensor.shape)}"
-            )
-    for field, pool in (("key_pool", key_pool), ("value_pool", value_pool)):
-        if pool.ndim != 4 or pool.shape[2:] != (kv_heads, dim):
-            raise InputError(
-                f"{name}: {field} must be [blocks, block_size, {kv_heads}, {dim}], got {list(pool.shape)}"
-            )
-    for field, tensor, ndim in (("block_tables", block_tables, 2), ("prefix_lengths", prefix_lengths, 1)):
-        if tensor.dtype != torch.int64 or tensor.ndim != ndim or tensor.shape[0] != batch:
-            raise InputError(
-                f"{name}: {field} must be int64 with {ndim} dimensions and {batch} rows, "
-                f"got {tensor.dtype} {list(tensor.shape)}"
-            )
     if window is not None and window < 1:
         raise InputError(f"{name}: window must be at least 1, got {window}")
 

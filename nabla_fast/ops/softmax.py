@@ -10,6 +10,20 @@ from torch import Tensor
 from nabla_fast.ops.lm_logits import mapped_logits
 
 
+def tempered(z: Tensor, tau: float) -> Tensor:
+    """Logits whose softmax is that of z/τ: z/τ itself, or (z − max z)/τ in rows where that overflows.
+
+    Args:
+        z: [N, V].
+        tau: τ.
+    Returns:
+        [N, V].
+    """
+    top = z.amax(dim=-1, keepdim=True)
+    overflows = (top / tau).isinf() & top.isfinite()
+    return torch.where(overflows, (z - top) / tau, z / tau)
+
+
 def softmax_gradient(p: Tensor, grad: Tensor, token: Tensor, tau: float) -> Tensor:
     """∂ℒ/∂z = (1/τ) p ⊙ (G − ⟨p, G⟩) for p = softmax(z/τ).
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from nabla_fast._native import extension
-from nabla_fast.ops.checks import expect, expect_matrix, expect_one_device, expect_tau, expect_vocabulary
+from nabla_fast.ops.checks import expect, expect_tau, expect_vocabulary
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits
-from nabla_fast.ops.registry import op
+from nabla_fast.ops.registry import floats, op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
+from nabla_fast.ops.softmax import tempered
 
 
 class TokenStats(NamedTuple):
@@ -24,7 +25,7 @@ class TokenStats(NamedTuple):
     argmax: Tensor  # [N] int64, the lowest index among equals
 
 
-@op
+@op(arguments={"rows": floats("N", "M"), "head": floats("V", "M")})
 def token_stats(rows: Tensor, head: Tensor | None = None, *, tau: float = 1.0) -> TokenStats:
     """Statistics of p = softmax(z/τ), row by row.
 
@@ -47,7 +48,7 @@ def token_stats(rows: Tensor, head: Tensor | None = None, *, tau: float = 1.0) -
     dtype = accumulation_dtype(rows)
     logits = rows.to(dtype) if head is None else lm_logits(rows, head)
     report("token_stats", row_status(logits))
-    logp = torch.log_softmax(logits / tau, dim=-1)
+    logp = torch.log_softmax(tempered(logits, tau), dim=-1)
     p = logp.exp()
     argmax = logits.argmax(dim=-1)
     top = logits.gather(1, argmax[:, None]) / tau
@@ -58,12 +59,8 @@ def token_stats(rows: Tensor, head: Tensor | None = None, *, tau: float = 1.0) -
 
 @token_stats.check
 def check_token_stats(rows: Tensor, head: Tensor | None, *, tau: float) -> None:
-    expect_matrix("token_stats", "rows", rows)
-    if head is not None:
-        expect_matrix("token_stats", "head", head, columns=rows.shape[1])
     expect(rows.shape[1] > 0, "token_stats: rows must have at least one column")
     expect_vocabulary("token_stats", rows.shape[1] if head is None else head.shape[0])
-    expect_one_device("token_stats", rows, head)
     expect_tau("token_stats", tau)
 
 

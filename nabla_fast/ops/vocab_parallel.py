@@ -9,13 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nabla_fast.ops.checks import expect, expect_matrix, expect_mix, expect_vocabulary
+from nabla_fast.ops.checks import expect, expect_mix, expect_vocabulary
+from nabla_fast.ops.embedding_mix import embedding_mix
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
 from nabla_fast.ops.lm_logits import logits_backward
+from nabla_fast.ops.registry import Table
 from nabla_fast.ops.rows import ALL_MASKED, HAS_INF, HAS_NAN, OK, accumulation_dtype, report, row_slices
 from nabla_fast.ops.softmax import onehot_gradient
 
 _NAME = "vocab_parallel_embedding_mix"
+_ARGUMENTS = Table(_NAME, embedding_mix.parameters, embedding_mix.table.rules)
 
 
 def vocab_parallel_embedding_mix(
@@ -63,11 +66,11 @@ def vocab_parallel_embedding_mix(
         [tensor([[3.]])]
         >>> dist.destroy_process_group()
     """
-    expect_matrix(_NAME, "logits", logits)
-    rows, vocabulary = logits.shape
+    logits, tables, tau, hard, noise, direct = _ARGUMENTS.plain(logits, tables, tau, hard, noise, direct)
+    vocabulary = logits.shape[1]
     expect(first >= 0, f"{_NAME}: first must be at least 0, got {first}")
     expect_vocabulary(_NAME, first + vocabulary)
-    expect_mix(_NAME, rows, vocabulary, tables, logits, tau=tau, noise=noise, direct=direct)
+    expect_mix(_NAME, vocabulary, tables, tau=tau, direct=direct)
     part = _Slice([table.detach() for table in tables], first, group, tau, noise, direct)
     return list(_Mix.apply(logits, part, hard))
 

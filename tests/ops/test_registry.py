@@ -30,7 +30,10 @@ class Pair(NamedTuple):
 def toy() -> registry.Op:
     """An op whose result says which backend ran: torch anything, cpu float32, triton only what is large."""
 
-    @registry.op
+    scalar = registry.floats()
+    x = registry.tensors(("N",), ("N", "M"), dtypes=registry.FLOATS)
+
+    @registry.op(arguments={"x": x, "pair": {"a": scalar, "b": scalar}})
     def toy(x: Tensor, pair: Pair | None = None, *, scale: float = 1.0) -> Tensor:
         return x.new_tensor([0.0, scale, 0.0 if pair is None else float(pair.b)])
 
@@ -307,7 +310,7 @@ def test_status_is_one_line_each():
 
 
 def test_arguments(toy: registry.Op):
-    pair = Pair(torch.zeros(1), torch.ones(1))
+    pair = Pair(torch.tensor(0.0), torch.tensor(1.0))
     assert toy(SMALL, pair, scale=2.0).tolist() == [1, 2, 1]
     assert toy(x=SMALL, pair=pair).tolist() == [1, 1, 1]
     assert toy(SMALL, tuple(pair)).tolist() == [1, 1, 1]
@@ -333,7 +336,7 @@ def test_unsupported_annotations():
     def body(x: dict) -> Tensor: ...
 
     with pytest.raises(TypeError, match="an op cannot take or return"):
-        registry.op(body)
+        registry.op(arguments={})(body)
     assert "body" not in registry.all_ops()
 
 

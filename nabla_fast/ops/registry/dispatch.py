@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nabla_fast.errors import BackendUnavailable, InputError
+from nabla_fast.errors import BackendUnavailable, InputError, RowError
 from nabla_fast.ops.overlaps import expect_apart
 from nabla_fast.ops.registry.backends import BACKENDS, PREFERENCE, forced_backends, is_available
+from nabla_fast.ops.registry.rules import Rule, Table, plain_value
 from nabla_fast.ops.registry.schema import (
     is_record,
     read_parameters,
@@ -42,15 +43,19 @@ class Op:
         body: the function itself, in plain PyTorch.
         name: its name.
         parameters: its parameters, as the schema has them.
+        table: what its tensors must be.
         record: the NamedTuple that it returns, or None.
     """
 
-    def __init__(self, body: Callable[..., Any], mutates: Sequence[str] = ()):
+    def __init__(
+        self, body: Callable[..., Any], arguments: Mapping[str, Rule], mutates: Sequence[str] = ()
+    ):
         self.body = body
         self.name = body.__name__
         self.__name__, self.__doc__, self.__module__ = body.__name__, body.__doc__, body.__module__
         self.__signature__ = inspect.signature(body)
         self.parameters = read_parameters(body)
+        self.table = Table(self.name, self.parameters, arguments)
         result = typing.get_type_hints(body)["return"]
         self.record = result if is_record(result) else None
 
@@ -75,7 +80,7 @@ class Op:
     # -- registration ------------------------------------------------------------------------------
 
     def check(self, function: Callable[..., None]) -> Callable[..., None]:
-        """Register the check of a call's arguments, for every backend: it raises InputError."""
+        """Register what the table of arguments cannot say, for every backend: it raises InputError."""
         self._check = function
         return function
 
@@ -167,6 +172,8 @@ class Op:
                 changed = [values[index] for index in self._mutated]
                 torch.autograd.graph.increment_version(list(tensors_in(changed)))
         else:
+            if any(tensor.is_meta for tensor in tensors_in(values)):
+                self.table.expect(values)  # the dispatcher would answer for meta tensors beside others
             pairs = zip(self.parameters, values, strict=True)
             result = self._library_op(*(flat for p, value in pairs for flat in p.flatten(value)))
         return self.record(*result) if self.record else result
@@ -174,7 +181,7 @@ class Op:
     def chosen(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """The backend that these arguments get, to be called without checks on others like them.
 
-        Neither normalizes nor checks arguments, nor records a gradient: for inner loops whose arguments
+        Neither converts nor checks arguments, nor records a gradient: for inner loops whose arguments
         are right by construction.
         """
         return self._choose(args, kwargs).run
@@ -184,15 +191,16 @@ class Op:
         return tuple(name for name in BACKENDS if name in self._backends)
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-        """The normalized arguments of a call in the order of the parameters; empties ``kwargs``."""
+        """The plain arguments of a call in the order of the parameters; empties ``kwargs``."""
         if len(args) > self._positional:
             raise TypeError(f"{self.name}() takes {self._positional} positional arguments, got {len(args)}")
-        values = [p.normalize(value) for p, value in zip(self.parameters, args, strict=False)]
+        pairs = zip(self.parameters, args, strict=False)
+        values = [plain_value(self.name, p, value) for p, value in pairs]
         for parameter in self.parameters[len(args) :]:
             value = kwargs.pop(parameter.name, parameter.default)
             if value is inspect.Parameter.empty:
                 raise TypeError(f"{self.name}() missing argument {parameter.name!r}")
-            values.append(parameter.normalize(value))
+            values.append(plain_value(self.name, parameter, value))
         if kwargs:
             raise TypeError(f"{self.name}() got an unknown or a second argument {next(iter(kwargs))!r}")
         return values
@@ -220,6 +228,9 @@ class Op:
         return self._flatten_result(self._compute(self._gather(flat)))
 
     def _compute(self, values: list[Any]) -> Any:
+        self.table.expect(values)
+        if any(tensor.is_neg() for tensor in tensors_in(values)):
+            values = self._without_negative_views(values)
         args, kwargs = self._split(values)
         self._check(*args, **kwargs)
         backend = self._choose(args, kwargs)
@@ -232,10 +243,28 @@ class Op:
             # A caller's autocast would round what is promised in float32.
             with torch.autocast(device, enabled=False):
                 return backend.run(*args, **kwargs)
-        except ValueError:
+        except (InputError, RowError):
+            raise
+        except ValueError as error:  # the C interface refuses what only a pass over the data finds
             if backend.finds_overlaps:
                 self._expect_apart(values)
-            raise
+            raise InputError(f"{self.name}: {error}") from error
+
+    def _without_negative_views(self, values: list[Any]) -> list[Any]:
+        """The arguments with views whose sign is not in memory written out.
+
+        Raises:
+            InputError: one of them is to be changed in place.
+        """
+        for index in self._mutated:
+            for name, tensor in self.parameters[index].named(values[index]):
+                if tensor.is_neg():
+                    raise InputError(
+                        f"{self.name}: {name} is changed in place, and its sign is not in memory: "
+                        "pass what its resolve_neg() returns"
+                    )
+        tensors = (tensor.resolve_neg() for tensor in tensors_in(values))
+        return with_tensors(without_tensors(values), tensors)
 
     def _expect_apart(self, values: list[Any]) -> None:
         """Raise InputError where what the op changes in place overlaps itself or another argument."""
@@ -261,9 +290,14 @@ class Op:
         return self._backends[name].refuses(*args, **kwargs)
 
 
-def op(body: Callable[..., Any] | None = None, *, mutates: Sequence[str] = ()) -> Any:
-    """Make an :class:`Op` of a function; ``mutates`` names the arguments it changes in place."""
-    return Op(body, mutates) if body else lambda body: Op(body, mutates)
+def op(*, arguments: Mapping[str, Rule], mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Op]:
+    """Make an :class:`Op` of a function.
+
+    Args:
+        arguments: the rule of each argument that has tensors; see :mod:`nabla_fast.ops.registry.rules`.
+        mutates: names of those that it changes in place.
+    """
+    return lambda body: Op(body, arguments, mutates)
 
 
 def all_ops() -> dict[str, Op]:
@@ -285,6 +319,8 @@ def _is_plain(values: Iterable[Any]) -> bool:
         return False
     graded = torch.is_grad_enabled()
     return all(
-        type(tensor) in (Tensor, torch.nn.Parameter) and not (graded and tensor.requires_grad)
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not (graded and tensor.requires_grad)
+        and not tensor.is_meta
         for tensor in tensors_in(values)
     )

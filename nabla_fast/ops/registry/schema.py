@@ -30,22 +30,14 @@ class Parameter:
     default: Any
     keyword: bool  # keyword-only
 
-    def normalize(self, value: Any) -> Any:
-        """The value as bodies and backends take it: a sequence as a list, a tuple as its record."""
-        if self.sequence:
-            return list(value)
-        if self.record is None or value is None or isinstance(value, self.record):
-            return value
-        return self.record(*value)
-
     def flatten(self, value: Any) -> list[Any]:
-        """The flat arguments that stand for a normalized value."""
+        """The flat arguments that stand for a plain value."""
         if self.record is None:
             return [value]
         return [None] * len(self.fields) if value is None else list(value)
 
     def named(self, value: Any) -> list[tuple[str, Any]]:
-        """The parts of a normalized value, each with the name that a caller knows it by."""
+        """The parts of a plain value, each with the name that a caller knows it by."""
         if self.sequence:
             return [(f"{self.name}[{index}]", part) for index, part in enumerate(value)]
         if self.record is None or value is None:
@@ -141,15 +133,18 @@ def without_tensors(tree: Any) -> Any:
     """Nested lists and tuples with a mark in place of each tensor."""
     if isinstance(tree, Tensor):
         return _PLACE
-    return type(tree)(map(without_tensors, tree)) if isinstance(tree, (tuple, list)) else tree
+    return _like(tree, map(without_tensors, tree)) if isinstance(tree, (tuple, list)) else tree
 
 
 def with_tensors(tree: Any, tensors: Iterator[Tensor]) -> Any:
     """The inverse of :func:`without_tensors`, given the tensors in order."""
     if tree is _PLACE:
         return next(tensors)
-    return (
-        type(tree)(with_tensors(branch, tensors) for branch in tree)
-        if isinstance(tree, (tuple, list))
-        else tree
-    )
+    if not isinstance(tree, (tuple, list)):
+        return tree
+    return _like(tree, (with_tensors(branch, tensors) for branch in tree))
+
+
+def _like(tree: Any, branches: Iterator[Any]) -> Any:
+    """A list, tuple or record of the same type."""
+    return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)

@@ -111,5 +111,5 @@ def test_settings_out_of_range(options: dict, message: str):
 
 
 def test_dtypes_must_agree():
-    with pytest.raises(InputError, match="both be float32 or both float64"):
+    with pytest.raises(InputError, match=r"exponentials must be float32 \(as logits\)"):
         draw_tokens(torch.zeros(1, 3), torch.ones(1, 3, dtype=F64))

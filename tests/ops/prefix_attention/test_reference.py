@@ -86,9 +86,12 @@ def test_what_lies_behind_a_prefix_in_its_blocks_does_not_matter(draw: Draw):
     ("change", "line"),
     [
         ({"q": torch.zeros(2, 3, 3, 8)}, "query heads must be a multiple of key-value heads, got 3 and 2"),
-        ({"k": torch.zeros(2, 2, 4, 8)}, r"k must be \[2, 2, 3, 8\], got \[2, 2, 4, 8\]"),
-        ({"q": torch.zeros(2, 4, 3)}, r"q and k must be \[B, heads, S, D\]"),
-        ({"key_pool": torch.zeros(4, 4, 2, 7)}, r"key_pool must be \[blocks, block_size, 2, 8\]"),
+        (
+            {"k": torch.zeros(2, 2, 4, 8)},
+            r"k must be floating-point \[2, 2, 3, 8\], got float32 \[2, 2, 4, 8\]",
+        ),
+        ({"q": torch.zeros(2, 4, 3)}, r"q must be floating-point \[B, Hq, S, D\]"),
+        ({"key_pool": torch.zeros(4, 4, 2, 7)}, r"key_pool must be floating-point \[4, 4, 2, 8\]"),
         ({"block_tables": torch.zeros(2, 2)}, "block_tables must be int64"),
         ({"prefix_lengths": torch.zeros(3, dtype=torch.int64)}, "prefix_lengths must be int64"),
         ({"window": 0}, "window must be at least 1, got 0"),

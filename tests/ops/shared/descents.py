@@ -390,7 +390,7 @@ class DescentAgainstAdam:
         problem.state = problem.state._replace(
             **{field_name: getattr(problem.state, field_name).bfloat16()}
         )
-        with pytest.raises(InputError, match=f"state.{field_name} must be torch.float64") as error:
+        with pytest.raises(InputError, match=f"state.{field_name} must be float64") as error:
             problem.descend()
         assert "\n" not in str(error.value)
 
