@@ -84,9 +84,10 @@ def _spread(flipped: Tensor, group: Tensor | None) -> Tensor:
     """True for each row of a group in which any row is True."""
     if group is None or not flipped.any():
         return flipped
-    any_flipped = torch.zeros(int(group.max()) + 1, dtype=torch.bool, device=group.device)
-    any_flipped[group[flipped]] = True
-    return any_flipped[group]
+    numbers, place = group.unique(return_inverse=True)  # a number may be any
+    any_flipped = torch.zeros(len(numbers), dtype=torch.bool, device=group.device)
+    any_flipped[place[flipped]] = True
+    return any_flipped[place]
 
 
 def check_descent(

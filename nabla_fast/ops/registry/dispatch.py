@@ -228,8 +228,7 @@ class Op:
         return self._flatten_result(self._compute(self._gather(flat)))
 
     def _compute(self, values: list[Any]) -> Any:
-        self.table.expect(values)
-        if any(tensor.is_neg() for tensor in tensors_in(values)):
+        if self.table.expect(values):
             values = self._without_negative_views(values)
         args, kwargs = self._split(values)
         self._check(*args, **kwargs)

@@ -3,16 +3,17 @@
     @op(arguments={"rows": floats("N", "M"), "head": floats("V", "M")})
     def token_stats(rows: Tensor, head: Tensor | None = None, *, tau: float = 1.0) -> TokenStats: ...
 
-An axis is a number or a name. A name stands for one number in a whole call, but one that ends in ``_t``
-for one number at each place of a list: ``cotangents`` of ``floats("N", "H_t")`` and ``tables`` of
+An axis is a name, which stands for one number in a whole call, but one that ends in ``_t`` for one number
+at each place of a list: ``cotangents`` of ``floats("N", "H_t")`` and ``tables`` of
 ``floats("V", "H_t")`` have equal widths place by place.
 """
 
 from __future__ import annotations
 
+import functools
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,19 @@ class TensorRule:
         like: name of another argument, whose dtype it has instead.
     """
 
-    shapes: tuple[tuple[Axis, ...], ...]
+    shapes: tuple[tuple[Axis, ...], ...]  # numbers in messages alone
     dtypes: tuple[torch.dtype, ...]
     like: str | None = None
+
+    @functools.cached_property
+    def axes(self) -> dict[int, tuple[Axis, ...]]:
+        """The shape by its rank."""
+        return {len(shape): shape for shape in self.shapes}
+
+    @functools.cached_property
+    def by_place(self) -> bool:
+        """Whether an axis has a number at each place of a list."""
+        return any(axis.endswith("_t") for shape in self.shapes for axis in shape)
 
     def __str__(self) -> str:
         dtypes = " or ".join(map(_short, self.dtypes))
@@ -56,17 +67,17 @@ class TensorRule:
 Rule = TensorRule | Mapping[str, TensorRule]  # of a record, by field
 
 
-def floats(*axes: Axis, like: str | None = None) -> TensorRule:
+def floats(*axes: str, like: str | None = None) -> TensorRule:
     """A floating-point tensor of these axes, of any dtype or that of another argument."""
     return TensorRule((axes,), FLOATS, like)
 
 
-def integers(*axes: Axis) -> TensorRule:
+def integers(*axes: str) -> TensorRule:
     """An int64 tensor of these axes."""
     return TensorRule((axes,), (torch.int64,))
 
 
-def tensors(*shapes: tuple[Axis, ...], dtypes: Sequence[torch.dtype]) -> TensorRule:
+def tensors(*shapes: tuple[str, ...], dtypes: Sequence[torch.dtype]) -> TensorRule:
     """A tensor of one of these shapes and dtypes."""
     return TensorRule(shapes, tuple(dtypes))
 
@@ -191,8 +202,8 @@ class Table:
         self.expect(plain)
         return plain
 
-    def expect(self, values: Sequence[Any]) -> None:
-        """Hold the arguments of a call to the table.
+    def expect(self, values: Sequence[Any]) -> bool:
+        """Hold the arguments of a call to the table; whether one has a sign that is not in memory.
 
         Raises:
             InputError: one does not fit, or they are on different devices.
@@ -200,10 +211,12 @@ class Table:
         sizes: dict[str | tuple[str, int], int] = {}
         dtypes: dict[str, torch.dtype] = {}
         device: torch.device | None = None
+        negative = False
         for index, parameter, rule in self._indexed:
             value = values[index]
             if value is None:
                 continue
+            named: Iterable[tuple[str, Tensor, TensorRule, int]]
             if isinstance(value, Tensor):
                 dtypes[parameter.name] = value.dtype
                 named = ((parameter.name, value, rule, 0),)
@@ -220,12 +233,14 @@ class Table:
                 )
             for name, tensor, of_tensor, place in named:
                 self._expect_tensor(name, tensor, of_tensor, place, sizes, dtypes)
+                negative = negative or tensor.is_neg()
                 if device is None:
                     device = tensor.device
                 elif tensor.device != device:
                     raise InputError(
                         f"{self._op}: {name} is on {tensor.device}, another device than {device}"
                     )
+        return negative
 
     def _expect_tensor(
         self,
@@ -238,20 +253,16 @@ class Table:
     ) -> None:
         good = tensor.dtype is dtypes[rule.like] if rule.like else tensor.dtype in rule.dtypes
         shape = tensor.shape
-        for axes in rule.shapes:
-            if len(axes) == len(shape):
-                break
-        else:
+        axes = rule.axes.get(len(shape))
+        if axes is None:
             good = False
-        if good:
-            for axis, size in zip(axes, shape, strict=True):
-                if axis.__class__ is int:
-                    good = good and size == axis
-                    continue
-                key = (axis, place) if axis.endswith("_t") else axis
-                good = good and sizes.setdefault(key, size) == size
+        elif good:
+            keys = [_key(axis, place) for axis in axes] if rule.by_place else axes
+            for key, size in zip(keys, shape, strict=True):
+                if sizes.setdefault(key, size) != size:
+                    good = False
         if not good:
-            known = [tuple(_known(axis, place, sizes) for axis in axes) for axes in rule.shapes]
+            known = [tuple(sizes.get(_key(a, place), a) for a in axes) for axes in rule.shapes]
             wanted = (dtypes[rule.like],) if rule.like else rule.dtypes
             shown = TensorRule(tuple(known), wanted, rule.like)
             raise InputError(
@@ -259,11 +270,9 @@ class Table:
             )
 
 
-def _known(axis: Axis, place: int, sizes: Mapping[Any, int]) -> Axis:
-    """An axis, or the number that it stands for already."""
-    if isinstance(axis, int):
-        return axis
-    return sizes.get((axis, place) if axis.endswith("_t") else axis, axis)
+def _key(axis: str, place: int) -> str | tuple[str, int]:
+    """What an axis stands for a number under."""
+    return (axis, place) if axis.endswith("_t") else axis
 
 
 def _written(axes: Sequence[Axis]) -> str:
