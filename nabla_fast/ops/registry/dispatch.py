@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nabla_fast.errors import BackendUnavailable, InputError, RowError
+from nabla_fast.errors import BackendUnavailable, InputError, RowError, one_line
 from nabla_fast.ops.overlaps import expect_apart
 from nabla_fast.ops.registry.backends import BACKENDS, PREFERENCE, forced_backends, is_available
 from nabla_fast.ops.registry.rules import Rule, Table, plain_value
@@ -247,7 +247,7 @@ class Op:
         except ValueError as error:  # the C interface refuses what only a pass over the data finds
             if backend.finds_overlaps:
                 self._expect_apart(values)
-            raise InputError(f"{self.name}: {error}") from error
+            raise InputError(f"{self.name}: {one_line(error)}") from error
 
     def _without_negative_views(self, values: list[Any]) -> list[Any]:
         """The arguments with views whose sign is not in memory written out.
