@@ -15,6 +15,7 @@ from transformers.generation import (
 )
 
 from nabla_fast.config import SamplingConfig
+from nabla_fast.errors import DecodingFailed, RowError
 from nabla_fast.models import LanguageModel
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.results import Stats
@@ -43,7 +44,7 @@ def sample_batch(
     Returns:
         P lists of ``count`` responses, each with its EOS where it has one.
     Raises:
-        RowError: the LM's logits are not finite.
+        DecodingFailed: the LM's logits are not finite; it names the prompts whose they are.
     """
     generator = torch.Generator().manual_seed(seed)
     warpers = _warpers(sampling)
@@ -51,7 +52,8 @@ def sample_batch(
     cache = DynamicCache(config=lm.model.config)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     hidden = lm.hidden(ids, cache=cache, mask=mask, positions=positions)[:, -1]
-    stats.token_passes["lm"] += int(mask.sum())
+    stats.token_passes["lm"] += sum(map(len, prompts))
+    stats.padding_passes["lm"] += mask.numel() - sum(map(len, prompts))
     stats.generations += len(prompts) * count
     stats.rounds += 1
 
@@ -61,7 +63,12 @@ def sample_batch(
     responses: list[list[int]] = [[] for _ in range(len(prompts) * count)]
     alive = list(range(len(responses)))
     while True:
-        tokens = _draw(lm.logits(hidden).cpu(), sampling, warpers, generator)
+        logits = lm.logits(hidden).cpu()
+        try:
+            tokens = _draw(logits, sampling, warpers, generator)
+        except RowError as error:
+            struck = sorted({alive[row] // count for row, _ in error.rows})
+            raise DecodingFailed(struck, [], error) from error
         for row, token in zip(alive, tokens.tolist(), strict=True):
             responses[row].append(token)
         stats.generated_tokens += len(alive)

@@ -6,9 +6,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from nabla_fast.config import DTOConfig
@@ -21,8 +21,12 @@ from nabla_fast.decode.reference.loop import SequentialLoop
 from nabla_fast.decode.stream import ResultStream
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError, one_line
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
+from nabla_fast.models.boundary import probing
+from nabla_fast.models.fingerprint import fingerprint
 from nabla_fast.models.frozen import frozen
-from nabla_fast.models.language import eos_ids
+from nabla_fast.models.generation import eos_ids, refuse_processors
+from nabla_fast.models.tables import table_rows
+from nabla_fast.ops.checks import MOST_VOCABULARY
 from nabla_fast.results import Result, Stats
 
 
@@ -90,8 +94,8 @@ class NablaDecoder:
         self._warned: set[str] = set()  # reasons that a warning has named
         self._key: tuple = ()
         self._models = [model for model in (lm, reward_model) if model is not None]
-        with frozen(self._models):
-            self._prepare()
+        with frozen(self._models) as signals:
+            signals.interruptible(self._prepare)
 
     @property
     def loop(self) -> Literal["batched", "sequential"]:
@@ -108,6 +112,7 @@ class NablaDecoder:
         stop: Sequence[str] = (),
         reward_context: Sequence[RewardContext] | None = None,
         on_result: Callable[[int, Result], None] | None = None,
+        on_error: Literal["raise", "keep"] = "raise",
     ) -> list[Result]:
         """Decode prompts.
 
@@ -122,12 +127,18 @@ class NablaDecoder:
                 instead of what its chat template gives.
             on_result: called with (index, result) as each prompt finishes, as if between the results of
                 :meth:`stream`.
+            on_error: "raise" ends the decode at the first prompt that fails. "keep" gives it a result whose
+                ``error`` says why, and goes on with the others.
         Returns:
             One result a prompt, in order.
         Raises:
             InputError: a prompt or option is wrong; nothing has been decoded.
             DecodingInterrupted: Ctrl-C; its ``results`` holds what was finished.
-            DecodingFailed: an error in a decode or in ``on_result``; likewise.
+            DecodingFailed: an error in a decode, unless it is kept, or in ``on_result``; likewise.
+
+        Example:
+            >>> results = decoder.generate(prompts, on_error="keep")  # doctest: +SKIP
+            >>> failed = {r.error.prompt: str(r.error) for r in results if r.error}  # doctest: +SKIP
         """
         if on_result is not None and not callable(on_result):
             raise InputError(f"on_result must be callable, got {type(on_result).__name__}")
@@ -138,15 +149,16 @@ class NablaDecoder:
             system_prompt=system_prompt,
             stop=stop,
             reward_context=reward_context,
+            on_error=on_error,
         )
-        with stream:
-            try:
+        try:
+            with stream:
                 for n, result in stream:
                     if on_result:
                         _call(on_result, n, result, stream.results)
-            except KeyboardInterrupt:
-                raise DecodingInterrupted(stream.results) from None
-        return stream.results
+            return stream.results
+        except KeyboardInterrupt:  # while a prompt is decoded, in on_result, or as the stream is closed
+            raise DecodingInterrupted(stream.results) from None
 
     def stream(
         self,
@@ -157,6 +169,7 @@ class NablaDecoder:
         system_prompt: str | None = None,
         stop: Sequence[str] = (),
         reward_context: Sequence[RewardContext] | None = None,
+        on_error: Literal["raise", "keep"] = "raise",
     ) -> ResultStream:
         """Decode prompts, and hand each result over as soon as it is there.
 
@@ -168,9 +181,12 @@ class NablaDecoder:
         Raises:
             InputError: a prompt or option is wrong. Checked here, not when the first result is asked for.
         """
-        with frozen(self._models):
+        if on_error not in ("raise", "keep"):
+            raise InputError(f"on_error must be 'raise' or 'keep', got {on_error!r}")
+
+        def read() -> list[Problem]:
             self._prepare()
-            problems = self._reader.read(
+            return self._reader.read(
                 prompts,
                 seed=seed,
                 max_new_tokens=max_new_tokens,
@@ -178,29 +194,45 @@ class NablaDecoder:
                 stop=stop,
                 reward_context=reward_context,
             )
-        return ResultStream(self._models, problems, self._decode)
 
-    def _decode(self, problems: Mapping[int, Problem]) -> Iterator[tuple[int, Result]]:
+        with frozen(self._models) as signals:
+            problems = signals.interruptible(read)
+        decode = partial(self._decode, keep=on_error == "keep")
+        return ResultStream(self._models, problems, decode)
+
+    def _decode(self, problems: Mapping[int, Problem], *, keep: bool) -> Iterator[tuple[int, Result]]:
         """(index, result) of each problem as it is done.
 
+        Args:
+            problems: by index.
+            keep: an error becomes the result of the problem that it concerns.
         Raises:
-            DecodeFailure: an error, with the problems it concerns.
+            DecodeFailure: without ``keep``, an error, with the problems it concerns.
         """
         indices, asked = list(problems), list(problems.values())
         try:
             self._prepare()
         except Exception as error:
-            raise DecodeFailure(indices) from error
+            if not keep:
+                raise DecodeFailure(indices) from error
+            yield from ((index, _failed(index, error, Stats())) for index in indices)
+            return
         stats = [Stats() for _ in asked]
-        with closing(self._loop.decode(asked, stats)) as decoding, _renumbered(indices):
-            for n, decoded in decoding:
+        decode = partial(self._loop.decode, keep=True) if keep else self._loop.decode
+        with closing(decode(asked, stats)) as decoding, _renumbered(indices):
+            for n, outcome in decoding:
                 try:
-                    result = self._result(asked[n], decoded, stats[n])
+                    result = self._result(asked[n], outcome, stats[n])
                 except Exception as error:
-                    raise DecodeFailure([n]) from error
+                    if not keep:
+                        raise DecodeFailure([n]) from error
+                    result = _failed(indices[n], error, stats[n])
                 yield indices[n], result
 
-    def _result(self, problem: Problem, decoded: Decoded, stats: Stats) -> Result:
+    def _result(self, problem: Problem, decoded: Decoded | Exception, stats: Stats) -> Result:
+        """The result of a response; an error is raised."""
+        if isinstance(decoded, Exception):
+            raise decoded
         reason = problem.finish_reason(decoded.tokens)
         tokens = decoded.tokens[:-1] if reason == "eos" else decoded.tokens
         text = None
@@ -209,18 +241,34 @@ class NablaDecoder:
         return Result(text, tokens, decoded.reward, reason, decoded.revisions, stats)
 
     def _prepare(self) -> None:
-        """Read the models' tables, again if their weights were moved or replaced."""
-        tables = [w for m in self._models for w in (m.get_input_embeddings().weight, _head_weight(m))]
-        weights = [w for w in tables if w is not None]
-        key = (eos_ids(self._lm), *((w.data_ptr(), w.dtype, w._version) for w in weights))
-        if key == self._key:
+        """Read and probe the models, again if something changed that what is known of them rests on.
+
+        Raises:
+            ModelError: a model cannot be used.
+        """
+        with probing(self._lm, "cannot be read"):
+            refuse_processors(self._lm)
+        if self._key and self._key == self._fingerprint():
             return
+        self._key = ()
         lm, rm = LanguageModel(self._lm), None
+        if lm.vocabulary > MOST_VOCABULARY:
+            raise ModelError(
+                f"{type(self._lm).__name__} has {lm.vocabulary} tokens, more than {MOST_VOCABULARY}"
+            )
         if self._reward_model is not None:
             rm = RewardModel(self._reward_model, self._checked_alignment(lm.vocabulary))
+        if self.config.nll_coeff > 0:
+            lm.probe_gradient()
+        if rm is not None and self.config.reward_coeff > 0:
+            rm.probe_gradient()
         self._loop = self._chosen_loop(lm, rm)
         self._reader = PromptReader(lm, rm, self._tokenizer, self._reward_tokenizer)
-        self._key = key
+        # After the probes, as some models prepare their weights in the first pass.
+        self._key = self._fingerprint()
+
+    def _fingerprint(self) -> tuple:
+        return (eos_ids(self._lm), *map(fingerprint, self._models))
 
     def _chosen_loop(self, lm: LanguageModel, rm: RewardModel | None) -> BatchedLoop | SequentialLoop:
         """The loop that was asked for; with "auto", the sequential one where the models need it.
@@ -235,22 +283,28 @@ class NablaDecoder:
                 )
             except ModelError as error:
                 if self._asked_loop == "batched":
-                    raise
-                self._warn_of_the_sequential_loop(one_line(error))
+                    raise ModelError(f"{one_line(error)}: pass loop='sequential'") from error
+                limit = ", and max_kv_tokens has no effect" if self._max_kv_tokens is not None else ""
+                self._warn(
+                    one_line(error),
+                    f"the sequential loop is used, several times slower{limit} "
+                    "(loop='sequential' silences this warning)",
+                )
+        if not lm.reads_cached:
+            self._warn(
+                f"{type(lm.model).__name__} reads after no transformers cache what it reads in one pass",
+                "each token reads everything before it again, which is slow",
+            )
         return SequentialLoop(lm, rm, self.config)
 
-    def _warn_of_the_sequential_loop(self, reason: str) -> None:
+    def _warn(self, reason: str, consequence: str) -> None:
         """Warn the caller, once for each reason."""
         if reason in self._warned:
             return
         names = [type(model).__name__ for model in self._models]
         subject = "" if any(name in reason for name in names) else f"{' with '.join(names)}: "
-        limit = ", and max_kv_tokens has no effect" if self._max_kv_tokens is not None else ""
         warnings.warn(
-            f"{subject}{reason}: the sequential loop is used, several times slower{limit} "
-            "(loop='sequential' silences this warning)",
-            UserWarning,
-            stacklevel=1 + _frames_to_the_caller(),
+            f"{subject}{reason}: {consequence}", UserWarning, stacklevel=1 + _frames_to_the_caller()
         )
         self._warned.add(reason)
 
@@ -263,12 +317,19 @@ class NablaDecoder:
                     f"pass vocabulary={ours} where it is made"
                 )
             return self._alignment
-        theirs = self._reward_model.get_input_embeddings().weight.shape[0]
+        with probing(self._reward_model, "cannot be read"):
+            theirs = table_rows(self._reward_model)
         if ours != theirs:
+            # The LM's tokens have to be a part of the reward model's for a table to be cut.
+            cut = (
+                f", or VocabularyAlignment.truncated({ours}) if the reward model's table is only padded"
+                if ours < theirs
+                else ""
+            )
             raise InputError(
                 f"the LM has {ours} tokens, the reward model {theirs}: pass "
-                "alignment=VocabularyAlignment.from_tokenizers(tokenizer, reward_tokenizer), or "
-                f"VocabularyAlignment.truncated({ours}) if one table is only padded"
+                "alignment=VocabularyAlignment.from_tokenizers(tokenizer, reward_tokenizer, "
+                f"vocabulary={ours}){cut}"
             )
         if self._alignment is not None:
             return self._alignment
@@ -288,6 +349,13 @@ def _renumbered(indices: Sequence[int]) -> Iterator[None]:
         yield
     except DecodeFailure as failure:
         raise DecodeFailure([indices[n] for n in failure.problems]) from failure.__cause__
+
+
+def _failed(index: int, cause: Exception, stats: Stats) -> Result:
+    """The result of a prompt whose decode failed."""
+    error = DecodingFailed([index], [], cause)
+    error.__cause__ = cause
+    return Result.failed(error, stats)
 
 
 def _call(
@@ -319,7 +387,3 @@ def _check_model(name: str, model: object) -> None:
             f"{name} has weights made under torch.inference_mode, through which no gradient goes: "
             "load it outside"
         )
-
-
-def _head_weight(model: nn.Module) -> torch.Tensor | None:
-    return getattr(model.get_output_embeddings(), "weight", None)

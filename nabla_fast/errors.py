@@ -54,8 +54,7 @@ class DecodingInterrupted(KeyboardInterrupt):
 
     def __init__(self, results: list[Result | None]):
         self.results = results
-        finished = sum(result is not None for result in results)
-        super().__init__(f"interrupted: {finished} of {len(results)} prompts finished")
+        super().__init__(f"interrupted: {_finished(results)}")
 
     def __reduce__(self) -> tuple:
         return type(self), (self.results,)
@@ -65,18 +64,19 @@ class DecodingFailed(RuntimeError):
     """An error during a decode; the error itself is ``__cause__``.
 
     Attributes:
-        prompts: indices of the prompts that it struck: the one whose decode failed or, where nobody can
-            tell which (memory that ran out, say), all that were decoded together just then.
-        results: one entry a prompt, in order: its result, or None where it was not finished.
+        prompts: indices of the prompts that it struck: the one whose decode failed or, where none of those
+            decoded together fails alone, or each of them (memory that ran out, say), all of these.
+        results: one entry a prompt, in order: its result, or None where it was not finished. Empty for the
+            ``error`` of a :class:`Result`, which is among the results itself.
     """
 
     def __init__(self, prompts: Sequence[int], results: list[Result | None], cause: Exception):
         self.prompts = tuple(prompts)
         self.results = results
         self._cause = cause
-        finished = sum(result is not None for result in results)
         where = f"prompt {self.prompt}" if self.prompt is not None else _decoded_together(self.prompts)
-        super().__init__(f"{where}: {_said(cause)} ({finished} of {len(results)} prompts finished)")
+        count = f" ({_finished(results)})" if results else ""
+        super().__init__(f"{where}: {_said(cause)}{count}")
 
     @property
     def prompt(self) -> int | None:
@@ -85,6 +85,12 @@ class DecodingFailed(RuntimeError):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.prompts, self.results, self._cause)
+
+
+def _finished(results: Sequence[Result | None]) -> str:
+    """As in "2 of 4 prompts finished"; those whose error was kept have not."""
+    count = sum(result is not None and result.error is None for result in results)
+    return f"{count} of {len(results)} prompts finished"
 
 
 def _said(cause: Exception) -> str:

@@ -68,16 +68,21 @@ class Stats:
         wasted_tokens: tokens drawn in dropped rollouts.
         drafted: tokens that rollouts read ahead from the trajectory they were to replace.
         draft_hits: those of them that were then drawn.
-        llm_calls: the official release's count: one a generated token, four a descent's forward+backward
-            of both models (a selector's is not counted), two a comparison of rewards.
+        llm_calls: the official release's count, of what the sequential loop does, in either loop: one a
+            generated token, four a descent's forward+backward of both models (a selector's is not
+            counted), two a comparison of rewards. What the batched loop does ahead of need is left out.
         gradient_passes: forward+backward passes, the selectors' included.
-        token_passes: tokens that forwards read plus tokens that backwards go through, a model
-            ("lm", "rm"); tokens served from a cache are not counted.
+        token_passes: tokens of this prompt that forwards read plus tokens that backwards go through, a
+            model ("lm", "rm"). Tokens served from a cache are not counted, nor is padding.
+        padding_passes: positions of padding that forwards and backwards go through beside them, where
+            this prompt's sequences share a pass with longer ones, a model.
         passes_for: the batched loop's token passes of both models by what they served: "rollout",
             "score", "gradient" (of a trajectory), "flip" (of a moved token) and "discarded" (rollouts
             and scores of dropped proposals).
-        seconds: wall-clock a stage ("rollout", "selection", "gradient", "descent", "reward") and "total".
-            What prompts decoded together wait for together is shared evenly, but for the total.
+        seconds: wall-clock a stage ("rollout", "selection", "gradient", "descent", "reward") and "total",
+            which has what belongs to no stage too. What prompts decoded together wait for together is
+            shared evenly among them: the totals of all prompts sum to the wall-clock of the decode, the
+            time between two results of a stream left out.
         peak_bytes: most memory in use above what was in use at the start: the CUDA allocator's, or on
             the CPU the process's resident memory; of all prompts decoded together. None where the
             platform does not tell.
@@ -95,6 +100,7 @@ class Stats:
     llm_calls: int = 0
     gradient_passes: int = 0
     token_passes: dict[str, int] = field(default_factory=lambda: {"lm": 0, "rm": 0})
+    padding_passes: dict[str, int] = field(default_factory=lambda: {"lm": 0, "rm": 0})
     passes_for: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
@@ -108,19 +114,32 @@ class Result:
         text: the decoded answer, special tokens left out; None without a tokenizer.
         token_ids: its tokens, without an EOS.
         reward: the reward model's score of the answer, or None without one.
-        finish_reason: "eos", "stop" (a stop string) or "length".
+        finish_reason: "eos", "stop" (a stop string), "length" or "error".
         revisions: every proposal, in order.
         stats: its cost.
+        error: a :class:`DecodingFailed` that says why the prompt has no answer, with ``on_error="keep"``:
+            its ``prompt`` is the prompt's index, its ``__cause__`` what struck. None with an answer.
     """
 
     text: str | None
     token_ids: list[int]
     reward: float | None
-    finish_reason: Literal["eos", "stop", "length"]
+    finish_reason: Literal["eos", "stop", "length", "error"]
     revisions: list[Revision]
     stats: Stats
+    error: Exception | None = None
+
+    @classmethod
+    def failed(cls, error: Exception, stats: Stats) -> Result:
+        """The result of a prompt without an answer."""
+        return cls(None, [], None, "error", [], stats, error)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and lists, ready for JSON; a revision has its ``reason`` too."""
-        revisions = [dataclasses.asdict(r) | {"reason": r.reason} for r in self.revisions]
-        return dataclasses.asdict(self) | {"revisions": revisions}
+        """Plain dicts and lists, ready for JSON.
+
+        A revision has its ``reason`` too; ``error`` is a line.
+        """
+        plain = dataclasses.asdict(dataclasses.replace(self, error=None))
+        plain["revisions"] = [dataclasses.asdict(r) | {"reason": r.reason} for r in self.revisions]
+        plain["error"] = None if self.error is None else str(self.error)
+        return plain

@@ -21,7 +21,7 @@ from nabla_fast.cli.options import (
     check_device,
     config_from,
 )
-from nabla_fast.cli.output import give_up_stdout, warnings_as_lines
+from nabla_fast.cli.output import give_up_stdout, say, warnings_as_lines
 from nabla_fast.cli.prompt_file import read_prompts
 from nabla_fast.config import DTOConfig
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError
@@ -107,6 +107,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="most tokens whose keys and values the batched loop holds at once (default: no limit)",
     )
     parser.add_argument(
+        "--on-error",
+        choices=("raise", "keep"),
+        default="raise",
+        help="raise: end at the first prompt that fails; keep: say why it failed and go on with the others",
+    )
+    parser.add_argument(
         "--output", metavar="FILE.jsonl", help="write each result as it finishes; replaces the file"
     )
     add_json_option(parser)
@@ -125,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         system_prompt=arguments.system,
         stop=arguments.stop,
+        on_error=arguments.on_error,
     )
     texts = _Texts(stream.results, shown=not arguments.json)
     stopped: BaseException | None = None
@@ -160,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print_json(stream.results, stopped)
     if stopped or texts.error:
         raise stopped or texts.error
-    return 0
+    return int(any(result is not None and result.error is not None for result in stream.results))
 
 
 def _print_json(results: list[Result | None], stopped: BaseException | None) -> None:
@@ -192,7 +199,10 @@ class _Texts:
                 if result is not None:
                     if len(self._results) > 1:
                         print(f"--- prompt {n}", file=sys.stderr, flush=True)
-                    print(result.text, flush=True)
+                    if result.error is not None:
+                        say(result.error)
+                    else:
+                        print(result.text, flush=True)
             except OSError as error:  # of printing, not of decoding: results still go to the file
                 self.error = error
                 give_up_stdout()

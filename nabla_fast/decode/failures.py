@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -24,6 +25,13 @@ class RequestFailure(Exception):
     def __init__(self, request: object):
         self.request = request
         super().__init__(type(request).__name__)
+
+
+def without_locals(error: Exception) -> Exception:
+    """The error, without what its frames hold: tensors. The frame that caught it is left alone."""
+    caught = error.__traceback__
+    traceback.clear_frames(caught and caught.tb_next)
+    return error
 
 
 @contextmanager

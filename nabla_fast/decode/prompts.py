@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
 
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.stop import StopStrings
@@ -96,7 +95,10 @@ class PromptReader:
             if not ids:
                 raise InputError("the prompt is empty")
         else:
-            ids = render_chat(self._tokenizer, chat)
+            self._expect_short(chat)
+            ids = self._known(
+                render_chat(self._tokenizer, chat), self._lm.vocabulary, "tokenizer", "language"
+            )
             if not ids:
                 raise InputError("the chat template renders nothing")
         if self._rm is None:
@@ -116,6 +118,23 @@ class PromptReader:
             raise InputError("the reward model's prefix is empty")
         return ids, prefix, suffix
 
+    def _expect_short(self, chat: Chat) -> None:
+        """Refuse a chat that no context has room for before its text is cut into tokens.
+
+        That takes hundreds of bytes a character. No token has more characters than the longest one.
+        """
+        if self._lm.context is None or not hasattr(self._tokenizer, "get_vocab"):
+            return
+        characters = sum(len(message["content"]) for message in chat)
+        if characters <= self._lm.context:
+            return
+        longest = max(map(len, self._tokenizer.get_vocab()), default=1)
+        if characters > self._lm.context * longest:
+            raise InputError(
+                f"{characters} characters leave no room for a response in the language model's context of "
+                f"{self._lm.context} tokens, the longest of which has {longest} characters"
+            )
+
     def _tail(self) -> tuple[int, ...]:
         tokenizer = self._reward_tokenizer
         if tokenizer is None or not getattr(tokenizer, "chat_template", None):
@@ -124,7 +143,21 @@ class PromptReader:
 
     def _reward_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """The reward model's own ids of what its tokenizer gave, which may be the LM's."""
-        return tuple(self._rm.read(ids)) if self._reward_tokenizer is self._tokenizer else ids
+        if self._reward_tokenizer is self._tokenizer:
+            return tuple(self._rm.read(self._known(ids, self._lm.vocabulary, "tokenizer", "language")))
+        return self._known(ids, self._rm.vocabulary, "reward tokenizer", "reward")
+
+    @staticmethod
+    def _known(ids: tuple[int, ...], vocabulary: int, tokenizer: str, model: str) -> tuple[int, ...]:
+        """Ids that a tokenizer gave, if the model has a row for each: its tokenizer may know more."""
+        for i in ids:
+            if i >= vocabulary:
+                raise InputError(
+                    f"the {tokenizer} gives token {i}, beyond the {vocabulary} rows of the "
+                    f"{model} model's table: "
+                    f"leave the token out, or call resize_token_embeddings({i + 1}) and train its row"
+                )
+        return ids
 
     def _room(self, ids: Sequence[int], prefix: Sequence[int], suffix: Sequence[int]) -> int | None:
         """Tokens that fit between a prompt and the end of either model's context; None: no limit."""
@@ -239,14 +272,30 @@ def _check_text(name: str, text: str) -> None:
 
 
 def _checked_ids(ids: Any, vocabulary: int, name: str, expected: str) -> tuple[int, ...]:
-    if isinstance(ids, torch.Tensor):
+    given = type(ids).__name__
+    if hasattr(ids, "tolist"):
         ids = ids.tolist()
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence) or not all(map(_whole, ids)):
-        raise InputError(f"{expected}, got {type(ids).__name__}")
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
+        raise InputError(f"{expected}, got {given}")
+    ids = [_plain_id(i) for i in ids]
+    if None in ids:
+        raise InputError(f"{expected}, got {given}")
     for position, i in enumerate(ids):
         if not 0 <= i < vocabulary:
             raise InputError(f"{name} {i} at position {position} is outside the vocabulary of {vocabulary}")
     return tuple(ids)
+
+
+def _plain_id(value: object) -> int | None:
+    """A whole number of Python's, NumPy's or PyTorch's; None for anything else."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+        return None
+    if getattr(value, "ndim", 0):  # an array of one number would do as an index
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:

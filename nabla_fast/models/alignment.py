@@ -36,7 +36,7 @@ class VocabularyAlignment:
     @classmethod
     def truncated(cls, vocabulary: int) -> VocabularyAlignment:
         """One vocabulary of V tokens, where the reward model's table has more rows (padding, say)."""
-        return cls(torch.arange(vocabulary))
+        return cls(torch.arange(vocabulary, device="cpu"))
 
     @classmethod
     def from_tokenizers(
@@ -66,7 +66,7 @@ class VocabularyAlignment:
         own, theirs = tokenizer.get_vocab(), reward_tokenizer.get_vocab()
         by_text = _unambiguous_texts(reward_tokenizer, theirs)
         size = max(vocabulary or 0, max(own.values()) + 1)
-        mapped = torch.full((size,), -1, dtype=torch.int64)
+        mapped = torch.full((size,), -1, dtype=torch.int64, device="cpu")
         for token, index in own.items():
             mapped[index] = by_text.get(_text(tokenizer, token), theirs.get(token, -1))
         by_role: set[int] = set()
@@ -102,12 +102,13 @@ class VocabularyAlignment:
         """
         if self.token_map is None:
             return TokenTable(table)
-        if int(self.token_map.max()) >= table.shape[0] or int(self.token_map.min()) < 0:
+        low, high = int(self.token_map.min()), int(self.token_map.max())
+        if low < 0 or high >= table.shape[0]:
             raise InputError(
-                f"the alignment names token {int(self.token_map.max())}, "
+                f"the alignment names token {high if low >= 0 else low}, "
                 f"but the reward model has {table.shape[0]} tokens"
             )
-        if bool((self.token_map == torch.arange(self.token_map.shape[0])).all()):
+        if bool((self.token_map == torch.arange(len(self.token_map), device=self.token_map.device)).all()):
             return TokenTable(table[: self.token_map.shape[0]])
         return TokenTable(table, self.token_map.to(table.device))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,15 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from nabla_fast.errors import ModelError
+from nabla_fast.models.backbone import Forward, backbone
+from nabla_fast.models.boundary import probing, refuse_unreadable_weights
+from nabla_fast.models.context import TableLookups, stated_context
+from nabla_fast.models.generation import eos_ids
+from nabla_fast.models.prefix_reading import PrefixReading, Way, WholeReading, fastest_way
+from nabla_fast.models.probes import close, probe_gradient, probe_ids, probe_length, with_states
+from nabla_fast.models.replica import replica, returning_names
+from nabla_fast.models.rotary import switching_length
 from nabla_fast.models.tables import embedding_table, output_head
 from nabla_fast.ops import lm_logits
 
 # Config fields that change logits after the head: named in the refusal, so that one knows why.
 _LOGIT_CHANGES = (
+    "final_logit_softcapping",
     "logit_scale",
     "logits_scaling",
     "output_multiplier_scale",
 )
+# The largest logit of a probe: a cap far above it is none.
+_LARGE = 1000.0
 
 
 class LanguageModel:
@@ -32,35 +45,34 @@ class LanguageModel:
     """
 
     def __init__(self, model: nn.Module):
-        """Probe the model once on four tokens.
+        """Probe the model on a few tokens.
 
         Raises:
-            ModelError: its logits are not head·hidden, its table and head differ in size, or it does
-                not read embeddings as it reads tokens.
+            ModelError: its logits are not head·hidden, its table and head differ in size, it does not
+                read embeddings as it reads tokens, or it cannot be run at all.
         """
         self.model = model
+        with probing(model, "cannot be read"):
+            self._read_tables()
+            self._probe()
+
+    def _read_tables(self) -> None:
+        model, name = self.model, type(self.model).__name__
+        refuse_unreadable_weights(model)
+        self._config = config = model.config.get_text_config()
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ModelError(f"{name} is no causal language model")
         self.table = embedding_table(model)
         self.head = output_head(model)
-        config = model.config.get_text_config()
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.context: int | None = stated_context(config)
         self.eos_ids = eos_ids(model)
-        self._backbone = model.base_model
-        name = type(model).__name__
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(f"{name} is an encoder-decoder; a causal language model is needed")
-        if self._backbone is model:
-            raise ModelError(f"{name} does not expose a backbone under its output head")
+        self._readable = returning_names(model)
+        self._forward, self._whole = Forward(backbone(self._readable)), Forward(self._readable)
         if self.table.shape[0] != self.head.shape[0]:
             raise ModelError(
                 f"{name} reads {self.table.shape[0]} tokens but writes {self.head.shape[0]}: "
                 "the two vocabularies must be one"
             )
-        # Small logits pass through a soft cap almost unchanged, so a probe alone might not see it.
-        if cap := getattr(config, "final_logit_softcapping", None):
-            raise ModelError(
-                f"{name} caps its logits (final_logit_softcapping={cap}), which is not supported"
-            )
-        self._probe(name, config)
 
     @property
     def device(self) -> torch.device:
@@ -71,6 +83,20 @@ class LanguageModel:
     def vocabulary(self) -> int:
         """V."""
         return self.head.shape[0]
+
+    @property
+    def reads_cached(self) -> bool:
+        """Whether a cache gives the states of one pass; without, every token reads all before it again."""
+        return self._way is not WholeReading
+
+    def prefix_reading(self) -> PrefixReading:
+        """A reading of one sequence after another by the fastest way that is right for the model."""
+        return self._way(self._readable)
+
+    @functools.cached_property
+    def _way(self) -> Way:
+        with probing(self.model, "cannot be read in pieces"):
+            return fastest_way(self._readable, *self._probe_ids)
 
     def hidden(
         self,
@@ -91,16 +117,19 @@ class LanguageModel:
             positions: [B, S] int64; None counts from P.
         Returns:
             [B, S, H].
+        Raises:
+            ModelError: there is a cache, and the model takes none.
         """
-        output = self._backbone(
+        if cache is not None and self._forward.cache_name is None:
+            raise ModelError(f"{type(self.model).__name__} takes no cache")
+        return self._forward.states(
             input_ids=ids,
             inputs_embeds=embeddings,
-            past_key_values=cache,
-            use_cache=cache is not None,
             attention_mask=mask,
             position_ids=positions,
+            use_cache=cache is not None,
+            **({} if cache is None else {self._forward.cache_name: cache}),
         )
-        return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 (or float64) logits [N, V] of hidden states [N, H]."""
@@ -110,32 +139,68 @@ class LanguageModel:
         """Token ids as [1, S] on the model's device."""
         return torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
 
+    def probe_gradient(self) -> None:
+        """See to it that gradients reach the embeddings.
+
+        Raises:
+            ModelError: none does, or another one than small differences tell.
+        """
+        with probing(self.model, "gives no gradient"):
+            ids = self._probe_ids[0][:8]
+            probe_gradient(self.model, self.table[self.tensor(ids)], lambda e: self.hidden(embeddings=e))
+
+    @functools.cached_property
+    def _probe_ids(self) -> tuple[list[int], list[int]]:
+        # Where frequencies follow the length of a text, so do the states of its first tokens.
+        count = min(probe_length(self._config), switching_length(self.model) or sys.maxsize)
+        return probe_ids(self.model, count), probe_ids(self.model, count, seed=1)
+
     @torch.no_grad()
-    def _probe(self, name: str, config: Any) -> None:
-        ids = self.tensor([v % self.vocabulary for v in (1, 2, 3, 5)])
-        hidden = self.hidden(ids)[0]
-        theirs = self.model(input_ids=ids, use_cache=False).logits[0].to(torch.float32)
+    def _probe(self) -> None:
+        name, dtype = type(self.model).__name__, self.head.dtype
+        ids = self.tensor(self._probe_ids[0])
+        # Before any replica, as some models prepare their weights in the first pass.
+        theirs = self._whole.logits(input_ids=ids, use_cache=False)[0]
         if not theirs.isfinite().all():
             raise ModelError(f"{name} gives logits that are not finite")
-        if not _close(self.logits(hidden).to(torch.float32), theirs, self.head.dtype):
+        copied = replica(self._readable)
+        forward = Forward(backbone(copied))
+        with TableLookups() as lookups:
+            hidden = forward.states(input_ids=ids, use_cache=False)[0]
+            read = forward.states(inputs_embeds=self.table[ids], use_cache=False)[0]
+        self._probe_head(copied, ids, hidden, theirs)
+        if not close(read, hidden, dtype):
+            raise ModelError(f"{name} does not read input embeddings the way it reads tokens")
+        lookups.refuse_second_table(self.model, ids[0])
+        self.context = lookups.context(ids.shape[1]) or self.context
+        # No token's embedding, such as a mix of several is.
+        between = self.table[ids].lerp(self.table[self.tensor(self._probe_ids[1])], 0.3)
+        if not self.hidden(embeddings=between).isfinite().all():
+            raise ModelError(f"{name} reads no mixes of input embeddings")
+        half = ids.shape[1] // 2
+        if not close(self.hidden(ids[:, :half])[0], hidden[:half], dtype):
+            raise ModelError(f"{name} is not causal: states depend on the tokens after them")
+
+    def _probe_head(self, copied: nn.Module, ids: Tensor, hidden: Tensor, theirs: Tensor) -> None:
+        """Compare logits with head·hidden, also large ones: a cap changes small logits hardly at all."""
+        name, dtype = type(self.model).__name__, self.head.dtype
+        ours = self.logits(hidden)
+        agree = close(ours, theirs, dtype)
+        if agree and (largest := float(ours.abs().amax())) > 0:
+            states = (hidden * (_LARGE / largest))[None]
+            forward = Forward(copied)
+            large = with_states(
+                backbone(copied),
+                copied.get_output_embeddings(),
+                states,
+                lambda: forward.logits(input_ids=ids, use_cache=False)[0],
+            )
+            agree = large is not None and close(self.logits(states[0]), large, dtype)
+        if not agree:
             fields = [
-                f"{f}={v}" for f in _LOGIT_CHANGES if (v := getattr(config, f, None)) not in (None, 1.0)
+                f"{f}={v}"
+                for f in _LOGIT_CHANGES
+                if (v := getattr(self._config, f, None)) not in (None, 1.0)
             ]
             why = f" (its config has {', '.join(fields)})" if fields else ""
             raise ModelError(f"{name}: logits are not its output head times the last hidden state{why}")
-        if not _close(self.hidden(embeddings=self.table[ids])[0], hidden, self.head.dtype):
-            raise ModelError(f"{name} does not read input embeddings the way it reads tokens")
-
-
-def _close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
-    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
-    return bool(((ours - theirs).abs() <= tolerance * theirs.abs().amax().clamp(min=1e-3)).all())
-
-
-def eos_ids(model: nn.Module) -> frozenset[int]:
-    """Tokens that end a response, by the generation config or else the config."""
-    for config in (getattr(model, "generation_config", None), model.config):
-        eos = getattr(config, "eos_token_id", None)
-        if eos is not None:
-            return frozenset([eos] if isinstance(eos, int) else eos)
-    return frozenset()

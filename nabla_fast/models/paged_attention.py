@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,7 @@ class PagedPass:
     # The ops' backends, chosen in the layer that asks first.
     backend: Callable[..., Tensor] | None = None
     backward_backend: Callable[..., SuffixGradient] | None = None
+    calls: int = 0  # of attention, by all layers
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
@@ -78,6 +81,21 @@ class PagedPass:
         return self.backward_backend(*arguments, scale=scale, window=window)
 
 
+# What the attention of the pass under way in this thread reads: not every model hands arguments of its own
+# down to its layers.
+_under_way: ContextVar[PagedPass] = ContextVar("paged pass")
+
+
+@contextmanager
+def reading(paged: PagedPass) -> Iterator[None]:
+    """Attention by ``IMPLEMENTATION`` reads this pass inside."""
+    token = _under_way.set(paged)
+    try:
+        yield
+    finally:
+        _under_way.reset(token)
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -87,7 +105,6 @@ def _attention(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    paged: PagedPass,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer."""
@@ -96,6 +113,8 @@ def _attention(
         raise ModelError(
             f"{type(module).__name__} needs {', '.join(unknown)}, which paged attention does not have"
         )
+    paged = _under_way.get()
+    paged.calls += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = paged.attend(module.layer_idx, query, key, value, scale, sliding_window)
     return output.transpose(1, 2), None

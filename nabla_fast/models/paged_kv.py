@@ -250,10 +250,10 @@ class PagedSequence:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut a sequence of {self.length} tokens to {length}")
         kept = -(-length // self.pool.block_size)
-        for block in self.blocks[kept:]:
-            self.pool.release(block)
-        del self.blocks[kept:]
         self.length = length
+        while len(self.blocks) > kept:
+            # Out of the table first: whatever strikes in between, no block is freed twice.
+            self.pool.release(self.blocks.pop())
 
     def free(self) -> None:
         """Give all blocks back; the sequence is empty afterwards."""

@@ -2,55 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from nabla_fast.errors import InputError, ModelError, one_line
+from nabla_fast.errors import InputError, ModelError
+from nabla_fast.models.backbone import Forward, backbone
+from nabla_fast.models.boundary import probing, struck_in
 from nabla_fast.models.llama_forward import LlamaForward
 from nabla_fast.models.llama_layers import can_read
-from nabla_fast.models.paged_attention import IMPLEMENTATION, PagedPass
+from nabla_fast.models.paged_attention import IMPLEMENTATION, PagedPass, reading
 from nabla_fast.models.paged_kv import BlockPool, PagedSequence, block_tables, extend_all
-
-# transformers picks their frequencies by the largest position of all sequences in a pass.
-_BATCH_DEPENDENT_ROTARY = {"longrope", "dynamic"}
+from nabla_fast.models.probes import close, looking_far, probe_ids, probe_length
+from nabla_fast.models.replica import configs_of, replica, returning_names
+from nabla_fast.models.rotary import length_dependent_kind
 
 
 class PagedReader:
     """Reads suffixes of frozen prefixes with the backbone of a transformers model.
+
+    The model itself keeps the attention that it has: a :func:`replica` over the same weights, whose configs
+    are its own, is what reads.
 
     Args:
         model: a decoder-only model whose attention goes through transformers' AttentionInterface.
     """
 
     def __init__(self, model: nn.Module):
-        """Probe the model once on four tokens.
+        """Probe the model on a few tokens.
 
         Raises:
             ModelError: its rotary embeddings depend on the other sequences of a batch, or its states
                 after a paged prefix are not those of one pass over everything.
         """
         self._model = model
-        self._backbone = model.base_model
         self._llama_forward: LlamaForward | None = None
-        _refuse_batch_dependent_rotary(model)
-        whole = self._probe(None)
+        self._module_passes: _ModulePasses | None = None
+        if kind := length_dependent_kind(model):
+            raise ModelError(
+                f"{type(model).__name__} has rotary embeddings of type {kind!r}, whose frequencies "
+                "depend on the longest sequence of a batch"
+            )
+        config = model.config.get_text_config()
+        with probing(model, "cannot be read"):
+            count = probe_length(config)
+            ids = [probe_ids(model, n, n) for n in (count, max(2, count // 2))]
+        readable = returning_names(model)
+        for probed in dict.fromkeys([readable, looking_far(readable, count)]):
+            self._probe(probed, ids)
         self.renew()
-        if self._llama_forward is not None:
-            self._probe(whole)
 
     def renew(self) -> None:
         """Read the weights again, which may have changed since the last call, as may the modules."""
-        known = can_read(self._backbone)
-        self._llama_forward = LlamaForward(self._backbone) if known else None
+        under = backbone(self._model)
+        self._llama_forward = LlamaForward(under) if can_read(under) else None
+        self._module_passes = (
+            None if self._llama_forward is not None else _ModulePasses(returning_names(self._model))
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the flat forward, which holds addresses; the next :meth:`renew` makes another."""
-        return {**self.__dict__, "_llama_forward": None}
+        """Without what holds addresses; the next :meth:`renew` makes it anew."""
+        return {**self.__dict__, "_llama_forward": None, "_module_passes": None}
 
     def pool(self, blocks: int, block_size: int = 16, limit: int | None = None) -> BlockPool:
         """A pool for this model's keys and values; arguments as of :class:`BlockPool`."""
@@ -111,61 +127,91 @@ class PagedReader:
                 places = [(b, s) for b, n in enumerate(lengths) for s in range(n)]
                 tokens = torch.tensor(places, device=device).view(-1, 2).T
         paged = PagedPass(pool, tables, before, slots, tokens)
-        positions = before[:, None] + torch.arange(width, device=device)
-        if self._llama_forward is not None:
-            end = width + max(sequence.length for sequence in sequences)
-            return self._llama_forward(positions, end, paged, ids=ids, embeddings=embeddings)
-        with _implementation(self._model, IMPLEMENTATION):
-            output = self._backbone(
-                input_ids=ids,
-                inputs_embeds=embeddings,
-                position_ids=positions,
-                use_cache=False,
-                paged=paged,
-            )
-        return output.last_hidden_state
+        # Padding stands where the last token does: some models have no position for what comes after.
+        offsets = torch.arange(width, device=device)
+        if min(lengths) < width:
+            last = torch.tensor([max(0, count - 1) for count in lengths], device=device)
+            offsets = torch.minimum(offsets, last[:, None])
+        positions = before[:, None] + offsets
+        if self._llama_forward is None and self._module_passes is None:
+            self.renew()
+        passes = self._llama_forward or self._module_passes
+        end = width + max(sequence.length for sequence in sequences)
+        return passes(positions, end, paged, ids=ids, embeddings=embeddings)
 
     @torch.no_grad()
-    def _probe(self, whole: Tensor | None) -> Tensor:
-        """Compare what is read in pieces with what is read at once, and return this."""
-        name = type(self._model).__name__
-        table = self._model.get_input_embeddings().weight
-        ids = torch.tensor([[v % table.shape[0] for v in (1, 2, 3, 5)]], device=table.device)
-        if whole is None:
-            whole = self._backbone(input_ids=ids, use_cache=False).last_hidden_state
-        try:
-            sequence = self.pool(blocks=2, block_size=2).sequence()
-            pieces = [self.read([sequence], [2], ids=part, store=True) for part in ids.split(2, dim=1)]
-        except ModelError:
-            raise
-        except Exception as error:
-            raise ModelError(f"{name} cannot read from a paged prefix: {one_line(error)}") from error
-        tolerance = 1e-4 if table.dtype in (torch.float32, torch.float64) else 5e-2
-        difference = (torch.cat(pieces, dim=1) - whole).abs().amax()
-        if not difference <= tolerance * whole.abs().amax():
-            raise ModelError(f"{name} reads something else after a paged prefix than in one pass")
-        return whole
+    def _probe(self, probed: nn.Module, ids: Sequence[list[int]]) -> None:
+        """Compare what is read in pieces, as a batch, with what is read at once and alone.
 
-
-def _refuse_batch_dependent_rotary(model: nn.Module) -> None:
-    """Raise ModelError for rotary embeddings whose frequencies follow the largest position of a batch."""
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-            if kind in _BATCH_DEPENDENT_ROTARY:
+        Args:
+            probed: the model, or a replica of it.
+            ids: a long sequence and a short one.
+        """
+        name, device = type(self._model).__name__, probed.get_input_embeddings().weight.device
+        with probing(self._model, "cannot be read"):
+            forward = Forward(backbone(probed))
+            whole = [
+                forward.states(input_ids=torch.tensor([row], device=device), use_cache=False)[0]
+                for row in ids
+            ]
+        under = backbone(probed)
+        for flat in [False, True] if can_read(under) else [False]:
+            try:
+                self._llama_forward = LlamaForward(under) if flat else None
+                self._module_passes = None if flat else _ModulePasses(probed)
+                pieces = self._in_pieces(ids, device)
+            except ModelError:
+                raise
+            except Exception as error:
                 raise ModelError(
-                    f"{type(model).__name__} has rotary embeddings of type {kind!r}, whose frequencies "
-                    "depend on the longest sequence of a batch"
-                )
+                    f"{name} cannot read from a paged prefix ({struck_in(error, self._model)})"
+                ) from error
+            if any(not close(*pair, pair[1].dtype) for pair in zip(pieces, whole, strict=True)):
+                raise ModelError(f"{name} reads something else after a paged prefix than in one pass")
+
+    def _in_pieces(self, ids: Sequence[list[int]], device: torch.device) -> list[Tensor]:
+        """States [S, H] of sequences that are read together in three pieces."""
+        pool = self.pool(blocks=2, block_size=2)
+        sequences = [pool.sequence() for _ in ids]
+        pieces: list[list[Tensor]] = [[] for _ in ids]
+        cuts = [(0, third := max(1, len(row) // 3), third + 1, len(row)) for row in ids]
+        for start, stop in pairwise(range(4)):
+            parts = [row[cut[start] : cut[stop]] for row, cut in zip(ids, cuts, strict=True)]
+            lengths = list(map(len, parts))
+            if not any(lengths):
+                continue
+            batch = pad_sequence(
+                [torch.tensor(part, dtype=torch.int64) for part in parts], batch_first=True
+            )
+            states = self.read(sequences, lengths, ids=batch.to(device), store=True)
+            for row, length, found in zip(states, lengths, pieces, strict=True):
+                found.append(row[:length])
+        return [torch.cat(found) for found in pieces]
 
 
-@contextmanager
-def _implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Attention by ``name`` inside; the model's own afterwards."""
-    config = model.config.get_text_config()
-    former = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = former
+class _ModulePasses:
+    """Passes through the modules of a model's replica."""
+
+    def __init__(self, model: nn.Module):
+        self._name, copied = type(model).__name__, replica(model)
+        self._forward = Forward(backbone(copied))
+        for config in configs_of(copied):
+            config._attn_implementation = IMPLEMENTATION
+
+    def __call__(
+        self,
+        positions: Tensor,
+        end: int,  # of no use here
+        paged: PagedPass,
+        *,
+        ids: Tensor | None,
+        embeddings: Tensor | None,
+    ) -> Tensor:
+        """As of :class:`LlamaForward`."""
+        with reading(paged):
+            states = self._forward.states(
+                input_ids=ids, inputs_embeds=embeddings, position_ids=positions, use_cache=False
+            )
+        if not paged.calls:
+            raise ModelError(f"{self._name} does not call its attention through transformers' interface")
+        return states

@@ -52,24 +52,66 @@ def embedding_table(model: nn.Module) -> Tensor:
 
     Returns:
         [V, H], detached.
+    Raises:
+        ModelError: the input embeddings are no table of floating-point numbers.
     """
     module = model.get_input_embeddings()
-    if type(module) is nn.Embedding and module.max_norm is None:
-        return module.weight.detach()
-    tokens = torch.arange(module.weight.shape[0], device=module.weight.device)
-    return torch.cat([module(block) for block in tokens.split(_BLOCK)])
+    weight = _weight(model)
+    if type(module) is nn.Embedding and module.max_norm is None and not _hooked(module):
+        return weight.detach()
+    tokens = torch.arange(table_rows(model), device=weight.device)
+    table = torch.cat([module(block) for block in tokens.split(_BLOCK)])
+    if not table.is_floating_point() or table.dim() != 2:
+        raise ModelError(
+            f"{type(model).__name__} has input embeddings of {table.dtype} {list(table.shape)}, "
+            "which are no table of floating-point numbers [V, H]"
+        )
+    return table
+
+
+def table_rows(model: nn.Module) -> int:
+    """V, how many tokens a model's input table has.
+
+    Raises:
+        ModelError: nobody says.
+    """
+    module = model.get_input_embeddings()
+    rows = getattr(module, "num_embeddings", None)
+    if type(rows) is int:
+        return rows
+    return _weight(model).shape[0]
+
+
+def _weight(model: nn.Module) -> Tensor:
+    """The weight of the input embeddings."""
+    module = model.get_input_embeddings()
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        kind = type(module).__name__
+        raise ModelError(f"{type(model).__name__} has no table of input embeddings ({kind} has no weight)")
+    return weight
 
 
 def output_head(model: nn.Module) -> Tensor:
     """The weight of a causal LM's head, [V, H], detached.
 
     Raises:
-        ModelError: there is no linear head, or it has a bias.
+        ModelError: there is no linear head of floating-point numbers, or it has a bias.
     """
     head = model.get_output_embeddings()
-    name = type(model).__name__
-    if not isinstance(getattr(head, "weight", None), Tensor):
+    name, kind = type(model).__name__, type(head).__name__
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor):
         raise ModelError(f"{name} has no linear output head")
+    if not weight.is_floating_point() or weight.dim() != 2:
+        raise ModelError(
+            f"{name} has an output head ({kind}) of {weight.dtype} {list(weight.shape)}: "
+            "load it without quantization"
+        )
     if getattr(head, "bias", None) is not None:
         raise ModelError(f"{name} has a bias on its output head, which is not supported")
-    return head.weight.detach()
+    return weight.detach()
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -197,3 +197,28 @@ def test_the_slow_loop_is_announced_in_one_line(run, bert: list[str]):
     status, _, err = run("generate", *bert, "--max-kv-tokens", "64")
     assert status == 0
     assert "max_kv_tokens has no effect" in err
+
+
+def test_prompts_that_fail_are_kept_where_asked(run, monkeypatch, tmp_path: Path):
+    from nabla_fast.decode.batched.executor import Executor
+
+    original = Executor.roll_out
+
+    def striking(executor, requests):
+        if any(len(request.problem.prompt_ids) == 2 for request in requests):
+            raise ValueError("struck")
+        original(executor, requests)
+
+    monkeypatch.setattr(Executor, "roll_out", striking)
+    prompts, written = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    prompts.write_text("[88, 86, 72]\n[88, 86]\n[88]\n")
+    options = ["--prompts", str(prompts), "--max-new-tokens", "3", "--output", str(written)]
+    status, out, err = run("generate", *MODELS, *options, "--on-error", "keep")
+    assert status == 1
+    assert len(out.splitlines()) == 2
+    assert "nabla-fast: prompt 1: struck" in err
+    lines = sorted(map(json.loads, written.read_text().splitlines()), key=lambda line: line["index"])
+    assert [line["error"] for line in lines] == [None, "prompt 1: struck", None]
+    status, _, err = run("generate", *MODELS, *options)
+    assert status == 1
+    assert "prompt 1: struck" in err

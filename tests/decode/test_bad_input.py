@@ -360,7 +360,7 @@ def test_rewards_that_are_not_finite(value):
     rm = reward_model("qwen2")
     d = decoder(rm=rm, config=replace(CONFIG, max_generations=1))
     with torch.no_grad():
-        rm.score.weight[0, 0] = value
+        rm.model.norm.weight[3] = value
     with refused(DecodingFailed, "prompt 0", "reward model", "tokens") as error:
         d.generate([PROMPT], max_new_tokens=4)
     assert re.search(r"nan|-?inf", str(error.value))

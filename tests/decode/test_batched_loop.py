@@ -39,6 +39,8 @@ def test_trace(lm, case, golden_models):
     assert result.token_ids == (expected[:-1] if expected[-1:] == [EOS] else expected)
     assert result.stats.generations == case["generations"]
     assert result.stats.rejections == case["rejections"]
+    if "llm_calls" in case:
+        assert result.stats.llm_calls == case["llm_calls"]
     scored = [(r.reward_after, r.reward_before) for r in result.revisions if r.reward_after is not None]
     for ours, theirs in zip(scored, case["rewards"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-3)
@@ -89,6 +91,7 @@ def compare(n: int, seen: Counter) -> None:
         assert stats[index].generations == expected_stats[index].generations
         assert stats[index].rejections == expected_stats[index].rejections
         assert stats[index].unchanged == expected_stats[index].unchanged
+        assert stats[index].llm_calls == expected_stats[index].llm_calls
         kept = [(r.position, r.old_token, r.new_token, r.accepted) for r in ours.revisions]
         assert kept == [(r.position, r.old_token, r.new_token, r.accepted) for r in theirs.revisions]
         assert ours.reward == pytest.approx(theirs.reward, abs=1e-9)

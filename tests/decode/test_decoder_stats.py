@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import pytest
 from tiny_models import causal_lm, reward_model, shared_lm, shared_reward_model
 from torch import nn
 
-from nabla_fast import DTOConfig, NablaDecoder, SamplingConfig
+from nabla_fast import DTOConfig, NablaDecoder, Result, SamplingConfig
+from nabla_fast.models.reader import PagedReader
 
 PROMPT, CONTEXT = [5, 9, 3, 14], ([7, 4, 11], [8])
 STAGES = {"rollout", "selection", "gradient", "descent", "reward", "total"}
@@ -23,8 +26,8 @@ class Passes:
         self.without_gradient: list[int] = []  # tokens of each such forward
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        read = kwargs.get("input_ids")
-        read = kwargs["inputs_embeds"] if read is None else read
+        given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        read = next(tensor for tensor in given if tensor is not None)
         tokens = read.shape[0] * read.shape[1]
         self.forward += tokens
         if not output.last_hidden_state.requires_grad:
@@ -44,8 +47,10 @@ class Passes:
 def counted(model: nn.Module) -> Iterator[Passes]:
     passes = Passes()
     handle = model.base_model.register_forward_hook(passes, with_kwargs=True)
-    yield passes
-    handle.remove()
+    try:
+        yield passes
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize(
@@ -136,3 +141,57 @@ def test_peak_bytes_see_a_large_pass():
     )
     if result.stats.peak_bytes is not None:
         assert 5e6 < result.stats.peak_bytes < 2e9
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"relaxation": "soft"}, {"nll_coeff": 0.0}, {"update": "all"}], ids=str
+)
+def test_passes_of_a_batch_are_tokens_and_padding(monkeypatch, settings):
+    """Every position that a pass of the batched loop goes through is one or the other."""
+    read = {"lm": 0, "rm": 0}
+    original = PagedReader.read
+
+    def reading(self, sequences, lengths, *, ids=None, embeddings=None, store=False):
+        name = "lm" if self._model is lm else "rm"
+        rows, width = (ids if ids is not None else embeddings).shape[:2]
+        # A gradient of the reward always comes back, that of the likelihood where it counts.
+        backward = embeddings is not None and (name == "rm" or config.nll_coeff > 0)
+        read[name] += rows * width * (2 if backward else 1)
+        return original(self, sequences, lengths, ids=ids, embeddings=embeddings, store=store)
+
+    config = DTOConfig(
+        **{"iters": 3, "lr": 1.0, "confidence_threshold": None, "max_generations": 4, **settings}
+    )
+    lm, rm = shared_lm("qwen2", eos_token_id=None), shared_reward_model("qwen2")
+    decoder = NablaDecoder(lm, rm, None, config=config, loop="batched")
+    prompts = [PROMPT, PROMPT[:2], [*PROMPT, *PROMPT]]
+    monkeypatch.setattr(PagedReader, "read", reading)
+    results = decoder.generate(prompts, max_new_tokens=7, reward_context=[CONTEXT] * 3)
+    for name in ("lm", "rm"):
+        tokens = sum(result.stats.token_passes[name] for result in results)
+        padding = sum(result.stats.padding_passes[name] for result in results)
+        assert tokens + padding == read[name]
+        assert padding > 0
+
+
+@pytest.mark.parametrize("loop", ["sequential", "batched"])
+def test_seconds_of_all_prompts_are_those_of_the_decode(loop):
+    config = DTOConfig(iters=3, lr=1.0, confidence_threshold=None, max_generations=4)
+    lm, rm = shared_lm("qwen2", eos_token_id=None), shared_reward_model("qwen2")
+    decoder = NablaDecoder(lm, rm, None, config=config, loop=loop, batch_size=4)
+    start = time.perf_counter()
+    handed_over = [None] * 6  # as they were then: a result must not change once it is somebody else's
+
+    def keep(index: int, result: Result) -> None:
+        handed_over[index] = deepcopy(result.stats)
+
+    results = decoder.generate(
+        [PROMPT] * 6, seed=range(6), max_new_tokens=9, reward_context=[CONTEXT] * 6, on_result=keep
+    )
+    elapsed = time.perf_counter() - start
+    total = sum(result.stats.seconds["total"] for result in results)
+    assert 0.5 * elapsed < total <= elapsed
+    assert handed_over == [result.stats for result in results]
+    for result in results:
+        seconds = dict(result.stats.seconds)
+        assert 0 < sum(value for stage, value in seconds.items() if stage != "total") <= seconds["total"]

@@ -398,3 +398,79 @@ def test_errors_of_on_result_lose_nothing(decoder, error):
     if wrapped is DecodingFailed:
         assert caught.value.__cause__ is error
         assert caught.value.prompt == seen[1]
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_share_a_stream(decoder, threads: int):
+    expected = decoder.generate(PROMPTS, **OPTIONS)
+    stream = decoder.stream(PROMPTS, **OPTIONS)
+    found: list[tuple[int, Result]] = []
+    errors: list[Exception] = []
+
+    def drain():
+        try:
+            found.extend(stream)
+            assert next(stream, None) is None
+        except Exception as error:
+            errors.append(error)
+
+    drainers = [threading.Thread(target=drain) for _ in range(threads)]
+    for thread in drainers:
+        thread.start()
+    for thread in drainers:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert errors == []
+    assert sorted(n for n, _ in found) == [0, 1, 2, 3]
+    assert all(outcome(result) == outcome(expected[n]) for n, result in found)
+
+
+def test_a_stream_shared_by_threads_ends_for_all_at_an_error(hooks):
+    decoder = hooks.decoder
+
+    def trap():
+        raise RuntimeError("trap")
+
+    stream = decoder.stream(PROMPTS, **OPTIONS)
+    outcomes: list[object] = []
+
+    def drain():
+        try:
+            outcomes.append(list(stream))
+        except Exception as error:
+            outcomes.append(error)
+
+    with hooks.calling(trap):
+        threads = [threading.Thread(target=drain) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert [type(o) for o in outcomes].count(DecodingFailed) == 1
+    assert outcomes.count([]) == 3
+
+
+@pytest.mark.parametrize("who", ["the thread that decodes", "another"])
+def test_a_stream_is_closed_in_the_middle_of_a_result(hooks, who: str):
+    decoder = hooks.decoder
+    expected = decoder.generate(PROMPTS, **OPTIONS)
+    stream, closed = decoder.stream(PROMPTS, **OPTIONS), []
+
+    def close():
+        if not closed:
+            closed.append(1)
+            if who == "another":
+                thread = threading.Thread(target=stream.close)
+                thread.start()
+                thread.join(60)
+                assert not thread.is_alive()
+            else:
+                stream.close()
+
+    with watched_pools() as watch, hooks.calling(close):
+        n, result = next(stream)
+        assert next(stream, None) is None
+    assert closed
+    assert outcome(result) == outcome(expected[n])
+    assert stream.results[n] is result
+    assert watch.all_given_back()

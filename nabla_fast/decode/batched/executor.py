@@ -57,23 +57,35 @@ class Executor:
 
     def score(self, requests: Sequence[Score]) -> None:
         """Rewards of all requests as one batch."""
-        sequences, unread, kept = [], [], []
-        for request in requests:
-            problem = request.problem
-            tokens = [*problem.reward_prefix, *self.rm.read(request.response)]
-            sequence = request.base.fork(request.shared)
-            sequences.append(sequence)
-            unread.append([*tokens, *problem.reward_suffix][sequence.length :])
-            kept.append(len(tokens))
-            request.count("rm", len(unread[-1]))
-        lengths = list(map(len, unread))
-        ids = pad_sequence([torch.tensor(part) for part in unread], batch_first=True).to(self.rm.device)
-        hidden = self.rm_reader.read(sequences, lengths, ids=ids, store=True)
-        last = hidden[torch.arange(len(requests)), torch.tensor(lengths) - 1]
-        rewards = self.rm.model.score(last)[:, 0].double().tolist()
+        sequences: list[PagedSequence] = []
+        try:
+            rewards, kept = self._score(requests, sequences)
+        except BaseException:
+            for sequence in sequences:
+                sequence.free()
+            raise
         for request, sequence, length, reward in zip(requests, sequences, kept, rewards, strict=True):
             sequence.truncate(length)
             request.reward, request.sequence = reward, sequence
+
+    def _score(
+        self, requests: Sequence[Score], sequences: list[PagedSequence]
+    ) -> tuple[list[float], list[int]]:
+        """Rewards, and the tokens of each sequence before its tail; forks are added to ``sequences``."""
+        unread, kept = [], []
+        for request in requests:
+            problem = request.problem
+            tokens = [*problem.reward_prefix, *self.rm.read(request.response)]
+            sequences.append(request.base.fork(request.shared))
+            unread.append([*tokens, *problem.reward_suffix][sequences[-1].length :])
+            kept.append(len(tokens))
+        lengths = list(map(len, unread))
+        ids = pad_sequence([torch.tensor(part) for part in unread], batch_first=True).to(self.rm.device)
+        for request, length in zip(requests, lengths, strict=True):
+            request.count("rm", length, ids.shape[1])
+        hidden = self.rm_reader.read(sequences, lengths, ids=ids, store=True)
+        last = hidden[torch.arange(len(requests)), torch.tensor(lengths) - 1]
+        return self.rm.model.score(last)[:, 0].double().tolist(), kept
 
     # -- gradients ---------------------------------------------------------------------------------
 
@@ -115,14 +127,26 @@ class Executor:
             upstream = self._likelihood_gradients(asked, own)
             for n, gradient in zip(rows, torch.autograd.grad(states, read, upstream), strict=True):
                 cotangents[n][:-1] = gradient
-        for n, request, part, ids in zip(rows, asked, own, before, strict=True):
+        for n, part in zip(rows, own, strict=True):
             hidden[n] = torch.cat([hidden[n], part])
-            request.count("lm", directions * self._read(len(ids), len(part)))
+        self._count("lm", asked, before, own, directions)
         return cotangents, hidden
 
-    def _read(self, before: int, suffix: int) -> int:
-        """Tokens that a pass over a suffix goes through."""
-        return suffix if self.accelerations.frozen_prefix else before + suffix
+    def _count(
+        self,
+        model: str,
+        requests: Sequence[Gradient],
+        before: Sequence[Sequence[int]],
+        suffixes: Sequence[Tensor],
+        directions: int,
+    ) -> None:
+        """Token passes over suffixes, and over the tokens before them where these are read too."""
+        read = [
+            len(suffix) if self.accelerations.frozen_prefix else len(ids) + len(suffix)
+            for ids, suffix in zip(before, suffixes, strict=True)
+        ]
+        for request, tokens in zip(requests, read, strict=True):
+            request.count(model, tokens, max(read), directions)
 
     def _suffix_states(
         self,
@@ -173,8 +197,7 @@ class Executor:
             )
             last = torch.stack([part[-1] for part in states])
             loss = -self.config.reward_coeff * self.rm.model.score(last).sum()
-        for request, ids, suffix in zip(requests, before, suffixes, strict=True):
-            request.count("rm", 2 * self._read(len(ids), len(suffix)))
+        self._count("rm", requests, before, suffixes, directions=2)
         return [gradient.to(self.lm.device) for gradient in torch.autograd.grad(loss, read)]
 
     def norms(self, gradient: TrajectoryGradient) -> Tensor:

@@ -8,9 +8,9 @@ rolled out and scored ahead of their acceptance.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 
@@ -20,10 +20,9 @@ from nabla_fast.decode.batched.executor import Executor
 from nabla_fast.decode.batched.pools import Pools, SequenceGroups
 from nabla_fast.decode.batched.problem_state import ProblemState, Request
 from nabla_fast.decode.batched.requests import Descend, Gradient, RollOut, Score
-from nabla_fast.decode.failures import DecodeFailure, RequestFailure
+from nabla_fast.decode.failures import DecodeFailure, RequestFailure, without_locals
 from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.timing import PeakMemory
-from nabla_fast.errors import RowError
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.models.paged_kv import PoolExhausted
 from nabla_fast.ops import synchronize
@@ -33,6 +32,8 @@ from nabla_fast.results import Stats
 # from a full batch: they wait until no problem asks for anything else.
 _STAGES = {Gradient: "gradient", Descend: "descent", Score: "reward", RollOut: "rollout"}
 
+Decoding = Iterator[tuple[int, Decoded | Exception]]
+
 
 @dataclass(eq=False)
 class _ActiveProblem:
@@ -41,23 +42,42 @@ class _ActiveProblem:
     index: int
     steps: Generator[list[Request], None, Decoded]
     groups: SequenceGroups
-    started: float
+    stats: Stats
     requests: list[Request] = field(default_factory=list)
 
-    def step(self) -> Decoded | None:
-        """Go on after the requests were answered; the response, if it is finished."""
+    def step(self) -> Decoded | Exception | None:
+        """Go on after the requests were answered; the response if it is finished, or an error."""
         try:
             self.requests = next(self.steps)
         except StopIteration as done:
             return done.value
         except Exception as error:
-            raise DecodeFailure([self.index]) from error
+            return error
         return None
 
     def close(self) -> None:
         """Give all blocks back, wherever the decode stands."""
         self.steps.close()
         self.groups.free()
+
+
+class _Clock:
+    """Wall-clock since construction, each moment of it counted once."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last
+
+    def share(self, among: Sequence[_ActiveProblem], stage: str | None = None) -> None:
+        """Share the seconds since the last call evenly."""
+        share = self.lap() / len(among)
+        for r in among:
+            for name in ("total", stage) if stage else ("total",):
+                r.stats.seconds[name] = r.stats.seconds.get(name, 0.0) + share
 
 
 class BatchedLoop:
@@ -89,25 +109,61 @@ class BatchedLoop:
         self._max_kv_tokens = max_kv_tokens
 
     @torch.no_grad()
-    def decode(self, problems: Sequence[Problem], stats: Sequence[Stats]) -> Iterator[tuple[int, Decoded]]:
+    def decode(
+        self, problems: Sequence[Problem], stats: Sequence[Stats], *, keep: bool = False
+    ) -> Decoding:
         """Yield (index, response) as problems finish; ``stats`` receive what each cost.
 
         Keys and values belong to the iteration: they are gone when it ends, fails or is closed.
 
+        An error in the answer to a batch is traced: each problem's requests are answered alone, and who
+        fails alone is at fault.
+
+        Args:
+            problems: decoded in this order, ``batch_size`` at once.
+            stats: one a problem.
+            keep: a problem's error is yielded in place of its response, and the others go on, also after
+                an error of a batch that none of its problems has alone.
         Raises:
-            DecodeFailure: an error, with the problems it concerns. Its cause is a RowError where the
-                LM's logits are not finite, a ModelError where a reward is not, PoolExhausted where more
-                keys and values are needed than ``max_kv_tokens``.
+            DecodeFailure: without ``keep``, an error, with the problem at fault, or those decoded together
+                where all of them fail alone, or none. Its cause is a RowError where the LM's logits are
+                not finite, a ModelError where a reward is not, PoolExhausted where more keys and values
+                are needed than ``max_kv_tokens``.
         """
         if not problems:
             return
-        peak = PeakMemory(self._executor.lm.device)
-        pools = self._begin(problems[: self._batch_size])
-        waiting = iter(range(len(problems)))
+        clock, peak = _Clock(), PeakMemory(self._executor.lm.device)
+        first = range(min(len(problems), self._batch_size))
+        try:
+            pools = self._begin([problems[n] for n in first])
+        except Exception as error:
+            if not keep:
+                raise DecodeFailure(first) from error
+            yield from ((index, error) for index in range(len(problems)))
+            return
+        waiting = deque(range(len(problems)))
         active: list[_ActiveProblem] = []
+
+        def stepped(r: _ActiveProblem, outcome: Decoded | Exception | None) -> Decoding:
+            """Charge a problem for a step; with an outcome, give back what it holds and yield that."""
+            if outcome is None:
+                clock.share([r])
+                return
+            active.remove(r)
+            r.close()
+            if isinstance(outcome, Exception):
+                if not keep:
+                    raise DecodeFailure([r.index]) from outcome
+                without_locals(outcome)
+            r.stats.peak_bytes = peak.bytes()
+            clock.share([r])
+            yield r.index, outcome
+            clock.lap()  # what the caller did meanwhile is nobody's cost
+
         try:
             while True:
-                for index in islice(waiting, self._batch_size - len(active)):
+                while waiting and len(active) < self._batch_size:
+                    index = waiting.popleft()
                     groups = pools.groups()
                     state = ProblemState(
                         self._executor,
@@ -117,61 +173,72 @@ class BatchedLoop:
                         self._proposals,
                         active_problems=lambda: len(active),
                     )
-                    active.append(_ActiveProblem(index, state.steps(), groups, time.perf_counter()))
-                    active[-1].step()
+                    r = _ActiveProblem(index, state.steps(), groups, stats[index])
+                    active.append(r)
+                    yield from stepped(r, r.step())
                 if not active:
                     return
                 kind = next(k for k in _STAGES if any(isinstance(r.requests[0], k) for r in active))
                 chosen = [r for r in active if isinstance(r.requests[0], kind)]
-                start = time.perf_counter()
-                self._serve(kind, chosen)
-                share = (time.perf_counter() - start) / len(chosen)
+                failed = self._serve(kind, chosen, keep)
+                clock.share(chosen, _STAGES[kind])
                 for r in chosen:
-                    seconds = stats[r.index].seconds
-                    seconds[_STAGES[kind]] = seconds.get(_STAGES[kind], 0.0) + share
-                    decoded = r.step()
-                    if decoded is not None:
-                        active.remove(r)
-                        r.close()
-                        seconds["total"] = time.perf_counter() - r.started
-                        stats[r.index].peak_bytes = peak.bytes()
-                        left = time.perf_counter()
-                        yield r.index, decoded
-                        # Time that the caller took meanwhile is no part of the others' cost.
-                        away = time.perf_counter() - left
-                        for other in active:
-                            other.started += away
+                    if r not in failed:
+                        yield from stepped(r, r.step())
+                for r, error in failed.items():  # last, so that no response of the batch is lost
+                    yield from stepped(r, error)
         finally:
-            for r in active:
-                r.close()
-            pools.close()
+            try:
+                for r in active:
+                    r.close()
+            finally:
+                pools.close()
 
     def _begin(self, first: Sequence[Problem]) -> Pools:
         readers = self._executor.lm_reader, self._executor.rm_reader
-        try:
-            for reader in readers:
-                if reader is not None:
-                    reader.renew()
-            return Pools(*readers, first, self._max_kv_tokens)
-        except Exception as error:
-            raise DecodeFailure(range(len(first))) from error
+        for reader in readers:
+            if reader is not None:
+                reader.renew()
+        return Pools(*readers, first, self._max_kv_tokens)
 
-    def _serve(self, kind: type, chosen: Sequence[_ActiveProblem]) -> None:
-        """Answer the requests of the chosen problems as one batch."""
-        together = [r.index for r in chosen]
+    def _serve(
+        self, kind: type, chosen: Sequence[_ActiveProblem], keep: bool
+    ) -> dict[_ActiveProblem, Exception]:
+        """Answer the requests of the chosen problems as one batch; errors of those at fault.
+
+        Raises:
+            DecodeFailure: without ``keep``, an error that one request caused, or one of the batch that all
+                of its problems have alone, or none of them.
+        """
         try:
             self._answer(kind, chosen)
+            return {}
         except RequestFailure as failure:
-            owner = next(r.index for r in chosen if failure.request in r.requests)
-            raise DecodeFailure([owner]) from failure.__cause__
-        except RowError as error:
-            raise DecodeFailure(self._refused_alone(kind, chosen) or together) from error
-        except PoolExhausted as error:
-            raise DecodeFailure(together) from PoolExhausted(f"max_kv_tokens: {error}")
-        except Exception as error:
-            raise DecodeFailure(together) from error
+            owner = next(r for r in chosen if failure.request in r.requests)
+            if not keep:
+                raise DecodeFailure([owner.index]) from failure.__cause__
+            others = [r for r in chosen if r is not owner]
+            return {owner: failure.__cause__, **(self._serve(kind, others, keep) if others else {})}
+        except Exception as caught:
+            error = caught
+        if isinstance(error, PoolExhausted):
+            error = PoolExhausted(f"max_kv_tokens: {error}")
+        if len(chosen) == 1:
+            return {chosen[0]: error}
+        without_locals(error)  # the batch's tensors may be what there is no memory for
+        found = {}
+        for r in chosen:
+            found |= self._serve(kind, [r], keep)
+        if not keep and len(found) in (0, len(chosen)):
+            raise DecodeFailure([r.index for r in chosen]) from error
+        return found
 
     def _answer(self, kind: type, chosen: Sequence[_ActiveProblem]) -> None:
+        """Answer the requests of the chosen problems as one batch.
+
+        Raises:
+            RequestFailure: an error that one request is known to have caused.
+        """
         executor = self._executor
         serve = {
             Gradient: executor.gradient,
@@ -180,18 +247,4 @@ class BatchedLoop:
             RollOut: executor.roll_out,
         }
         serve[kind]([request for r in chosen for request in r.requests])
-
-    def _refused_alone(self, kind: type, chosen: Sequence[_ActiveProblem]) -> list[int]:
-        """The first problem whose own requests meet a bad row when they are asked for alone, if any.
-
-        A row of a batch does not say whose it is. Rollouts, expensive to repeat, tell by themselves.
-        """
-        for r in chosen if kind is not RollOut else ():
-            try:
-                self._answer(kind, [r])
-                synchronize()
-            except RowError:
-                return [r.index]
-            except Exception:
-                break
-        return []
+        synchronize()  # a bad row found on a device is these problems', not those of the next batch

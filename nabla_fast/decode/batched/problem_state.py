@@ -8,7 +8,7 @@ position: so several proposals are rolled out and scored together, and the first
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple
 
 import torch
@@ -77,6 +77,7 @@ class ProblemState:
         self._rm_sequence: PagedSequence | None = None
         self._store: dict[tuple[int, ...], tuple[int, TrajectoryGradient]] = {}
         self._proposed = self._accepted = 0
+        self._descent_calls: dict[int, int] = {}  # by the offset that a descent is for
         self.revisions: list[Revision] = []
 
     def steps(self) -> Generator[list[Request], None, Decoded]:
@@ -88,10 +89,13 @@ class ProblemState:
         yield [first]
         empty.free()
         self._current, self._sequence = first.continuation, first.sequence
+        stats.llm_calls += len(self._current.tokens)
         while self._current.tokens and stats.generations < config.max_generations:
+            self._descent_calls.clear()
             proposals, unchanged, examined = yield from self._propose()
             if not proposals:
                 stats.unchanged += len(unchanged)
+                stats.llm_calls += sum(self._descent_calls.values())
                 break
             yield from self._judge(proposals, unchanged, examined)
             if problem.finish_reason(self._response):
@@ -255,7 +259,7 @@ class ProblemState:
         while True:
             asked = [(offsets[n], Relaxed(tokens=tokens[n].clone())) for n in moved]
             gradients = yield from self._gradients(asked, purpose)
-            self._stats.llm_calls += 4 * len(moved)
+            self._count_calls(offsets[n] for n in moved)
             for n, gradient in zip(moved, gradients, strict=True):
                 requests[n].gradient = gradient
             active = [n for n, request in enumerate(requests) if request.steps < iters]
@@ -282,11 +286,16 @@ class ProblemState:
         for rate in executor.schedule:
             asked = [(o, Relaxed(logits=z, tau=config.tau)) for o, z in zip(offsets, logits, strict=True)]
             gradients = yield from self._gradients(asked)
-            self._stats.llm_calls += 4 * len(offsets)
+            self._count_calls(offsets)
             for parameter, z, state, gradient in zip(parameters, logits, states, gradients, strict=True):
                 count = len(parameter)
                 rows = gradient.rows(count)
                 soft_step_(config, parameter, z[:count], rows, state, rate, executor.lm.head)
+
+    def _count_calls(self, offsets: Iterable[int]) -> None:
+        """A forward+backward of both models for the descent at each offset."""
+        for offset in offsets:
+            self._descent_calls[offset] = self._descent_calls.get(offset, 0) + 4
 
     # -- judgement ---------------------------------------------------------------------------------
 
@@ -310,8 +319,9 @@ class ProblemState:
         rolls = yield from self._roll_out(proposals)
         scores = yield from self._score(rolls)
         winner = None
-        for n, (proposal, score) in enumerate(zip(proposals, scores, strict=True)):
+        for n, (proposal, roll, score) in enumerate(zip(proposals, rolls, scores, strict=True)):
             stats.generations += 1
+            stats.llm_calls += len(roll.continuation.tokens) + (0 if score is None else 2)
             self._proposed += 1
             rewards = (None, None) if score is None else (self._reward, self._finite(score))
             old = self._current.tokens[proposal.offset]
@@ -322,9 +332,10 @@ class ProblemState:
                 self._accepted += 1
                 break
             stats.rejections += 1
-        # Redraws after the accepted proposal are of positions that the sequential loop never optimized.
-        end = examined if winner is None else proposals[winner].offset
+        # Positions after the accepted proposal are such that the sequential loop never optimizes.
+        end = examined if winner is None else proposals[winner].offset + 1
         stats.unchanged += sum(offset < end for offset in unchanged)
+        stats.llm_calls += sum(calls for offset, calls in self._descent_calls.items() if offset < end)
         self._commit(rolls, scores, winner, examined)
 
     def _roll_out(self, proposals: list[Proposal]) -> Generator[list[Request], None, list[RollOut]]:
@@ -372,7 +383,6 @@ class ProblemState:
             for roll in rolls
         ]
         yield scores
-        self._stats.llm_calls += 2 * len(scores)
         return scores
 
     def _commit(

@@ -23,8 +23,17 @@ class _Request:
     purpose = ""  # in Stats.passes_for
     passes = 0  # token passes it took
 
-    def count(self, model: str, tokens: int) -> None:
-        """Tokens that a model's forward read or its backward went through for this request."""
+    def count(self, model: str, tokens: int, width: int, directions: int = 1) -> None:
+        """Token passes of a model for this request: of a forward, or of a forward and a backward.
+
+        Args:
+            model: "lm" or "rm".
+            tokens: of this request's row.
+            width: of the batch; the rest of the row is padding.
+            directions: 1 for a forward, 2 with a backward.
+        """
+        self.stats.padding_passes[model] += directions * (width - tokens)
+        tokens *= directions
         self.passes += tokens
         self.stats.token_passes[model] += tokens
         self.stats.passes_for[self.purpose] = self.stats.passes_for.get(self.purpose, 0) + tokens

@@ -110,7 +110,6 @@ def roll_out(
                 hidden[places],
                 TokenStats(*(value[places] for value in stats)),
             )
-            request.stats.llm_calls += len(row.tokens)
             request.stats.generated_tokens += len(row.tokens)
     except BaseException:
         for row in rows:
@@ -164,7 +163,7 @@ def _step(
     going = []
     for row, draft, length in zip(rows, drafts, lengths, strict=True):
         request, former = row.request, row.sequence.length - length
-        request.count("lm", length)
+        request.count("lm", length, max(lengths))
         kept = 0
         while True:
             if bad:

@@ -16,6 +16,7 @@ import torch
 
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.continuation import Continuation
+from nabla_fast.decode.failures import without_locals
 from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.reference.gradient import GradientModel
 from nabla_fast.decode.reference.optimizer import TextualOptimizer
@@ -43,19 +44,31 @@ class SequentialLoop:
         self._optimizer = TextualOptimizer(self._gradients, config)
         self._rejection = config.rejection and rm is not None
 
-    def decode(self, problems: Sequence[Problem], stats: Sequence[Stats]) -> Iterator[tuple[int, Decoded]]:
+    def decode(
+        self, problems: Sequence[Problem], stats: Sequence[Stats], *, keep: bool = False
+    ) -> Iterator[tuple[int, Decoded | Exception]]:
         """Yield (index, response) of one problem after another; ``stats`` receive what each cost.
 
+        Args:
+            problems: decoded in this order.
+            stats: one a problem.
+            keep: a problem's error is yielded in place of its response, and the others go on.
         Raises:
             RowError: the LM's logits are not finite.
             ModelError: a reward is not finite.
         """
         for index, (problem, own) in enumerate(zip(problems, stats, strict=True)):
             peak = PeakMemory(self._lm.device)
-            with timed(own, "total"):
-                decoded = self._decode(problem, own)
+            outcome: Decoded | Exception
+            try:
+                with timed(own, "total"):
+                    outcome = self._decode(problem, own)
+            except Exception as error:
+                if not keep:
+                    raise
+                outcome = without_locals(error)
             own.peak_bytes = peak.bytes()
-            yield index, decoded
+            yield index, outcome
 
     @torch.no_grad()
     def _decode(self, problem: Problem, stats: Stats) -> Decoded:

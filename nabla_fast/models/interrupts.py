@@ -1,0 +1,140 @@
+"""Signals that wait while something is half done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Those that people give handlers that raise: an alarm as well as Ctrl-C. Not all have every one.
+_NAMES = ["INT", "TERM", "HUP", "QUIT", "BREAK", "ALRM", "VTALRM", "PROF", "USR1", "USR2"]
+_NUMBERS = [int(getattr(signal, f"SIG{name}")) for name in _NAMES if hasattr(signal, f"SIG{name}")]
+
+
+class _Signals:
+    """The handler before the process's own handlers; the main thread alone, where signals arrive, uses it.
+
+    It lets signals through unless ``deferring``, so that it does no harm where it stays behind.
+
+    Attributes:
+        deferring: whether signals wait just now.
+        depth: how many blocks of :class:`deferred` have been entered.
+        thread: the one that entered them.
+    """
+
+    def __init__(self) -> None:
+        self.deferring, self.depth, self.thread = False, 0, 0
+        self._caught: list[tuple[int, FrameType | None]] = []
+        self._formers: dict[int, Callable[[int, FrameType | None], object]] = {}
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.deferring:
+            self._caught.append((number, frame))
+            return
+        # What the handler raises passes through blocks that give back, which no second signal may split.
+        self.deferring = self.depth > 0
+        self._formers[number](number, frame)
+        self.deferring = False
+
+    def install(self) -> None:
+        """Stand before every handler that is a Python function."""
+        for number in _NUMBERS:
+            handler = signal.getsignal(number)
+            if callable(handler) and handler is not self:
+                self._formers[number] = handler
+                signal.signal(number, self)
+
+    def restore(self) -> None:
+        """Leave the handlers as they were; those that were changed meanwhile stay changed."""
+        for number, former in self._formers.items():
+            if signal.getsignal(number) is self:
+                signal.signal(number, former)
+
+    def forget(self) -> None:
+        """Drop what waits."""
+        self._caught.clear()
+
+    def deliver(self) -> None:
+        """Let those through that have waited."""
+        while self._caught and not self.deferring:
+            self(*self._caught.pop(0))
+
+
+_signals = _Signals()
+
+
+class deferred:
+    """A block that no signal's handler runs in, but where :meth:`interruptible` says so.
+
+    ``KeyboardInterrupt`` may come between any two bytecodes: between a lock's acquisition and the
+    ``try`` that would release it, or in the ``finally`` that does. Inside this block it waits; it is
+    raised when the outermost block ends. In threads other than the main one, where no handler runs, the
+    block does nothing.
+
+    Example:
+        with deferred() as signals:
+            take()
+            try:
+                signals.interruptible(work)
+            finally:
+                give_back()
+    """
+
+    def __enter__(self) -> deferred:
+        self._here = threading.current_thread() is threading.main_thread()
+        if self._here:
+            self._depth, self._before = _signals.depth, _signals.deferring
+            _signals.thread = threading.get_ident()
+            try:
+                _signals.install()
+                if not self._depth:
+                    _signals.forget()
+                _signals.deferring = True
+            except BaseException:
+                self._restore_if_outermost()
+                raise
+            _signals.depth = self._depth + 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._here:
+            _signals.depth = self._depth
+            try:
+                _signals.deferring = self._before  # from here on one may come again
+                self._restore_if_outermost()
+            except BaseException:
+                self._restore_if_outermost()
+                raise
+            _signals.deliver()
+
+    def _restore_if_outermost(self) -> None:
+        if not self._depth:
+            _signals.restore()
+
+    def interruptible(self, work: Callable[[], T]) -> T:
+        """The value of ``work()``, during which signals arrive, as do those that have waited."""
+        if not self._here:
+            return work()
+        try:
+            _signals.deferring = False
+            _signals.deliver()
+            return work()
+        finally:
+            _signals.deferring = True
+
+
+def _forget_the_parents_main_thread() -> None:
+    """In a forked process: the block that another thread was in will not end here."""
+    if _signals.thread != threading.get_ident():
+        _signals.depth, _signals.deferring = 0, False
+        _signals.forget()
+        _signals.restore()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_the_parents_main_thread)
