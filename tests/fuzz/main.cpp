@@ -8,9 +8,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cinttypes>
+#include <csignal>
 #include <cstdio>
 #include <thread>
 
+#include "bytes.h"
 #include "fuzz.h"
 
 namespace fuzz {
@@ -24,6 +26,7 @@ struct Running {
 };
 
 thread_local Running running;
+Running latest;  // of any thread: kernels' own threads run no case
 uint64_t seed = 1;
 
 uint64_t hash(const char* name) {
@@ -33,12 +36,16 @@ uint64_t hash(const char* name) {
 }
 
 void report() {
+  const Running& of = *running.name ? running : latest;
   std::fprintf(stderr, "fuzz: in --seed %" PRIu64 " --function %s --case %" PRId64 ", isa %d\n",
-               seed, running.name, running.number, running.isa);
+               seed, of.name, of.number, of.isa);
 }
 
 void run(const Case& function, int64_t number) {
   running = {function.name, number, nabla_fast_cpu_isa()};
+#ifdef NABLA_FAST_FUZZ_GUARDED
+  latest = running;
+#endif
   Random random(Random(seed ^ hash(function.name)).next() ^ static_cast<uint64_t>(number));
   function.run(random);
 }
@@ -59,6 +66,16 @@ std::vector<Case>& cases() {
 
 }  // namespace fuzz
 
+#ifdef NABLA_FAST_FUZZ_GUARDED
+// What touches a guard page ends here. Nothing is left to lose, so printing is no risk.
+extern "C" void on_guard_page(int number) {
+  std::fprintf(stderr, "fuzz: memory beside a tensor was touched\n");
+  fuzz::report();
+  std::signal(number, SIG_DFL);
+  std::raise(number);
+}
+#endif
+
 #ifdef __SANITIZE_ADDRESS__
 // AddressSanitizer's report is followed by ours.
 extern "C" void __asan_on_error() { fuzz::report(); }
@@ -66,6 +83,9 @@ extern "C" void __asan_on_error() { fuzz::report(); }
 
 int main(int count, char** arguments) {
   using namespace fuzz;
+#ifdef NABLA_FAST_FUZZ_GUARDED
+  for (const int fault : {SIGSEGV, SIGBUS}) std::signal(fault, on_guard_page);
+#endif
   int64_t seconds = 60, most = 1000, threads = 1, only = -1;
   const char* name = nullptr;
   for (int n = 1; n < count; ++n) {

@@ -5,7 +5,10 @@
 # thread    ThreadSanitizer: the fuzz driver on several threads of its own, on kernels whose OpenMP
 #           threads come from openmp_threads.cpp
 #
-# Every level of instructions runs on any CPU: the bf16 units and what this CPU lacks are those of
+# guard     neither: the fuzz driver on kernels as the package has them, with the CPU's own instructions,
+#           whose memory lies between pages that nobody may touch
+#
+# In the first two every level of instructions runs on any CPU: the bf16 units and what this CPU lacks are those of
 # tests/emulation/, in which a sanitizer sees what a tile reads and writes.
 #
 # SECONDS: how long a driver runs at most; SEED: where it begins.
@@ -34,9 +37,9 @@ $(BUILD)/address/csrc/%: ADDRESS += -O0
 $(BUILD)/address/tests/emulation/%: ADDRESS += -O2
 $(BUILD)/thread/tests/emulation/%: THREAD += -O2
 
-.PHONY: all build address thread
-all: address thread
-build: $(BUILD)/address/fuzz $(BUILD)/address/example $(BUILD)/thread/fuzz
+.PHONY: all build address thread guard
+all: address thread guard
+build: $(BUILD)/address/fuzz $(BUILD)/address/example $(BUILD)/thread/fuzz $(BUILD)/guard/fuzz
 
 objects = $(patsubst %,$(BUILD)/$(1)/%.o,$(2))
 
@@ -54,6 +57,12 @@ $(BUILD)/address/fuzz: $(call objects,address,$(KERNELS) $(DRIVER))
 $(BUILD)/address/example: $(call objects,address,$(KERNELS) $(EXAMPLE))
 	$(CXX) $(ADDRESS) -fopenmp $^ -o $@
 
+guard: $(BUILD)/guard/fuzz
+	$< --seed $(SEED) --seconds $(SECONDS) --cases $(CASES)
+
+$(BUILD)/guard/fuzz: $(call objects,guard,$(filter-out tests/emulation/%,$(KERNELS)) $(DRIVER))
+	$(CXX) -fopenmp $^ -o $@
+
 # Without libgomp.
 $(BUILD)/thread/fuzz: $(call objects,thread,$(KERNELS) $(DRIVER) tests/fuzz/openmp_threads.cpp)
 	$(CXX) $(THREAD) -pthread $^ -o $@
@@ -65,6 +74,11 @@ $(BUILD)/address/%.cpp.o: %.cpp
 $(BUILD)/address/%.c.o: %.c
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) $(ADDRESS) -MMD -MP -c $< -o $@
+
+$(BUILD)/guard/csrc/%: OPTIMIZE := -O3 -fstrict-overflow
+$(BUILD)/guard/%.cpp.o: %.cpp
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 $(FLAGS) $(OPTIMIZE) -Itests -MMD -MP -c $< -o $@
 
 $(BUILD)/thread/%.cpp.o: %.cpp
 	@mkdir -p $(@D)

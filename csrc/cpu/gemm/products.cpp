@@ -160,6 +160,7 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
   const auto* w = static_cast<const T*>(table.data);
   const int lanes = rows.lanes();
   const int64_t width = table.width, stride = table.stride, token_bytes = sizeof(T) * width;
+  if (width == 0 && add) return;  // a sum that is -0 stays
   const int block = static_cast<int>(
       std::clamp<int64_t>(kBlockBytes / (token_bytes + 1) / 16 * 16, 16, kVocabTileTokens));
   float fp32[sizeof(T) == 2 ? kTokensInL1 * kChainColumns : 1];
@@ -366,10 +367,12 @@ NABLA_FAST_INLINE void tokens_and_chains_in_lanes(const float* x, int64_t x_word
   Prefetcher prefetcher{static_cast<const char*>(table.data) + kFewPrefetchBytes};
   for (int first = 0; first < tokens; first += kFewTokens) {
     const int some = std::min(kFewTokens, tokens - first);
+    // Added to -0, the first chain keeps the sign that it has as 0.
+    const float none = columns > 0 ? -0.0f : 0.0f;
     float sums[R][kFewTokens];
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < kFewTokens; ++t)
-        sums[r][t] = add && t < some ? z[(first + t) * lanes + r] : 0.0f;
+        sums[r][t] = add && t < some ? z[(first + t) * lanes + r] : none;
     for (int64_t k = 0; k < columns; k += kColumns) {
       const char* w[kFewTokens];
       // Lanes without a token repeat the last one.
@@ -443,9 +446,9 @@ NABLA_FAST_TARGET_AVX512 void pair_tile(const PackedRows& rows, const Table& tab
   const int64_t whole = table.width / 2, stride = table.stride;
   const int block = static_cast<int>(
       std::clamp<int64_t>(kBlockBytes / (2 * table.width + 1) / 16 * 16, 16, kVocabTileTokens));
-  const bool few = rows.rows <= kMaxFewRows;
+  const bool few = rows.rows <= kMaxFewRows, nothing = whole == 0 && add;
   if (few) few_rows<16, PairWords>(rows, table, whole, tokens, add, z);
-  for (int first = 0; first < tokens && !few; first += block) {
+  for (int first = 0; first < tokens && !few && !nothing; first += block) {
     const int some = std::min(block, tokens - first);
     Prefetcher prefetcher{reinterpret_cast<const char*>(w + (first + some) * stride)};
     for (int64_t k = 0; k < whole || k == 0; k += kChainColumns)
@@ -460,8 +463,8 @@ NABLA_FAST_TARGET_AVX512 void pair_tile(const PackedRows& rows, const Table& tab
   const float* last_x = x + whole * lanes;
   float last_of_few[16] = {};
   if (few) {
-    for (int r = 0; r < rows.rows; ++r)
-      last_of_few[r] = x[r * words_of_row(rows.columns()) + word_of_column(whole)];
+    const float* const behind = x + padded_few_rows(rows.rows) * words_of_row(rows.columns());
+    std::copy_n(behind, rows.rows, last_of_few);
     last_x = last_of_few;
   }
   Prefetcher none{reinterpret_cast<const char*>(w)};
@@ -492,14 +495,18 @@ NABLA_FAST_INLINE void pack_floats(const Table& from, int rows, int lanes, float
 
 NABLA_FAST_FOR_EACH_ISA(pack_fp32, pack_floats<W>)
 
+float bf16_pair(uint16_t lower, uint16_t upper) {
+  const uint16_t halves[2] = {lower, upper};
+  float word;
+  std::memcpy(&word, halves, sizeof word);
+  return word;
+}
+
 // A pair of bf16 columns of a row, as a word; 0 behind the last column.
 float pair_of(const Table& from, int row, int64_t pair) {
   const uint16_t* const data =
       static_cast<const uint16_t*>(from.data) + row * from.stride + 2 * pair;
-  const uint16_t halves[2] = {data[0], 2 * pair + 1 < from.width ? data[1] : uint16_t{0}};
-  float word;
-  std::memcpy(&word, halves, sizeof word);
-  return word;
+  return bf16_pair(data[0], 2 * pair + 1 < from.width ? data[1] : uint16_t{0});
 }
 
 void pack_pairs(const Table& from, int rows, int lanes, float* packed) {
@@ -508,14 +515,18 @@ void pack_pairs(const Table& from, int rows, int lanes, float* packed) {
       packed[pair * lanes + r] = r < rows ? pair_of(from, r, pair) : 0.0f;
 }
 
-// As few_rows() reads them.
+// As few_rows() reads them; behind that a row's last column where it is half of a pair.
 void pack_few(const Table& from, int rows, bool pairs, float* packed) {
-  const int64_t columns = PackedRows{nullptr, rows, from.width, pairs, 0}.columns();
-  const int64_t words = words_of_row(columns);
-  std::fill_n(packed, padded_few_rows(rows) * words, 0.0f);
-  for (int r = 0; r < rows; ++r)
+  const int64_t columns = pairs ? from.width / 2 : from.width;
+  const int64_t words = words_of_row(PackedRows{nullptr, rows, from.width, pairs, 0}.columns());
+  float* const behind = packed + padded_few_rows(rows) * words;
+  // Products of -0 with zeros are -0, which leaves a sum as it is, also one that is -0.
+  std::fill(packed, behind, pairs ? bf16_pair(0x8000, 0x8000) : -0.0f);
+  for (int r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < columns; ++k)
       packed[r * words + word_of_column(k)] = pairs ? pair_of(from, r, k) : from.value(r, k);
+    if (pairs && from.width % 2) behind[r] = pair_of(from, r, columns);
+  }
 }
 
 }  // namespace

@@ -105,3 +105,23 @@ def test_weights_keep_their_digits_beside_a_table_of_fp32(isa: str):
         (alone,) = embedding_mix(z, [table], hard=False)
         together, _ = embedding_mix(z, [table, half], hard=False)
     assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-40])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("width", [1, 3, 16, 33, 127, 128])
+def test_gradients_of_few_rows_are_those_of_many(width: int, dtype: torch.dtype, scale: float, isa: str):
+    """To the sign of zeros too, which sums have where every product is below 2^-126."""
+    z, table = torch.randn(9, 300), (torch.randn(300, width) * scale).to(dtype)
+    empty, cotangent = torch.zeros(300, 0, dtype=dtype), torch.randn(9, width) * scale
+
+    def gradient(rows: slice) -> torch.Tensor:
+        given = z[rows].clone().requires_grad_()
+        with use_backend("cpu"):
+            mix, _ = embedding_mix(given, [table, empty])
+        (mix * cotangent[rows]).sum().backward()
+        return given.grad.view(torch.int32)
+
+    many = gradient(slice(9))
+    for n in (1, 2, 3, 5):
+        assert torch.equal(gradient(slice(n)), many[:n])
