@@ -12,7 +12,7 @@ C_TESTS := $(shell find tests examples -name '*.cpp' -o -name '*.c' -o -name '*.
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow emulate lint bench compile-check format gpu sanitize odr clean
+.PHONY: demo test test-slow test-newest test-oldest emulate lint bench compile-check format gpu sanitize odr clean
 
 demo: $(INSTALLED)
 	$(BIN)/nabla-fast demo
@@ -24,6 +24,22 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 test: $(INSTALLED)
 	$(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),NABLA_FAST_REQUIRE_NATIVE=1) $(PYTEST)
+
+# The same tests with other releases, in an environment of their own for each Python. Newest: whatever
+# pip finds, but for torch, of which a newer release may be a CUDA build of 3 GB (TORCH=torch takes it).
+# Oldest: what pyproject.toml admits at least; its torch is a CUDA build where no index has another.
+RELEASE := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+newest_releases = --upgrade --upgrade-strategy eager '$(TORCH)'
+oldest_releases = -c constraints-oldest.txt
+
+test-newest test-oldest: test-%: .venv-%-$(RELEASE)/.installed
+	OMP_NUM_THREADS=1 $(<D)/bin/pytest -n $(WORKERS)
+
+.venv-%-$(RELEASE)/.installed: pyproject.toml setup.py constraints.txt constraints-oldest.txt $(CSRC)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet $($*_releases) -e '.[dev]'
+	touch $@
 
 # Hundreds of random decodes through both loops, kernels at large sizes in Triton's interpreter.
 test-slow: $(INSTALLED)
@@ -45,7 +61,8 @@ bench: $(INSTALLED)
 	$(BIN)/nabla-fast bench kernels
 
 # The kernels behind the C interface under AddressSanitizer, UndefinedBehaviorSanitizer and
-# ThreadSanitizer: random calls, hostile ones too. Only a C++ compiler is needed.
+# ThreadSanitizer, and without them between guard pages: random calls, hostile ones too. Only a C++
+# compiler is needed.
 sanitize:
 	$(MAKE) -f tests/fuzz/sanitize.mk -j$(shell nproc) build
 	$(MAKE) -f tests/fuzz/sanitize.mk

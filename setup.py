@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pybind11
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 LIBRARY = "nabla_fast.libnabla_fast"
@@ -72,6 +73,16 @@ class BuildOnce(build_ext):
         return super().get_ext_filename(name)
 
 
+class TaggedWheel(bdist_wheel):
+    """A wheel whose name tells what it holds: any machine may use one without machine code."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        build = self.get_finalized_command("build_ext")
+        built = any(os.path.exists(build.get_ext_fullpath(e.name)) for e in self.distribution.ext_modules)
+        self.root_is_pure = not built  # also what the wheel says of itself
+        return super().get_tag()
+
+
 def extension(name: str, sources: list[str], link: list[str]) -> Extension:
     """Files that two extensions share are compiled once, so all are compiled alike."""
     return Extension(
@@ -99,5 +110,5 @@ setup(
     packages=find_packages(include=["nabla_fast", "nabla_fast.*"]) + sorted(MAPPED),
     package_dir=MAPPED,
     ext_modules=EXTENSIONS,
-    cmdclass={"build_ext": BuildOnce},
+    cmdclass={"bdist_wheel": TaggedWheel, "build_ext": BuildOnce},
 )

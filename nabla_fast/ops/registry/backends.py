@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterable
 
 from nabla_fast._native import loading as native_loading
@@ -49,6 +50,17 @@ def backend_status() -> dict[str, str | None]:
 def is_available(name: str) -> bool:
     """Whether a backend is there."""
     return _why_missing[name]() is None
+
+
+@functools.cache
+def warn_of_missing_kernels() -> None:
+    """Say, once in a process, that ops run in plain PyTorch where the C++ kernels would have served."""
+    warnings.warn(
+        "ops on the CPU run in plain PyTorch, several times slower, as the C++ kernels are missing: "
+        f"{native_loading.why_missing()} (set_backend('torch') silences this warning)",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def set_backend(*names: str) -> None:

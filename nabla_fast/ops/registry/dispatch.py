@@ -13,7 +13,13 @@ from torch import Tensor
 
 from nabla_fast.errors import BackendUnavailable, InputError, RowError, one_line
 from nabla_fast.ops.overlaps import expect_apart
-from nabla_fast.ops.registry.backends import BACKENDS, PREFERENCE, forced_backends, is_available
+from nabla_fast.ops.registry.backends import (
+    BACKENDS,
+    PREFERENCE,
+    forced_backends,
+    is_available,
+    warn_of_missing_kernels,
+)
 from nabla_fast.ops.registry.rules import Rule, Table, plain_value
 from nabla_fast.ops.registry.schema import (
     is_record,
@@ -278,7 +284,14 @@ class Op:
         names = forced_backends()
         for name in names or self._preferred:
             backend = self._backends.get(name)
-            if backend and (names or is_available(name)) and backend.refuses(*args, **kwargs) is None:
+            if not backend:
+                continue
+            if not names and not is_available(name):
+                given = tensors_in((*args, *kwargs.values()))
+                if name == "cpu" and all(tensor.device.type == "cpu" for tensor in given):
+                    warn_of_missing_kernels()
+                continue
+            if backend.refuses(*args, **kwargs) is None:
                 return backend
         reasons = (f"backend {name}: {self._refusal(name, args, kwargs)}" for name in names)
         raise BackendUnavailable(f"{self.name}: {'; '.join(reasons)}")
