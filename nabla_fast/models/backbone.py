@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from nabla_fast.errors import ModelError
 
-# Names under which forwards take a cache.
-_CACHES = ("past_key_values", "cache_params")
+# Names under which forwards take a cache, by release of transformers and kind of model.
+_CACHES = ("cache", "past_key_values", "cache_params")
 
 
 class Forward:
