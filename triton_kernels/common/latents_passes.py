@@ -260,7 +260,8 @@ def one_pass_kernel(
                     there = column < width
                     ours = (lane < 2 * rows)[None, :] & there[:, None]
                     at = of_split + column[:, None]
-                    pulls = tl.load(at, mask=ours & (start > first), other=0.0, cache_modifier=".cg")
+                    before = tl.where(start > first, ours, False)
+                    pulls = tl.load(at, mask=before, other=0.0, cache_modifier=".cg")
                     head_at = of_head + column.to(tl.int64)[None, :] * head_stride_h
                     head = tl.load(head_at, mask=(token < vocabulary)[:, None] & there[None, :], other=0.0)
                     tl.store(at, pulled(head, weights, scale, shift, pulls, UPCAST), mask=ours)
