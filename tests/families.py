@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -204,6 +205,8 @@ def reward_model(name: str, *, dtype: torch.dtype = torch.float32, **fields) -> 
 
 def _build(spec: tuple[str, str, dict], dtype: torch.dtype, fields: dict) -> PreTrainedModel:
     name, config, shape = spec
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, name)(getattr(transformers, config)(**{**shape, **fields}))
@@ -214,6 +217,10 @@ def _build(spec: tuple[str, str, dict], dtype: torch.dtype, fields: dict) -> Pre
     for holder in (model.config, getattr(model, "generation_config", None)):
         if holder is not None:
             holder.eos_token_id = None
+    if not hasattr(model.config, "pad_token_id"):
+        pytest.skip(
+            f"{name} of transformers {transformers.__version__} reads a field that its config lacks"
+        )
     return model.to(dtype).eval()
 
 

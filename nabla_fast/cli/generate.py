@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +137,10 @@ def run(arguments: argparse.Namespace) -> int:
     stopped: BaseException | None = None
     # On a terminal texts go above the bar; standard output to a file or a pipe is left alone.
     console = Console(stderr=True)
-    bar = Progress(
-        console=console,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),
-        disable=not console.is_interactive,
-    )
-    with closing(output), stream, bar as progress:
+    progress = Progress(console=console, transient=True, redirect_stdout=sys.stdout.isatty())
+    # Elsewhere it is not entered: rich before 15 ends a bar with a line break, even one that is disabled.
+    shown = progress if console.is_interactive else nullcontext()
+    with closing(output), stream, shown:
         task = progress.add_task("decoding", total=len(prompts))
         try:
             for n, result in stream:

@@ -135,5 +135,6 @@ def frozen(models: Sequence[nn.Module]) -> Iterator[deferred]:
 
 
 def _cpu_by_default() -> AbstractContextManager:
-    # Only where it is another one: the context costs a little with every call.
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    # Only where it is another one: the context costs a little with every call. A tensor is made to see, as
+    # torch.get_default_device() of torch 2.9 fails once set_default_device(None) has been called.
+    return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")

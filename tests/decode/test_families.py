@@ -7,6 +7,7 @@ import warnings
 import families
 import pytest
 import torch
+import transformers
 from families import LANGUAGE_MODELS, REWARD_MODELS, greedy, language_model
 
 from nabla_fast import DTOConfig, ModelError, NablaDecoder, Result, SamplingConfig
@@ -22,6 +23,9 @@ BATCHED = {
     *("gemma", "gemma3", "phi3", "mixtral"),
 }
 UNCACHED = {"openai", "rwkv"}
+OLD = transformers.__version__ < "5.1"
+# Those that transformers 5.0 gives caches of their own, which are of no use here.
+NOT_CACHED_BY_ALL = {"mamba", "mamba2", "falcon_mamba", "lfm2", "qwen3_next"}
 REFUSED = {
     "gemma2": "final_logit_softcapping=30.0",
     "phi": "bias on its output head",
@@ -46,7 +50,7 @@ def test_greedy_tokens_of_the_sequential_loop(name):
         warnings.simplefilter("always")
         decoder = NablaDecoder(model, None, None, config=GREEDY, loop="sequential")
     said = [str(w.message) for w in caught if w.category is UserWarning and "cache" in str(w.message)]
-    assert len(said) == (name in UNCACHED)
+    assert len(said) == (name in UNCACHED) or (said and name in NOT_CACHED_BY_ALL and OLD)
     assert all(type(model).__name__ in line and "\n" not in line for line in said)
     for prompt, result in zip(PROMPTS, decoder.generate(PROMPTS, max_new_tokens=COUNT), strict=True):
         assert ends_in_a_greedy_rollout(model, prompt, result)

@@ -179,8 +179,10 @@ def test_what_sequences_have_in_common_is_read_once_where_the_model_allows():
         reading = LanguageModel(language_model(name)).prefix_reading()
         pieces = (PROMPT * 3, [*PROMPT * 3, 7], [*PROMPT * 2, 8, 8])
         counts[name] = [reading.last_state(piece)[1] for piece in pieces]
-        assert isinstance(reading, WholeReading) == (name == "openai")
-    assert counts == {"qwen2": [9, 1, 2], "lfm2": [9, 1, 8], "openai": [9, 10, 8]}
+        assert isinstance(reading, WholeReading) == (counts[name] == [9, 10, 8])
+    # The cache of transformers 5.0 for LFM2 is of no use.
+    assert counts.pop("lfm2") in ([9, 1, 8], [9, 10, 8])
+    assert counts == {"qwen2": [9, 1, 2], "openai": [9, 10, 8]}
 
 
 # -- failures ----------------------------------------------------------------------------------------
@@ -312,4 +314,5 @@ def test_another_default_device_changes_nothing(loop):
     try:
         assert decode() == expected
     finally:
-        torch.set_default_device(None)
+        # None would leave torch 2.9 without a default that can be asked for.
+        torch.set_default_device("cpu")

@@ -272,7 +272,9 @@ def _copied(value: Any) -> Any:
             return value
         if value.requires_grad:
             return value.detach().clone().requires_grad_()
-        return torch._neg_view(_same_layout(torch._neg_view(value))) if value.is_neg() else _same_layout(value)
+        return (
+            torch._neg_view(_same_layout(torch._neg_view(value))) if value.is_neg() else _same_layout(value)
+        )
     if isinstance(value, (list, tuple)):
         parts = [_copied(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
