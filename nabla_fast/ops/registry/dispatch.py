@@ -200,7 +200,7 @@ class Op:
         """The plain arguments of a call in the order of the parameters; empties ``kwargs``."""
         if len(args) > self._positional:
             raise TypeError(f"{self.name}() takes {self._positional} positional arguments, got {len(args)}")
-        pairs = zip(self.parameters, args, strict=False)
+        pairs = zip(self.parameters[: len(args)], args, strict=True)
         values = [plain_value(self.name, p, value) for p, value in pairs]
         for parameter in self.parameters[len(args) :]:
             value = kwargs.pop(parameter.name, parameter.default)
