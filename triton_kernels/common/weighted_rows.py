@@ -173,7 +173,10 @@ def weighted_rows(
     kind = _kind(weights, tables, soft=sums is not None)
     config = presets.config("weighted_rows", kind, weights.device)
     budget = scratch if isinstance(scratch, int) else 4 * scratch.numel()
-    for part in row_blocks(len(weights), 4 * width, budget):
+    parts = list(row_blocks(len(weights), 4 * width, budget))
+    if isinstance(scratch, int) and len(parts) > 1:
+        scratch = weights.new_empty(budget // 4, dtype=torch.float32)  # once for all of them
+    for part in parts:
         _weigh(
             weights[part],
             tables,
