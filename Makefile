@@ -38,6 +38,7 @@ test-newest test-oldest: test-%: .venv-%-$(RELEASE)/.installed
 
 .venv-%-$(RELEASE)/.installed: pyproject.toml setup.py constraints.txt constraints-oldest.txt $(CSRC)
 	$(PYTHON) -m venv --clear $(@D)
+	$(call announce_torch,$($*_releases))
 	$(@D)/bin/python -m pip install --quiet $($*_releases) -e '.[dev]'
 	touch $@
 
@@ -86,9 +87,17 @@ gpu:
 	$(PYTHON) tools/gpu_run.py $(GPU_ARGS)
 
 # The stamp is written last: after a broken-off installation the next call starts again, and anew
-# where even pip is missing. The pinned torch is a CPU build where a package index offers one.
+# where even pip is missing. The pinned torch is a CPU build where a package index offers one; elsewhere
+# it is said before the download.
+define announce_torch
+@[ "$$(uname -sm)" != "Linux x86_64" ] || $(@D)/bin/python -m pip install --quiet --dry-run --no-deps \
+	--ignore-installed --report - $(1) torch 2>/dev/null | grep '"url"' | grep -q cpu || echo "make: torch \
+	comes as a CUDA build of about 3 GB; for the CPU build, of 200 MB, stop here and see docs/installing.md"
+endef
+
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(CSRC)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(call announce_torch,-c constraints.txt)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
