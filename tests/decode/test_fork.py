@@ -19,6 +19,7 @@ from tiny_models import causal_lm, reward_model
 from nabla_fast import DTOConfig, NablaDecoder
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started this may ignore it
 loop = sys.argv[1]
 lm, rm = causal_lm("qwen2").train(), reward_model("qwen2").train()
 rm.score.requires_grad_(False)

@@ -180,6 +180,9 @@ class Op:
         else:
             if any(tensor.is_meta for tensor in tensors_in(values)):
                 self.table.expect(values)  # the dispatcher would answer for meta tensors beside others
+            # So it would, with an assertion of its own, for what is changed in place.
+            if not torch.compiler.is_compiling() and any(t.is_neg() for t in tensors_in(values)):
+                values = self._without_negative_views(values)
             pairs = zip(self.parameters, values, strict=True)
             result = self._library_op(*(flat for p, value in pairs for flat in p.flatten(value)))
         return self.record(*result) if self.record else result
