@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import FrameType
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tiny_models import causal_lm, reward_model
 
-from nabla_fast import DecodingFailed, DecodingInterrupted, DTOConfig, NablaDecoder
+from nabla_fast import DecodingInterrupted, DTOConfig, NablaDecoder
 from nabla_fast.models.interrupts import deferred
 
 CONFIG = DTOConfig(iters=2, lr=1.0, confidence_threshold=None, max_generations=2)
@@ -171,13 +172,17 @@ def test_interrupts_in_a_row(loop: str):
 
 
 def test_a_handler_of_the_callers_own():
-    """A time limit, as people write it."""
+    """A time limit. What it raises is no Exception, which other people's code may catch."""
+
+    class OutOfTime(BaseException):
+        pass
 
     def ring(*_: object) -> None:
-        raise TimeoutError
+        raise OutOfTime
 
-    def for_ever() -> None:
-        while True:
+    def for_long() -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
             case.run()
 
     case = Case("batched", "straight_through", "generate")
@@ -185,8 +190,8 @@ def test_a_handler_of_the_callers_own():
     try:
         for seconds in (0.002, 0.01, 0.02, 0.04):
             signal.setitimer(signal.ITIMER_REAL, seconds)
-            with pytest.raises((TimeoutError, DecodingFailed)):
-                for_ever()
+            with pytest.raises(OutOfTime):
+                for_long()
             assert case.state() == case.before
             assert case.tokens() == case.expected
         assert signal.getsignal(signal.SIGALRM) is ring
