@@ -1,6 +1,7 @@
 // Weighted sums of a table's rows, the tokens of an element in order from the first to the last:
-// the other product of a linear layer, for nll_grad and the decoder. add_weighted_sums() of
-// vocab_tiles.h sums the tokens of a tile before it adds them, and has other bits.
+// the other product of a linear layer, for nll_grad and the decoder. What a call adds is summed
+// before it is added: beside a large sum, small terms would be lost one by one.
+// add_weighted_sums() of vocab_tiles.h adds in another order, and has other bits.
 #ifndef NABLA_FAST_CPU_GEMM_ADD_WEIGHTED_ROWS_H_
 #define NABLA_FAST_CPU_GEMM_ADD_WEIGHTED_ROWS_H_
 
@@ -27,13 +28,7 @@ NABLA_FAST_INLINE void add_columns(const float* weights, int64_t weights_stride,
                                    const T* table, int64_t table_stride, float* sums,
                                    int64_t sums_stride, int rest) {
   constexpr int kVectors = C * kLanes / W;
-  Floats<W> total[R * kVectors];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c)
-      total[r * kVectors + c] = load<W>(sums + r * sums_stride + c * W);
-  }
+  Floats<W> total[R * kVectors] = {};
   for (int64_t t = 0; t < tokens; ++t) {
     const T* columns = table + t * table_stride;
     T part[kLanes] = {};
@@ -54,8 +49,10 @@ NABLA_FAST_INLINE void add_columns(const float* weights, int64_t weights_stride,
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c)
-      store<W>(sums + r * sums_stride + c * W, total[r * kVectors + c]);
+    for (int c = 0; c < kVectors; ++c) {
+      float* const sum = sums + r * sums_stride + c * W;
+      store<W>(sum, load<W>(sum) + total[r * kVectors + c]);
+    }
   }
 }
 

@@ -16,7 +16,7 @@ from nabla_fast.ops import AdamState, Descent, cosine_schedule, dto_descent, use
 from nabla_fast.ops.descent_loop import descend_native
 
 from ..contract import BackendContract, EveryInstructionSet
-from ..harness import check, map_tensors, run, to_float64
+from ..harness import check, map_tensors, run, run_body, to_float64
 from ..inputs import F64, Case, Draw
 from ..shared.descents import DescentOverlaps, descent_arguments
 from .cases import DTO_DESCENT
@@ -98,6 +98,15 @@ def test_moments_and_rates_of_any_size(isa: str, scale: float, rate: float, draw
         return arguments
 
     check(dto_descent, Case(f"{scale}", make), draw, "cpu", partial(run, dto_descent, "cpu"))
+
+
+def test_sums_round_no_more_than_torchs(isa: str, draw: Draw):
+    """A chain of additions through a whole chunk had twice torch's error."""
+    arguments = descent_arguments(draw, rows=128, vocabulary=1300, iters=2, lr=10.0)
+    exact = run_body(dto_descent, to_float64(arguments))["state_exp_avg"]
+    ours = run(dto_descent, "cpu", arguments)["state_exp_avg"]
+    torchs = run_body(dto_descent, arguments)["state_exp_avg"]
+    assert (ours - exact).norm() <= 1.5 * (torchs - exact).norm()
 
 
 def test_flips_when_float64_does(draw: Draw):

@@ -54,6 +54,17 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype, width: int, draw: D
         assert (grad - wanted).abs().amax() <= 2e-6 * width**0.5 * wanted.abs().amax().clamp(min=1)
 
 
+def test_small_terms_beside_a_large_one(isa: str):
+    """Added one by one they would be rounded to the last place of the sum: an error of 1e-4 here."""
+    hidden, head = torch.ones(1, 1), torch.full((8000, 1), 0.3)
+    head[0] = 12
+    pi = (hidden.double() @ head.double().T).softmax(dim=-1)
+    pi[0, 5] -= 1
+    wanted = pi @ head.double()
+    grad, _ = gradient(hidden, head, torch.tensor([5]))
+    assert (grad - wanted).abs() <= 1e-5 * wanted.abs()
+
+
 @DTYPES
 def test_bits_do_not_depend_on_threads_or_alignment(dtype: torch.dtype, draw: Draw):
     hidden, head = draw.normal(67, 50), draw.normal(20_011, 50, dtype=dtype)
