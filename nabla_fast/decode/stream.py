@@ -105,7 +105,11 @@ class ResultStream(Iterator[tuple[int, Result]]):
             if self._decoding is not None:
                 self._decoding.close()
             self._decoding = self._decode(problems)
-        finished = next(self._decoding)
+        try:
+            finished = next(self._decoding)
+        except BaseException:
+            self._decoding = None  # at its end: whoever goes on, after a time limit say, starts over
+            raise
         self._weights = self._fingerprint()
         return finished
 

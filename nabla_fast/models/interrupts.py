@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -14,6 +15,17 @@ T = TypeVar("T")
 # Those that people give handlers that raise: an alarm as well as Ctrl-C. Not all have every one.
 _NAMES = ["INT", "TERM", "HUP", "QUIT", "BREAK", "ALRM", "VTALRM", "PROF", "USR1", "USR2"]
 _NUMBERS = [int(getattr(signal, f"SIG{name}")) for name in _NAMES if hasattr(signal, f"SIG{name}")]
+
+
+class _Interruption(BaseException):
+    """What carries a handler's ``Exception`` to the end of a block, past whoever catches exceptions.
+
+    A ``TimeoutError`` would be taken for a failure of the model that an alarm interrupts.
+    """
+
+    def __init__(self, error: Exception):
+        self.error = error
+        super().__init__(error)
 
 
 class _Signals:
@@ -25,21 +37,43 @@ class _Signals:
         deferring: whether signals wait just now.
         depth: how many blocks of :class:`deferred` have been entered.
         thread: the one that entered them.
+        raised: what a handler has raised inside of them.
     """
 
     def __init__(self) -> None:
         self.deferring, self.depth, self.thread = False, 0, 0
+        self.raised: BaseException | None = None
         self._caught: list[tuple[int, FrameType | None]] = []
         self._formers: dict[int, Callable[[int, FrameType | None], object]] = {}
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.deferring:
+        # What a handler raises passes through blocks that give back, which no second signal may split.
+        if self.deferring or self._passes():
             self._caught.append((number, frame))
             return
-        # What the handler raises passes through blocks that give back, which no second signal may split.
+        # Nor is the handler itself split, where it has been entered and not yet raised anything.
         self.deferring = self.depth > 0
-        self._formers[number](number, frame)
-        self.deferring = False
+        try:
+            self._formers[number](number, frame)
+        except BaseException as error:
+            if self.depth:
+                self.raised = _Interruption(error) if isinstance(error, Exception) else error
+                raise self.raised from None
+            raise
+        finally:
+            self.deferring = False
+
+    def _passes(self) -> bool:
+        """Whether what a handler has raised is on its way, and has not been caught and dropped."""
+        error = sys.exc_info()[1] if self.raised else None
+        while error is not None and error is not self.raised:
+            error = error.__context__
+        return error is not None
+
+    def raise_again(self) -> None:
+        """Raise what a handler has raised, which somebody may have caught; nothing if there is nothing."""
+        if self.raised:
+            raise self.raised
 
     def install(self) -> None:
         """Stand before every handler that is a Python function."""
@@ -56,12 +90,13 @@ class _Signals:
                 signal.signal(number, former)
 
     def forget(self) -> None:
-        """Drop what waits."""
+        """Drop what waits and what has been raised."""
         self._caught.clear()
+        self.raised = None
 
     def deliver(self) -> None:
         """Let those through that have waited."""
-        while self._caught and not self.deferring:
+        while self._caught and not self.deferring and not self._passes():
             self(*self._caught.pop(0))
 
 
@@ -75,6 +110,9 @@ class deferred:
     ``try`` that would release it, or in the ``finally`` that does. Inside this block it waits; it is
     raised when the outermost block ends. In threads other than the main one, where no handler runs, the
     block does nothing.
+
+    What a handler raises in :meth:`interruptible` comes out of the outermost block as it is, also where
+    other code has caught it, and is no ``Exception`` on the way.
 
     Example:
         with deferred() as signals:
@@ -101,7 +139,9 @@ class deferred:
             _signals.depth = self._depth + 1
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._here:
             _signals.depth = self._depth
             try:
@@ -110,7 +150,12 @@ class deferred:
             except BaseException:
                 self._restore_if_outermost()
                 raise
+            if not self._depth:
+                _signals.raised = None
             _signals.deliver()
+            if isinstance(error, _Interruption) and not self._depth:
+                error.error.__suppress_context__ = True  # it comes from the handler, not from here
+                raise error.error
 
     def _restore_if_outermost(self) -> None:
         if not self._depth:
@@ -126,6 +171,7 @@ class deferred:
             return work()
         finally:
             _signals.deferring = True
+            _signals.raise_again()
 
 
 def _forget_the_parents_main_thread() -> None:

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import FrameType
 
 import pytest
 import torch
 from tiny_models import causal_lm, reward_model
 
-from nabla_fast import DecodingInterrupted, DTOConfig, NablaDecoder
+from nabla_fast import DecodingFailed, DecodingInterrupted, DTOConfig, NablaDecoder
 from nabla_fast.models.interrupts import deferred
 
 CONFIG = DTOConfig(iters=2, lr=1.0, confidence_threshold=None, max_generations=2)
@@ -54,13 +55,14 @@ class Case:
     def tokens(self) -> list[list[int]]:
         return [result.token_ids for result in self.decoder.generate(PROMPTS, **OPTIONS)]
 
-    def run(self) -> None:
+    def run(self, on_error: str = "raise") -> None:
         """Decode; ``seen`` has the prompts whose results have been handed over."""
         self.seen.clear()
+        options = {**OPTIONS, "on_error": on_error}
         if self.how == "generate":
-            self.decoder.generate(PROMPTS, on_result=lambda n, _: self.seen.append(n), **OPTIONS)
+            self.decoder.generate(PROMPTS, on_result=lambda n, _: self.seen.append(n), **options)
         else:
-            self.seen.extend(n for n, _ in self.decoder.stream(PROMPTS, **OPTIONS))
+            self.seen.extend(n for n, _ in self.decoder.stream(PROMPTS, **options))
 
     def state(self) -> tuple:
         """All that a decode changes for a while."""
@@ -76,8 +78,8 @@ class Case:
 class Lines:
     """Counts the lines that run, and sends a signal before the n-th; none with n = 0."""
 
-    def __init__(self, n: int = 0, times: int = 1):
-        self.n, self.times, self.count = n, times, 0
+    def __init__(self, n: int = 0, times: int = 1, number: int = signal.SIGINT):
+        self.n, self.times, self.number, self.count = n, times, number, 0
         self.first: dict[tuple[str, int], int] = {}
         self.last: dict[tuple[str, int], int] = {}
 
@@ -101,7 +103,7 @@ class Lines:
                 self.first.setdefault(line, self.count)
                 self.last[line] = self.count
             if self.n <= self.count < self.n + self.times and self.n:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(self.number)
         return self._line
 
     def moments(self) -> list[int]:
@@ -171,33 +173,116 @@ def test_interrupts_in_a_row(loop: str):
         assert case.tokens() == case.expected, n
 
 
-def test_a_handler_of_the_callers_own():
-    """A time limit. What it raises is no Exception, which other people's code may catch."""
+class OutOfTime(BaseException):
+    """What code that catches every ``Exception`` lets pass."""
 
-    class OutOfTime(BaseException):
-        pass
+
+@pytest.fixture(params=[TimeoutError, OutOfTime])
+def time_limit(request: pytest.FixtureRequest) -> Iterator[type[BaseException]]:
+    """What the handler of SIGALRM raises."""
 
     def ring(*_: object) -> None:
-        raise OutOfTime
+        raise request.param
 
+    former = signal.signal(signal.SIGALRM, ring)
+    yield request.param
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert signal.getsignal(signal.SIGALRM) is ring
+    signal.signal(signal.SIGALRM, former)
+
+
+def test_a_time_limit(time_limit: type[BaseException]):
     def for_long() -> None:
         end = time.monotonic() + 60
         while time.monotonic() < end:
             case.run()
 
     case = Case("batched", "straight_through", "generate")
-    former = signal.signal(signal.SIGALRM, ring)
-    try:
-        for seconds in (0.002, 0.01, 0.02, 0.04):
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-            with pytest.raises(OutOfTime):
-                for_long()
-            assert case.state() == case.before
-            assert case.tokens() == case.expected
-        assert signal.getsignal(signal.SIGALRM) is ring
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+    for seconds in (0.002, 0.01, 0.02, 0.04):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        with pytest.raises(time_limit):
+            for_long()
+        assert case.state() == case.before
+        assert case.tokens() == case.expected
+
+
+def ring_at(case: Case, n: int, error: type[BaseException], keep: bool = False) -> None:
+    """Let the time be over at the n-th line, and check that nothing else has come of it."""
+    with pytest.raises((error, DecodingFailed)) as caught:
+        Lines(n, number=signal.SIGALRM).run(partial(case.run, on_error="keep" if keep else "raise"))
+    if caught.traceback[-1].name == "_call":  # of on_result, where any error fails the decode
+        assert type(caught.value.__cause__) is error, n
+    else:
+        assert type(caught.value) is error, n
+    assert case.state() == case.before, n
+    assert case.tokens() == case.expected, n
+
+
+@pytest.mark.parametrize("time_limit", [TimeoutError], indirect=True)
+@pytest.mark.parametrize(("loop", "relaxation", "how"), WAYS)
+def test_a_time_limit_is_no_failure_of_a_prompt(
+    loop: str, relaxation: str, how: str, time_limit: type[BaseException]
+):
+    case = Case(loop, relaxation, how)
+    moments = moments_of(case)
+    for n in moments[WAYS.index(next(w for w in WAYS if w.values == (loop, relaxation, how))) :: 200]:
+        ring_at(case, n, time_limit, keep=n % 2 == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time_limit", [TimeoutError], indirect=True)
+@pytest.mark.parametrize("loop", ["sequential", "batched"])
+def test_a_time_limit_at_every_line(loop: str, time_limit: type[BaseException]):
+    case = Case(loop, "straight_through", "generate")
+    for n in moments_of(case):
+        ring_at(case, n, time_limit, keep=n % 2 == 0)
+
+
+def test_a_time_limit_while_models_are_probed(time_limit: type[BaseException]):
+    """Probes catch whatever a model raises, and take it for the model's own."""
+    models = causal_lm("qwen2"), reward_model("qwen2")
+    make = partial(NablaDecoder, *models, None, config=CONFIG)
+    lines = Lines()
+    lines.run(make)
+    moments = lines.moments()
+    for n in moments[:: len(moments) // 40]:
+        with pytest.raises(time_limit) as caught:
+            Lines(n, number=signal.SIGALRM).run(make)
+        assert type(caught.value) is time_limit, n
+
+
+def test_who_catches_everything_does_not_lose_a_signal(time_limit: type[BaseException]):
+    """Nor do those that come later wait for the end of what is going on."""
+
+    def catches_all(*_: object) -> None:
+        for number in (signal.SIGALRM, signal.SIGINT):
+            try:
+                signal.raise_signal(number)
+            except BaseException as error:
+                caught.append(type(error))
+
+    case, caught = Case("batched", "straight_through", "generate"), []
+    hook = case.models[0].model.register_forward_pre_hook(catches_all)
+    with pytest.raises(KeyboardInterrupt):  # the last one
+        case.run()
+    hook.remove()
+    assert caught[1::2] == [KeyboardInterrupt] * (len(caught) // 2)
+    assert case.state() == case.before
+    assert case.tokens() == case.expected
+
+
+def test_a_stream_goes_on_after_a_time_limit(time_limit: type[BaseException]):
+    case = Case("sequential", "straight_through", "generate")
+    with case.decoder.stream(PROMPTS, **OPTIONS) as stream:
+        next(stream)
+        hook = case.models[0].model.register_forward_pre_hook(
+            lambda *_: signal.raise_signal(signal.SIGALRM)
+        )
+        with pytest.raises(time_limit):
+            next(stream)
+        hook.remove()
+        assert [result.token_ids for _, result in stream] == case.expected[1:]
+    assert [result.token_ids for result in stream.results] == case.expected
 
 
 def test_a_signal_waits_until_the_block_ends():
