@@ -266,7 +266,9 @@ def test_who_catches_everything_does_not_lose_a_signal(time_limit: type[BaseExce
     with pytest.raises(KeyboardInterrupt):  # the last one
         case.run()
     hook.remove()
-    assert caught[1::2] == [KeyboardInterrupt] * (len(caught) // 2)
+    assert len(caught) >= 4
+    assert all(error is KeyboardInterrupt for error in caught[1::2])
+    assert not any(issubclass(error, (Exception, KeyboardInterrupt)) for error in caught[::2])
     assert case.state() == case.before
     assert case.tokens() == case.expected
 
