@@ -12,9 +12,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Those that people give handlers that raise: an alarm as well as Ctrl-C. Not all have every one.
-_NAMES = ["INT", "TERM", "HUP", "QUIT", "BREAK", "ALRM", "VTALRM", "PROF", "USR1", "USR2"]
-_NUMBERS = [int(getattr(signal, f"SIG{name}")) for name in _NAMES if hasattr(signal, f"SIG{name}")]
+# Not those by which the system reports a fault of the program itself.
+_FAULTS = {
+    getattr(signal, f"SIG{name}", None) for name in ("SEGV", "BUS", "FPE", "ILL", "ABRT", "TRAP", "SYS")
+}
+_NUMBERS = sorted({int(number) for number in signal.valid_signals() - _FAULTS})
 
 
 class _Interruption(BaseException):
@@ -28,10 +30,23 @@ class _Interruption(BaseException):
         super().__init__(error)
 
 
-class _Signals:
-    """The handler before the process's own handlers; the main thread alone, where signals arrive, uses it.
+class _Handler:
+    """A handler that lets a signal through to its former, or lets it wait.
 
-    It lets signals through unless ``deferring``, so that it does no harm where it stays behind.
+    Each has its own former: code that sets another handler in a block may call the one that it replaced.
+    """
+
+    def __init__(self, former: Callable[[int, FrameType | None], object]):
+        self.former = former
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        _signals.arrive(self.former, number, frame)
+
+
+class _Signals:
+    """Which signals wait; the main thread alone, where signals arrive, uses it.
+
+    It lets signals through unless ``deferring``, so that a handler does no harm where it stays behind.
 
     Attributes:
         deferring: whether signals wait just now.
@@ -42,33 +57,40 @@ class _Signals:
 
     def __init__(self) -> None:
         self.deferring, self.depth, self.thread = False, 0, 0
+        self._handling: int | None = None  # the depth at which a handler runs
         self.raised: BaseException | None = None
-        self._caught: list[tuple[int, FrameType | None]] = []
-        self._formers: dict[int, Callable[[int, FrameType | None], object]] = {}
+        self._caught: list[tuple[Callable[[int, FrameType | None], object], int, FrameType | None]] = []
+        self._numbers: set[int] = set()
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
+    def arrive(
+        self, handler: Callable[[int, FrameType | None], object], number: int, frame: FrameType | None
+    ) -> None:
+        """Let a signal wait, or have it handled."""
         # What a handler raises passes through blocks that give back, which no second signal may split.
         if self.deferring or self._passes():
-            self._caught.append((number, frame))
+            self._caught.append((handler, number, frame))
             return
-        # Nor is the handler itself split, where it has been entered and not yet raised anything.
-        self.deferring = self.depth > 0
+        before, self._handling = self._handling, self.depth
+        inside = before == self.depth  # of another handler, to which it may matter what is raised
         try:
-            self._formers[number](number, frame)
+            handler(number, frame)
         except BaseException as error:
-            if self.depth:
-                self.raised = _Interruption(error) if isinstance(error, Exception) else error
-                raise self.raised from None
-            raise
+            if not self.depth or inside:
+                raise
+            self.raised = _Interruption(error) if isinstance(error, Exception) else error
+            raise self.raised from None
         finally:
-            self.deferring = False
+            self._handling = before
+            if self.depth:
+                self.install()  # a handler may make another one its successor
 
     def _passes(self) -> bool:
         """Whether what a handler has raised is on its way, and has not been caught and dropped."""
-        error = sys.exc_info()[1] if self.raised else None
-        while error is not None and error is not self.raised:
+        error, seen = sys.exc_info()[1] if self.raised else None, set()
+        while error is not None and error is not self.raised and id(error) not in seen:
+            seen.add(id(error))
             error = error.__context__
-        return error is not None
+        return error is not None and error is self.raised
 
     def raise_again(self) -> None:
         """Raise what a handler has raised, which somebody may have caught; nothing if there is nothing."""
@@ -79,15 +101,17 @@ class _Signals:
         """Stand before every handler that is a Python function."""
         for number in _NUMBERS:
             handler = signal.getsignal(number)
-            if callable(handler) and handler is not self:
-                self._formers[number] = handler
-                signal.signal(number, self)
+            if callable(handler) and not isinstance(handler, _Handler):
+                self._numbers.add(number)
+                signal.signal(number, _Handler(handler))
 
     def restore(self) -> None:
         """Leave the handlers as they were; those that were changed meanwhile stay changed."""
-        for number, former in self._formers.items():
-            if signal.getsignal(number) is self:
-                signal.signal(number, former)
+        for number in list(self._numbers):
+            handler = signal.getsignal(number)
+            if isinstance(handler, _Handler):
+                signal.signal(number, handler.former)
+            self._numbers.discard(number)
 
     def forget(self) -> None:
         """Drop what waits and what has been raised."""
@@ -95,9 +119,14 @@ class _Signals:
         self.raised = None
 
     def deliver(self) -> None:
-        """Let those through that have waited."""
+        """Let those through that have waited, all of them where no block is left to wait for."""
         while self._caught and not self.deferring and not self._passes():
-            self(*self._caught.pop(0))
+            try:
+                self.arrive(*self._caught.pop(0))
+            except BaseException:
+                if not self.depth:
+                    self.deliver()
+                raise
 
 
 _signals = _Signals()
@@ -129,8 +158,8 @@ class deferred:
             self._depth, self._before = _signals.depth, _signals.deferring
             _signals.thread = threading.get_ident()
             try:
-                _signals.install()
                 if not self._depth:
+                    _signals.install()
                     _signals.forget()
                 _signals.deferring = True
             except BaseException:
@@ -171,6 +200,7 @@ class deferred:
             return work()
         finally:
             _signals.deferring = True
+            _signals.install()  # work may have set handlers of its own
             _signals.raise_again()
 
 

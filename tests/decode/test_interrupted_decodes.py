@@ -16,7 +16,6 @@ import torch
 from tiny_models import causal_lm, reward_model
 
 from nabla_fast import DecodingFailed, DecodingInterrupted, DTOConfig, NablaDecoder
-from nabla_fast.models.interrupts import deferred
 
 CONFIG = DTOConfig(iters=2, lr=1.0, confidence_threshold=None, max_generations=2)
 PROMPTS = [[5, 9, 3], [7]]
@@ -285,40 +284,6 @@ def test_a_stream_goes_on_after_a_time_limit(time_limit: type[BaseException]):
         hook.remove()
         assert [result.token_ids for _, result in stream] == case.expected[1:]
     assert [result.token_ids for result in stream.results] == case.expected
-
-
-def test_a_signal_waits_until_the_block_ends():
-    def blocks() -> None:
-        with deferred():
-            with deferred():
-                signal.raise_signal(signal.SIGINT)
-                done.append("inner")
-            done.append("outer")
-        done.append("after")
-
-    done = []
-    with pytest.raises(KeyboardInterrupt):
-        blocks()
-    assert done == ["inner", "outer"]
-
-
-def test_a_signal_comes_while_work_runs():
-    def work() -> None:
-        signal.raise_signal(signal.SIGINT)
-        done.append("after the signal")
-
-    def block() -> None:
-        with deferred() as signals:
-            try:
-                signals.interruptible(work)
-            finally:
-                signal.raise_signal(signal.SIGINT)  # a second one waits
-                done.append("given back")
-
-    done = []
-    with pytest.raises(KeyboardInterrupt):
-        block()
-    assert done == ["given back"]
 
 
 def test_who_waits_for_a_turn_can_be_interrupted():
