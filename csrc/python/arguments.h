@@ -135,7 +135,7 @@ void convert_matrix(PyObject* value, Matrix& to) {
   convert_tuple(attribute(value, names.shape).ptr(), rows, to.width);
   convert_tuple(called(value, names.stride).ptr(), to.stride, unit);
   to.dtype = dtype_of(attribute(value, names.dtype).ptr());
-  if (unit != 1 && to.width > 1)
+  if (unit != 1 && to.width > 1 && rows > 0)
     throw pybind11::value_error("a matrix must have unit stride along its columns");
 }
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nabla_fast.errors import InputError
+from nabla_fast.ops.checks import expect
+from nabla_fast.ops.registry.rules import Table, floats, plain_float, plain_int
+from nabla_fast.ops.registry.schema import read_parameters
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
@@ -27,12 +29,20 @@ class AdamState(NamedTuple):
 
     @staticmethod
     def zeros(parameter: Tensor) -> AdamState:
-        """The state before the first step of ``parameter`` [N, V or H]."""
+        """The state before the first step of ``parameter`` [N, V or H].
+
+        Raises:
+            InputError: it is no matrix of floating-point numbers.
+        """
+        (parameter,) = _ZEROS.plain(parameter)
         return AdamState(
             torch.zeros_like(parameter),
             torch.zeros_like(parameter),
             torch.zeros(parameter.shape[0], dtype=torch.int64, device=parameter.device),
         )
+
+
+_ZEROS = Table("AdamState.zeros", read_parameters(AdamState.zeros), {"parameter": floats("N", "D")})
 
 
 def cosine_schedule(iters: int, lr: float, *, min_ratio: float = 0.0, warmup_steps: int = 0) -> Tensor:
@@ -42,21 +52,29 @@ def cosine_schedule(iters: int, lr: float, *, min_ratio: float = 0.0, warmup_ste
     cosine runs over the K − w steps that are left.
 
     Args:
-        iters: K.
-        lr: peak learning rate.
-        min_ratio: floor of the cosine, as a share of ``lr``.
+        iters: K ≥ 0.
+        lr: peak learning rate, finite and ≥ 0.
+        min_ratio: floor of the cosine, as a share of ``lr``, in [0, 1].
         warmup_steps: w, at most K.
     Returns:
         [K] float64.
     Raises:
-        InputError: ``warmup_steps`` is out of its range.
+        InputError: an argument is no number, or out of its range.
 
     Example:
         >>> cosine_schedule(4, 1.0, min_ratio=0.3).tolist()
         [1.0, 0.8535533905932737, 0.5, 0.3]
     """
-    if not 0 <= warmup_steps <= iters:
-        raise InputError(f"warmup_steps must be between 0 and iters={iters}, got {warmup_steps}")
+    name = "cosine_schedule"
+    iters, warmup_steps = plain_int(name, "iters", iters), plain_int(name, "warmup_steps", warmup_steps)
+    lr, min_ratio = plain_float(name, "lr", lr), plain_float(name, "min_ratio", min_ratio)
+    expect(iters >= 0, f"{name}: iters must not be negative, got {iters}")
+    expect(0 <= lr < math.inf, f"{name}: lr must be finite and not negative, got {lr}")
+    expect(0 <= min_ratio <= 1, f"{name}: min_ratio must be in [0, 1], got {min_ratio}")
+    expect(
+        0 <= warmup_steps <= iters,
+        f"{name}: warmup_steps must be between 0 and iters={iters}, got {warmup_steps}",
+    )
     rates = []
     for k in range(iters):
         if k < warmup_steps:

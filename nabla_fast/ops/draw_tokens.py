@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -100,6 +102,7 @@ def check_draw_tokens(
     logits: Tensor, exponentials: Tensor, *, temperature: float, top_k: int, top_p: float
 ) -> None:
     expect_vocabulary("draw_tokens", logits.shape[1])
+    expect(not math.isnan(temperature), "draw_tokens: temperature is not a number")
     expect(top_k >= 0, f"draw_tokens: top_k must not be negative, got {top_k}")
     expect(0 < top_p <= 1, f"draw_tokens: top_p must be in (0, 1], got {top_p}")
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nabla_fast._native import extension
 from nabla_fast.ops.limits import native_backend, triton_backend
-from nabla_fast.ops.registry import floats, op
+from nabla_fast.ops.registry import Table, floats, op, tensors
+from nabla_fast.ops.registry.schema import read_parameters
 from nabla_fast.ops.rows import accumulation_dtype
 
 # Rows of a half-precision lm_head that are converted at a time.
@@ -66,15 +67,28 @@ def logits_backward(grad: Tensor, head: Tensor) -> Tensor:
         head: [V, H].
     Returns:
         [N, H] in the dtype of ``grad``.
+    Raises:
+        InputError: a shape, dtype or device does not fit.
 
     Example:
         >>> logits_backward(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         tensor([[1., 2.]])
     """
+    grad, head = _BACKWARD.plain(grad, head)
     if head.dtype == grad.dtype:
         return grad @ head
     parts = zip(grad.split(HEAD_ROWS, dim=1), head.split(HEAD_ROWS), strict=True)
     return sum(columns @ rows.to(grad.dtype) for columns, rows in parts)
+
+
+_BACKWARD = Table(
+    "logits_backward",
+    read_parameters(logits_backward),
+    {
+        "grad": tensors(("N", "V"), dtypes=(torch.float32, torch.float64)),
+        "head": floats("V", "H"),
+    },
+)
 
 
 @lm_logits.fake

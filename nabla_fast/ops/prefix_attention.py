@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from torch.nn import functional as F
 from nabla_fast._native import MOST_HEAD_DIM, extension
 from nabla_fast.errors import InputError
 from nabla_fast.ops.checks import expect
-from nabla_fast.ops.limits.native_backend import device_refusal
-from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal
+from nabla_fast.ops.limits.native_backend import device_refusal, unit_stride_refusal
+from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal
 from nabla_fast.ops.registry import floats, integers, op
 from nabla_fast.ops.rows import accumulation_dtype
 
@@ -192,18 +193,18 @@ def _seen(prefix_lengths: Tensor, width: int, suffix: int, window: int | None) -
 
 
 @prefix_attention.check
-def check_prefix_attention(q: Tensor, k: Tensor, *_: Tensor, window: int | None, **__: float) -> None:
-    _check("prefix_attention", q.shape[1], k.shape[1], window)
+def check_prefix_attention(q: Tensor, k: Tensor, *_: Tensor, window: int | None, scale: float) -> None:
+    _check("prefix_attention", q.shape[1], k.shape[1], window, scale)
 
 
 @prefix_attention_backward.check
 def check_prefix_attention_backward(
-    cotangent: Tensor, q: Tensor, k: Tensor, *_: Tensor, window: int | None, **__: float
+    cotangent: Tensor, q: Tensor, k: Tensor, *_: Tensor, window: int | None, scale: float
 ) -> None:
-    _check("prefix_attention_backward", q.shape[1], k.shape[1], window)
+    _check("prefix_attention_backward", q.shape[1], k.shape[1], window, scale)
 
 
-def _check(name: str, heads: int, kv_heads: int, window: int | None) -> None:
+def _check(name: str, heads: int, kv_heads: int, window: int | None, scale: float) -> None:
     # Messages are written on failure alone: attention of one token takes less time than to write them.
     if kv_heads == 0 or heads % kv_heads != 0:
         raise InputError(
@@ -211,6 +212,8 @@ def _check(name: str, heads: int, kv_heads: int, window: int | None) -> None:
         )
     if window is not None and window < 1:
         raise InputError(f"{name}: window must be at least 1, got {window}")
+    if not math.isfinite(scale):
+        raise InputError(f"{name}: scale must be finite, got {scale}")
 
 
 @prefix_attention.fake
@@ -250,7 +253,7 @@ def _cpu_refusal(
         or _float_refusal("v", v)
         or _float_refusal("key_pool", key_pool)
         or _float_refusal("value_pool", value_pool)
-        or stride_refusal("block_tables", block_tables, "C++")
+        or unit_stride_refusal("block_tables", block_tables)
         or contiguous_refusal("prefix_lengths", prefix_lengths, "C++")
     )
 
@@ -260,7 +263,7 @@ def _float_refusal(name: str, tensor: Tensor) -> str | None:
     return (
         device_refusal(name, tensor)
         or dtype_refusal(name, tensor, _FLOAT32, "C++")
-        or stride_refusal(name, tensor, "C++")
+        or unit_stride_refusal(name, tensor)
     )
 
 

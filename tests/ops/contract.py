@@ -10,6 +10,8 @@ Tests that say nothing about an op or a backend are missing from such a class.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,10 +21,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from nabla_fast.errors import BackendUnavailable
+from nabla_fast.errors import BackendUnavailable, InputError
 from nabla_fast.ops import backend_status
 from nabla_fast.ops.registry import Op
+from nabla_fast.ops.registry.schema import tensors_in
 
 from .bad_rows import BAD_ROWS, REASONS, hidden_with, logits_with, rows_refused
 from .harness import (
@@ -238,13 +242,14 @@ class EveryInstructionSet:
 
 
 class LibraryContract:
-    """One op as a torch.library op: opcheck, and torch.compile to the bit."""
+    """One op as a torch.library op: opcheck, torch.compile to the bit, and torch's other modes."""
 
     tested: ClassVar[OpUnderTest]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        names = self.tested.checked if "opcheck" in metafunc.function.__name__ else self.tested.compiled
-        metafunc.parametrize("case", by_name(self.tested.chosen(names)))
+        if "case" in metafunc.fixturenames:
+            names = self.tested.checked if "opcheck" in metafunc.function.__name__ else self.tested.compiled
+            metafunc.parametrize("case", by_name(self.tested.chosen(names)))
 
     # Of opcheck itself in torch 2.14.
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -263,6 +268,34 @@ class LibraryContract:
         for ours, wanted in zip(self._outcome(compiled, arguments), eager, strict=True):
             assert ours.dtype == wanted.dtype
             assert torch.equal(ours, wanted)
+
+    def test_no_rows_of_any_strides(self, draw: Draw):
+        """A tensor without elements may have whatever strides."""
+
+        def spread(tensor: Tensor) -> Tensor:
+            return tensor if tensor.numel() else tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+        arguments = self.tested.cases[0].make(draw)
+        if "group" in arguments:
+            arguments["group"] = None
+        results = self.tested.op(**map_tensors(spread, rows_of(arguments, slice(0, 0))))
+        assert all(tensor.numel() == 0 for tensor in tensors_in([results]))
+
+    def test_tangents_are_refused(self, draw: Draw):
+        """torch's dispatcher would take their derivatives for zero."""
+        arguments = self.tested.cases[0].make(draw)
+        floats: list[Tensor] = []
+        map_tensors(lambda t: floats.append(t) if t.is_floating_point() else None, arguments)
+        for chosen in floats:
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(chosen, torch.ones_like(chosen))
+                call = map_tensors(lambda t, of=chosen, to=dual: to if t is of else t, arguments)
+                with pytest.raises(InputError, match=f"^{self.tested.op.name}: .* has a tangent, and ops"):
+                    self.tested.op(**call)
+
+    def test_a_copy_is_the_op_itself(self):
+        op = self.tested.op
+        assert copy.deepcopy([op])[0] is pickle.loads(pickle.dumps(op)) is op
 
     @pytest.fixture
     def fresh_compiler(self) -> Iterator[None]:

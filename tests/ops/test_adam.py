@@ -58,6 +58,37 @@ def test_warm_up_longer_than_the_schedule(warmup: int):
         cosine_schedule(3, 0.01, warmup_steps=warmup)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("iters", -1),
+        ("iters", 2.5),
+        ("iters", "3"),
+        ("iters", True),
+        ("iters", 2**70),
+        ("lr", "x"),
+        ("lr", None),
+        ("lr", -0.1),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("min_ratio", math.nan),
+        ("min_ratio", 1.5),
+        ("warmup_steps", 1.5),
+    ],
+)
+def test_settings_out_of_range(name: str, value: object):
+    with pytest.raises(InputError, match=f"^cosine_schedule: {name} (must|is)"):
+        cosine_schedule(**{"iters": 3, "lr": 0.1, name: value})
+
+
+@pytest.mark.parametrize(
+    "parameter", [None, torch.tensor(1.0), torch.ones(3), torch.ones(2, 2, dtype=torch.int64)]
+)
+def test_state_of_no_matrix(parameter: object):
+    with pytest.raises(InputError, match=r"^AdamState.zeros: parameter must be"):
+        AdamState.zeros(parameter)
+
+
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_state_of_zeros(dtype: torch.dtype):
     parameter = torch.ones(3, 5, dtype=dtype)

@@ -25,12 +25,17 @@ def device_refusal(name: str, tensor: Tensor) -> str | None:
     return None if tensor.is_cpu else f"{name} is on {tensor.device} (the C++ kernels run on the CPU)"
 
 
+def unit_stride_refusal(name: str, tensor: Tensor) -> str | None:
+    """Elements along the last dimension are adjacent, where there are two."""
+    return stride_refusal(name, tensor, "C++") if tensor.numel() and tensor.shape[-1] > 1 else None
+
+
 def matrix_refusal(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> str | None:
     """[N, M] float32 or bfloat16 on the CPU, of unit stride along M and any along N."""
     return (
         device_refusal(name, tensor)
         or dtype_refusal(name, tensor, dtypes, "C++")
-        or (stride_refusal(name, tensor, "C++") if tensor.shape[1] > 1 else None)
+        or unit_stride_refusal(name, tensor)
     )
 
 
@@ -40,7 +45,7 @@ def product_refusal(name: str, rows: Tensor, table_name: str, table: Tensor) -> 
         device_refusal(name, rows)
         or _float64_refusal(name, rows)
         or dtype_refusal(table_name, table, _FLOATS, "C++")
-        or stride_refusal(table_name, table, "C++")
+        or unit_stride_refusal(table_name, table)
     )
 
 
@@ -110,7 +115,7 @@ def descent_refusal(
         or contiguous_refusal("group", group, "C++")
         or contiguous_refusal("noise.seed", seed, "C++")
         or contiguous_refusal("noise.position", position, "C++")
-        or stride_refusal("schedule", schedule, "C++")
+        or unit_stride_refusal("schedule", schedule)
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nabla_fast.errors import BackendUnavailable, InputError, RowError, one_line
 from nabla_fast.ops.overlaps import expect_apart
@@ -82,6 +83,9 @@ class Op:
             schema=write_schema(self.parameters, mutated, result),
         )
         _ops[self.name] = self
+
+    def __reduce__(self) -> str:
+        return self.name  # a copy is the op itself, as a function's is
 
     # -- registration ------------------------------------------------------------------------------
 
@@ -163,6 +167,8 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         values = self._bind(args, kwargs)
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            self._expect_no_tangent(values)
         if (
             self._mutated
             and torch.is_grad_enabled()
@@ -273,6 +279,16 @@ class Op:
                     )
         tensors = (tensor.resolve_neg() for tensor in tensors_in(values))
         return with_tensors(without_tensors(values), tensors)
+
+    def _expect_no_tangent(self, values: list[Any]) -> None:
+        """Raise InputError for forward-mode derivatives, of which torch's dispatcher would make zeros."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            for name, tensor in parameter.named(value):
+                if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                    raise InputError(
+                        f"{self.name}: {name} has a tangent, and ops have no forward-mode derivative: "
+                        "differentiate in reverse mode"
+                    )
 
     def _expect_apart(self, values: list[Any]) -> None:
         """Raise InputError where what the op changes in place overlaps itself or another argument."""

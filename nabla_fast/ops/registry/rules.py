@@ -130,7 +130,8 @@ def _tensor(op: str, name: str, value: Any) -> Tensor:
     return value
 
 
-def _float(op: str, name: str, value: Any) -> Any:
+def plain_float(op: str, name: str, value: Any) -> Any:
+    """A number as a float; a symbolic one as it is."""
     if type(value) is float or isinstance(value, torch.SymFloat):
         return value
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt)):
@@ -141,7 +142,8 @@ def _float(op: str, name: str, value: Any) -> Any:
         raise InputError(f"{op}: {name} is beyond float64's range") from None
 
 
-def _int(op: str, name: str, value: Any) -> Any:
+def plain_int(op: str, name: str, value: Any) -> Any:
+    """A whole number of 64 bits as an int; a symbolic one as it is."""
     if isinstance(value, torch.SymInt):
         return value
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
@@ -163,7 +165,7 @@ def _bool(op: str, name: str, value: Any) -> Any:
     raise InputError(f"{op}: {name} must be True or False, got {_kind(value)}")
 
 
-_PLAIN = {"Tensor": _tensor, "float": _float, "SymInt": _int, "bool": _bool}
+_PLAIN = {"Tensor": _tensor, "float": plain_float, "SymInt": plain_int, "bool": _bool}
 
 
 def _kind(value: Any) -> str:

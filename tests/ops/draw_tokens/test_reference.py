@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,7 +105,11 @@ def test_a_row_does_not_depend_on_the_others(draw: Draw):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"top_k": -1}, "top_k must not be negative"), ({"top_p": 0.0}, r"top_p must be in \(0, 1\]")],
+    [
+        ({"top_k": -1}, "top_k must not be negative"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"temperature": math.nan}, "temperature is not a number"),
+    ],
 )
 def test_settings_out_of_range(options: dict, message: str):
     with pytest.raises(InputError, match=message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nabla_fast.errors import InputError
 from nabla_fast.ops import lm_logits, logits_backward, use_backend
 from nabla_fast.ops.lm_logits import HEAD_ROWS as BLOCK
 
@@ -81,3 +82,16 @@ def test_logits_that_tie_in_half_precision_are_told_apart():
     hidden = torch.tensor([[1.0, 2.0**-9]], dtype=BF16)
     head = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=BF16)
     assert lm_logits(hidden, head).argmax(dim=-1).tolist() == [1]
+
+
+def test_what_the_gradient_refuses(draw: Draw):
+    grad, head = draw.normal(2, 5), draw.normal(5, 3)
+    for wrong in (
+        (grad, head[1:]),
+        (grad.long(), head),
+        (grad.bfloat16(), head),
+        (grad, None),
+        (grad[0], head),
+    ):
+        with pytest.raises(InputError, match=r"^logits_backward: (grad|head) must be"):
+            logits_backward(*wrong)

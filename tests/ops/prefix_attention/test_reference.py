@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -95,6 +97,7 @@ def test_what_lies_behind_a_prefix_in_its_blocks_does_not_matter(draw: Draw):
         ({"block_tables": torch.zeros(2, 2)}, "block_tables must be int64"),
         ({"prefix_lengths": torch.zeros(3, dtype=torch.int64)}, "prefix_lengths must be int64"),
         ({"window": 0}, "window must be at least 1, got 0"),
+        ({"scale": math.nan}, "scale must be finite, got nan"),
     ],
 )
 def test_bad_arguments_get_one_line(change: dict, line: str, draw: Draw):
