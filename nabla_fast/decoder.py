@@ -21,6 +21,7 @@ from nabla_fast.decode.reference.loop import SequentialLoop
 from nabla_fast.decode.stream import ResultStream
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError, one_line
 from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
+from nabla_fast.models.alignment import expect_tokenizer
 from nabla_fast.models.boundary import probing
 from nabla_fast.models.fingerprint import fingerprint
 from nabla_fast.models.frozen import frozen
@@ -85,6 +86,10 @@ class NablaDecoder:
         _check_model("lm", lm)
         if reward_model is not None:
             _check_model("reward_model", reward_model)
+        if tokenizer is not None:
+            expect_tokenizer("tokenizer", tokenizer, "decode")
+        if alignment is not None and not isinstance(alignment, VocabularyAlignment):
+            raise InputError(f"alignment must be a VocabularyAlignment, got {type(alignment).__name__}")
         self._lm, self._reward_model = lm, reward_model
         self._tokenizer = tokenizer
         self._reward_tokenizer = tokenizer if reward_tokenizer is None else reward_tokenizer
@@ -334,7 +339,11 @@ class NablaDecoder:
         if self._alignment is not None:
             return self._alignment
         left, right = self._tokenizer, self._reward_tokenizer
-        if left is not None and right is not left and left.get_vocab() != right.get_vocab():
+        if left is None or right is left:
+            return VocabularyAlignment.identity()
+        expect_tokenizer("tokenizer", left, "get_vocab")
+        expect_tokenizer("reward_tokenizer", right, "get_vocab")
+        if left.get_vocab() != right.get_vocab():
             raise InputError(
                 "tokenizer and reward_tokenizer have different vocabularies: pass "
                 "alignment=VocabularyAlignment.from_tokenizers(tokenizer, reward_tokenizer)"

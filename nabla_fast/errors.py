@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -84,13 +85,22 @@ class DecodingFailed(RuntimeError):
         return self.prompts[0] if len(self.prompts) == 1 else None
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.prompts, self.results, self._cause)
+        return type(self), (self.prompts, self.results, _copied(self._cause))
 
 
 def _finished(results: Sequence[Result | None]) -> str:
     """As in "2 of 4 prompts finished"; those whose error was kept have not."""
     count = sum(result is not None and result.error is None for result in results)
     return f"{count} of {len(results)} prompts finished"
+
+
+def _copied(error: Exception) -> Exception:
+    """An error to send to another process: itself, or its line where it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its own methods, or its arguments', raise
+        return RuntimeError(one_line(error))
+    return error
 
 
 def _said(cause: Exception) -> str:

@@ -45,7 +45,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    # Imported here, where Ctrl-C during the long import of torch is caught.
     from nabla_fast.errors import BackendUnavailable, DecodingFailed, InputError, ModelError
 
     arguments = make_parser().parse_args(argv)

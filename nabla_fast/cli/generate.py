@@ -148,18 +148,19 @@ def run(arguments: argparse.Namespace) -> int:
                     output.write(n, result)
                     texts.print(gaps=False)
                 progress.advance(task)
-                if texts.error is not None and not output.there:
+                if texts.error is not None and not output.taken:
                     break  # nobody would see the others
         except KeyboardInterrupt:
             stopped = DecodingInterrupted(stream.results)
             with postponed():  # it may have come between a result and its line
                 for n, result in enumerate(stream.results):
                     output.write(n, result)
-        except (DecodingFailed, OSError) as error:
+        except DecodingFailed as error:
             stopped = error
     # Finished texts are printed even where the rest failed.
     with postponed():
         texts.print(gaps=True)
+    stopped = stopped or output.error
     if arguments.json:
         _print_json(stream.results, stopped)
     if stopped or texts.error:
@@ -209,32 +210,45 @@ class _Texts:
 class _Lines:
     """A file of JSON lines, opened for writing at the first: former results outlive a run that yields none.
 
+    Attributes:
+        error: what ended the writing, a full disk for one; None: nothing.
+
     Raises:
         InputError: the file cannot be written.
     """
 
     def __init__(self, path: str | None):
         self._path, self._file, self._written = path, None, set()
+        self.error: OSError | None = None
         if path is not None:
             _check_writable(Path(path))
 
     @property
-    def there(self) -> bool:
-        """Whether there is a file."""
-        return self._path is not None
+    def taken(self) -> bool:
+        """Whether there is a file that takes results."""
+        return self._path is not None and self.error is None
 
     def write(self, n: int, result: Result | None) -> None:
         """Write a result, if it is there and has not been written."""
-        if self._path is None or result is None or n in self._written:
+        if not self.taken or result is None or n in self._written:
             return
-        if self._file is None:
-            self._file = Path(self._path).open("w", encoding="utf-8")  # noqa: SIM115 closed by close()
-        print(json.dumps({"index": n, **result.to_dict()}), file=self._file, flush=True)
+        try:
+            if self._file is None:
+                self._file = Path(self._path).open("w", encoding="utf-8")  # noqa: SIM115 closed by close()
+            print(json.dumps({"index": n, **result.to_dict()}), file=self._file, flush=True)
+        except OSError as error:  # results are still printed
+            self._give_up(error)
         self._written.add(n)
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:  # of a line that was not written, once more, or of a network's disk
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.error = self.error or OSError(f"--output {self._path}: {error.strerror or error}")
 
 
 def _check_writable(path: Path) -> None:

@@ -61,8 +61,11 @@ class VocabularyAlignment:
                 its unknown token.
             minimum_coverage: refuse below this share.
         Raises:
-            InputError: the coverage is too low, or tokens are left over and there is no fallback.
+            InputError: one is no tokenizer, the coverage is too low, or tokens are left over and there is
+                no fallback.
         """
+        expect_tokenizer("tokenizer", tokenizer, "get_vocab")
+        expect_tokenizer("reward_tokenizer", reward_tokenizer, "get_vocab")
         own, theirs = tokenizer.get_vocab(), reward_tokenizer.get_vocab()
         by_text = _unambiguous_texts(reward_tokenizer, theirs)
         size = max(vocabulary or 0, max(own.values()) + 1)
@@ -111,6 +114,15 @@ class VocabularyAlignment:
         if bool((self.token_map == torch.arange(len(self.token_map), device=self.token_map.device)).all()):
             return TokenTable(table[: self.token_map.shape[0]])
         return TokenTable(table, self.token_map.to(table.device))
+
+
+def expect_tokenizer(name: str, tokenizer: Any, method: str) -> None:
+    """Raise InputError unless there is a method of tokenizers that will be used."""
+    if not callable(getattr(tokenizer, method, None)):
+        raise InputError(
+            f"{name} must be a transformers tokenizer, got {type(tokenizer).__name__}, "
+            f"which has no {method}()"
+        )
 
 
 def _text(tokenizer: Any, token: str) -> str:

@@ -10,8 +10,6 @@ from commands import MODELS
 from golden_data import GOLDEN
 from tiny_models import causal_lm, reward_model, word_tokenizer
 
-from nabla_fast.cli import generate
-
 
 def test_generate_prints_the_text_alone(run):
     status, out, _ = run("generate", *MODELS, "--prompt", "2+2=", "--max-new-tokens", "12")
@@ -144,20 +142,21 @@ def test_prompt_files_are_split_at_newlines_alone(run, tmp_path: Path):
     assert (status, "not UTF-8" in err) == (2, True)
 
 
-def test_a_full_disk_loses_no_result(run, tmp_path: Path, monkeypatch):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_full_disk_loses_no_result(run, tmp_path: Path, json_too: bool):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('"2+2="\n' * 3)
-
-    def full(self, n, result):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(generate._Lines, "write", full)
-    options = ["--prompts", str(prompts), "--max-new-tokens", "4", "--json"]
-    status, out, err = run("generate", *MODELS, *options)
-    document = json.loads(out)
-    assert (status, len(document["results"]), document["prompts"]) == (1, 1, 3)
-    assert "No space left" in document["error"]
-    assert "No space left" in err
+    options = ["--prompts", str(prompts), "--max-new-tokens", "4", "--output", "/dev/full"]
+    status, out, err = run("generate", *MODELS, *options, *["--json"] * json_too)
+    assert status == 1
+    assert err.splitlines()[-1] == "nabla-fast: --output /dev/full: No space left on device"
+    if json_too:
+        document = json.loads(out)
+        assert (len(document["results"]), document["prompts"]) == (3, 3)
+        assert "No space left" in document["error"]
+    else:
+        assert len(out.splitlines()) == 3
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from nabla_fast import (
     NablaDecoder,
     RowError,
     SamplingConfig,
+    VocabularyAlignment,
 )
 from nabla_fast.models.paged_kv import PoolExhausted
 
@@ -238,6 +239,28 @@ def test_prompt_longer_than_a_context(prompt, context, parts):
 
 
 # -- tokenizers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alignment", 3),
+        ("alignment", torch.arange(24)),
+        ("tokenizer", object()),
+        ("tokenizer", "gpt2"),
+        ("reward_tokenizer", "gpt2"),
+    ],
+)
+def test_tokenizers_and_alignments_of_another_type(name: str, value: object):
+    with refused(InputError, f"{name} must be a ", type(value).__name__):
+        decoder(**{name: value})
+
+
+def test_alignment_of_no_tokenizers():
+    with refused(InputError, "tokenizer must be a transformers tokenizer, got str"):
+        VocabularyAlignment.from_tokenizers("x", word_tokenizer())
+    with refused(InputError, "reward_tokenizer must be a transformers tokenizer, got NoneType"):
+        VocabularyAlignment.from_tokenizers(word_tokenizer(), None)
 
 
 def test_missing_tokenizer_and_chat_template():

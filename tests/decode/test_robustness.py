@@ -53,6 +53,13 @@ def test_a_descent_of_what_requires_grad_is_refused():
         ops.dto_descent(z, torch.randn(2, 9), ops.AdamState.zeros(z), ops.cosine_schedule(3, 0.1))
 
 
+class OfTwo(Exception):
+    """Made of two arguments, of which a pickle gives one back."""
+
+    def __init__(self, first: str, second: str):
+        super().__init__(first + second)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -60,6 +67,8 @@ def test_a_descent_of_what_requires_grad_is_refused():
         DecodingInterrupted([None, None]),
         DecodingFailed([1], [None, None], ValueError("x")),
         DecodingFailed([0, 1], [None, None], RowError("op", [(1, "has a NaN logit")])),
+        DecodingFailed([1], [None, None], OfTwo("one", "two")),
+        DecodingFailed([1], [None, None], ValueError("with a lock", threading.Lock())),
     ],
     ids=lambda error: type(error).__name__,
 )
