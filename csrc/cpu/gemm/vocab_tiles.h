@@ -27,6 +27,9 @@ namespace nabla_fast::gemm {
 // Most rows that share a pass over a table, and most tokens of a tile.
 constexpr int kRowsPerGroup = 64;
 constexpr int kVocabTileTokens = 64;
+// Most tokens of a call of add_weighted_sums(). The matrix unit reads and writes all sums for as many
+// tokens as it is given, and the fewer the longer.
+constexpr int kMostSumTokens = 2 * kVocabTileTokens;
 
 // Rows of a group lie side by side in a tile [tokens, lanes]; a vector never holds fewer.
 constexpr int lanes_of(int rows) { return (rows + 15) / 16 * 16; }
@@ -103,7 +106,7 @@ constexpr bool rounds_weights(const Table& table, nabla_fast_isa isa) {
 }
 
 // sums[r * padded(width) + k] += sum_t weights[t * lanes + r] table[t, k] for at most kRowsPerGroup
-// rows and kVocabTileTokens tokens. Columns behind the width of a row become 0 or stay.
+// rows and kMostSumTokens tokens. Columns behind the width of a row become 0 or stay.
 // bf16_weights: all weights are bf16 numbers.
 void add_weighted_sums(const float* weights, int lanes, int rows, const Table& table, int tokens,
                        float* sums, bool bf16_weights = false);

@@ -2,6 +2,8 @@
 
 #include "gemm/weighted_sums.h"
 
+#include <algorithm>
+
 #include "base/isa.h"
 #include "base/prefetch.h"
 #include "gemm/amx.h"
@@ -13,8 +15,8 @@ namespace {
 
 template <int W>
 NABLA_FAST_INLINE void weighted_sums_kernel(const float* weights, int lanes, int rows,
-                                            const Table& table, int tokens, float* sums) {
-  const Prefetcher prefetcher{static_cast<const char*>(table.from(tokens).data)};
+                                            const Table& table, int tokens, float* sums,
+                                            Prefetcher prefetcher) {
   // Sixteen rows read the tile several times, in all of which the next one arrives; fewer read it
   // once or twice.
   if (rows < 16)
@@ -22,8 +24,10 @@ NABLA_FAST_INLINE void weighted_sums_kernel(const float* weights, int lanes, int
   else if (rows < 32)
     add_weighted_sums_vec<W, W == 16 ? 2 : 4>(weights, lanes, rows, table, tokens, sums,
                                               prefetcher);
+  else if (table.dtype == NABLA_FAST_FLOAT32)
+    add_weighted_sums_copied<W, float>(weights, lanes, rows, table, tokens, sums, prefetcher);
   else
-    add_weighted_sums_copied<W>(weights, lanes, rows, table, tokens, sums, prefetcher);
+    add_weighted_sums_copied<W, uint16_t>(weights, lanes, rows, table, tokens, sums, prefetcher);
 }
 
 NABLA_FAST_FOR_EACH_ISA(weighted_sums, weighted_sums_kernel<W>)
@@ -32,14 +36,22 @@ NABLA_FAST_FOR_EACH_ISA(weighted_sums, weighted_sums_kernel<W>)
 
 void add_weighted_sums(const float* weights, int lanes, int rows, const Table& table, int tokens,
                        float* sums, bool bf16_weights) {
-  const Prefetcher prefetcher{static_cast<const char*>(table.from(tokens).data)};
   const nabla_fast_isa isa = nabla_fast_cpu_isa();
   if (table.dtype == NABLA_FAST_BFLOAT16 && isa >= NABLA_FAST_ISA_AMX)
-    return add_weighted_sums_amx(weights, lanes, rows, table, tokens, sums, prefetcher,
+    return add_weighted_sums_amx(weights, lanes, rows, table, tokens, sums,
+                                 Prefetcher{static_cast<const char*>(table.from(tokens).data)},
                                  bf16_weights);
-  if (bf16_weights && rounds_weights(table, isa))
-    return add_weighted_sums_pairs(weights, lanes, rows, table, tokens, sums, prefetcher);
-  weighted_sums.select(isa)(weights, lanes, rows, table, tokens, sums);
+  const bool pairs = bf16_weights && rounds_weights(table, isa);
+  auto* const run = weighted_sums.select(isa);
+  for (int t = 0; t < tokens; t += kVocabTileTokens) {
+    const int some = std::min(kVocabTileTokens, tokens - t);
+    const Table tile = table.from(t);
+    const Prefetcher prefetcher{static_cast<const char*>(tile.from(some).data)};
+    if (pairs)
+      add_weighted_sums_pairs(weights + t * lanes, lanes, rows, tile, some, sums, prefetcher);
+    else
+      run(weights + t * lanes, lanes, rows, tile, some, sums, prefetcher);
+  }
 }
 
 }  // namespace nabla_fast::gemm

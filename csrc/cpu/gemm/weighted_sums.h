@@ -17,13 +17,13 @@
 namespace nabla_fast::gemm {
 
 // `C` vectors of columns of `R` rows.
-template <int W, int R, int C, int kTokensPerPrefetch, typename T>
+template <int W, int R, int C, int kTokensPerPrefetch, typename T, typename P>
 NABLA_FAST_INLINE void add_register_tile(const float* weights, int lanes, const T* columns,
                                          int64_t stride, int tokens, float* sums,
-                                         int64_t sums_stride, Prefetcher& prefetcher) {
+                                         int64_t sums_stride, P& prefetcher) {
   Floats<W> total[R * C] = {};
   for (int t = 0; t < tokens; ++t) {
-    if (t % kTokensPerPrefetch == 0) prefetcher.advance<C * W * sizeof(T)>();
+    if (t % kTokensPerPrefetch == 0) prefetcher.template advance<C * W * sizeof(T)>();
     Floats<W> column[C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) column[c] = load_fp32<W>(columns + t * stride + c * W);
@@ -44,10 +44,9 @@ NABLA_FAST_INLINE void add_register_tile(const float* weights, int lanes, const 
   }
 }
 
-template <int W, int R, int kTokensPerPrefetch, typename T>
+template <int W, int R, int kTokensPerPrefetch, typename T, typename P>
 NABLA_FAST_INLINE void add_row_block(const float* weights, int lanes, const Table& table,
-                                     int tokens, float* sums, int64_t sums_stride,
-                                     Prefetcher& prefetcher) {
+                                     int tokens, float* sums, int64_t sums_stride, P& prefetcher) {
   // R * C sums: as many as registers hold beside the factors.
   constexpr int C = (W == 16 ? 16 : 8) / R;
   const auto* const data = static_cast<const T*>(table.data);
@@ -69,10 +68,9 @@ NABLA_FAST_INLINE void add_row_block(const float* weights, int lanes, const Tabl
 }
 
 // The first rows, R at a time, and then the rest, R / 2 at a time.
-template <int W, int R, int kTokensPerPrefetch, typename T>
+template <int W, int R, int kTokensPerPrefetch, typename T, typename P>
 NABLA_FAST_INLINE void add_all_rows(const float* weights, int lanes, int rows, const Table& table,
-                                    int tokens, float* sums, int64_t sums_stride,
-                                    Prefetcher& prefetcher) {
+                                    int tokens, float* sums, int64_t sums_stride, P& prefetcher) {
   int r = 0;
   for (; r + R <= rows; r += R)
     add_row_block<W, R, kTokensPerPrefetch, T>(weights + r, lanes, table, tokens,
@@ -96,21 +94,61 @@ NABLA_FAST_INLINE void add_weighted_sums_vec(const float* weights, int lanes, in
                                                          padded(table.width), prefetcher);
 }
 
-// The same for many rows, where copying elements once pays: 64 columns at a time, which stay in the
-// first-level cache whatever the table's stride is.
-template <int W>
+constexpr int kStripColumns = 32;
+
+// Copies the next strip of a tile, and prefetches the next tile, while sums of a strip are formed: a
+// copy on its own would wait for the second-level cache, the prefetches for memory.
+template <int W, typename T>
+struct StripCopier {
+  Table table;
+  int tokens;
+  Prefetcher prefetcher;
+  float* to = nullptr;
+  int64_t column = 0, columns = 0;
+  int token = 0;  // the next
+
+  void begin(int64_t first, float* strip) {
+    to = strip;
+    column = first;
+    columns = std::min<int64_t>(kStripColumns, table.width - first);
+    token = columns > 0 ? 0 : tokens;
+  }
+  NABLA_FAST_INLINE void copy_token() {
+    const T* const from = static_cast<const T*>(table.data) + token * table.stride + column;
+    nabla_fast::copy_to_fp32<W>(from, columns, to + token * kStripColumns);
+    ++token;
+  }
+  template <int kBytes>
+  NABLA_FAST_INLINE void advance() {
+    prefetcher.advance<kStripColumns * sizeof(T)>();
+    if (token < tokens) copy_token();
+  }
+  void end() {
+    while (token < tokens) copy_token();
+  }
+};
+
+// The same for many rows, where copying elements once pays: strips of columns, which stay in the
+// first-level cache whatever the table's stride is, one read while the next is copied.
+template <int W, typename T>
 NABLA_FAST_INLINE void add_weighted_sums_copied(const float* weights, int lanes, int rows,
                                                 const Table& table, int tokens, float* sums,
                                                 Prefetcher prefetcher) {
-  constexpr int kStripColumns = 64, kRows = W == 16 ? 8 : 4;
-  alignas(64) float strip[kVocabTileTokens * kStripColumns];
+  constexpr int kRows = W == 16 ? 8 : 4;
+  // A token is copied as often as kRowsPerGroup rows pass over as many multiply-adds.
+  constexpr int kTokensPerCopy = kRowsPerGroup * kStripColumns / (W == 16 ? 16 : 8) / W;
+  alignas(64) float strips[2][kVocabTileTokens * kStripColumns];
+  StripCopier<W, T> copier{table, tokens, prefetcher};
+  copier.begin(0, strips[0]);
+  copier.end();
   for (int64_t k = 0; k < table.width; k += kStripColumns) {
-    const int64_t columns = std::min<int64_t>(kStripColumns, table.width - k);
-    for (int t = 0; t < tokens; ++t)
-      copy_to_fp32<W>(table, t, k, columns, strip + t * kStripColumns);
-    const Table copied{strip, NABLA_FAST_FLOAT32, columns, kStripColumns};
-    add_all_rows<W, kRows, 8, float>(weights, lanes, rows, copied, tokens, sums + k,
-                                     padded(table.width), prefetcher);
+    const int64_t strip = k / kStripColumns % 2;
+    copier.begin(k + kStripColumns, strips[1 - strip]);
+    const Table copied{strips[strip], NABLA_FAST_FLOAT32,
+                       std::min<int64_t>(kStripColumns, table.width - k), kStripColumns};
+    add_all_rows<W, kRows, kTokensPerCopy, float>(weights, lanes, rows, copied, tokens, sums + k,
+                                                  padded(table.width), copier);
+    copier.end();
   }
 }
 

@@ -22,19 +22,20 @@ namespace nabla_fast::gemm {
 namespace {
 
 constexpr int kPanelColumns = 2 * kAmxSide;  // at a time
-constexpr int kPanelDepths = kVocabTileTokens / kAmxDepth;
+constexpr int kPanelDepths = kMostSumTokens / kAmxDepth;
 
 typedef uint16_t Words __attribute__((vector_size(64)));
 
 // Weights of 16 rows and 32 tokens.
 using LeftTile = uint16_t[kAmxSide][kAmxDepth];
 
+// Of a block, depth after depth, all terms of one.
 struct Left {
-  alignas(64) LeftTile tiles[kRowsPerGroup / kAmxSide][kPanelDepths][kBf16Terms];
+  alignas(64) LeftTile tiles[kRowsPerGroup / kAmxSide][kPanelDepths * kBf16Terms];
 };
 
 struct Right {
-  alignas(64) uint16_t pairs[kVocabTileTokens / 2][2][2 * kAmxSide];  // by 16 columns
+  alignas(64) uint16_t pairs[kMostSumTokens / 2][2][2 * kAmxSide];  // by 16 columns
 };
 
 // Terms of 16 weights of each of 16 rows, to columns [column, column + 16) of tiles.
@@ -72,7 +73,7 @@ NABLA_FAST_TARGET_AMX void pack_bf16_left(const float* weights, int lanes, int t
         pairs[n] = lower >> 16 | (upper & 0xFFFF0000u);
       }
       transpose<kAmxSide>(pairs);
-      std::memcpy(left.tiles[block][depth][0], pairs, sizeof pairs);
+      std::memcpy(left.tiles[block][depth], pairs, sizeof pairs);
     }
   }
 }
@@ -86,7 +87,7 @@ NABLA_FAST_TARGET_AMX void pack_left(const float* weights, int lanes, int tokens
         x[n] = t + n < tokens ? load<kAmxSide>(weights + (t + n) * lanes + block * kAmxSide)
                               : Floats<kAmxSide>{};
       transpose<kAmxSide>(x);
-      split_weights(x, left.tiles[block][t / kAmxDepth], t % kAmxDepth);
+      split_weights(x, left.tiles[block] + t / kAmxDepth * kBf16Terms, t % kAmxDepth);
     }
   }
 }
@@ -109,7 +110,7 @@ NABLA_FAST_INLINE Words load_words(const uint16_t* from, int64_t columns) {
 
 // right = pairs of all tokens. Returns whether all numbers are finite.
 NABLA_FAST_TARGET_AMX inline bool pack_right(const uint16_t* w, int64_t stride, int64_t columns,
-                                             int tokens, Prefetcher& prefetcher, Right& right) {
+                                             int tokens, Prefetcher* prefetcher, Right& right) {
   Words largest = {};
   const int end = (tokens + kAmxDepth - 1) / kAmxDepth * kAmxDepth;
   for (int t = 0; t < end; t += 2) {
@@ -121,7 +122,7 @@ NABLA_FAST_TARGET_AMX inline bool pack_right(const uint16_t* w, int64_t stride, 
     constexpr std::make_integer_sequence<int, 32> kWords;
     const Words pairs[2] = {interleaved(a, b, 0, kWords), interleaved(a, b, 1, kWords)};
     std::memcpy(right.pairs[t / 2], pairs, sizeof pairs);
-    prefetcher.add_lines(2);
+    if (prefetcher) prefetcher->add_lines(2);
   }
   uint16_t most = 0;
   for (int n = 0; n < 32; ++n) most = std::max<uint16_t>(most, largest[n]);
@@ -130,17 +131,20 @@ NABLA_FAST_TARGET_AMX inline bool pack_right(const uint16_t* w, int64_t stride, 
 
 // A square of sums += weights times pairs.
 NABLA_FAST_TARGET_AMX inline void multiply(const Left& left, int block, const Right& right,
-                                           int depths, int terms, const Square& c) {
+                                           int depths, int terms, LinePrefetcher& prefetcher,
+                                           const Square& c) {
   load_square(c);
   for (int depth = 0; depth < depths; ++depth) {
+    prefetcher.advance();
     load_tile<6>(right.pairs[depth * kAmxDepth / 2][0], sizeof right.pairs[0]);
     if (!c.narrow) load_tile<7>(right.pairs[depth * kAmxDepth / 2][1], sizeof right.pairs[0]);
     for (int term = 0; term < terms; ++term) {
-      load_tile<4>(left.tiles[block][depth][term], sizeof left.tiles[0][0][0][0]);
+      load_tile<4>(left.tiles[block][depth * terms + term], sizeof left.tiles[0][0][0]);
       add_tile_product<0, 4, 6>();
       if (!c.narrow) add_tile_product<1, 4, 7>();
+      if (term == 0) prefetcher.advance();
       if (c.low) continue;
-      load_tile<5>(left.tiles[block + 1][depth][term], sizeof left.tiles[0][0][0][0]);
+      load_tile<5>(left.tiles[block + 1][depth * terms + term], sizeof left.tiles[0][0][0]);
       add_tile_product<2, 5, 6>();
       if (!c.narrow) add_tile_product<3, 5, 7>();
     }
@@ -178,12 +182,17 @@ NABLA_FAST_TARGET_AMX void add_weighted_sums_amx(const float* weights, int lanes
   const auto* w = static_cast<const uint16_t*>(table.data);
   const int64_t sums_stride = padded(table.width);
   const int depths = (tokens + kAmxDepth - 1) / kAmxDepth, terms = bf16_weights ? 1 : kBf16Terms;
+  // Few rows leave no time between packing and packing. More do: there a panel of the next tokens, a
+  // line of each, is fetched during the products of one of these.
+  const bool few = rows <= 2 * kAmxSide;
+  const int steps = 2 * depths * ((rows + 2 * kAmxSide - 1) / (2 * kAmxSide));
+  LinePrefetcher lines{prefetcher.next, few ? 0 : (tokens + steps - 1) / steps};
   Left left;
   Right right;
   (bf16_weights ? pack_bf16_left : pack_left)(weights, lanes, tokens, left);
   for (int64_t k = 0; k < table.width; k += kPanelColumns) {
     const int64_t columns = std::min<int64_t>(kPanelColumns, table.width - k);
-    if (!pack_right(w + k, table.stride, columns, tokens, prefetcher, right)) {
+    if (!pack_right(w + k, table.stride, columns, tokens, few ? &prefetcher : nullptr, right)) {
       add_in_fp32(weights, lanes, rows, w + k, table.stride, columns, tokens, sums + k,
                   sums_stride);
       continue;
@@ -193,7 +202,7 @@ NABLA_FAST_TARGET_AMX void add_weighted_sums_amx(const float* weights, int lanes
       const int some = std::min(2 * kAmxSide, rows - r);
       float* const out = sums + r * sums_stride + k;
       if (some % kAmxSide == 0) {
-        multiply(left, r / kAmxSide, right, depths, terms,
+        multiply(left, r / kAmxSide, right, depths, terms, lines,
                  {out, 4 * sums_stride, some == kAmxSide, narrow});
         continue;
       }
@@ -201,7 +210,7 @@ NABLA_FAST_TARGET_AMX void add_weighted_sums_amx(const float* weights, int lanes
       alignas(64) float edge[2 * kAmxSide][kPanelColumns];
       const int width = narrow ? kAmxSide : kPanelColumns;
       copy_rows(out, sums_stride, some, width, edge[0], kPanelColumns);
-      multiply(left, r / kAmxSide, right, depths, terms,
+      multiply(left, r / kAmxSide, right, depths, terms, lines,
                {edge[0], sizeof edge[0], some < kAmxSide, narrow});
       copy_rows(edge[0], kPanelColumns, some, width, out, sums_stride);
     }

@@ -26,6 +26,7 @@ constexpr int kPairs = kVocabTileTokens / 2;
 constexpr int kStripColumns = 64;
 // Rows in registers: with a strip's four vectors sixteen sums, of which none waits for another.
 constexpr int kRows = 4;
+constexpr int kPairsPerPrefetch = 4;
 
 using Words = VecTypes<16>::Bits;
 
@@ -67,13 +68,13 @@ NABLA_FAST_INLINE void pack_columns(const void* first, const void* second, float
 }
 
 NABLA_FAST_INLINE void pack_strip(const uint16_t* w, int64_t stride, int64_t columns, int tokens,
-                                  Prefetcher& prefetcher, Strip& to) {
+                                  Prefetcher* prefetcher, Strip& to) {
   constexpr uint16_t kZeros[kStripColumns] = {};
   for (int t = 0; t < tokens; t += 2) {
     const uint16_t* first = w + t * stride;
     const uint16_t* second = t + 1 < tokens ? first + stride : kZeros;
     uint16_t ends[2][kStripColumns];
-    prefetcher.advance<4 * kStripColumns>();
+    if (prefetcher) prefetcher->advance<4 * kStripColumns>();
     if (columns < kStripColumns) {
       std::memset(ends, 0, sizeof ends);
       std::memcpy(ends[0], first, sizeof(uint16_t) * static_cast<size_t>(columns));
@@ -99,10 +100,12 @@ NABLA_FAST_INLINE void add_to(float* sums, Floats<16> x) { store<16>(sums, load<
 // `R` rows and 2 `C` vectors of columns, of which `columns` have room in the sums.
 template <int R, int C>
 NABLA_FAST_INLINE void add_register_tile(const uint16_t* weights, const float* pairs, int count,
-                                         int64_t columns, float* sums, int64_t sums_stride) {
+                                         int64_t columns, float* sums, int64_t sums_stride,
+                                         LinePrefetcher& prefetcher) {
   constexpr std::make_integer_sequence<int, 16> kLanes;
   Floats<16> total[R][2 * C] = {};
   for (int p = 0; p < count; ++p) {
+    if (p % kPairsPerPrefetch == 0) prefetcher.advance();
     Words column[2 * C];
   #pragma GCC unroll 4
     for (int c = 0; c < 2 * C; ++c) column[c] = (Words)load<16>(pairs + p * kStripColumns + 16 * c);
@@ -127,11 +130,12 @@ NABLA_FAST_INLINE void add_register_tile(const uint16_t* weights, const float* p
 
 template <int R>
 NABLA_FAST_INLINE void add_strip(const uint16_t* weights, const Strip& strip, int64_t columns,
-                                 int count, float* sums, int64_t sums_stride) {
+                                 int count, float* sums, int64_t sums_stride,
+                                 LinePrefetcher& prefetcher) {
   if (columns > kStripColumns / 2)
-    add_register_tile<R, 2>(weights, strip.pairs[0], count, columns, sums, sums_stride);
+    add_register_tile<R, 2>(weights, strip.pairs[0], count, columns, sums, sums_stride, prefetcher);
   else
-    add_register_tile<R, 1>(weights, strip.pairs[0], count, columns, sums, sums_stride);
+    add_register_tile<R, 1>(weights, strip.pairs[0], count, columns, sums, sums_stride, prefetcher);
 }
 
 }  // namespace
@@ -142,19 +146,25 @@ NABLA_FAST_TARGET_AVX512 void add_weighted_sums_pairs(const float* weights, int 
   const auto* w = static_cast<const uint16_t*>(table.data);
   const int64_t sums_stride = padded(table.width);
   const int count = (tokens + 1) / 2;
+  // Few rows leave no time between packing and packing. More do: there the two lines of each of the
+  // next tokens are fetched during the products of a strip of these.
+  const bool few = rows < 4 * kRows;
+  const int steps =
+      (rows + kRows - 1) / kRows * ((count + kPairsPerPrefetch - 1) / kPairsPerPrefetch);
+  LinePrefetcher lines{prefetcher.next, few ? 0 : (2 * tokens + steps - 1) / steps};
   Weights packed;
   Strip strip;
   pack_weights(weights, lanes, tokens, packed);
   for (int64_t k = 0; k < table.width; k += kStripColumns) {
     const int64_t columns = std::min<int64_t>(kStripColumns, table.width - k);
-    pack_strip(w + k, table.stride, columns, tokens, prefetcher, strip);
+    pack_strip(w + k, table.stride, columns, tokens, few ? &prefetcher : nullptr, strip);
     int r = 0;
     for (; r + kRows <= rows; r += kRows)
       add_strip<kRows>(packed.pairs[0] + 2 * r, strip, columns, count, sums + r * sums_stride + k,
-                       sums_stride);
+                       sums_stride, lines);
     for (; r < rows; ++r)
       add_strip<1>(packed.pairs[0] + 2 * r, strip, columns, count, sums + r * sums_stride + k,
-                   sums_stride);
+                   sums_stride, lines);
   }
 }
 

@@ -82,11 +82,17 @@ bool rounds_weights(const nabla_fast_mix_args& call) {
 void add_segment(const RowGroup& group, Weights weights, int64_t segment, int64_t floats,
                  MixSums& part) {
   const nabla_fast_mix_args& call = group.call;
-  alignas(64) float y[softmax::kTileFloats];
+  constexpr int kTiles = gemm::kMostSumTokens / gemm::kVocabTileTokens;
+  alignas(64) float y[kTiles * softmax::kTileFloats];
   float factor[gemm::kRowsPerGroup];
+  const int lanes = gemm::lanes_of(group.rows);
   part.clear(floats);
-  for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
-    group.load(token, tokens, y);
+  const int64_t begin = segment * kMixSegmentTokens;
+  const int64_t end = std::min(call.vocab, begin + kMixSegmentTokens);
+  for (int64_t token = begin; token < end; token += gemm::kMostSumTokens) {
+    const int tokens = static_cast<int>(std::min<int64_t>(gemm::kMostSumTokens, end - token));
+    for (int t = 0; t < tokens; t += gemm::kVocabTileTokens)
+      group.load(token + t, std::min(gemm::kVocabTileTokens, tokens - t), y + t * lanes);
     if (softmax::update_max(y, group.rows, token, tokens, call.tau, part.tops, factor)) {
       float* mixed = part.mixes();
       for (int r = 0; r < group.rows; ++r) part.sums.e[r] *= factor[r];
@@ -97,16 +103,17 @@ void add_segment(const RowGroup& group, Weights weights, int64_t segment, int64_
             for (int64_t k = 0; k < width; ++k) mixed[k] *= factor[r];
       }
     }
-    softmax::exp_and_sum(y, group.rows, tokens, part.tops.max, call.tau, weights.bf16, part.sums);
+    for (int t = 0; t < tokens; t += gemm::kVocabTileTokens)
+      softmax::exp_and_sum(y + t * lanes, group.rows, std::min(gemm::kVocabTileTokens, tokens - t),
+                           part.tops.max, call.tau, weights.bf16, part.sums);
     scale_tile(y, group.rows, tokens, weights.scale);
     float* mixed = part.mixes();
     for (int64_t t = 0; t < call.table_count; ++t) {
       const gemm::Table table = gemm::table_of(call.tables[t], call.vocab);
-      gemm::add_weighted_sums(y, gemm::lanes_of(group.rows), group.rows, table.from(token), tokens,
-                              mixed, weights.bf16);
+      gemm::add_weighted_sums(y, lanes, group.rows, table.from(token), tokens, mixed, weights.bf16);
       mixed += group.rows * padded(table.width);
     }
-  });
+  }
 }
 
 void join_row(const RowGroup& group, int row, MixSums& part, MixSums& total) {
