@@ -107,7 +107,7 @@ struct StripCopier {
   int64_t column = 0, columns = 0;
   int token = 0;  // the next
 
-  void begin(int64_t first, float* strip) {
+  NABLA_FAST_INLINE void begin(int64_t first, float* strip) {
     to = strip;
     column = first;
     columns = std::min<int64_t>(kStripColumns, table.width - first);
@@ -123,7 +123,7 @@ struct StripCopier {
     prefetcher.advance<kStripColumns * sizeof(T)>();
     if (token < tokens) copy_token();
   }
-  void end() {
+  NABLA_FAST_INLINE void end() {
     while (token < tokens) copy_token();
   }
 };
