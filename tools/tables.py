@@ -164,8 +164,9 @@ def kernels_table(results: dict[str, Any], explained: bool = True) -> str:
         "Medians of one interleaved run with cold caches; each result was checked against float64 "
         "first. Ratios say how many times our time the others take: PyTorch as one would write it, "
         "the same written with care, in place in memory that is there, and torch.compile of the "
-        "former. The limit is the time that the op's bytes or products need at the rates below, "
-        "whichever is longer. Extra memory is the peak beyond inputs and results.",
+        "former. The limit is the time that the op's bytes or products need, whichever is longer at the "
+        "rates below; the rate itself is measured anew in turn with each row's versions. Extra memory is "
+        "the peak beyond inputs and results.",
     ]
     said = [*(explanation if explained else []), "", f"{where}; limits measured in the same run: {limits}."]
     return "\n".join([*rows, *said])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import nabla_fast.ops as ops
 from nabla_fast.bench.kernel_cases import Case, Versions
-from nabla_fast.bench.machine import Machine
+from nabla_fast.bench.machine import Loop, Machine, loop_of
 from nabla_fast.bench.measure import give_memory_back, interleaved, peak_bytes, replayed
 from nabla_fast.errors import InputError
 
@@ -81,7 +81,7 @@ def _row(
         if row["check"] == "passed":
             row |= limit(case, machine)
             graph = row["backend"] == "triton" and versions.in_place and device.type == "cuda"
-            row |= _times(versions, device, compiled, seconds, graph)
+            row |= _times(versions, device, compiled, seconds, graph, limiting_loop(case, machine))
     except Exception as error:  # of one case: the others go on
         identity = ("op", "shape", "dtype", "backend", "bytes", "flops")
         return {key: row[key] for key in identity} | {
@@ -141,9 +141,19 @@ def _errors(outputs: list[Tensor], truth: list[Tensor]) -> list[float]:
 
 
 def _times(
-    versions: Versions, device: torch.device, compiled: bool, seconds: float, graph: bool
+    versions: Versions,
+    device: torch.device,
+    compiled: bool,
+    seconds: float,
+    graph: bool,
+    limiting: tuple[Loop, float] | None = None,
 ) -> dict[str, Any]:
-    """``graph``: also time ours as a CUDA graph, without what launching costs."""
+    """Times of all versions.
+
+    Args:
+        graph: also time ours as a CUDA graph, without what launching costs.
+        limiting: what :func:`limiting_loop` gives; its time beside the versions makes ``limit_ms``.
+    """
     functions = {"ours": versions.ours, "naive": versions.naive, "eager": versions.eager}
     failure = graph_failure = None
     if graph:
@@ -160,6 +170,8 @@ def _times(
             functions["compile"] = function
         except Exception as error:  # torch.compile's own: ours is measured all the same
             failure = _line(error)
+    if limiting:
+        functions["limit"] = limiting[0].run
     times = interleaved(functions, device, seconds=seconds, reset=versions.reset)
     ours, compile_time, graph_time = times["ours"], times.get("compile"), times.get("graph")
     peaks = {}
@@ -176,16 +188,37 @@ def _times(
         **({"compile_error": failure} if failure else {}),
         **({"graph_ms": graph_time.median_ms} if graph_time else {}),
         **({"graph_error": graph_failure} if graph_failure else {}),
+        **({"limit_ms": limiting[1] * times["limit"].median_ms} if limiting else {}),
         "peak_bytes": peaks["ours"],
         "naive_peak_bytes": peaks["naive"],
     }
 
 
 def limit(case: Case, machine: Machine) -> dict[str, Any]:
-    """``limit_ms``, at the rates of :class:`Machine`, and which ``limit`` that is."""
+    """``limit_ms``, at the rates of :class:`Machine`, and which ``limit`` that is.
+
+    Where there is a :func:`limiting_loop`, the row has the time at the rates beside it instead.
+    """
     memory = 1e3 * case.bytes / machine.bandwidth
     matmul = 1e3 * case.flops / machine.rate(case.bf16_terms)
     return {"limit_ms": max(memory, matmul), "limit": "memory" if memory >= matmul else "matmul"}
+
+
+def limiting_loop(case: Case, machine: Machine) -> tuple[Loop, float] | None:
+    """The loop that the limit comes from, and how many runs of it do what the case does.
+
+    A virtual machine has two cores one minute and the two halves of one the next: timed in turn with the
+    versions, the loop says what was to be had in the minute of the row. None where torch gave the limit.
+    """
+    if machine.source != "loops":
+        return None
+    if limit(case, machine)["limit"] == "memory":
+        name, amount = machine.fastest_transfer(), case.bytes
+    else:
+        name, parts = machine.fastest_product(case.bf16_terms)
+        amount = case.flops * parts
+    loop = loop_of(name, machine.threads)
+    return (loop, amount / loop.amount) if loop else None
 
 
 def _line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import nabla_fast._native as _native
 from nabla_fast.bench.measure import interleaved
 
 _READ_BYTES = 1 << 30  # far beyond any last-level cache
+_READ_ONCE_BYTES = 1 << 27  # after the caches have been filled with something else
 _SECONDS = 0.5  # a measure
 _ROUNDS = 20_000  # of arithmetic in registers: some milliseconds
 _SLOW_RATE = 5e9  # operations a second
@@ -50,23 +51,31 @@ class Machine:
     @property
     def bandwidth(self) -> float:
         """Bytes a second that nothing exceeds."""
-        return max(filter(None, (self.read, self.triad, self.copy)))
+        return getattr(self, self.fastest_transfer())
+
+    def fastest_transfer(self) -> str:
+        """The attribute that is the bandwidth."""
+        return max(("read", "triad", "copy"), key=lambda name: getattr(self, name) or 0.0)
 
     def rate(self, bf16_terms: int) -> float:
-        """Operations a second that products are held against; see ``Case.bf16_terms``.
+        """Operations a second that products are held against; see ``Case.bf16_terms``."""
+        name, parts = self.fastest_product(bf16_terms)
+        return getattr(self, name) / parts
+
+    def fastest_product(self, bf16_terms: int) -> tuple[str, int]:
+        """The attribute that products are held against, and how many of its operations make one of theirs.
 
         Where both sides are bf16, what multiplies bf16 counts if the instruction set in force has it,
         though float32 may be faster: a CPU with tiles may take two cycles for the dot product that stands
         for one without. Torch's products stand beside the loops for where there are none, and for units
         that no loop uses.
         """
-        of_bf16 = [rate or 0.0 for rate in (self.dot_product, self.tile_product, self.bfloat16_matmul)]
-        if bf16_terms == 1 and any(of_bf16[:2]):
-            return max(of_bf16)
-        rates = [self.multiply_add, self.float32_matmul]
-        if bf16_terms:
-            rates += [rate / bf16_terms for rate in of_bf16]
-        return max(filter(None, rates))
+        parts = {"dot_product": bf16_terms, "tile_product": bf16_terms, "bfloat16_matmul": bf16_terms}
+        if bf16_terms != 1 or not (self.dot_product or self.tile_product):
+            parts = (parts if bf16_terms else {}) | {"multiply_add": 1, "float32_matmul": 1}
+        rates = {name: (getattr(self, name) or 0.0) / count for name, count in parts.items()}
+        name = max(rates, key=rates.__getitem__)
+        return name, parts[name]
 
     def to_json(self) -> dict[str, Any]:
         """The attributes, rates as ``..._per_s``."""
@@ -103,6 +112,32 @@ def _loops(threads: int) -> dict[str, float | None]:
         "dot_product": _rate(native.machine_dot_products, threads),
         "tile_product": _rate(native.machine_tile_products, threads),
     }
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What a figure of :class:`Machine` is measured with: ``run`` once moves or computes ``amount``."""
+
+    run: Callable[[], object]
+    amount: float
+
+
+def loop_of(name: str, threads: int) -> Loop | None:
+    """The loop behind an attribute of :class:`Machine`; None for those that are torch's."""
+    native = _native.extension()
+    if name == "read":
+        memory = torch.ones(_READ_ONCE_BYTES // 4)
+        return Loop(
+            lambda: native.machine_read(memory.data_ptr(), memory.numel(), threads), _READ_ONCE_BYTES
+        )
+    function = {
+        "multiply_add": native.machine_multiply_adds,
+        "dot_product": native.machine_dot_products,
+        "tile_product": native.machine_tile_products,
+    }.get(name)
+    if function is None:
+        return None
+    return Loop(lambda: function(_ROUNDS, threads), function(_ROUNDS, threads))
 
 
 def _rate(loop: Callable[[int, int], float], threads: int) -> float | None:

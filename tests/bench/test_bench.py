@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -72,7 +73,6 @@ def test_rows_have_times_and_limits():
         assert row["limit"] in ("memory", "matmul")
         assert row["backend"] == "torch"
         assert json.dumps(row)
-    assert rows[0]["limit_ms"] == 1e3 * 3 * 257 * 4 / 1e10
     assert rows[4]["checked"] == "K=4"
 
 
@@ -112,6 +112,35 @@ def test_the_larger_of_two_limits_holds():
     assert kernels.limit(memory, LIMITS) == {"limit_ms": 1.0, "limit": "memory"}
     matmul = replace(memory, flops=10**9)
     assert kernels.limit(matmul, LIMITS) == {"limit_ms": 10.0, "limit": "matmul"}
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("flops", "limit", "figure"), [(0, "memory", "read"), (10**9, "matmul", "multiply_add")]
+)
+def test_a_limit_is_timed_beside_the_row(
+    monkeypatch: pytest.MonkeyPatch, flops: int, limit: str, figure: str
+):
+    def slow_loop(name: str, threads: int) -> machine.Loop:
+        assert (name, threads) == (figure, 1)
+        return machine.Loop(lambda: time.sleep(0.002), amount=(flops or case.bytes) / 3)
+
+    case = replace(small_cases()[0], flops=flops)
+    for other in (replace(LIMITS, source="torch"), replace(LIMITS, copy=1e12, float32_matmul=1e12)):
+        assert kernels.limiting_loop(case, other) is None
+    monkeypatch.setattr(kernels, "loop_of", slow_loop)
+    (row,) = run_small([case])
+    assert row["limit"] == limit
+    assert row["limit_ms"] >= 6.0
+
+
+@needs_native
+@pytest.mark.parametrize("figure", ["read", "multiply_add", "dot_product", "tile_product"])
+def test_loops_of_the_figures(figure: str):
+    loop = machine.loop_of(figure, 1)
+    assert loop.run() == loop.amount or figure == "read"
+    assert loop.amount > 0 or figure in ("dot_product", "tile_product")
+    assert machine.loop_of("float32_matmul", 1) is None
 
 
 def test_a_product_may_be_made_of_faster_ones():
