@@ -8,6 +8,7 @@
 #include "base/prefetch.h"
 #include "gemm/amx.h"
 #include "gemm/vocab_tiles.h"
+#include "gemm/weighted_sums_copied.h"
 #include "gemm/weighted_sums_pairs.h"
 
 namespace nabla_fast::gemm {
