@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import triton
@@ -42,3 +43,40 @@ def inverse_parts(tau: float) -> tuple[float, float]:
     """1/τ as a float32 and what it leaves."""
     (inverse,) = struct.unpack("f", struct.pack("f", 1 / tau))
     return inverse, 1 / tau - inverse
+
+
+@triton.jit
+def tempered_exp(difference, base):
+    """exp(difference / τ) for differences of at most 0: exactly 1 at 0; 0 below 2⁻¹²⁶, for −inf and for NaN.
+
+    Ten instructions: difference / (τ ln 2) in a whole part, which is the exponent's bits, and a rest for
+    the hardware's exp2, which errs there by 2 ulp. Where two products could be contracted or not, as the
+    code around them has it, they are written as fma: the same bits in every kernel.
+
+    Args:
+        difference: float32.
+        base: of :func:`exp_base`.
+    """
+    scale, step, step_low = base
+    lowest = -127.0 / scale
+    bounded = tl.where(difference > lowest, difference, lowest)
+    # Adding 1.5·2²³ rounds to an integer, which then stands in the low bits of the sum; 127 is the bias.
+    shifted = tl.fma(bounded, scale, 12583039.0)
+    whole = shifted - 12583039.0
+    rest = tl.fma(whole, -step_low, tl.fma(whole, -step, bounded))
+    power = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    return tl.exp2(rest * scale) * power
+
+
+def exp_base(tau: float) -> tuple[float, float, float]:
+    """1/(τ ln 2), and τ ln 2 in two parts, of which the first has 17 bits: its product with a whole number
+    below 2⁷ is exact."""
+    step = tau * math.log(2)
+    mantissa, exponent = math.frexp(step)
+    high = math.ldexp(round(mantissa * 2**16), exponent - 16)
+    return _single(1 / step), high, _single(step - high)
+
+
+def _single(number: float) -> float:
+    (rounded,) = struct.unpack("f", struct.pack("f", number))
+    return rounded
