@@ -1,4 +1,4 @@
-"""The embedding mix over logits; its backward is G by one product over all tables, then the Jacobian."""
+"""The embedding mix over logits; its backward is G by library products, then softmax's Jacobian."""
 
 from __future__ import annotations
 
@@ -7,229 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common.exponential import inverse_parts
-from .common.gumbel import add_gumbel_noise
-from .common.products import tile_arguments
-from .common.row_totals import row_totals
+from .common.exponential import exp_base, tempered_exp
+from .common.gradient_sums import FIELDS, joined_slices, store_slice
+from .common.library_products import add_vocabulary_products, converted_bytes, float32_products
+from .common.row_tops import Noise, RowTops
 from .common.scratch import row_blocks, share
-from .common.softmax_sums import SoftmaxSums, exp_tile, perturbed_tile, softmax_sums
-from .common.vocabulary_product import vocabulary_product
-from .common.weighted_rows import weighted_rows
-
-
-@triton.jit
-def _hard_grad_kernel(
-    states,  # [N, H_t] each: ∂ℒ/∂e_t
-    tables,
-    state_strides,
-    table_strides,
-    widths,
-    direct_ptr,  # [N, V] if DIRECT
-    direct_row_stride,
-    direct_column_stride,
-    token_ptr,  # [N] int64
-    grad_ptr,  # [N] float32
-    DIRECT: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(token_ptr + row)
-    depth = tl.arange(0, DEPTH)
-    grad = tl.zeros((DEPTH,), tl.float32)
-    for t in tl.static_range(len(states)):
-        for start in range(0, widths[t], DEPTH):
-            column = (start + depth).to(tl.int64)
-            there = column < widths[t]
-            state = tl.load(
-                states[t] + row * state_strides[t][0] + column * state_strides[t][1], mask=there, other=0.0
-            )
-            table = tl.load(
-                tables[t] + token * table_strides[t][0] + column * table_strides[t][1],
-                mask=there,
-                other=0.0,
-            )
-            grad += state.to(tl.float32) * table.to(tl.float32)
-    total = tl.sum(grad, axis=0)
-    if DIRECT:
-        at = direct_ptr + row * direct_row_stride + token * direct_column_stride
-        total += tl.load(at).to(tl.float32)
-    tl.store(grad_ptr + row, total)
-
-
-@triton.jit
-def _centred_tile(
-    product_ptr,  # [N, V], contiguous: the tables' part of G, less G[ŷ]
-    rest_ptr,  # [N, V] bfloat16, contiguous, if SPLIT: its low bits
-    logits_ptr,  # [N, V]
-    row_stride,
-    column_stride,
-    seed_ptr,  # [N] int64 if NOISE
-    position_ptr,  # [N] int64 if NOISE
-    top_ptr,  # [N] float32
-    token_ptr,  # [N] int64
-    direct_ptr,  # [N, V] if DIRECT
-    direct_row_stride,
-    direct_column_stride,
-    row,  # [1] int64
-    start,
-    vocabulary,
-    inverse,
-    inverse_low,
-    NOISE: tl.constexpr,
-    DIRECT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """exp((z − top)/τ) and G − G[ŷ], 0 where the former is and at ŷ: [1, COLUMNS] each."""
-    column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
-    there = column < vocabulary
-    z = perturbed_tile(
-        logits_ptr,
-        row_stride,
-        column_stride,
-        seed_ptr,
-        position_ptr,
-        row,
-        start,
-        vocabulary,
-        COLUMNS,
-        NOISE,
-    )
-    e = exp_tile(z, tl.load(top_ptr + row), inverse, inverse_low)
-    at = row[:, None] * vocabulary + column
-    grad = tl.load(product_ptr + at, mask=there, other=0.0).to(tl.float32)
-    if SPLIT:
-        grad += tl.load(rest_ptr + at, mask=there, other=0.0).to(tl.float32)
-    if DIRECT:
-        at = direct_ptr + row[:, None] * direct_row_stride + column * direct_column_stride
-        grad += tl.load(at, mask=there, other=0.0).to(tl.float32)
-    other = (e > 0) & (column != tl.load(token_ptr + row)[:, None])
-    return e, tl.where(other, grad, 0.0)
-
-
-@triton.jit(do_not_specialize=["slices"])
-def _tilt_kernel(
-    product_ptr,
-    rest_ptr,
-    logits_ptr,
-    row_stride,
-    column_stride,
-    seed_ptr,
-    position_ptr,
-    top_ptr,
-    token_ptr,
-    direct_ptr,
-    direct_row_stride,
-    direct_column_stride,
-    tilt_ptr,  # [N, slices] float32: Σ exp((z − top)/τ) (G − G[ŷ]) over a slice
-    vocabulary,
-    slices,
-    inverse,
-    inverse_low,
-    NOISE: tl.constexpr,
-    DIRECT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    e, centred = _centred_tile(
-        product_ptr,
-        rest_ptr,
-        logits_ptr,
-        row_stride,
-        column_stride,
-        seed_ptr,
-        position_ptr,
-        top_ptr,
-        token_ptr,
-        direct_ptr,
-        direct_row_stride,
-        direct_column_stride,
-        program // slices + tl.zeros((1,), tl.int64),
-        (program % slices).to(tl.int32) * COLUMNS,
-        vocabulary,
-        inverse,
-        inverse_low,
-        NOISE,
-        DIRECT,
-        SPLIT,
-        COLUMNS,
-    )
-    tl.store(tilt_ptr + program + tl.zeros((1,), tl.int64), tl.sum(e * centred, axis=1))
-
-
-@triton.jit(do_not_specialize=["slices"])
-def _jacobian_kernel(
-    product_ptr,
-    rest_ptr,
-    logits_ptr,
-    row_stride,
-    column_stride,
-    seed_ptr,
-    position_ptr,
-    top_ptr,
-    token_ptr,
-    direct_ptr,
-    direct_row_stride,
-    direct_column_stride,
-    total_ptr,  # [N] float32: Σ exp((z − top)/τ)
-    tilt_ptr,  # [N] float32: Σ exp((z − top)/τ) (G − G[ŷ])
-    result_ptr,  # [N, V], contiguous; may be product_ptr
-    vocabulary,
-    slices,
-    inverse,
-    inverse_low,
-    NOISE: tl.constexpr,
-    DIRECT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    row = program // slices + tl.zeros((1,), tl.int64)
-    start = (program % slices).to(tl.int32) * COLUMNS
-    e, centred = _centred_tile(
-        product_ptr,
-        rest_ptr,
-        logits_ptr,
-        row_stride,
-        column_stride,
-        seed_ptr,
-        position_ptr,
-        top_ptr,
-        token_ptr,
-        direct_ptr,
-        direct_row_stride,
-        direct_column_stride,
-        row,
-        start,
-        vocabulary,
-        inverse,
-        inverse_low,
-        NOISE,
-        DIRECT,
-        SPLIT,
-        COLUMNS,
-    )
-    total = tl.load(total_ptr + row)[:, None]
-    mean = tl.load(tilt_ptr + row)[:, None] / total
-    result = tl.where(e > 0, e * (inverse / total) * (centred - mean), 0.0)
-    column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
-    at = result_ptr + row[:, None] * vocabulary + column
-    tl.store(at, result.to(result_ptr.dtype.element_ty), mask=column < vocabulary)
-
-
-_COLUMNS = 2048  # of a slice
-_WARPS = 8  # of a slice's program: with 4, some spill
-_HARD_DEPTH = 1024
+from .common.soft_mix import SoftMix, scratch_bytes
+from .common.vocabulary_chunks import SLICE, WARPS, logits_slice, partition
 
 
 def embedding_mix(
-    logits: Tensor,
-    tables: list[Tensor],
-    *,
-    tau: float,
-    hard: bool,
-    noise: tuple[Tensor, Tensor] | None,
+    logits: Tensor, tables: list[Tensor], *, tau: float, hard: bool, noise: Noise
 ) -> tuple[list[Tensor], Tensor]:
     """Σ_v y[v] T_t[v], y the one-hot of the largest z + g if ``hard``, else softmax((z + g)/τ).
 
@@ -242,37 +30,220 @@ def embedding_mix(
     """
     rows, vocabulary = logits.shape
     mixes = [table.new_empty(rows, table.shape[1]) for table in tables]
-    sums = softmax_sums(logits, tau, noise)
-    if hard or noise is None:
-        mix_rows(logits, tables, sums, tau, hard, mixes, scratch=share(15))
-        return mixes, sums.status
-    # Every program that reads a logit would draw its noise again.
-    parts = list(row_blocks(rows, 4 * vocabulary, share(11)))
-    scratch = logits.new_empty(parts[0].stop if parts else 0, vocabulary, dtype=torch.float32)
-    for part in parts:
-        perturbed = scratch[: part.stop - part.start].copy_(logits[part])
-        add_gumbel_noise(perturbed, noise[0][part], noise[1][part])
-        of_part = [mix[part] for mix in mixes]
-        mix_rows(perturbed, tables, sums.part(part), tau, hard, of_part, scratch=share(4))
-    return mixes, sums.status
+    status = logits.new_empty(rows, dtype=torch.int32)
+    if rows == 0:
+        return mixes, status
+    if hard:
+        token = logits.new_empty(rows, dtype=torch.int64)
+        parts = list(row_blocks(rows, 8 * triton.cdiv(vocabulary, SLICE), share(15)))
+        tops = RowTops(logits, parts[0].stop, vocabulary)
+        for part in parts:
+            tops.measure(logits[part], part_of(noise, part), 0, vocabulary, 0)
+            tops.join(token[part], status[part])
+        for table, mix in zip(tables, mixes, strict=True):
+            torch.index_select(table, 0, token, out=mix)
+        return mixes, status
+    row_bytes, token_bytes = scratch_bytes(tables, vocabulary)
+    cut = partition(rows, vocabulary, row_bytes=row_bytes, token_bytes=token_bytes)
+    mix = SoftMix(logits, cut.most_rows, vocabulary, tables, tau, cut.tokens)
+    with float32_products():
+        for part in cut.rows:
+            for first, end in cut.chunks(vocabulary):
+                mix.add(logits[part], part_of(noise, part), first, end, 0)
+            mix.finish([of_table[part] for of_table in mixes], status[part])
+    return mixes, status
 
 
-def mix_rows(
-    logits: Tensor,
-    tables: list[Tensor],
-    sums: SoftmaxSums,
-    tau: float,
-    hard: bool,
-    out: list[Tensor],
-    *,
-    scratch: int,
-) -> None:
-    """The mixes of logits [N, V], into ``out`` [N, H_t] each; ``scratch``: bytes beside."""
-    if not hard:
-        weighted_rows(logits, tables, out=out, scratch=scratch, sums=sums, tau=tau)
-        return
-    for table, mix in zip(tables, out, strict=True):
-        torch.index_select(table, 0, sums.token, out=mix)
+def part_of(noise: Noise, part: slice) -> Noise:
+    """The noise's keys of some of the rows."""
+    return None if noise is None else (noise[0][part], noise[1][part])
+
+
+# -- backward ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gradient_slice(
+    product_ptr,  # [N, ..] float32: the tables' part of G
+    product_stride,
+    product_origin,  # token of the product's first column
+    direct_ptr,  # [N, V] if DIRECT
+    direct_row_stride,
+    direct_column_stride,
+    row,  # int64
+    start,
+    end,
+    COLUMNS: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
+    """G of a slice; 0 past the chunk: [COLUMNS]."""
+    token = start + tl.arange(0, COLUMNS)
+    at = product_ptr + row * product_stride + (token - product_origin)
+    grad = tl.load(at, mask=token < end, other=0.0)
+    if DIRECT:
+        at = direct_ptr + row * direct_row_stride + token.to(tl.int64) * direct_column_stride
+        grad += tl.load(at, mask=token < end, other=0.0).to(tl.float32)
+    return grad
+
+
+@triton.jit
+def _cut(grad):
+    """The nearest numbers with 24 bits of float32's 32, and those bits."""
+    bits = (grad.to(tl.int32, bitcast=True) + 0x80) & -256
+    return bits.to(tl.float32, bitcast=True), bits
+
+
+@triton.jit(do_not_specialize=["first_slice", "chunk_slices", "slices"])
+def survey_kernel(
+    product_ptr,
+    product_stride,
+    product_origin,
+    direct_ptr,
+    direct_row_stride,
+    direct_column_stride,
+    logits_ptr,
+    row_stride,
+    column_stride,
+    origin,  # token of the logits' first column
+    seed_ptr,
+    position_ptr,
+    sums_ptr,  # [N, FIELDS, slices] float32
+    high_ptr,  # [N, V] int16 if SPLIT: the upper 16 bits of G
+    rest_ptr,  # [N, V] uint8 if SPLIT: the next 8
+    vocabulary,
+    end,
+    first_slice,
+    chunk_slices,
+    slices,
+    base,
+    COLUMNS: tl.constexpr,
+    NOISE: tl.constexpr,
+    DIRECT: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """The sums of a chunk's slices, while the product is still in the L2 cache."""
+    row = (tl.program_id(0) // chunk_slices).to(tl.int64)
+    slice = first_slice + tl.program_id(0) % chunk_slices
+    start = slice * COLUMNS
+    grad = _gradient_slice(
+        product_ptr,
+        product_stride,
+        product_origin,
+        direct_ptr,
+        direct_row_stride,
+        direct_column_stride,
+        row,
+        start,
+        end,
+        COLUMNS,
+        DIRECT,
+    )
+    if SPLIT:
+        grad, bits = _cut(grad)
+        token = start + tl.arange(0, COLUMNS)
+        at = row * vocabulary + token
+        tl.store(high_ptr + at, (bits >> 16).to(tl.int16), mask=token < end)
+        tl.store(rest_ptr + at, ((bits >> 8) & 0xFF).to(tl.uint8), mask=token < end)
+    z = logits_slice(
+        logits_ptr,
+        row_stride,
+        column_stride,
+        seed_ptr,
+        position_ptr,
+        row,
+        start,
+        end,
+        origin,
+        COLUMNS,
+        NOISE,
+    )
+    store_slice(sums_ptr + row * (FIELDS * slices), slices, slice, z, grad, start, base)
+
+
+@triton.jit(do_not_specialize=["slices"])
+def _join_kernel(
+    sums_ptr,  # [N, FIELDS, slices] float32
+    joined_ptr,  # [N, 4] float32: max z, G[ŷ], 1/(S τ), ⟨p, G⟩ − G[ŷ]
+    slices,
+    base,
+    inverse,  # 1/τ
+    SLICES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    top, _some, grad, total, mean = joined_slices(
+        sums_ptr + row * (FIELDS * slices), slices, slices, base, SLICES
+    )
+    tl.store(joined_ptr + 4 * row, top)
+    tl.store(joined_ptr + 4 * row + 1, grad)
+    tl.store(joined_ptr + 4 * row + 2, inverse / total)
+    tl.store(joined_ptr + 4 * row + 3, mean)
+
+
+@triton.jit(do_not_specialize=["slices"])
+def _jacobian_kernel(
+    product_ptr,  # [N, V] float32 unless SPLIT: the tables' part of G; may be result_ptr
+    direct_ptr,
+    direct_row_stride,
+    direct_column_stride,
+    logits_ptr,
+    row_stride,
+    column_stride,
+    seed_ptr,
+    position_ptr,
+    joined_ptr,  # [N, 4] float32
+    high_ptr,  # [N, V] int16 if SPLIT, the memory of result_ptr
+    rest_ptr,  # [N, V] uint8 if SPLIT
+    result_ptr,  # [N, V], contiguous
+    vocabulary,
+    slices,
+    base,
+    COLUMNS: tl.constexpr,
+    NOISE: tl.constexpr,
+    DIRECT: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    row = (tl.program_id(0) // slices).to(tl.int64)
+    start = tl.program_id(0) % slices * COLUMNS
+    token = start + tl.arange(0, COLUMNS)
+    there = token < vocabulary
+    at = row * vocabulary + token
+    if SPLIT:
+        high = tl.load(high_ptr + at, mask=there, other=0).to(tl.int32)
+        rest = tl.load(rest_ptr + at, mask=there, other=0).to(tl.int32)
+        grad = ((high << 16) | (rest << 8)).to(tl.float32, bitcast=True)
+    else:
+        grad = _gradient_slice(
+            product_ptr,
+            vocabulary,
+            0,
+            direct_ptr,
+            direct_row_stride,
+            direct_column_stride,
+            row,
+            start,
+            vocabulary,
+            COLUMNS,
+            DIRECT,
+        )
+    z = logits_slice(
+        logits_ptr,
+        row_stride,
+        column_stride,
+        seed_ptr,
+        position_ptr,
+        row,
+        start,
+        vocabulary,
+        0,
+        COLUMNS,
+        NOISE,
+    )
+    top, hard_grad = tl.load(joined_ptr + 4 * row), tl.load(joined_ptr + 4 * row + 1)
+    weight, mean = tl.load(joined_ptr + 4 * row + 2), tl.load(joined_ptr + 4 * row + 3)
+    e = tempered_exp(z - top, base)
+    # G may be infinite where p is 0.
+    result = tl.where(e > 0, e * weight * (grad - hard_grad - mean), 0.0)
+    tl.store(result_ptr + at, result.to(result_ptr.dtype.element_ty), mask=there)
 
 
 def embedding_mix_backward(
@@ -281,19 +252,18 @@ def embedding_mix_backward(
     tables: list[Tensor],
     *,
     tau: float,
-    noise: tuple[Tensor, Tensor] | None,
+    noise: Noise,
     direct: Tensor | None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """∂ℒ/∂z = (1/τ) p ⊙ (G − ⟨p, G⟩), G = Σ_t ⟨T_t, ∂ℒ/∂e_t⟩ + direct.
 
-    ⟨p, G⟩ is not known while G is made. The product writes G − G[ŷ] where the result will be; one pass
-    over it adds up ⟨p, G⟩, a second applies the Jacobian. They move some 24 bytes a logit, where a
-    second product would take 2·ΣH_t operations; in the product's own epilogue a softmax made tiles of
-    this size spill.
+    ⟨p, G⟩ is known when all of G has been seen. Where the soft mix ē is at hand it is Σ_t ⟨∂ℒ/∂e_t, ē_t⟩;
+    here it is not, and ē costs another 2·N·V·ΣH_t operations, as many as G itself: 1.2 ms for 512 rows of
+    V = 151,936 and ΣH_t = 6,144 at 790 TFLOP/s, where to keep G and to read it once more moves
+    2·4·N·V bytes, 0.15 ms at 4.3 TB/s.
 
-    A half-precision result holds the high bits of G − G[ŷ]; the rest, which rounding would lose, is in
-    bfloat16 scratch for some of the rows at a time. For each of these parts the tables are read again.
+    A float32 result holds G itself until the last pass. Of a half-precision one the memory holds 16 bits of
+    G, and 8 more lie in scratch for as many rows as fit: 24 bits, an error of 2⁻¹⁷ G.
 
     Args:
         cotangents: ∂ℒ/∂e_t [N, H_t] each.
@@ -301,79 +271,73 @@ def embedding_mix_backward(
         tables: [V, H_t] each.
         tau, noise: as of :func:`embedding_mix`.
         direct: [N, V] or None.
-        out: [N, V] float32, contiguous, for the result; a new tensor in the logits' dtype if None.
     Returns:
-        [N, V].
+        [N, V] in the dtype of ``logits``.
     """
     rows, vocabulary = logits.shape
-    if out is None:
-        out = torch.empty(rows, vocabulary, dtype=logits.dtype, device=logits.device)
-    sums = softmax_sums(logits, tau, noise)
+    out = torch.empty(rows, vocabulary, dtype=logits.dtype, device=logits.device)
     split = out.dtype != torch.float32
-    row_bytes = 4 * triton.cdiv(vocabulary, _COLUMNS) + (2 * vocabulary if split else 0)
-    parts = list(row_blocks(rows, row_bytes, share(15)))
-    rest = None
-    if split and parts:
-        rest = torch.empty(parts[0].stop, vocabulary, dtype=torch.bfloat16, device=logits.device)
-    for part in parts:
-        _backward(
-            [cotangent[part] for cotangent in cotangents],
-            logits[part],
-            tables,
-            sums.part(part),
-            tau,
-            (noise[0][part], noise[1][part]) if noise else None,
-            None if direct is None else direct[part],
-            None if rest is None else rest[: part.stop - part.start],
-            out[part],
-        )
+    row_bytes = 4 * FIELDS.value * triton.cdiv(vocabulary, SLICE) + 16 + (vocabulary if split else 0)
+    row_bytes += converted_bytes(cotangents, tables)
+    cut = partition(rows, vocabulary, row_bytes=row_bytes, token_bytes=4)
+    slices = triton.cdiv(vocabulary, SLICE)
+    sums = logits.new_empty(cut.most_rows, FIELDS.value, slices, dtype=torch.float32)
+    joined = logits.new_empty(cut.most_rows, 4, dtype=torch.float32)
+    products, rest = out, out
+    if split:
+        products = logits.new_empty(cut.most_rows * min(cut.tokens, vocabulary), dtype=torch.float32)
+        rest = logits.new_empty(cut.most_rows, vocabulary, dtype=torch.uint8)
+    base = exp_base(tau)
+    options = {"COLUMNS": SLICE, "NOISE": noise is not None, "SPLIT": split, "num_warps": WARPS}
+    options["DIRECT"] = direct is not None
+    with float32_products(), torch.cuda.device_of(logits):
+        for part in cut.rows:
+            of_part, size = out[part], part.stop - part.start
+            high = of_part.view(torch.int16) if split else of_part
+            given = (joined, 0, 0) if direct is None else (direct[part], *direct.stride())
+            read = (logits[part], *logits.stride())
+            key = part_of(noise, part) or (joined, joined)
+            states = [cotangent[part] for cotangent in cotangents]
+            for first, end in cut.chunks(vocabulary):
+                if split:
+                    product = products[: size * (end - first)].view(size, end - first)
+                else:
+                    product = of_part[:, first:end]
+                add_vocabulary_products(product, states, [table[first:end] for table in tables])
+                of_chunk = triton.cdiv(end - first, SLICE)
+                survey_kernel[(size * of_chunk,)](
+                    product,
+                    product.stride(0),
+                    first,
+                    *given,
+                    *read,
+                    0,
+                    *key,
+                    sums,
+                    high,
+                    rest,
+                    vocabulary,
+                    end,
+                    first // SLICE,
+                    of_chunk,
+                    slices,
+                    base,
+                    **options,
+                )
+            width = triton.next_power_of_2(slices)
+            _join_kernel[(size,)](sums, joined, slices, base, 1 / tau, SLICES=width, num_warps=4)
+            _jacobian_kernel[(size * slices,)](
+                of_part,
+                *given,
+                *read,
+                *key,
+                joined,
+                high,
+                rest,
+                of_part,
+                vocabulary,
+                slices,
+                base,
+                **options,
+            )
     return out
-
-
-def _backward(
-    cotangents: list[Tensor],
-    logits: Tensor,
-    tables: list[Tensor],
-    sums: SoftmaxSums,
-    tau: float,
-    noise: tuple[Tensor, Tensor] | None,
-    direct: Tensor | None,
-    rest: Tensor | None,  # [N, V] bfloat16, contiguous: scratch
-    out: Tensor,  # [N, V], contiguous; float32 if there is no rest
-) -> None:
-    rows, vocabulary = logits.shape
-    hard_grad = logits.new_empty(rows, dtype=torch.float32)
-    slices = triton.cdiv(vocabulary, _COLUMNS)
-    tilt = logits.new_empty(rows, slices, dtype=torch.float32)
-    directs = (hard_grad, 0, 0) if direct is None else (direct, *direct.stride())
-    with torch.cuda.device_of(logits):
-        _hard_grad_kernel[(rows,)](
-            *tile_arguments(cotangents, tables),
-            *directs,
-            sums.token,
-            hard_grad,
-            DIRECT=direct is not None,
-            DEPTH=_HARD_DEPTH,
-        )
-        vocabulary_product(cotangents, tables, shift=hard_grad, out=out, rest=rest)
-        read = (
-            out,
-            out if rest is None else rest,
-            logits,
-            *logits.stride(),
-            *(noise or (sums.token, sums.token)),
-            sums.top,
-            sums.token,
-        )
-        sizes = (vocabulary, slices, *inverse_parts(tau))
-        options = {
-            "NOISE": noise is not None,
-            "DIRECT": direct is not None,
-            "SPLIT": rest is not None,
-            "COLUMNS": _COLUMNS,
-            "num_warps": _WARPS,
-        }
-        _tilt_kernel[(rows * slices,)](*read, *directs, tilt, *sizes, **options)
-        _jacobian_kernel[(rows * slices,)](
-            *read, *directs, sums.total, row_totals(tilt), out, *sizes, **options
-        )

@@ -1,4 +1,4 @@
-"""Parts that Triton kernels share: sums of softmaxes, scratch memory by parts, splits of a vocabulary."""
+"""Parts that Triton kernels share: sums of softmaxes, scratch memory by parts, chunks of a vocabulary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .inputs import Draw
 if why := backend_status()["triton"]:
     pytest.skip(why, allow_module_level=True)
 
-from nabla_fast.triton_kernels.common import scratch, weighted_rows
+from nabla_fast.triton_kernels.common import scratch, vocabulary_chunks
 from nabla_fast.triton_kernels.common.softmax_sums import softmax_sums
 
 DEVICE = torch.device(DEVICES[-1])  # interpreted where there is no GPU
@@ -43,10 +43,19 @@ def test_parts_of_rows_are_whole_tiles_and_nearly_equal():
     assert sizes == [176, 176, 160]
 
 
-@pytest.mark.parametrize(("vocabulary", "columns"), [(1, 64), (64, 64), (151_936, 64), (2**20, 16)])
-@pytest.mark.parametrize("tiles", [1, 2, 96, 1000])
-def test_splits_cover_the_vocabulary(vocabulary: int, columns: int, tiles: int):
-    splits, size = weighted_rows._splits(vocabulary, tiles, columns, 132, 1000)
-    assert size % columns == 0
-    assert (splits - 1) * size < vocabulary <= splits * size
-    assert splits == 1 or size >= 8 * columns
+@pytest.mark.parametrize("vocabulary", [1, 4096, 4097, 151_936, 2**20])
+@pytest.mark.parametrize("rows", [1, 8, 64, 512, 5000])
+def test_chunks_cover_the_vocabulary_and_fit(rows: int, vocabulary: int):
+    row_bytes, token_bytes = 4 * 6144, 6
+    cut = vocabulary_chunks.partition(rows, vocabulary, row_bytes=row_bytes, token_bytes=token_bytes)
+    assert [part.start for part in cut.rows] == [0, *(part.stop for part in cut.rows[:-1])]
+    assert cut.rows[-1].stop == rows
+    chunks = list(cut.chunks(vocabulary))
+    assert [first for first, _ in chunks] == [0, *(end for _, end in chunks[:-1])]
+    assert chunks[-1][1] == vocabulary
+    assert all(first % vocabulary_chunks.SLICE == 0 for first, _ in chunks)
+    most = max(part.stop - part.start for part in cut.rows)
+    width = max(end - first for first, end in chunks)
+    assert most * (row_bytes + width * token_bytes) <= scratch.BYTES
+    # What a decode asks for takes the whole vocabulary at once: the tables are read once, in few products.
+    assert rows > 8 or len(chunks) == 1 or vocabulary > 151_936

@@ -47,7 +47,7 @@ def inverse_parts(tau: float) -> tuple[float, float]:
 
 @triton.jit
 def tempered_exp(difference, base):
-    """exp(difference / τ) for differences of at most 0: exactly 1 at 0; 0 below 2⁻¹²⁶, for −inf and for NaN.
+    """exp(difference / τ) for differences of at most 0: exactly 1 at 0; 0 below 2⁻¹²⁶, for −inf and NaN.
 
     Ten instructions: difference / (τ ln 2) in a whole part, which is the exponent's bits, and a rest for
     the hardware's exp2, which errs there by 2 ulp. Where two products could be contracted or not, as the

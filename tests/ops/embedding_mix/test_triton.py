@@ -15,8 +15,9 @@ from nabla_fast.ops.embedding_mix import embedding_mix_backward
 
 from ..contract import BackendContract
 from ..harness import DEVICES, interpreted, run
-from ..inputs import BF16, F16, F32, Draw
+from ..inputs import F16, F32, Case, Draw
 from ..shared import scratch
+from ..shared.mixes_triton import check_chunks, check_parts, chunk_cases, part_cases
 from .cases import EMBEDDING_MIX, EMBEDDING_MIX_BACKWARD
 from .golden import GoldenNumbers
 
@@ -24,7 +25,6 @@ if why := backend_status()["triton"]:
     pytest.skip(why, allow_module_level=True)
 
 from nabla_fast.triton_kernels import embedding_mix as kernels
-from nabla_fast.triton_kernels.common import presets, weighted_rows
 
 DEVICE = torch.device(DEVICES[-1])  # interpreted where there is no GPU
 
@@ -81,17 +81,14 @@ def test_scratch_is_bounded(
     scratch.is_bounded(scratch_calls(draw, rows, vocabulary)[name], rows, limit, monkeypatch)
 
 
-def test_rows_in_parts_are_the_same_rows(draw: Draw, monkeypatch: pytest.MonkeyPatch):
-    tables = draw.tables(515, [(8, BF16), (5, F32)])
-    arguments = {
-        "cotangents": [draw.normal(5, table.shape[1], dtype=table.dtype) for table in tables],
-        "logits": draw.logits(5, 515, BF16),
-        "tables": tables,
-        "tau": 0.7,
-        "noise": draw.noise(5),
-        "direct": draw.normal(5, 515),
-    }
-    scratch.in_parts(embedding_mix_backward, arguments, monkeypatch)
+@pytest.mark.parametrize("case", part_cases(backward=False), ids=lambda case: case.name)
+def test_parts_of_rows(case: Case, draw: Draw, monkeypatch: pytest.MonkeyPatch):
+    check_parts(embedding_mix, case, draw, DEVICE.type, monkeypatch)
+
+
+@pytest.mark.parametrize("case", part_cases(backward=True), ids=lambda case: case.name)
+def test_parts_of_rows_backward(case: Case, draw: Draw, monkeypatch: pytest.MonkeyPatch):
+    check_parts(embedding_mix_backward, case, draw, DEVICE.type, monkeypatch)
 
 
 def test_a_half_precision_result_holds_gradients_past_its_range(draw: Draw):
@@ -136,11 +133,11 @@ def test_offsets_past_two_to_the_31(tmp_path: Path, draw: Draw):
         assert torch.equal(far, wanted)
 
 
-def test_soft_mix_joins_splits(draw: Draw, monkeypatch: pytest.MonkeyPatch):
-    kinds = presets.config("weighted_rows", "float32", DEVICE) | {"PROGRAMS": 3, "COLUMNS": 64}
-    logits, tables = draw.logits(3, 2100), draw.tables(2100, [(9, F32)])
-    with presets.forced("weighted_rows", "float32", kinds):
-        assert weighted_rows._splits(2100, 1, 64, 3, 1000)[0] == 3
-        ours = run(embedding_mix, "triton", {"logits": logits, "tables": tables, "hard": False})
-    exact = torch.softmax(logits.double(), dim=1) @ tables[0].double()
-    torch.testing.assert_close(ours["result[0]"].double(), exact, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("case", chunk_cases(backward=False), ids=lambda case: case.name)
+def test_chunks(case: Case, draw: Draw, monkeypatch: pytest.MonkeyPatch):
+    check_chunks(embedding_mix, case, draw, DEVICE.type, monkeypatch)
+
+
+@pytest.mark.parametrize("case", chunk_cases(backward=True), ids=lambda case: case.name)
+def test_chunks_backward(case: Case, draw: Draw, monkeypatch: pytest.MonkeyPatch):
+    check_chunks(embedding_mix_backward, case, draw, DEVICE.type, monkeypatch)

@@ -11,8 +11,10 @@ from nabla_fast.ops import backend_status, linear_embedding_mix
 from nabla_fast.ops.linear_embedding_mix import linear_embedding_mix_backward
 
 from ..contract import BackendContract
-from ..inputs import BF16, F32, Draw
+from ..harness import DEVICES
+from ..inputs import Case, Draw
 from ..shared import scratch
+from ..shared.mixes_triton import check_chunks, check_parts, chunk_cases, part_cases
 from .cases import LINEAR_EMBEDDING_MIX, LINEAR_EMBEDDING_MIX_BACKWARD
 
 if why := backend_status()["triton"]:
@@ -57,22 +59,21 @@ def test_scratch_is_bounded(
     scratch.is_bounded(scratch_calls(draw, rows, vocabulary)[name], rows, limit, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    "op", [linear_embedding_mix, linear_embedding_mix_backward], ids=lambda op: op.name
-)
-def test_rows_in_parts_are_the_same_rows(op, draw: Draw, monkeypatch: pytest.MonkeyPatch):
-    tables = draw.tables(515, [(8, BF16), (5, F32)])
-    arguments = {
-        "hidden": draw.normal(5, 12),
-        "head": draw.normal(515, 12, dtype=BF16),
-        "tables": tables,
-        "tau": 0.7,
-        "noise": draw.noise(5),
-        "direct": draw.normal(5, 515),
-    }
-    cotangents = [draw.normal(5, table.shape[1], dtype=table.dtype) for table in tables]
-    if op is linear_embedding_mix:
-        arguments["hard"] = False
-    else:
-        arguments = {"cotangents": cotangents} | arguments
-    scratch.in_parts(op, arguments, monkeypatch)
+@pytest.mark.parametrize("case", part_cases(backward=False, hidden=12), ids=lambda case: case.name)
+def test_parts_of_rows(case: Case, draw: Draw, monkeypatch: pytest.MonkeyPatch):
+    check_parts(linear_embedding_mix, case, draw, DEVICES[-1], monkeypatch)
+
+
+@pytest.mark.parametrize("case", part_cases(backward=True, hidden=12), ids=lambda case: case.name)
+def test_parts_of_rows_backward(case: Case, draw: Draw, monkeypatch: pytest.MonkeyPatch):
+    check_parts(linear_embedding_mix_backward, case, draw, DEVICES[-1], monkeypatch)
+
+
+@pytest.mark.parametrize("case", chunk_cases(backward=False, hidden=12), ids=lambda case: case.name)
+def test_chunks(case: Case, draw: Draw, monkeypatch: pytest.MonkeyPatch):
+    check_chunks(linear_embedding_mix, case, draw, DEVICES[-1], monkeypatch)
+
+
+@pytest.mark.parametrize("case", chunk_cases(backward=True, hidden=12), ids=lambda case: case.name)
+def test_chunks_backward(case: Case, draw: Draw, monkeypatch: pytest.MonkeyPatch):
+    check_chunks(linear_embedding_mix_backward, case, draw, DEVICES[-1], monkeypatch)
