@@ -6,6 +6,7 @@ import argparse
 
 from nabla_fast.cli.bench_decode import add_parser as add_decode_parser
 from nabla_fast.cli.bench_kernels import add_parser as add_kernels_parser
+from nabla_fast.cli.bench_launch import add_parser as add_launch_parser
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -13,3 +14,4 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parts = parser.add_subparsers(dest="part", required=True, metavar="part")
     add_kernels_parser(parts)
     add_decode_parser(parts)
+    add_launch_parser(parts)

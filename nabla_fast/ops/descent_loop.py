@@ -111,7 +111,7 @@ def check_descent(
     # Messages are written on failure alone: a descent of few tokens takes less time than to write them.
     rows = len(parameter)
     # Values on a device are not checked, as that would wait for it; kernels read nothing past the schedule.
-    if rows > 0 and state.step.device.type == "cpu":
+    if rows > 0 and state.step.is_cpu:
         if int(state.step.min()) < 0:
             raise InputError(f"{name}: state.step must not be negative, got {int(state.step.min())}")
         if until is not None and int(until.max()) > schedule.shape[-1]:

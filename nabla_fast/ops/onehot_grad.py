@@ -101,7 +101,7 @@ def check_onehot_inputs(
                 len(table) == len(head),
                 f"{name}: tables[{t}] must have {len(head)} rows or a token map, got {len(table)}",
             )
-        elif token_maps[t].device.type == "cpu":  # for one on a device nobody waits
+        elif token_maps[t].is_cpu:  # for one on a device nobody waits
             expect_rows(f"{name}: token_maps[{t}]", token_maps[t], len(table))
 
 

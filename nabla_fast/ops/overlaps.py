@@ -54,13 +54,19 @@ def expect_apart(
                 raise InputError(f"{op}: {first} is changed in place, and overlaps {second}")
 
 
+def extent(tensor: Tensor) -> int:
+    """Bytes from the first to past the last; 0 if there is none."""
+    count = tensor.nbytes
+    if count == 0 or tensor.is_contiguous():
+        return count
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    return (sum((size - 1) * stride for size, stride in axes) + 1) * tensor.element_size()
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Addresses of the first byte and of the one that follows the last; twice one if there is none."""
-    low, count = tensor.data_ptr(), tensor.nbytes
-    if count == 0 or tensor.is_contiguous():
-        return low, low + count
-    axes = zip(tensor.shape, tensor.stride(), strict=True)
-    return low, low + (sum((size - 1) * stride for size, stride in axes) + 1) * tensor.element_size()
+    low = tensor.data_ptr()
+    return low, low + extent(tensor)
 
 
 def _repeats(tensor: Tensor) -> bool:

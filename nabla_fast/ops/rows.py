@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.errors import RowError
+from nabla_fast.ops import device_reports
 
 # Status codes [N] int32 that kernels write; 0 is a good row.
 OK, HAS_NAN, HAS_INF, ALL_MASKED = range(4)
@@ -16,10 +17,6 @@ REASONS = {
     HAS_INF: "has a +inf logit",
     ALL_MASKED: "has no finite logit",
 }
-
-# (op, status [N]) on a device, for synchronize to read.
-_pending: list[tuple[str, Tensor]] = []
-_MOST_PENDING = 64
 
 # Elements of the largest [n, V] tensor of logits that a slice of rows makes.
 _ELEMENTS = 1 << 22
@@ -52,30 +49,31 @@ def report(op: str, status: Tensor) -> None:
     Raises:
         RowError: ``status`` is on the CPU and a row is bad.
     """
-    if status.device.type == "cpu":
-        _raise(op, status)
-    elif not (status.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _pending.append((op, status))
-        if len(_pending) > _MOST_PENDING:
-            synchronize()
+    if not status.is_cpu:
+        device_reports.add(op, status)
+    elif status.any():
+        rows = status.nonzero().flatten().tolist()
+        raise RowError(op, [(row, REASONS[int(status[row])]) for row in rows])
 
 
 def synchronize() -> None:
-    """Raise for rows that ops on a device found bad since the last call; waits for the device.
+    """Raise for rows that ops on devices found bad since the last call; waits for the devices, once each.
+
+    A call in the capture of a CUDA graph is reported when the graph is replayed: by the first
+    ``synchronize()`` after the replay, if the op was called before outside a capture, as graphs need it
+    anyway to be compiled. That call should have had as many rows: of rows beyond, at least beyond 1,024,
+    only the first is named. ``synchronize()`` itself does nothing inside a capture.
 
     Raises:
-        RowError: a row was bad; the first op that met one is named.
+        RowError: a row was bad; the first op that met one is named, calls before replays.
 
     Example:
         >>> synchronize()
     """
-    pending = list(_pending)
-    _pending.clear()
-    for op, status in pending:
-        _raise(op, status)
+    if found := device_reports.first():
+        op, rows = found
+        raise RowError(op, [(row, _reason(code)) for row, code in rows])
 
 
-def _raise(op: str, status: Tensor) -> None:
-    if status.any():
-        rows = status.nonzero().flatten().tolist()
-        raise RowError(op, [(row, REASONS[int(status[row])]) for row in rows])
+def _reason(code: int) -> str:
+    return REASONS[code] if code > 0 else f"or a later one {REASONS[-code]}"

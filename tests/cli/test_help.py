@@ -38,6 +38,7 @@ def test_every_command_is_read():
         "nabla-fast bench",
         "nabla-fast bench kernels",
         "nabla-fast bench decode",
+        "nabla-fast bench launch",
         "nabla-fast env",
     }
 

@@ -21,6 +21,7 @@ from nabla_fast.ops.registry.backends import (
     is_available,
     warn_of_missing_kernels,
 )
+from nabla_fast.ops.registry.known_calls import Known, KnownCalls
 from nabla_fast.ops.registry.rules import Rule, Table, plain_value
 from nabla_fast.ops.registry.schema import (
     is_record,
@@ -112,6 +113,7 @@ class Op:
             raise TypeError(f"refuses must be a function of the op's arguments, got {refuses!r}")
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            self._known = KnownCalls(self.parameters)  # another backend may be the choice now
             self._backends[name] = Backend(function, refuses, finds_overlaps)
             self._preferred = tuple(known for known in PREFERENCE if known in self._backends)
             return function
@@ -166,6 +168,12 @@ class Op:
     # -- calling -----------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = signature = None
+        if _on_a_device(args) and _nothing_special() and forward_ad._current_level < 0:
+            given = self._known.arranged(args, kwargs)
+            signature = given and self._known.signature(given)
+            if signature and (known := self._known.get(signature[0])):
+                return self._call_again(known, given, signature[1])
         values = self._bind(args, kwargs)
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
             self._expect_no_tangent(values)
@@ -178,7 +186,7 @@ class Op:
                 f"{self.name} changes tensors in place and has no gradient: detach what requires grad"
             )
         if _is_plain(values):
-            result = self._compute(values)
+            result = self._compute(values, signature and (signature, given))
             if self._mutated:
                 # Kernels write through pointers, which autograd does not see.
                 changed = [values[index] for index in self._mutated]
@@ -191,6 +199,16 @@ class Op:
                 values = self._without_negative_views(values)
             pairs = zip(self.parameters, values, strict=True)
             result = self._library_op(*(flat for p, value in pairs for flat in p.flatten(value)))
+        return self.record(*result) if self.record else result
+
+    def _call_again(self, known: Known, values: list[Any], tensors: list[Tensor]) -> Any:
+        """A call like one that was checked."""
+        if not known.apart(tensors):
+            self._expect_apart(values)
+        args, kwargs = self._split(values)
+        result = self._run(self._backends[known.backend], args, kwargs, values)
+        if known.changed:
+            torch.autograd.graph.increment_version([tensors[place] for place in known.changed])
         return self.record(*result) if self.record else result
 
     def chosen(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -242,7 +260,8 @@ class Op:
         """The implementation of the ``torch.library`` op."""
         return self._flatten_result(self._compute(self._gather(flat)))
 
-    def _compute(self, values: list[Any]) -> Any:
+    def _compute(self, values: list[Any], known_as: tuple | None = None) -> Any:
+        """The result for plain values; ``known_as``: the call's signature, and its values as given."""
         if self.table.expect(values):
             values = self._without_negative_views(values)
         args, kwargs = self._split(values)
@@ -250,6 +269,13 @@ class Op:
         backend = self._choose(args, kwargs)
         if self._mutated and not backend.finds_overlaps:
             self._expect_apart(values)
+        if known_as:
+            name = next(name for name, registered in self._backends.items() if registered is backend)
+            self._known.remember(*known_as, name, self._mutated, backend.finds_overlaps)
+        return self._run(backend, args, kwargs, values)
+
+    def _run(self, backend: Backend, args: list[Any], kwargs: dict[str, Any], values: list[Any]) -> Any:
+        """The result of a backend for arguments that it takes."""
         device = next(tensors_in(values)).device.type
         try:
             if not torch.is_autocast_enabled(device):
@@ -336,17 +362,32 @@ def all_ops() -> dict[str, Op]:
     return dict(_ops)
 
 
+def _on_a_device(args: Sequence[Any]) -> bool:
+    """Whether the first argument, a tensor or a list of some, is not on the CPU; no while it is traced."""
+    if torch.compiler.is_compiling():
+        return False
+    first = args[0] if args else None
+    if first.__class__ is list and first:
+        first = first[0]
+    return first.__class__ is Tensor and not first.is_cpu
+
+
+def _nothing_special() -> bool:
+    """Whether nothing is traced and no mode of torch's dispatcher is on."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def _is_plain(values: Iterable[Any]) -> bool:
     """Whether a call needs nothing of torch's dispatcher: no gradient, no tracing, no other mode.
 
     A small op costs less than its way through the dispatcher.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if not _nothing_special():
         return False
     graded = torch.is_grad_enabled()
     return all(
