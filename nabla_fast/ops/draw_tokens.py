@@ -15,7 +15,8 @@ from nabla_fast.ops.registry import floats, op, tensors
     arguments={
         "logits": tensors(("N", "V"), dtypes=(torch.float32, torch.float64)),
         "exponentials": floats("N", "V", like="logits"),
-    }
+    },
+    reads=(),
 )
 def draw_tokens(
     logits: Tensor, exponentials: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0

@@ -27,6 +27,7 @@ from nabla_fast.ops.softmax import softmax_gradient, tempered
 
 @op(
     mutates=("z", "state"),
+    reads=("state", "until", "group"),
     arguments={
         "z": tensors(("N", "V"), dtypes=PARAMETER_DTYPES),
         "grad": floats("N", "V"),

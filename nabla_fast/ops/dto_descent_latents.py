@@ -28,6 +28,7 @@ from nabla_fast.ops.softmax import softmax_gradient, tempered
 
 @op(
     mutates=("h", "state"),
+    reads=("state", "until", "group"),
     arguments={
         "h": tensors(("N", "H"), dtypes=PARAMETER_DTYPES),
         "head": floats("V", "H"),

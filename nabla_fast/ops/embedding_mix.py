@@ -21,7 +21,7 @@ MIX_RULES = {"tables": floats("V", "H_t"), "noise": NOISE_RULE, "direct": floats
 COTANGENT_RULES = {"cotangents": floats("N", "H_t")}
 
 
-@op(arguments={"logits": floats("N", "V"), **MIX_RULES})
+@op(arguments={"logits": floats("N", "V"), **MIX_RULES}, reads=())
 def embedding_mix(
     logits: Tensor,
     tables: Sequence[Tensor],
@@ -74,7 +74,7 @@ def embedding_mix(
     return [(p @ table.to(p.dtype)).to(table.dtype) for table in tables]
 
 
-@op(arguments={"logits": floats("N", "V"), **MIX_RULES, **COTANGENT_RULES})
+@op(arguments={"logits": floats("N", "V"), **MIX_RULES, **COTANGENT_RULES}, reads=())
 def embedding_mix_backward(
     cotangents: Sequence[Tensor],
     logits: Tensor,

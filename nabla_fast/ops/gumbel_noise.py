@@ -55,7 +55,7 @@ def philox_4x32_10(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tupl
 NOISE_RULE = {"seed": integers("N"), "position": integers("N")}
 
 
-@op(arguments={"noise": NOISE_RULE})
+@op(arguments={"noise": NOISE_RULE}, reads=())
 def gumbel_noise(noise: GumbelNoise, vocabulary: int) -> Tensor:
     """Standard Gumbel noise, −log(−log u).
 

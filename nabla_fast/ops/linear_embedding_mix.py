@@ -25,7 +25,7 @@ from nabla_fast.ops.rows import report, row_status
 _HIDDEN_RULES = {"hidden": floats("N", "H"), "head": floats("V", "H")}
 
 
-@op(arguments={**_HIDDEN_RULES, **MIX_RULES})
+@op(arguments={**_HIDDEN_RULES, **MIX_RULES}, reads=())
 def linear_embedding_mix(
     hidden: Tensor,
     head: Tensor,
@@ -62,7 +62,7 @@ def linear_embedding_mix(
     return embedding_mix.body(z, tables, tau=tau, hard=hard, noise=noise, direct=direct)
 
 
-@op(arguments={**_HIDDEN_RULES, **MIX_RULES, **COTANGENT_RULES})
+@op(arguments={**_HIDDEN_RULES, **MIX_RULES, **COTANGENT_RULES}, reads=())
 def linear_embedding_mix_backward(
     cotangents: Sequence[Tensor],
     hidden: Tensor,

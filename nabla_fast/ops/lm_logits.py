@@ -17,7 +17,7 @@ from nabla_fast.ops.rows import accumulation_dtype
 HEAD_ROWS = 16384
 
 
-@op(arguments={"hidden": floats("N", "H"), "head": floats("V", "H")})
+@op(arguments={"hidden": floats("N", "H"), "head": floats("V", "H")}, reads=())
 def lm_logits(hidden: Tensor, head: Tensor) -> Tensor:
     """z = hidden·headᵀ in float32 (float64 if hidden is).
 

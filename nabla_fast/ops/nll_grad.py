@@ -13,7 +13,10 @@ from nabla_fast.ops.registry import floats, integers, op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_slices, row_status
 
 
-@op(arguments={"hidden": floats("N", "H"), "head": floats("V", "H"), "tokens": integers("N")})
+@op(
+    arguments={"hidden": floats("N", "H"), "head": floats("V", "H"), "tokens": integers("N")},
+    reads=("tokens",),
+)
 def nll_grad(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
     """∂/∂h of −Σ_i log π(token_i), with π = softmax(h·headᵀ): (π − onehot(token))·head.
 

@@ -25,7 +25,7 @@ ONEHOT_RULES = {
 }
 
 
-@op(arguments=ONEHOT_RULES)
+@op(arguments=ONEHOT_RULES, reads=("token_maps",))
 def onehot_grad(
     cotangents: Sequence[Tensor],
     tables: Sequence[Tensor],

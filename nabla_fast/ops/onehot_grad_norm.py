@@ -21,7 +21,7 @@ from nabla_fast.ops.registry import op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_slices
 
 
-@op(arguments=ONEHOT_RULES)
+@op(arguments=ONEHOT_RULES, reads=("token_maps",))
 def onehot_grad_norm(
     cotangents: Sequence[Tensor],
     tables: Sequence[Tensor],

@@ -41,7 +41,7 @@ _RULES = {
 }
 
 
-@op(arguments=_RULES)
+@op(arguments=_RULES, reads=())
 def prefix_attention(
     q: Tensor,
     k: Tensor,
@@ -92,7 +92,7 @@ def prefix_attention(
     return _by_token(output.to(q.dtype))
 
 
-@op(arguments={**_RULES, "cotangent": floats("B", "Hq", "S", "D")})
+@op(arguments={**_RULES, "cotangent": floats("B", "Hq", "S", "D")}, reads=())
 def prefix_attention_backward(
     cotangent: Tensor,
     q: Tensor,

@@ -25,7 +25,7 @@ class TokenStats(NamedTuple):
     argmax: Tensor  # [N] int64, the lowest index among equals
 
 
-@op(arguments={"rows": floats("N", "M"), "head": floats("V", "M")})
+@op(arguments={"rows": floats("N", "M"), "head": floats("V", "M")}, reads=())
 def token_stats(rows: Tensor, head: Tensor | None = None, *, tau: float = 1.0) -> TokenStats:
     """Statistics of p = softmax(z/τ), row by row.
 

@@ -147,7 +147,9 @@ def test_what_is_changed_in_place():
         state = AdamState.zeros(z)
         with pytest.raises(InputError, match="z is changed in place, and overlaps grad"):
             dto_descent(z, z, state, schedule)
-        with pytest.raises(InputError, match=r"exp_avg_sq is changed in place, and overlaps state\.exp_avg"):
+        with pytest.raises(
+            InputError, match=r"exp_avg_sq is changed in place, and overlaps state\.exp_avg"
+        ):
             dto_descent(z, grad, state._replace(exp_avg_sq=state.exp_avg), schedule)
         dto_descent(z, grad, state, schedule)
         assert state.step.tolist() == [2, 2]

@@ -56,7 +56,11 @@ class Op:
     """
 
     def __init__(
-        self, body: Callable[..., Any], arguments: Mapping[str, Rule], mutates: Sequence[str] = ()
+        self,
+        body: Callable[..., Any],
+        arguments: Mapping[str, Rule],
+        mutates: Sequence[str] = (),
+        reads: Sequence[str] | None = None,
     ):
         self.body = body
         self.name = body.__name__
@@ -71,6 +75,7 @@ class Op:
         self._positional = len(self.parameters) - len(self._keywords)
         self._fields = [field for p in self.parameters for field in p.fields]
         self._mutated = [index for index, p in enumerate(self.parameters) if p.name in mutates]
+        self._reads = reads
         self._check: Callable[..., None] = lambda *_, **__: None
         self._backends: dict[str, Backend] = {}
         self._preferred: tuple[str, ...] = ()  # backends of this op, in order of preference
@@ -113,7 +118,7 @@ class Op:
             raise TypeError(f"refuses must be a function of the op's arguments, got {refuses!r}")
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            self._known = KnownCalls(self.parameters)  # another backend may be the choice now
+            self._known = KnownCalls(self.parameters, self._reads)  # another backend may be the choice now
             self._backends[name] = Backend(function, refuses, finds_overlaps)
             self._preferred = tuple(known for known in PREFERENCE if known in self._backends)
             return function
@@ -169,7 +174,7 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = signature = None
-        if _on_a_device(args) and _nothing_special() and forward_ad._current_level < 0:
+        if _nothing_special() and forward_ad._current_level < 0:
             given = self._known.arranged(args, kwargs)
             signature = given and self._known.signature(given)
             if signature and (known := self._known.get(signature[0])):
@@ -347,29 +352,23 @@ class Op:
         return self._backends[name].refuses(*args, **kwargs)
 
 
-def op(*, arguments: Mapping[str, Rule], mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Op]:
+def op(
+    *, arguments: Mapping[str, Rule], mutates: Sequence[str] = (), reads: Sequence[str] | None = None
+) -> Callable[[Callable[..., Any]], Op]:
     """Make an :class:`Op` of a function.
 
     Args:
         arguments: the rule of each argument that has tensors; see :mod:`nabla_fast.ops.registry.rules`.
         mutates: names of those that it changes in place.
+        reads: names of those whose data its check reads where they are on the CPU; None stands for any.
+            Calls on the CPU that are like one before need no checks where none of these are there.
     """
-    return lambda body: Op(body, arguments, mutates)
+    return lambda body: Op(body, arguments, mutates, reads)
 
 
 def all_ops() -> dict[str, Op]:
     """Every op by name."""
     return dict(_ops)
-
-
-def _on_a_device(args: Sequence[Any]) -> bool:
-    """Whether the first argument, a tensor or a list of some, is not on the CPU; no while it is traced."""
-    if torch.compiler.is_compiling():
-        return False
-    first = args[0] if args else None
-    if first.__class__ is list and first:
-        first = first[0]
-    return first.__class__ is Tensor and not first.is_cpu
 
 
 def _nothing_special() -> bool:

@@ -1,9 +1,10 @@
 """Calls like one that was checked before: what of a call its checks and the choice of a backend look at.
 
 Two calls are alike if they agree in every dtype, shape, stride and device, in every number and switch, in
-what is forced and in whether gradients are recorded. On a device no check reads a tensor's data, so that
-the second needs none of them. Calls on the CPU, where some do, and whatever else is out of the ordinary
-(subclasses of tensors, modes, other kinds of numbers) have no signature.
+what is forced and in whether gradients are recorded. Where no check reads a tensor's data, the second
+needs none of them: on a device none does, on the CPU an op says which arguments' data its own may read.
+Other calls on the CPU, and whatever is out of the ordinary (subclasses of tensors, modes, other kinds of
+numbers), have no signature.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import Parameter as ModuleParameter
 
 from nabla_fast.ops.overlaps import extent
 from nabla_fast.ops.registry.backends import forced_backends
-from nabla_fast.ops.registry.schema import Parameter
+from nabla_fast.ops.registry.schema import Parameter, tensors_in
 
 _MOST = 512  # signatures of an op that are remembered
 _PLAIN = frozenset((float, int, bool, str, type(None)))
@@ -55,8 +56,10 @@ class Known:
 class KnownCalls:
     """The signatures of an op's calls that were found good."""
 
-    def __init__(self, parameters: Sequence[Parameter]):
+    def __init__(self, parameters: Sequence[Parameter], reads: Sequence[str] | None):
         self._parameters = parameters
+        names = [parameter.name for parameter in parameters]
+        self._reads = None if reads is None else [names.index(name) for name in reads]
         self._positional = sum(not parameter.keyword for parameter in parameters)
         # () stands for no tensors where a list is taken.
         self._rest = [(p.name, [] if p.default == () else p.default) for p in parameters]
@@ -79,9 +82,15 @@ class KnownCalls:
         """Of a call, and its tensors in order."""
         tensors: list[Tensor] = []
         key = _signature(values, tensors)
-        if key is None or not tensors:
+        if key is None or not tensors or self._may_be_read(values, tensors):
             return None
         return (key, forced_backends(), torch.is_grad_enabled()), tensors
+
+    def _may_be_read(self, values: Sequence[Any], tensors: Sequence[Tensor]) -> bool:
+        """Whether a check may read data of the call."""
+        if self._reads is None:
+            return any(tensor.is_cpu for tensor in tensors)
+        return any(tensor.is_cpu for place in self._reads for tensor in tensors_in((values[place],)))
 
     def get(self, signature: Hashable) -> Known | None:
         return self._known.get(signature)
@@ -130,7 +139,7 @@ def _signature(values: Sequence[Any], tensors: list[Tensor]) -> tuple | None:
     for value in values:
         kind = value.__class__
         if kind is Tensor or kind is ModuleParameter:
-            if value.is_cpu or value.layout is not torch.strided or value.is_nested or value.is_neg():
+            if value.layout is not torch.strided or value.is_nested or value.is_neg():
                 return None
             tensors.append(value)
             parts += (value.dtype, value.shape, value.stride(), value.device, value.requires_grad)
