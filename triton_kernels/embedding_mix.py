@@ -179,15 +179,18 @@ def _join_kernel(
     tl.store(joined_ptr + 4 * row + 3, mean)
 
 
-@triton.jit(do_not_specialize=["slices"])
-def _jacobian_kernel(
-    product_ptr,  # [N, V] float32 unless SPLIT: the tables' part of G; may be result_ptr
+@triton.jit(do_not_specialize=["first_slice", "chunk_slices"])
+def jacobian_kernel(
+    product_ptr,  # unless SPLIT: the tables' part of G; may be result_ptr
+    product_stride,
+    product_origin,
     direct_ptr,
     direct_row_stride,
     direct_column_stride,
     logits_ptr,
     row_stride,
     column_stride,
+    origin,  # token of the logits' first column
     seed_ptr,
     position_ptr,
     joined_ptr,  # [N, 4] float32
@@ -195,17 +198,20 @@ def _jacobian_kernel(
     rest_ptr,  # [N, V] uint8 if SPLIT
     result_ptr,  # [N, V], contiguous
     vocabulary,
-    slices,
+    end,
+    first_slice,
+    chunk_slices,
     base,
     COLUMNS: tl.constexpr,
     NOISE: tl.constexpr,
     DIRECT: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    row = (tl.program_id(0) // slices).to(tl.int64)
-    start = tl.program_id(0) % slices * COLUMNS
+    """∂ℒ/∂z of a chunk's slices."""
+    row = (tl.program_id(0) // chunk_slices).to(tl.int64)
+    start = (first_slice + tl.program_id(0) % chunk_slices) * COLUMNS
     token = start + tl.arange(0, COLUMNS)
-    there = token < vocabulary
+    there = token < end
     at = row * vocabulary + token
     if SPLIT:
         high = tl.load(high_ptr + at, mask=there, other=0).to(tl.int32)
@@ -214,14 +220,14 @@ def _jacobian_kernel(
     else:
         grad = _gradient_slice(
             product_ptr,
-            vocabulary,
-            0,
+            product_stride,
+            product_origin,
             direct_ptr,
             direct_row_stride,
             direct_column_stride,
             row,
             start,
-            vocabulary,
+            end,
             COLUMNS,
             DIRECT,
         )
@@ -233,8 +239,8 @@ def _jacobian_kernel(
         position_ptr,
         row,
         start,
-        vocabulary,
-        0,
+        end,
+        origin,
         COLUMNS,
         NOISE,
     )
@@ -326,16 +332,21 @@ def embedding_mix_backward(
                 )
             width = triton.next_power_of_2(slices)
             _join_kernel[(size,)](sums, joined, slices, base, 1 / tau, SLICES=width, num_warps=4)
-            _jacobian_kernel[(size * slices,)](
+            jacobian_kernel[(size * slices,)](
                 of_part,
+                vocabulary,
+                0,
                 *given,
                 *read,
+                0,
                 *key,
                 joined,
                 high,
                 rest,
                 of_part,
                 vocabulary,
+                vocabulary,
+                0,
                 slices,
                 base,
                 **options,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,15 @@ from torch import Tensor
 
 from nabla_fast.ops.checks import expect, expect_mix, expect_vocabulary
 from nabla_fast.ops.embedding_mix import embedding_mix
-from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
+from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous, gumbel_noise
+from nabla_fast.ops.limits import triton_backend
 from nabla_fast.ops.lm_logits import logits_backward
-from nabla_fast.ops.registry import Table
+from nabla_fast.ops.registry import Table, allowed, backend_status
 from nabla_fast.ops.rows import ALL_MASKED, HAS_INF, HAS_NAN, OK, accumulation_dtype, report, row_slices
 from nabla_fast.ops.softmax import onehot_gradient
+
+if TYPE_CHECKING:
+    from nabla_fast.triton_kernels.vocab_parallel import VocabularySlice
 
 _NAME = "vocab_parallel_embedding_mix"
 _ARGUMENTS = Table(_NAME, embedding_mix.parameters, embedding_mix.table.rules)
@@ -72,7 +76,15 @@ def vocab_parallel_embedding_mix(
     expect_vocabulary(_NAME, first + vocabulary)
     expect_mix(_NAME, vocabulary, tables, tau=tau, direct=direct)
     part = _Slice([table.detach() for table in tables], first, group, tau, noise, direct)
-    return list(_Mix.apply(logits, part, hard))
+    return list((_TritonMix if _by_triton(logits, part) else _Mix).apply(logits, part, hard))
+
+
+def _by_triton(logits: Tensor, part: _Slice) -> bool:
+    """Whether the Triton kernels compute a slice."""
+    if not (allowed("triton") and backend_status()["triton"] is None and len(logits)):
+        return False
+    given = {"logits": logits, "tables": part.tables, "noise": part.noise, "direct": part.direct}
+    return triton_backend.refusal(**given) is None
 
 
 class _Slice:
@@ -204,3 +216,26 @@ class _Mix(torch.autograd.Function):
             grad = e / total[rows] * (centred(rows, e) - mean[rows]) / part.tau
             result[rows] = grad.to(logits.dtype)
         return result, None, None
+
+
+class _TritonMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, part: _Slice, hard: bool) -> tuple[Tensor, ...]:
+        mixes, top, token, status = _kernels(logits, part).mix(hard=hard)
+        report(_NAME, status)
+        ctx.save_for_backward(logits, top, token)
+        ctx.part = part
+        return tuple(mixes)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
+        (logits, top, token), part = ctx.saved_tensors, ctx.part
+        kernels = _kernels(logits, part)
+        return kernels.gradient(list(cotangents), part.direct, top, token), None, None
+
+
+def _kernels(logits: Tensor, part: _Slice) -> VocabularySlice:
+    from nabla_fast.triton_kernels.vocab_parallel import VocabularySlice
+
+    return VocabularySlice(logits, part.tables, part.first, part.tau, contiguous(part.noise), part.reduce)

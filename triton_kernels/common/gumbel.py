@@ -86,13 +86,19 @@ def _gumbel_noise_kernel(
     noise_ptr,  # [N, V]
     vocabulary,
     tiles,  # of a row
+    first,  # token of the first column
     ADD: tl.constexpr,  # to what is there
+    ALIGNED: tl.constexpr,  # first is a multiple of 4
     COLUMNS: tl.constexpr,
 ):
     row = (tl.program_id(0) // tiles).to(tl.int64)
     start = tl.program_id(0) % tiles * COLUMNS
-    noise = _row(tl.load(seed_ptr + row), tl.load(position_ptr + row), start, COLUMNS)
+    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
     columns = start + tl.arange(0, COLUMNS)
+    if ALIGNED:
+        noise = _row(seed, position, first + start, COLUMNS)
+    else:
+        noise = gumbel(seed, position, first + columns)
     noise = noise.to(noise_ptr.dtype.element_ty)
     at = noise_ptr + row * vocabulary + columns
     if ADD:
@@ -111,26 +117,35 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int, dtype: torch.d
         [N, V].
     """
     noise = torch.empty(len(seed), vocabulary, dtype=dtype, device=seed.device)
-    _launch(seed, position, noise, add=False)
+    _launch(seed, position, noise, first=0, add=False)
     return noise
 
 
-def add_gumbel_noise(logits: Tensor, seed: Tensor, position: Tensor) -> None:
+def add_gumbel_noise(logits: Tensor, seed: Tensor, position: Tensor, first: int) -> None:
     """z + g in place of z.
 
     Args:
-        logits: z [N, V] float32, contiguous.
+        logits: z [N, C] float32, contiguous.
         seed, position: [N] int64.
+        first: token of the first column.
     """
-    _launch(seed, position, logits, add=True)
+    _launch(seed, position, logits, first=first, add=True)
 
 
-def _launch(seed: Tensor, position: Tensor, onto: Tensor, *, add: bool) -> None:
+def _launch(seed: Tensor, position: Tensor, onto: Tensor, *, first: int, add: bool) -> None:
     rows, vocabulary = onto.shape
     if rows:
         tiles = triton.cdiv(vocabulary, _COLUMNS)
         seed, position = seed.contiguous(), position.contiguous()
         with torch.cuda.device_of(onto):
             _gumbel_noise_kernel[(rows * tiles,)](
-                seed, position, onto, vocabulary, tiles, ADD=add, COLUMNS=_COLUMNS
+                seed,
+                position,
+                onto,
+                vocabulary,
+                tiles,
+                first,
+                ADD=add,
+                ALIGNED=first % 4 == 0,
+                COLUMNS=_COLUMNS,
             )

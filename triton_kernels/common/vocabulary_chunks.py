@@ -49,7 +49,7 @@ def partition(rows: int, vocabulary: int, *, row_bytes: int, token_bytes: int) -
     cut = Partition(list(scratch.row_blocks(rows, row_bytes + fewest * token_bytes, budget)), SLICE)
     most = max(cut.most_rows, 1)
     left = min(budget - most * row_bytes, scratch.share(CHUNK_SHARE))
-    tokens = max(left // (most * token_bytes) // SLICE, 1) * SLICE
+    tokens = max(left // (most * max(1, token_bytes)) // SLICE, 1) * SLICE
     # Chunks of nearly equal size.
     slices, per_chunk = triton.cdiv(vocabulary, SLICE), tokens // SLICE
     return cut._replace(tokens=triton.cdiv(slices, triton.cdiv(slices, per_chunk)) * SLICE)

@@ -106,7 +106,8 @@ class Op:
         """Register a function that computes the op where ``refuses(*arguments)`` is None.
 
         Elsewhere ``refuses`` returns one line that names the argument, as in "rows is float64 (the C++
-        kernels take float32 and bfloat16)". Among backends that are there and take an input,
+        kernels take float32 and bfloat16)"; it reads no data, as its answer holds for calls like this one.
+        Among backends that are there and take an input,
         ``PREFERENCE`` decides, whatever the order of registration. ``finds_overlaps``: the function raises
         ValueError itself where what it changes in place overlaps another argument.
         """

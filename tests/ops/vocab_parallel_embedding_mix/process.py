@@ -6,16 +6,18 @@ Its import is all that a new process has to import.
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from nabla_fast.errors import RowError
-from nabla_fast.ops import embedding_mix, use_backend
+from nabla_fast.ops import backend_status, embedding_mix, use_backend
 from nabla_fast.ops.vocab_parallel import vocab_parallel_embedding_mix
 
-from ..inputs import BF16, F32, F64, Draw
+from ..harness import to_float64
+from ..inputs import BF16, F16, F32, F64, Draw
 
 ROWS, VOCABULARY = 5, 47
 BOUNDS = {2: (0, 31, VOCABULARY), 3: (0, 1, 29, VOCABULARY)}
@@ -85,14 +87,59 @@ def work(rank: int, size: int, rendezvous: str, seed: int) -> None:
                 bounds = exact if our_grad.dtype == F64 else single
                 torch.testing.assert_close(our_grad, grad[:, columns], **bounds)
         refusals(columns, draw)
+    if backend_status()["triton"] is None:
+        from nabla_fast.triton_kernels.vocab_parallel import VocabularySlice
+
+        kernels = mock.patch.object(VocabularySlice, "mix", autospec=True, side_effect=VocabularySlice.mix)
+        with use_backend("triton", "torch"), kernels as calls:
+            triton_slices(size, rank, draw)
+            assert calls.call_count == 8
+            refusals(columns, draw, F32)
     dist.destroy_process_group()
 
 
-def refusals(columns: slice, draw: Draw) -> None:
+def triton_slices(size: int, rank: int, draw: Draw) -> None:
+    """The Triton kernels, on slices of more than one of their own, against float64."""
+    vocabulary = 2 * 4096 + 131
+    first = (0, 4102)[rank] if size == 2 else (0, 1, 4102)[rank]
+    end = (4102, vocabulary)[rank] if size == 2 else (1, 4102, vocabulary)[rank]
+    for dtype, tables, options in (
+        (F32, ((7, F32), (4, F32)), {"tau": 0.7}),
+        (F32, ((7, F32),), {"noise": draw.noise(ROWS), "direct": draw.normal(ROWS, vocabulary)}),
+        (BF16, ((7, BF16), (4, F16)), {"direct": draw.normal(ROWS, vocabulary)}),
+        (BF16, ((7, BF16),), {"noise": draw.noise(ROWS), "tau": 1.7}),
+    ):
+        logits = draw.logits(ROWS, vocabulary, dtype, masked=0.3)
+        logits[1, :first] = -torch.inf
+        dist.broadcast(logits, size - 1)
+        whole = {"logits": logits, "tables": draw.tables(vocabulary, tables), **options}
+        part = whole | {
+            "logits": logits[:, first:end],
+            "tables": [table[first:end] for table in whole["tables"]],
+            "first": first,
+        }
+        if "direct" in whole:
+            part["direct"] = whole["direct"][:, first:end]
+        exact = to_float64(whole)
+        cotangents = [draw.normal(ROWS, width, dtype=kind).double() for width, kind in tables]
+        for hard in (True, False):
+            ours, our_grad = mixed(vocab_parallel_embedding_mix, part, cotangents, hard)
+            with use_backend("torch"):
+                mixes, grad = mixed(embedding_mix, exact, cotangents, hard)
+            for mix, wanted in zip(ours, mixes, strict=True):
+                bounds = {F32: 1e-5, F16: 2**-9, BF16: 2**-7}[mix.dtype]
+                error = (mix.double() - wanted).abs().amax(dim=1)
+                assert (error <= bounds * wanted.abs().amax(dim=1)).all(), (dtype, hard)
+            bounds = {F32: 1e-5, BF16: 2**-7}[our_grad.dtype]
+            error = (our_grad.double() - grad[:, first:end]).abs().amax(dim=1)
+            assert (error <= bounds * grad.abs().amax(dim=1)).all(), (dtype, hard)
+
+
+def refusals(columns: slice, draw: Draw, dtype: torch.dtype = F64) -> None:
     """A bad row is an error in every process, whoever has the logit."""
-    tables = draw.tables(VOCABULARY, [(3, F64)])
+    tables = draw.tables(VOCABULARY, [(3, dtype)])
     for value, reason in ((torch.nan, "NaN"), (torch.inf, r"\+inf"), (-torch.inf, "no finite")):
-        logits = draw.normal(ROWS, VOCABULARY, dtype=F64)
+        logits = draw.normal(ROWS, VOCABULARY, dtype=dtype)
         logits[3, slice(None) if value == -torch.inf else VOCABULARY - 1] = value
         part = {"tables": [tables[0][columns]], "first": columns.start}
         with pytest.raises(RowError, match=reason) as error:
