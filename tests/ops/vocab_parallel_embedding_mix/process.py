@@ -91,9 +91,9 @@ def work(rank: int, size: int, rendezvous: str, seed: int) -> None:
         from nabla_fast.triton_kernels.vocab_parallel import VocabularySlice
 
         kernels = mock.patch.object(VocabularySlice, "mix", autospec=True, side_effect=VocabularySlice.mix)
-        with use_backend("triton", "torch"), kernels as calls:
+        with use_backend("triton", "torch"), kernels as mixed_by_kernels:
             triton_slices(size, rank, draw)
-            assert calls.call_count == 8
+            assert mixed_by_kernels.call_count == 8
             refusals(columns, draw, F32)
     dist.destroy_process_group()
 
