@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nabla_fast.errors import RowError
 import nabla_fast.ops.device_reports as device_reports
+from nabla_fast.errors import RowError
 
 # Status codes [N] int32 that kernels write; 0 is a good row.
 OK, HAS_NAN, HAS_INF, ALL_MASKED = range(4)
