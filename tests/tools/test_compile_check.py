@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.compile_check import counts
+from tools.compile_check import counts, versions
 from tools.compile_check.__main__ import failure
 from tools.compile_check.figures import asynchronous, figures, main_loop, read
 from tools.compile_check.flow import stretches
@@ -237,6 +237,22 @@ def test_resident_blocks():
     assert timing.resident(32, 73_728, 4, 10_000) == 3  # shared memory
     assert timing.resident(32, 32, 16, 75) == 1  # fewer programs than multiprocessors
     assert timing.resident(255, 230_000, 16, 10_000) == 1
+
+
+def test_another_release(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    printed = '{"kernels": [{"triton": "3.6.0"}], "failed": 0}'
+
+    def run(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
+        assert env["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path / "3.6.0")
+        assert command[-2:] == ["--targets", "sm_90"]
+        return subprocess.CompletedProcess(command, 1, printed)
+
+    monkeypatch.setattr(versions, "installed", lambda release: tmp_path / release)
+    monkeypatch.setattr(versions.subprocess, "run", run)
+    assert versions.check_with("3.6.0", ["--targets", "sm_90"]) == [{"triton": "3.6.0"}]
+    printed = ""
+    with pytest.raises(RuntimeError, match=r"the check with Triton 3\.6\.0 ended with 1"):
+        versions.check_with("3.6.0", ["--targets", "sm_90"])
 
 
 def test_traced_products_and_cache():

@@ -13,7 +13,7 @@ from tools.compile_check.model.timing import Counts, Times
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "gpu_predictions.md"
 _MOVED = 0.2
-_SMALL = 0.01  # of an op's time: launches below are shown as one line
+_SMALL = 0.01  # of an op's time: launches below are one line; of a launch's: what is below is not shown
 
 
 def constants_table() -> str:
@@ -131,7 +131,10 @@ def _launch(counts: Counts, took: Times) -> str:
         barriers = f"{own} × {counts.barriers:,.0f} × {H200.barrier_cycles:g} cycles / {clock}"
         parts.append(("barriers", took.barriers, barriers))
         how = _joined(counts)
-    told = "; ".join(f"{name} {text} = {_time(value)}" for name, value, text in parts if value > 0.0)
+    least = _SMALL * took.total
+    told = "; ".join(f"{name} {text} = {_time(value)}" for name, value, text in parts if value >= least)
+    if not told:
+        told = "next to nothing"
     launch = _time(H200.launch_seconds)
     return f"`{counts.name}` × {counts.launches}: {told}; {how} + {launch} = {_time(took.total)}"
 

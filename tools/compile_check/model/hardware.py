@@ -24,7 +24,7 @@ class Hardware:
         620e12,
         1e12,
         "products of single warps, TFLOP/s",
-        "62.9 % of 989, the datasheet's dense bf16 rate: what `mma.sync` reached in arXiv:2402.13499",
+        "assumed: 63 % of 989, the datasheet's rate; only those of warp groups reach it (arXiv:2402.13499)",
     )
     bandwidth: float = _constant(
         4.3e12,
