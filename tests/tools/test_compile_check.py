@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.compile_check import counts, versions
+from tools.compile_check import counts, results, versions
 from tools.compile_check.__main__ import failure
 from tools.compile_check.figures import asynchronous, figures, main_loop, read
 from tools.compile_check.flow import stretches
@@ -239,6 +239,16 @@ def test_resident_blocks():
     assert timing.resident(255, 230_000, 16, 10_000) == 1
 
 
+def test_stored_rows(tmp_path: Path):
+    rows = [_row("b", 2.0), _row("a", 1.0, "gfx942"), _row("c", 3.0) | {"triton": "3.6.0"}]
+    assert [path.name for path in results.store(rows, tmp_path)] == [
+        "triton-3.7.1.json",
+        "triton-3.6.0.json",
+    ]
+    stored = json.loads((tmp_path / "triton-3.7.1.json").read_text())
+    assert stored["kernels"] == [rows[1], rows[0]]
+
+
 def test_another_release(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     printed = '{"kernels": [{"triton": "3.6.0"}], "failed": 0}'
 
@@ -261,15 +271,16 @@ def test_traced_products_and_cache():
 
     def call() -> torch.Tensor:
         product = torch.mm(a, b, out_dtype=torch.float32)  # on a GPU alone, but for this
-        return torch.mm(a, b.view(1024, 512), out=a.new_empty(64, 512)) + product
+        product.addmm_(a, b)
+        return torch.mm(a, b, out=a.new_empty(64, 512)) + product
 
-    first, second, third = trace.trace(call)
-    moved = 2 * (64 * 1024 + 1024 * 512)
-    assert first == Counts(
-        "torch.mm", 1, moved + 4 * 64 * 512, moved + 4 * 64 * 512, products=2 * 64 * 1024 * 512
-    )
-    assert (second.name, second.memory, second.l2) == ("torch.mm", 2 * 64 * 512, moved + 2 * 64 * 512)
-    assert (third.name, third.products, third.memory) == ("torch.add", 0.0, 4 * 64 * 512)
+    wide, added, narrow, total = trace.trace(call)
+    operands, flops = 2 * (64 * 1024 + 1024 * 512), 2 * 64 * 1024 * 512
+    result = 4 * 64 * 512
+    assert wide == Counts("torch.mm", 1, operands + result, operands + result, products=flops)
+    assert added == Counts("torch.addmm_", 1, 0.0, operands + 2 * result, products=flops)
+    assert narrow == Counts("torch.mm", 1, result / 2, operands + result / 2, products=flops)
+    assert total == Counts("torch.add", 1, result, 2.5 * result)
 
 
 def test_cache_forgets_what_was_used_long_ago():

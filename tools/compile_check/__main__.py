@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from tools.compile_check import counts, versions
+from tools.compile_check import counts, results, versions
 from tools.compile_check.checking import Row, check
 from tools.compile_check.launches import ops
 from tools.compile_check.targets import TARGETS
@@ -106,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "which are installed under build/",
     )
     parser.add_argument("--write", action="store_true", help="renew counts.json from the pin's rows")
+    parser.add_argument(
+        "--store", action="store_true", help="keep the rows under benchmarks/results/compile_check"
+    )
     arguments = parser.parse_args(argv)
 
     started = time.monotonic()
@@ -118,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             counts.store(committed_with, committed)
         counts.compare([row for row in of_this if row["triton"] == committed_with], committed)
         rows += of_this
+    if arguments.store:
+        results.store(rows)
     failed = [row for row in rows if row["problem"]]
     for row in failed:
         print(failure(row), file=sys.stderr)

@@ -72,25 +72,28 @@ class _Torch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[-1]
-        flops = 0.0
-        if name in _PRODUCTS:
-            a, b = (args[place] for place in _PRODUCTS[name])
+        flops, result = 0.0, None
+        if (places := _PRODUCTS.get(name.rstrip("_"))) is not None:
+            a, b = (args[place] for place in places)
             flops = 2.0 * a.numel() * b.shape[-1]
-            out = kwargs.get("out")
-            if out is None and isinstance(dtype := kwargs.get("out_dtype", (*args, None)[2]), torch.dtype):
-                # torch has the form with another dtype of the result for CUDA alone.
-                result = a.new_empty(*a.shape[:-1], b.shape[-1], dtype=dtype)
-            elif out is not None and out.dtype != a.dtype:
-                result = out
-            else:
-                result = func(*args, **kwargs)
-        else:
+            result = _product(a, b, name, args, kwargs)
+        if result is None:
             result = func(*args, **kwargs)
         if name not in _NO_LAUNCH and not func.is_view:
             inputs = args[1:] if name in _OVERWRITES else args
             options = {key: value for key, value in kwargs.items() if key != "out"}
             self._heed(name, _tensors((inputs, options)), _tensors(result), flops)
         return result
+
+
+def _product(a: Tensor, b: Tensor, name: str, args: Any, kwargs: Any) -> Tensor | None:
+    """The result of a product whose dtype is not that of its operands: torch has these for CUDA alone."""
+    out = args[0] if name.endswith("_") else kwargs.get("out")
+    if out is not None:
+        return out if out.dtype != a.dtype else None
+    dtypes = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype))
+    dtype = next(dtypes, None)
+    return None if dtype is None else a.new_empty(*a.shape[:-1], b.shape[-1], dtype=dtype)
 
 
 class _Known:
