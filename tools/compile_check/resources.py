@@ -45,28 +45,27 @@ class Resources:
         return None
 
 
-def resources(asm: Mapping[str, str | bytes], shared: int, target: Target) -> Resources:
-    """Read a compiled kernel.
+def resources(asm: Mapping[str, str | bytes], shared: int, target: Target) -> tuple[Resources, str]:
+    """Read a compiled kernel: its resources, and its machine code as text.
 
     Args:
         asm: ``CompiledKernel.asm``.
         shared: ``CompiledKernel.metadata.shared``.
     """
     shapes = [shape.split("x") for shape in _HALF_PRODUCT.findall(asm["ttir"])]
-    half_products = bool(shapes)
     wide = any(len(shape) == 2 and int(shape[0]) >= _WIDE for shape in shapes)
     if target.backend == "hip":
-        registers, stack = amd_usage(asm["amdgcn"])
         code = asm["amdgcn"]
+        registers, stack = amd_usage(code)
     else:
         with tempfile.TemporaryDirectory() as directory:
             cubin = Path(directory) / "kernel.cubin"
             cubin.write_bytes(asm["cubin"])
             registers, stack = nvidia_usage(_cuobjdump("--dump-resource-usage", cubin))
-            code = _cuobjdump("--dump-sass", cubin) if half_products else ""
+            code = _cuobjdump("--dump-sass", cubin)
     mnemonic = target.tensor_core if wide else target.warp_tensor_core
     tensor_cores = bool(re.search(rf"\b{mnemonic}", code))
-    return Resources(registers, stack, shared, tensor_cores, half_products)
+    return Resources(registers, stack, shared, tensor_cores, bool(shapes)), code
 
 
 def nvidia_usage(printed: str) -> tuple[int, int]:

@@ -32,6 +32,7 @@ TARGETS = {
         Target("sm_80", "cuda", 80, 32, 166_912, "HMMA", "HMMA"),
         Target("sm_90", "cuda", 90, 32, 232_448, "HGMMA", "HMMA"),
         Target("sm_100", "cuda", 100, 32, 232_448, "UTCHMMA", "HMMA"),
+        Target("sm_120", "cuda", 120, 32, 101_376, "HMMA", "HMMA"),
         Target("gfx942", "hip", "gfx942", 64, 65_536, "v_mfma", "v_mfma"),
     )
 }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
 from nabla_fast.triton_kernels.dto_descent_latents import dto_descent_latents
+from tools.compile_check.recording import Launch
+from tools.compile_check.work import Memory, Product, Work, size
 
 ROWS, FEW, VOCABULARY, HIDDEN, ITERS = 16, 2, 151_936, 4096, 2
 
@@ -27,3 +30,93 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield how, partial(dto_descent_latents, *arguments, **plain)
         if dtype == torch.bfloat16:
             yield f"{how}, noise, groups", partial(dto_descent_latents, *arguments, **everything)
+
+
+def _verdict(launch: Launch) -> Work:
+    sums = launch["sums_ptr"]
+    return Work(launch.programs * launch["slices"], reads=[sums], writes=[launch["steps_ptr"]])
+
+
+def _step(launch: Launch) -> Work:
+    state = [launch[name] for name in ("h_ptr", "first_ptr", "second_ptr")]
+    partial = launch["partial_ptr"], 8 * launch["splits"] * state[0].numel()
+    passes = math.ceil(launch["splits"] / launch["SPLITS"])
+    return Work(state[0].numel(), reads=[*state, partial], writes=state, passes=passes)
+
+
+def _terms(launch: Launch) -> int:
+    """Of a float32 operand that meets the head."""
+    return 3 if launch["head_ptr"].dtype == torch.bfloat16 else 1
+
+
+def _logits_product(launch: Launch, tiles: int) -> Product:
+    """head·hᵀ of so many tiles of tokens and rows."""
+    step = 2.0 * launch["TOKENS"] * launch["ROWS"] * launch["DEPTH"] * _terms(launch)
+    return Product(tiles * step * math.ceil(launch["width"] / launch["DEPTH"]), step)
+
+
+def _logits(launch: Launch) -> Work:
+    h, head, y = launch["h_ptr"], launch["head_ptr"], launch["y_ptr"]
+    width = launch["width"]
+    rows = min(launch["rows"], launch["ROWS"])
+    loaded = launch.programs * width * (launch["TOKENS"] * head.element_size() + 4 * rows)
+    product = _logits_product(launch, launch.programs)
+    return Work(y.numel(), reads=[h, head], writes=[y], loaded=loaded, products=[product])
+
+
+def _tiles_of_split(launch: Launch) -> int:
+    return math.ceil(min(launch["split_size"], launch["vocabulary"]) / launch["TOKENS"])
+
+
+def _sums(launch: Launch) -> Work:
+    y, grad = launch["y_ptr"], launch["grad_ptr"]
+    passes = _tiles_of_split(launch)
+    return Work(y.numel(), reads=[y, grad], writes=[launch["sums_ptr"]], passes=passes)
+
+
+def _pull(launch: Launch) -> Work:
+    y, grad, head = launch["y_ptr"], launch["grad_ptr"], launch["head_ptr"]
+    tiles = _tiles_of_split(launch)
+    step = 2.0 * launch["WIDTH"] * 2 * launch["ROWS"] * launch["TOKENS"] * _terms(launch)
+    loaded = launch["tiles_of_rows"] * size(head) + launch["tiles_of_width"] * (size(y) + size(grad))
+    return Work(
+        y.numel(),
+        reads=[y, grad, head],
+        writes=[(launch["partial_ptr"], 8 * launch["splits"] * launch["rows"] * launch["width"])],
+        loaded=loaded,
+        products=[Product(launch.programs * tiles * step, step)],
+    )
+
+
+def _one_pass(launch: Launch) -> Work:
+    h, head, grad = launch["h_ptr"], launch["head_ptr"], launch["grad_ptr"]
+    rows, width, splits = launch["rows"], launch["width"], launch["splits"]
+    tiles = _tiles_of_split(launch)
+    noise = [] if launch["noise_ptr"] is None else [launch["noise_ptr"]]
+    products = [_logits_product(launch, launch.programs * tiles)]
+    # Every tile of tokens reads h, and reads and writes the sums over w.
+    loaded = launch["tiles_of_rows"] * size(head) + splits * tiles * size(h)
+    writes: list[Memory] = [launch["sums_ptr"]]
+    if launch["partial_ptr"] is not None:
+        step = 2.0 * launch["WIDTH"] * 2 * launch["ROWS"] * launch["TOKENS"] * _terms(launch)
+        products.append(Product(launch.programs * tiles * step * math.ceil(width / launch["WIDTH"]), step))
+        loaded += launch["tiles_of_rows"] * size(head) + splits * tiles * 2 * 8 * rows * width
+        writes.append((launch["partial_ptr"], 8 * splits * rows * width))
+    return Work(
+        rows * launch["vocabulary"],
+        reads=[h, head, grad, *noise],
+        writes=writes,
+        loaded=loaded,
+        products=products,
+        passes=tiles,
+    )
+
+
+WORK = {
+    "dto_descent_latents._verdict_kernel": _verdict,
+    "dto_descent_latents._step_kernel": _step,
+    "latents_passes.logits_kernel": _logits,
+    "latents_passes.sums_kernel": _sums,
+    "latents_passes.pull_kernel": _pull,
+    "latents_passes.one_pass_kernel": _one_pass,
+}

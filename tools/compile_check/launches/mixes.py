@@ -8,6 +8,9 @@ import torch
 
 from nabla_fast.triton_kernels import embedding_mix, linear_embedding_mix, onehot_grad
 from nabla_fast.triton_kernels.common import vocabulary_product
+from tools.compile_check.launches._products import vocabulary_tiles
+from tools.compile_check.recording import Launch
+from tools.compile_check.work import Work
 
 _ROWS, _VOCABULARY, _WIDTHS = 512, 151_936, (3584, 2560)
 
@@ -77,3 +80,45 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         "backward to logits, odd",
         lambda: embedding_mix.embedding_mix_backward(narrow, other, odd, direct=None, **options),
     )
+
+
+def _hard_grad(launch: Launch) -> Work:
+    states, tables = launch["states"], launch["tables"]
+    rows = len(states[0])
+    gathered = [(table, rows * table.shape[1] * table.element_size()) for table in tables]
+    elements = rows * sum(launch["widths"])
+    # The tables' loops are two; a program goes through each.
+    passes = max(-(-width // launch["DEPTH"]) for width in launch["widths"])
+    return Work(elements, reads=[*states, *gathered], writes=[launch["grad_ptr"]], passes=passes)
+
+
+def _centred(launch: Launch) -> list[torch.Tensor]:
+    """What the two passes over the product read."""
+    reads = [launch["product_ptr"], launch["logits_ptr"]]
+    if launch["SPLIT"]:
+        reads.append(launch["rest_ptr"])
+    if launch["DIRECT"]:
+        reads.append(launch["direct_ptr"])
+    return reads
+
+
+def _tilt(launch: Launch) -> Work:
+    return Work(launch["logits_ptr"].numel(), reads=_centred(launch), writes=[launch["tilt_ptr"]])
+
+
+def _jacobian(launch: Launch) -> Work:
+    return Work(launch["logits_ptr"].numel(), reads=_centred(launch), writes=[launch["result_ptr"]])
+
+
+def _onehot_grad(launch: Launch) -> Work:
+    logits = launch["logits_ptr"]
+    writes = [launch["squares_ptr"] if launch["NORM"] else logits]
+    return vocabulary_tiles(launch, reads=[logits], writes=writes)
+
+
+WORK = {
+    "embedding_mix._hard_grad_kernel": _hard_grad,
+    "embedding_mix._tilt_kernel": _tilt,
+    "embedding_mix._jacobian_kernel": _jacobian,
+    "onehot_grad._onehot_grad_kernel": _onehot_grad,
+}
