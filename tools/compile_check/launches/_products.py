@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from tools.compile_check.recording import Launch
 from tools.compile_check.work import JOINED, Memory, Product, Work, size, terms, tile_product
 
@@ -37,39 +39,40 @@ def vocabulary_tiles(launch: Launch, *, writes: Sequence[Memory], reads: Sequenc
     )
 
 
+def chunk_of(launch: Launch, name: str, origin: int) -> Tensor:
+    """The part of a matrix [N, ..] whose columns are the tokens of the launch's slices.
+
+    Args:
+        name: of the launch's argument.
+        origin: token of the matrix' first column.
+    """
+    first = launch["first_slice"] * launch["COLUMNS"]
+    return launch[name][:, first - origin : launch["end"] - origin]
+
+
 def _product(launch: Launch) -> Work:
-    writes = [launch["product_ptr"]]
-    if launch["SPLIT"]:
-        writes.append(launch["rest_ptr"])
-    return vocabulary_tiles(launch, writes=writes)
+    return vocabulary_tiles(launch, writes=[launch["product_ptr"]])
 
 
-def _weighted_rows(launch: Launch) -> Work:
-    weights, tables, widths = launch["weights_ptr"], launch["tables"], launch["widths"]
-    rows, vocabulary, split = launch["rows"], launch["vocabulary"], launch["split_size"]
-    splits = math.ceil(vocabulary / split)
-    tile, columns = (launch["ROWS"], launch["WIDTH"]), launch["COLUMNS"]
-    kind = 1 if launch["SOFTMAX"] else terms(weights, tables[0])
-    steps = [math.ceil(min(split, vocabulary - start) / columns) for start in range(0, vocabulary, split)]
-    tiles = launch["tiles_of_rows"] * launch["tiles_of_width"]
-    step = 2.0 * tile[0] * tile[1] * columns * kind
-    # Each tile of the widths loads the weights anew, like its neighbour; each tile of the rows the tables.
-    tiles_of_width = launch["tiles_of_width"]
-    loaded = tiles_of_width * size(weights) / min(JOINED, tiles_of_width)
-    loaded += launch["tiles_of_rows"] * size(*tables)
-    return Work(
-        rows * vocabulary,
-        reads=[weights, *tables],
-        writes=[(launch["partial_ptr"], 4 * splits * rows * sum(widths))],
-        loaded=loaded,
-        products=[Product(tiles * sum(steps) * step, step)],
-    )
+def _tops(launch: Launch) -> Work:
+    logits = chunk_of(launch, "logits_ptr", launch["origin"])
+    return Work(logits.numel(), reads=[logits], writes=[(launch["tops_ptr"], 8 * launch.programs)])
 
 
-def _joined_rows(launch: Launch) -> Work:
-    rows, splits, mix = launch["rows"], launch["splits"], launch["mix_ptr"]
-    read = launch["partial_ptr"], 4 * splits * rows * launch["table_width"]
-    return Work(mix.numel(), reads=[read], writes=[mix], passes=splits)
+def _joined_tops(launch: Launch) -> Work:
+    parts = [launch["tops_ptr"], launch["tokens_ptr"]]
+    return Work(parts[0].numel(), reads=parts, writes=[launch["token_ptr"], launch["status_ptr"]])
+
+
+def _weights(launch: Launch) -> Work:
+    # Sums are rescaled where a chunk holds a row's largest logit so far by a power of two: seldom.
+    logits = chunk_of(launch, "logits_ptr", launch["origin"])
+    return Work(logits.numel(), reads=[logits], writes=launch["weights"])
+
+
+def _divided(launch: Launch) -> Work:
+    mix = launch["mix_ptr"]
+    return Work(mix.numel(), reads=[(launch["sums_ptr"], 4 * mix.numel())], writes=[mix])
 
 
 def _slice_sums(launch: Launch) -> Work:
@@ -95,8 +98,10 @@ def _gumbel_noise(launch: Launch) -> Work:
 
 WORK = {
     "vocabulary_product._vocabulary_product_kernel": _product,
-    "weighted_rows._weighted_rows_kernel": _weighted_rows,
-    "weighted_rows._join_kernel": _joined_rows,
+    "row_tops._tops_kernel": _tops,
+    "row_tops._join_kernel": _joined_tops,
+    "soft_mix._weights_kernel": _weights,
+    "soft_mix._divide_kernel": _divided,
     "softmax_sums._slice_kernel": _slice_sums,
     "softmax_sums._join_kernel": _joined_sums,
     "row_totals._row_totals_kernel": _row_totals,

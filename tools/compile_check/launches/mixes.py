@@ -8,7 +8,7 @@ import torch
 
 from nabla_fast.triton_kernels import embedding_mix, linear_embedding_mix, onehot_grad
 from nabla_fast.triton_kernels.common import vocabulary_product
-from tools.compile_check.launches._products import vocabulary_tiles
+from tools.compile_check.launches._products import chunk_of, vocabulary_tiles
 from tools.compile_check.recording import Launch
 from tools.compile_check.work import Work
 
@@ -82,32 +82,47 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     )
 
 
-def _hard_grad(launch: Launch) -> Work:
-    states, tables = launch["states"], launch["tables"]
-    rows = len(states[0])
-    gathered = [(table, rows * table.shape[1] * table.element_size()) for table in tables]
-    elements = rows * sum(launch["widths"])
-    # The tables' loops are two; a program goes through each.
-    passes = max(-(-width // launch["DEPTH"]) for width in launch["widths"])
-    return Work(elements, reads=[*states, *gathered], writes=[launch["grad_ptr"]], passes=passes)
+def _gradient(launch: Launch) -> list[torch.Tensor]:
+    """What G of the slices is read from, but for what is split."""
+    reads = (
+        []
+        if "product_ptr" not in launch.arguments
+        else [chunk_of(launch, "product_ptr", launch["product_origin"])]
+    )
+    return reads + ([chunk_of(launch, "direct_ptr", 0)] if launch["DIRECT"] else [])
 
 
-def _centred(launch: Launch) -> list[torch.Tensor]:
-    """What the two passes over the product read."""
-    reads = [launch["product_ptr"], launch["logits_ptr"]]
-    if launch["SPLIT"]:
-        reads.append(launch["rest_ptr"])
-    if launch["DIRECT"]:
-        reads.append(launch["direct_ptr"])
-    return reads
+def _split(launch: Launch) -> list[torch.Tensor]:
+    return [chunk_of(launch, name, 0) for name in ("high_ptr", "rest_ptr")] if launch["SPLIT"] else []
 
 
-def _tilt(launch: Launch) -> Work:
-    return Work(launch["logits_ptr"].numel(), reads=_centred(launch), writes=[launch["tilt_ptr"]])
+def _survey(launch: Launch) -> Work:
+    logits = chunk_of(launch, "logits_ptr", launch["origin"])
+    sums = launch["sums_ptr"], 24 * launch.programs
+    return Work(logits.numel(), reads=[logits, *_gradient(launch)], writes=[sums, *_split(launch)])
+
+
+def _joined(launch: Launch) -> Work:
+    sums = launch["sums_ptr"]
+    return Work(sums.numel(), reads=[sums], writes=[launch["joined_ptr"]])
 
 
 def _jacobian(launch: Launch) -> Work:
-    return Work(launch["logits_ptr"].numel(), reads=_centred(launch), writes=[launch["result_ptr"]])
+    logits = chunk_of(launch, "logits_ptr", launch["origin"])
+    reads = _split(launch) or _gradient(launch)
+    return Work(logits.numel(), reads=[logits, *reads], writes=[chunk_of(launch, "result_ptr", 0)])
+
+
+def _pull_weights(launch: Launch) -> Work:
+    logits, product = launch["logits_ptr"], launch["product_ptr"]
+    direct = [chunk_of(launch, "direct_ptr", 0)] if launch["DIRECT"] else []
+    sums = [] if launch["FIRST"] else [launch["sums_ptr"]]
+    return Work(logits.numel(), reads=[logits, product, *direct, *sums], writes=[*launch["weights"], *sums])
+
+
+def _hidden_grad(launch: Launch) -> Work:
+    grad = launch["grad_ptr"]
+    return Work(grad.numel(), reads=[(launch["sums_ptr"], 4 * grad.numel())], writes=[grad])
 
 
 def _onehot_grad(launch: Launch) -> Work:
@@ -117,8 +132,10 @@ def _onehot_grad(launch: Launch) -> Work:
 
 
 WORK = {
-    "embedding_mix._hard_grad_kernel": _hard_grad,
-    "embedding_mix._tilt_kernel": _tilt,
-    "embedding_mix._jacobian_kernel": _jacobian,
+    "embedding_mix.survey_kernel": _survey,
+    "embedding_mix._join_kernel": _joined,
+    "embedding_mix.jacobian_kernel": _jacobian,
+    "linear_embedding_mix._pull_weights_kernel": _pull_weights,
+    "linear_embedding_mix._hidden_grad_kernel": _hidden_grad,
     "onehot_grad._onehot_grad_kernel": _onehot_grad,
 }

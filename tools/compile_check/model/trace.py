@@ -31,9 +31,9 @@ _NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_st
 
 
 class _Cache:
-    """The L2 cache: what was used last, in lines of 256 kB, of which a launch may use part."""
+    """The L2 cache: what was used last, in lines of 16 kB, of which a launch may use part."""
 
-    LINE = 1 << 18
+    LINE = 1 << 14
 
     def __init__(self, capacity: int):
         self._lines: collections.OrderedDict[tuple[int, int], None] = collections.OrderedDict()
@@ -44,9 +44,15 @@ class _Cache:
         """Bytes of a tensor, or of its first part, that are not there; now they are."""
         tensor = memory[0] if isinstance(memory, tuple) else memory
         self._kept.append(tensor)
-        storage = tensor.untyped_storage()._cdata
-        first = tensor.storage_offset() * tensor.element_size()
-        last, missed = first + size(memory), 0
+        storage, width = tensor.untyped_storage()._cdata, tensor.element_size()
+        first = tensor.storage_offset() * width
+        if isinstance(memory, tuple) or tensor.is_contiguous() or tensor.ndim != 2 or tensor.stride(1) != 1:
+            return self._missed(storage, first, first + size(memory))
+        starts = (first + row * tensor.stride(0) * width for row in range(len(tensor)))
+        return sum(self._missed(storage, start, start + tensor.shape[1] * width) for start in starts)
+
+    def _missed(self, storage: int, first: int, last: int) -> int:
+        missed = 0
         for line in range(first // self.LINE, -(-last // self.LINE)):
             if (storage, line) not in self._lines:
                 begin, end = line * self.LINE, (line + 1) * self.LINE
