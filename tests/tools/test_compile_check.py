@@ -285,14 +285,21 @@ def test_traced_products_and_cache():
 
 def test_cache_forgets_what_was_used_long_ago():
     trace = pytest.importorskip("tools.compile_check.model.trace", reason="triton is not installed")
-    cache = trace._Cache(4 * trace._Cache.LINE)
-    small, large = (torch.empty(n * trace._Cache.LINE, dtype=torch.int8, device="meta") for n in (2, 3))
-    assert [cache.missed(small), cache.missed(small), cache.missed((small, 1000))] == [2 << 18, 0, 0]
-    assert [cache.missed(large), cache.missed(large[: 1 << 18]), cache.missed(small)] == [
-        3 << 18,
-        0,
-        1 << 18,
-    ]
+    line = trace._Cache.LINE
+    cache = trace._Cache(4 * line)
+    small, large = (torch.empty(n * line, dtype=torch.int8, device="meta") for n in (2, 3))
+    assert [cache.missed(small), cache.missed(small), cache.missed((small, 1000))] == [2 * line, 0, 0]
+    assert [cache.missed(large), cache.missed(large[:line]), cache.missed(small)] == [3 * line, 0, line]
+
+
+def test_rows_that_lie_apart_take_the_lines_of_their_own():
+    trace = pytest.importorskip("tools.compile_check.model.trace", reason="triton is not installed")
+    line = trace._Cache.LINE
+    cache = trace._Cache(8 * line)
+    matrix = torch.empty(3, 4 * line, dtype=torch.int8, device="meta")
+    assert cache.missed(matrix[:, : 2 * line]) == 6 * line
+    assert cache.missed(matrix[1:, : 2 * line]) == 0
+    assert cache.missed(matrix[2, line : 3 * line]) == line
 
 
 def test_sensitivity():
