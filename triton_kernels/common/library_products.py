@@ -98,7 +98,8 @@ def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     one = torch.ones(16, 16, dtype=dtype, device=device)
     try:
-        torch.mm(one, one, out_dtype=torch.float32)
+        sums = torch.mm(one, one, out_dtype=torch.float32)
+        torch.addmm(sums, one, one, out_dtype=torch.float32, out=sums)
     except RuntimeError:  # some releases for AMD
         return False
     return True
