@@ -104,6 +104,7 @@ def absent_gpu() -> Iterator[Launches]:
     former = driver._active
     with contextlib.ExitStack() as stack:
         stack.enter_context(_torch_on_a_gpu(launches))
+        stack.enter_context(_memory_that_stays())
         stack.enter_context(mock.patch.dict(backends._why_missing, triton=lambda: None))
         stack.enter_context(presets.assumed(f"sm_{ARCHITECTURE}"))
         driver.set_active(_driver())
@@ -111,6 +112,26 @@ def absent_gpu() -> Iterator[Launches]:
             yield launches
         finally:
             driver._active = former
+
+
+@contextlib.contextmanager
+def _memory_that_stays() -> Iterator[None]:
+    """Memory that is freed is kept for the next tensor, as a GPU's allocator does.
+
+    The C library returns what is large to the system, which takes longer than all the rest of a call.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):  # glibc's own
+        yield
+        return
+    mmap_max, trim_threshold = -4, -1
+    library.mallopt(mmap_max, 0)
+    library.mallopt(trim_threshold, 2**31 - 1)
+    try:
+        yield
+    finally:
+        library.mallopt(mmap_max, 65536)
+        library.mallopt(trim_threshold, 128 << 10)
 
 
 @contextlib.contextmanager
