@@ -12,7 +12,7 @@ C_TESTS := $(shell find tests examples -name '*.cpp' -o -name '*.c' -o -name '*.
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow test-newest test-oldest emulate lint bench compile-check format gpu sanitize odr clean
+.PHONY: demo test test-slow test-newest test-oldest emulate lint bench compile-check format gpu gpu-wheels sanitize odr clean
 
 demo: $(INSTALLED)
 	$(BIN)/nabla-fast demo
@@ -87,7 +87,12 @@ format: $(INSTALLED)
 
 # For a machine with a GPU, its own torch and no network: nothing is downloaded, no .venv is used.
 gpu:
-	$(PYTHON) tools/gpu_run.py $(GPU_ARGS)
+	$(PYTHON) -m tools.gpu_run $(GPU_ARGS)
+
+# Other projects' kernels to measure beside ours, to be carried to that machine: pure Python, 2 MB.
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest build/wheels \
+		liger-kernel cut-cross-entropy
 
 # The stamp is written last: after a broken-off installation the next call starts again, and anew
 # where even pip is missing. The pinned torch is a CPU build where a package index offers one; elsewhere

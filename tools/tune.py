@@ -14,15 +14,19 @@ import datetime
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import nabla_fast.ops as ops
+from nabla_fast._triton import interpreted
 from nabla_fast.bench.measure import interleaved
+from nabla_fast.cli.output import append_line
+from nabla_fast.ops.linear_embedding_mix import linear_embedding_mix_backward
 
-_ROWS, _VOCABULARY, _WIDTHS = 512, 151_936, (3584, 2560)
 _HALF, _SINGLE = torch.bfloat16, torch.float32
 
 
@@ -73,117 +77,122 @@ def _descent_configs(multiprocessors: int, choices: Sequence[tuple[int, ...]]) -
     return [{"ROWS": 16} | choice | {"PROGRAMS": choice["PROGRAMS"] * multiprocessors} for choice in named]
 
 
-def tasks(device: torch.device) -> Iterator[Task]:
-    """The tasks, their tensors made when each is reached."""
-    from nabla_fast.triton_kernels import (
-        dto_descent_latents,
-        embedding_mix,
-        scratch,
-        vocabulary_product,
-        weighted_rows,
-    )
+@dataclass(frozen=True)
+class Sizes:
+    """Rows N, vocabulary V, and widths of the tables, the first of which hidden states have too."""
 
-    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    rows: int = 512
+    vocabulary: int = 151_936
+    widths: tuple[int, int] = (3584, 2560)
+
+    def fewer(self, rows: int) -> Sizes:
+        return replace(self, rows=min(rows, self.rows))
+
+
+QUICK = Sizes(4, 100, (32, 16))
+
+
+def tasks(device: torch.device, sizes: Sizes) -> Iterator[Task]:
+    """The tasks for kernels that have presets, their tensors made when each is reached."""
+    from nabla_fast.triton_kernels.common import presets
+
+    defaults = json.loads(presets.PATH.read_text())["default"]["kernels"]
+    for (kernel, operands), (make, candidates) in _tasks(device, sizes).items():
+        known = defaults.get(kernel, {}).get(operands)
+        fitting = [candidate for candidate in candidates if known and candidate.keys() == known.keys()]
+        if fitting:
+            yield Task(kernel, operands, make(), fitting)
+
+
+def _tasks(device: torch.device, sizes: Sizes) -> dict[tuple[str, str], tuple[Callable, list]]:
+    """By kernel and operands: what makes the function to time, and the configurations."""
+    programs = 1
+    if device.type == "cuda":
+        programs = torch.cuda.get_device_properties(device).multi_processor_count
 
     def normal(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
-    def logits(state: torch.dtype, head: torch.dtype, rows: int) -> Callable[[], list[Tensor]]:
-        hidden, table = normal(rows, _WIDTHS[0], dtype=state), normal(_VOCABULARY, _WIDTHS[0], dtype=head)
-        return lambda: [vocabulary_product.vocabulary_product([hidden], [table])]
+    def logits(state: torch.dtype, head: torch.dtype, of: Sizes) -> Callable[[], list[Tensor]]:
+        width = of.widths[0]
+        hidden, table = normal(of.rows, width, dtype=state), normal(of.vocabulary, width, dtype=head)
+        return lambda: [ops.lm_logits(hidden, table)]
 
-    def mixes(dtype: torch.dtype, rows: int) -> Callable[[], list[Tensor]]:
-        z = normal(rows, _VOCABULARY, dtype=torch.float32)
-        tables = [normal(_VOCABULARY, width, dtype=dtype) for width in _WIDTHS]
-        return lambda: embedding_mix.embedding_mix(z, tables, tau=1.0, hard=False, noise=None)[0]
+    def mixes(dtype: torch.dtype, of: Sizes) -> Callable[[], list[Tensor]]:
+        z = normal(of.rows, of.vocabulary, dtype=_SINGLE)
+        tables = [normal(of.vocabulary, width, dtype=dtype) for width in of.widths]
+        return lambda: ops.embedding_mix(z, tables, hard=False)
 
-    def weighted(dtype: torch.dtype, rows: int) -> Callable[[], list[Tensor]]:
-        weights = normal(rows, _VOCABULARY, dtype=torch.float32)
-        table = normal(_VOCABULARY, _WIDTHS[0], dtype=dtype)
-
-        def run() -> list[Tensor]:
-            out = [torch.empty(rows, _WIDTHS[0], device=device)]
-            weighted_rows.weighted_rows(weights, [table], out=out, scratch=scratch.share(4))
-            return out
-
-        return run
+    def backward(dtype: torch.dtype, of: Sizes) -> Callable[[], list[Tensor]]:
+        width = of.widths[0]
+        hidden, cotangent = (normal(of.rows, width, dtype=_SINGLE) for _ in range(2))
+        head, table = (normal(of.vocabulary, width, dtype=dtype) for _ in range(2))
+        options = {"tau": 1.0, "noise": None, "direct": None}
+        return lambda: [linear_embedding_mix_backward([cotangent], hidden, head, [table], **options)]
 
     def descents(dtype: torch.dtype) -> Callable[[], list[Tensor]]:
-        head = normal(_VOCABULARY, _WIDTHS[0], dtype=dtype)
+        width, vocabulary = sizes.widths[0], sizes.vocabulary
+        head = normal(vocabulary, width, dtype=dtype)
         # Rates at which nothing moves: the moments are then sums of the gradient, and h has no say.
         schedule = torch.full((4,), 1e-12, dtype=torch.float64, device=device)
         problems = [
-            (normal(rows, _WIDTHS[0], dtype=_SINGLE) / 20, normal(rows, _VOCABULARY, dtype=_SINGLE))
+            (normal(rows, width, dtype=_SINGLE) / 20, normal(rows, vocabulary, dtype=_SINGLE))
             for rows in (2, 16)
         ]
 
         def run() -> list[Tensor]:
             moments = []
             for h, grad in problems:
-                first, second = torch.zeros_like(h), torch.zeros_like(h)
-                step = torch.zeros(len(h), dtype=torch.int64, device=device)
-                dto_descent_latents.dto_descent_latents(
-                    h,
-                    head,
-                    grad,
-                    first,
-                    second,
-                    step,
-                    schedule,
-                    until=None,
-                    group=None,
-                    tau=1.0,
-                    noise=None,
-                )
-                moments.append(first)
+                state = ops.AdamState.zeros(h)
+                ops.dto_descent_latents(h, head, grad, state, schedule)
+                moments.append(state.exp_avg)
             return moments
 
         return run
 
-    yield Task("dto_descent_latents", "half", descents(_HALF), _descent_configs(programs, _HALF_DESCENTS))
-    yield Task(
-        "dto_descent_latents", "float32", descents(_SINGLE), _descent_configs(programs, _SINGLE_DESCENTS)
-    )
-    yield Task(
-        "vocabulary_product",
-        "half",
-        logits(_HALF, _HALF, _ROWS),
-        _product_configs(
-            (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (64, 256, 64, 4, 3)
+    product, mix = "vocabulary_product", "weighted_rows"
+    return {
+        ("dto_descent_latents", "half"): (
+            lambda: descents(_HALF),
+            _descent_configs(programs, _HALF_DESCENTS),
         ),
-    )
-    yield Task(
-        "vocabulary_product",
-        "split",
-        logits(_SINGLE, _HALF, _ROWS),
-        _product_configs((64, 128, 64, 4, 2), (128, 128, 32, 8, 2), (128, 128, 64, 8, 2)),
-    )
-    yield Task(
-        "vocabulary_product",
-        "float32",
-        logits(_SINGLE, _SINGLE, 64),
-        _product_configs((64, 64, 16, 8, 2), (32, 64, 16, 4, 2), (64, 128, 16, 8, 2)),
-    )
-    yield Task(
-        "weighted_rows",
-        "half",
-        mixes(_HALF, _ROWS),
-        _mix_configs(
-            programs, (128, 64, 128, 8, 2), (128, 64, 128, 8, 3), (128, 32, 256, 8, 4), (128, 32, 256, 8, 3)
+        ("dto_descent_latents", "float32"): (
+            lambda: descents(_SINGLE),
+            _descent_configs(programs, _SINGLE_DESCENTS),
         ),
-    )
-    yield Task(
-        "weighted_rows",
-        "split",
-        weighted(_HALF, 128),
-        _mix_configs(programs, (64, 64, 128, 4, 2), (128, 32, 128, 8, 2), (128, 64, 128, 8, 2)),
-    )
-    yield Task(
-        "weighted_rows",
-        "float32",
-        weighted(_SINGLE, 64),
-        _mix_configs(programs, (64, 16, 64, 8, 2), (32, 16, 64, 4, 2), (64, 16, 128, 8, 2)),
-    )
+        (product, "half"): (
+            lambda: logits(_HALF, _HALF, sizes),
+            _product_configs(
+                (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (64, 256, 64, 4, 3)
+            ),
+        ),
+        (product, "split"): (
+            lambda: logits(_SINGLE, _HALF, sizes),
+            _product_configs((64, 128, 64, 4, 2), (128, 128, 32, 8, 2), (128, 128, 64, 8, 2)),
+        ),
+        (product, "float32"): (
+            lambda: logits(_SINGLE, _SINGLE, sizes.fewer(64)),
+            _product_configs((64, 64, 16, 8, 2), (32, 64, 16, 4, 2), (64, 128, 16, 8, 2)),
+        ),
+        (mix, "half"): (
+            lambda: mixes(_HALF, sizes),
+            _mix_configs(
+                programs,
+                (128, 64, 128, 8, 2),
+                (128, 64, 128, 8, 3),
+                (128, 32, 256, 8, 4),
+                (128, 32, 256, 8, 3),
+            ),
+        ),
+        (mix, "split"): (
+            lambda: backward(_HALF, sizes.fewer(128)),
+            _mix_configs(programs, (64, 64, 128, 4, 2), (128, 32, 128, 8, 2), (128, 64, 128, 8, 2)),
+        ),
+        (mix, "float32"): (
+            lambda: mixes(_SINGLE, sizes.fewer(64)),
+            _mix_configs(programs, (64, 16, 64, 8, 2), (32, 16, 64, 4, 2), (64, 16, 128, 8, 2)),
+        ),
+    }
 
 
 def measure(task: Task, device: torch.device, seconds: float) -> list[dict[str, Any]]:
@@ -221,8 +230,8 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float(difference.nan_to_num(nan=torch.inf).max())
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """Make the fastest configurations this device's entry."""
+def write(name: str, rows: list[dict[str, Any]], path: Path | None = None) -> None:
+    """Make the fastest configurations this device's entry, in presets.json or in a copy at ``path``."""
     import triton
 
     from nabla_fast.triton_kernels.common import presets
@@ -237,26 +246,42 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
     timed = [row for row in rows if "median_ms" in row]
     for row in sorted(timed, key=lambda row: row["median_ms"], reverse=True):
         entry["kernels"].setdefault(row["kernel"], {})[row["operands"]] = row["config"]
-    presets.PATH.write_text(json.dumps(entries, indent=1) + "\n")
+    (path or presets.PATH).write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--write", action="store_true", help="change presets.json")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write a changed copy there")
+    parser.add_argument("--rows", metavar="FILE", help="append each row to this file when it is done")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each kernel")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, also in Triton's interpreter: does it work?"
+    )
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        name = torch.cuda.get_device_name(device)
+    elif arguments.quick and interpreted() and not arguments.write:
+        device, name = torch.device("cpu"), "interpreter"
+    else:
         print("tuning needs a GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 1
-    device = torch.device("cuda", torch.cuda.current_device())
-    name = torch.cuda.get_device_name(device)
     rows = []
-    for task in tasks(device):
-        for row in measure(task, device, arguments.seconds):
-            rows.append(row)
-            outcome = f"{row['median_ms']:.3f} ms" if "median_ms" in row else row["problem"]
-            print(f"{row['kernel']} {row['operands']} {row['config']}: {outcome}", file=sys.stderr)
+    with ops.use_backend("triton"):
+        for task in tasks(device, QUICK if arguments.quick else Sizes()):
+            if arguments.quick:
+                task = replace(task, candidates=task.candidates[:1])
+            for row in measure(task, device, arguments.seconds):
+                rows.append(row)
+                if arguments.rows:
+                    append_line(arguments.rows, row)
+                outcome = f"{row['median_ms']:.3f} ms" if "median_ms" in row else row["problem"]
+                said = f"{row['kernel']} {row['operands']} {row['config']}: {outcome}"
+                print(said, file=sys.stderr, flush=True)
+            if arguments.output:
+                write(name, rows, arguments.output)  # what there is, if the rest is cut off
     if arguments.write:
         write(name, rows)
     if arguments.json:

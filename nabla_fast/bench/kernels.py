@@ -35,19 +35,19 @@ def run(
     cases: Sequence[Case],
     backend: str,
     device: torch.device,
-    machine: Machine,
+    machine: Machine | None,
     *,
     compiled: bool,
-    seconds: float,
+    seconds: float | None,
     on_row: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """Measure cases, one after the other: inputs of one are gone before those of the next are made.
 
     Args:
         backend: tried first; an op that it does not have runs as plain PyTorch, and its row says so.
-        machine: gives the limits.
+        machine: gives the limits; None where nothing is timed.
         compiled: also time ``torch.compile`` of the straightforward expression.
-        seconds: a case.
+        seconds: a case; None: results are checked and nothing is timed.
         on_row: called with each row as it is done.
     Returns:
         The rows. ``check`` is "passed", "failed" or "error"; unless it passed, there are no times, and
@@ -69,7 +69,12 @@ def run(
 
 
 def _row(
-    case: Case, backend: str, device: torch.device, machine: Machine, compiled: bool, seconds: float
+    case: Case,
+    backend: str,
+    device: torch.device,
+    machine: Machine | None,
+    compiled: bool,
+    seconds: float | None,
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "backend": None}
     row |= {"bytes": case.bytes, "flops": case.flops}
@@ -78,10 +83,13 @@ def _row(
         versions = case.prepare()
         row["backend"] = backend_of(versions, backend)
         row |= check(versions)
-        if row["check"] == "passed":
+        if row["check"] == "passed" and machine and seconds is not None:
             row |= limit(case, machine)
-            graph = row["backend"] == "triton" and versions.in_place and device.type == "cuda"
-            row |= _times(versions, device, compiled, seconds, graph, limiting_loop(case, machine))
+            on_gpu = device.type == "cuda"
+            options = {"graph": on_gpu and row["backend"] == "triton", "products": on_gpu}
+            row |= _times(
+                versions, device, compiled, seconds, limiting=limiting_loop(case, machine), **options
+            )
     except Exception as error:  # of one case: the others go on
         identity = ("op", "shape", "dtype", "backend", "bytes", "flops")
         return {key: row[key] for key in identity} | {
@@ -145,13 +153,16 @@ def _times(
     device: torch.device,
     compiled: bool,
     seconds: float,
+    *,
     graph: bool,
+    products: bool,
     limiting: tuple[Loop, float] | None = None,
 ) -> dict[str, Any]:
     """Times of all versions.
 
     Args:
         graph: also time ours as a CUDA graph, without what launching costs.
+        products: also time the products alone, by the library at the case's own shapes.
         limiting: what :func:`limiting_loop` gives; its time beside the versions makes ``limit_ms``.
     """
     functions = {"ours": versions.ours, "naive": versions.naive, "eager": versions.eager}
@@ -162,6 +173,8 @@ def _times(
             functions["graph"] = replayed(versions.ours)
         except Exception as error:  # ours runs without it
             graph_failure = _line(error)
+    if products and versions.products:
+        functions["products"] = versions.products
     if compiled:
         function = torch.compile(versions.naive)
         try:
@@ -173,7 +186,8 @@ def _times(
     if limiting:
         functions["limit"] = limiting[0].run
     times = interleaved(functions, device, seconds=seconds, reset=versions.reset)
-    ours, compile_time, graph_time = times["ours"], times.get("compile"), times.get("graph")
+    ours, compile_time = times["ours"], times.get("compile")
+    beside = {f"{name}_ms": times[name].median_ms for name in ("graph", "products") if name in times}
     peaks = {}
     for name in ("ours", "naive"):
         versions.reset()
@@ -186,7 +200,7 @@ def _times(
         "naive_ms": times["naive"].median_ms,
         "compile_ms": compile_time.median_ms if compile_time else None,
         **({"compile_error": failure} if failure else {}),
-        **({"graph_ms": graph_time.median_ms} if graph_time else {}),
+        **beside,
         **({"graph_error": graph_failure} if graph_failure else {}),
         **({"limit_ms": limiting[1] * times["limit"].median_ms} if limiting else {}),
         "peak_bytes": peaks["ours"],

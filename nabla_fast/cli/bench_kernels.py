@@ -17,7 +17,7 @@ from rich.table import Table
 
 from nabla_fast._native.loading import ISA_NAMES
 from nabla_fast.cli.options import add_json_option, add_threads_option, check_device, set_threads
-from nabla_fast.cli.output import say, table_console
+from nabla_fast.cli.output import append_line, say, table_console
 from nabla_fast.errors import InputError
 
 Document = dict[str, Any]
@@ -54,6 +54,11 @@ def add_parser(parts: argparse._SubParsersAction) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="measure torch.compile too",
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes: does everything work?")
+    parser.add_argument("--check", action="store_true", help="check results, and time nothing")
+    parser.add_argument(
+        "--rows", metavar="FILE", help="append each row to this file, as a line of JSON, when it is done"
     )
     add_json_option(parser)
     parser.set_defaults(run=run)
@@ -95,12 +100,14 @@ def _measured(arguments: argparse.Namespace) -> Document:
     level = arguments.isa
     if level and device.type != "cpu":
         raise InputError(f"--isa {level} is of the CPU, not of --device {device}")
-    wanted = chosen(cases(device), arguments.op)
+    wanted = chosen(cases(device, quick=arguments.quick), arguments.op)
     progress = Console(stderr=True)
     rows: list[dict] = []
 
     def on_row(row: dict) -> None:
         rows.append(row)
+        if arguments.rows:
+            append_line(arguments.rows, row)
         said = row["check"] + (f" ({row['error']})" if "error" in row else "")
         name = f"{level}: {row['op']}" if level else row["op"]
         progress.print(
@@ -111,16 +118,17 @@ def _measured(arguments: argparse.Namespace) -> Document:
         )
 
     interrupted, machine = False, None
-    options = {"compiled": arguments.compile, "seconds": arguments.seconds, "on_row": on_row}
+    seconds = None if arguments.check else arguments.seconds
+    options = {"compiled": arguments.compile and not arguments.check, "seconds": seconds}
     with kernels_at(level) if level else nullcontext():
         try:
             with use_backend(arguments.backend, "torch"):  # refused before anything is measured
-                machine = measure_machine(device)
-            if machine.why:
+                machine = None if arguments.check else measure_machine(device)
+            if machine and machine.why:
                 progress.print(
                     f"limits are torch's own rates: {machine.why}", highlight=False, markup=False
                 )
-            run(wanted, arguments.backend, device, machine, **options)
+            run(wanted, arguments.backend, device, machine, on_row=on_row, **options)
         except KeyboardInterrupt:
             interrupted = True
         environment = report()
@@ -176,6 +184,9 @@ def _apart(level: str, arguments: argparse.Namespace) -> tuple[int, Document | N
     for name in ("device", "threads"):
         if (value := getattr(arguments, name)) is not None:
             options.append(f"--{name}={value}")
+    options += [f"--{name}" for name in ("quick", "check") if getattr(arguments, name)]
+    if arguments.rows:
+        options.append(f"--rows={arguments.rows}")
     if arguments.op:
         options += ["--op", *arguments.op]
     with tempfile.TemporaryFile() as printed:
@@ -235,7 +246,7 @@ def _show(rows: list[dict], machine: dict | None, isa: str | None) -> None:
     for row in rows:
         identity = [row["op"], row["shape"], row["dtype"]]
         error = "" if row["max_error"] is None else f"{row['max_error']:.1e}"
-        if row["check"] != "passed":
+        if row["check"] != "passed" or "median_ms" not in row:
             said = "check failed" if row["check"] == "failed" else row["check"]
             table.add_row(*identity, said, *[""] * (len(shown) - 2), error if "error" in shown else "")
             continue

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +33,12 @@ def say(message: object) -> None:
     """Print one line on standard error, where it can be written."""
     with suppress(OSError, ValueError):
         print(f"nabla-fast: {message}", file=sys.stderr, flush=True)
+
+
+def append_line(path: str, row: dict[str, Any]) -> None:
+    """Append ``row`` to a file as a line of JSON. It is there at once: the process may be killed."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def give_up_stdout() -> None:

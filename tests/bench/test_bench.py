@@ -19,6 +19,7 @@ from nabla_fast.bench.kernel_cases import (
     lm_logits,
     token_stats,
 )
+from nabla_fast.bench.kernel_cases.in_place import products_alone
 from nabla_fast.bench.machine import Machine
 from nabla_fast.bench.measure import Timing, interleaved, peak_bytes
 from nabla_fast.cli import main
@@ -36,7 +37,7 @@ def _small_caches(monkeypatch):
     monkeypatch.setattr(measure, "_FLUSH_BYTES", 1 << 16)
 
 
-def small_cases(_: torch.device = CPU) -> list[Case]:
+def small_cases(_: torch.device = CPU, **__: object) -> list[Case]:
     return [
         token_stats(3, 257, torch.float32, CPU),
         embedding_mix(3, 257, [8, 6], torch.bfloat16, CPU, hard=True, backward=True),
@@ -78,7 +79,7 @@ def test_rows_have_times_and_limits():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_descents_are_timed_as_graphs_too():
+def test_every_row_is_timed_as_a_graph_too():
     device = torch.device("cuda")
     cases = [
         dto_descent(2, 257, 5, device),
@@ -89,7 +90,8 @@ def test_descents_are_timed_as_graphs_too():
         cases, "triton", device, LIMITS, compiled=False, seconds=0.01, on_row=lambda row: None
     )
     assert [row["check"] for row in rows] == ["passed"] * 3
-    assert ["graph_ms" in row for row in rows] == [True, True, False]
+    assert all(row["graph_ms"] > 0 for row in rows)
+    assert ["products_ms" in row for row in rows] == [False, True, False]
     assert not [row for row in rows if "graph_error" in row]
 
 
@@ -99,12 +101,47 @@ def test_a_descent_whose_graph_fails_has_its_other_times(monkeypatch: pytest.Mon
 
     versions = dto_descent(2, 257, 5, CPU).prepare()
     monkeypatch.setattr(kernels, "replayed", fail)
-    row = kernels._times(versions, CPU, False, 0.01, graph=True)
+    row = kernels._times(versions, CPU, False, 0.01, graph=True, products=False)
     assert row["graph_error"] == "RuntimeError: no graph"
     assert "graph_ms" not in row
     assert row["median_ms"] > 0
     monkeypatch.setattr(kernels, "replayed", lambda function: function)
-    assert kernels._times(versions, CPU, False, 0.01, graph=True)["graph_ms"] > 0
+    assert kernels._times(versions, CPU, False, 0.01, graph=True, products=False)["graph_ms"] > 0
+
+
+def test_products_alone():
+    tables = [torch.randn(257, width) for width in (8, 6)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as p:
+        products_alone(3, tables, tables[:1], times=2)()
+    # Both factors of each; the result's shape comes third.
+    shapes = [event.input_shapes[:2] for event in p.events() if event.name == "aten::mm"]
+    assert shapes == 2 * [[[3, 8], [8, 257]], [[3, 6], [6, 257]], [[3, 257], [257, 8]]]
+
+
+def test_products_are_timed_beside_the_row():
+    versions = embedding_mix(3, 257, [8, 6], torch.bfloat16, CPU, hard=True, backward=True).prepare()
+    row = kernels._times(versions, CPU, False, 0.01, graph=False, products=True)
+    assert row["products_ms"] > 0
+
+
+def test_results_alone():
+    rows = run_small(small_cases(), seconds=None)
+    assert [row["check"] for row in rows] == ["passed"] * 5
+    assert not [row for row in rows if "median_ms" in row]
+
+
+def test_quick_cases_are_the_same_ops():
+    for device in (CPU, torch.device("cuda")):
+        whole, quick = (kernel_cases.cases(device, quick=quick) for quick in (False, True))
+        assert {case.op for case in quick} == {case.op for case in whole}
+        assert max(case.bytes for case in quick) < max(case.bytes for case in whole) / 4
+
+
+def test_logits_in_bfloat16():
+    options = {"hard": True, "backward": True, "logits": torch.bfloat16}
+    (row,) = run_small([embedding_mix(3, 257, [8, 6], torch.bfloat16, CPU, **options)])
+    assert row["check"] == "passed"
+    assert row["shape"].endswith("z=bfloat16")
 
 
 def test_the_larger_of_two_limits_holds():
@@ -390,7 +427,7 @@ def test_a_failing_case_is_shown_and_counts(command, monkeypatch):
     cases = small_cases()
     cases[0] = with_ours(cases[0], raising)
     cases[2] = with_ours(cases[2], lambda v: [value * 2 for value in v.naive()])
-    monkeypatch.setattr(kernel_cases, "cases", lambda device: cases)
+    monkeypatch.setattr(kernel_cases, "cases", lambda device, **_: cases)
     status, out, err = command("--json")
     assert status == 1
     checks = [row["check"] for row in json.loads(out)["rows"]]
@@ -405,11 +442,26 @@ def test_ctrl_c_keeps_finished_rows(command, monkeypatch):
 
     cases = small_cases()
     cases[1] = with_ours(cases[1], interrupted)
-    monkeypatch.setattr(kernel_cases, "cases", lambda device: cases)
+    monkeypatch.setattr(kernel_cases, "cases", lambda device, **_: cases)
     status, out, err = command("--json")
     document = json.loads(out)
     assert (status, len(document["rows"]), document["interrupted"]) == (130, 1, True)
     assert "the rows are those that were finished" in err
+
+
+def test_rows_are_written_when_they_are_done(command, monkeypatch, tmp_path):
+    def looked(versions):
+        assert len(path.read_text().splitlines()) == 1
+        return versions.ours()
+
+    path, cases = tmp_path / "rows.jsonl", small_cases()[:2]
+    cases[1] = with_ours(cases[1], looked)
+    monkeypatch.setattr(kernel_cases, "cases", lambda device, **_: cases)
+    status, out, _ = command("--json", "--check", "--rows", str(path))
+    assert status == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [{k: v for k, v in row.items() if k != "isa"} for row in json.loads(out)["rows"]]
+    assert "passed" in command("--check")[1]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nabla_fast.ops import use_backend
 from nabla_fast.ops.registry import backend_status
 from nabla_fast.triton_kernels.common import presets
 from tools import tune
@@ -34,6 +35,23 @@ def test_measured_or_left_out():
     assert presets.config("vocabulary_product", "float32", device) == good
 
 
+@pytest.mark.skipif(bool(backend_status()["triton"]), reason="needs Triton or its interpreter")
+def test_every_task_runs_and_fits_the_presets():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = json.loads(presets.PATH.read_text())["default"]["kernels"]
+    made = {}
+    with use_backend("triton"):
+        for task in tune.tasks(device, tune.QUICK):
+            made[task.kernel, task.operands] = task
+            (result, *_) = task.run()
+            assert result.isfinite().all()
+    assert {kernel for kernel, _ in made} == {kernel for kernel, _ in tune._tasks(device, tune.QUICK)} & (
+        known.keys()
+    )
+    for (kernel, operands), task in made.items():
+        assert all(choice.keys() == known[kernel][operands].keys() for choice in task.candidates)
+
+
 def test_a_result_that_is_off_is_left_out():
     # Only what follows the first call is wrong, as a miscompiled configuration would be.
     results = iter([torch.ones(2, 3)] + [torch.full((2, 3), 1.01)] * 9)
@@ -54,8 +72,12 @@ def test_the_fastest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         row | {"config": {"ROWS": 2}, "median_ms": 1.0},
         row | {"config": {"ROWS": 3}, "problem": "too much shared memory"},
     ]
+    copy = tmp_path / "copy.json"
+    tune.write("Some GPU", rows, copy)
+    assert json.loads(path.read_text()) == before
     tune.write("Some GPU", rows)
     after = json.loads(path.read_text())
+    assert after == json.loads(copy.read_text())
     entry = after.pop("Some GPU")
     assert after == before
     assert entry["kernels"] == {"vocabulary_product": {"half": {"ROWS": 2}}}

@@ -1,10 +1,14 @@
-"""Everything worth running once on a machine with a GPU: build, benchmarks, GPU tests, demo.
+"""``make gpu``: checks, benchmarks and tests of one run on a machine with a GPU.
 
-The machine needs a Python with torch, transformers, pybind11 and setuptools; nothing is downloaded. Each
-part is a process of its own with a time limit, and a part that fails does not stop the next. The benchmarks
-come before the tests, which compile hundreds of small kernels and may run out of time. Under
-``$OUT`` (``build/gpu`` if unset) lie ``summary.json``, ``log.txt`` with what the parts printed, and the
-JSON or XML of each part; the last thing printed is a table. Exit status 1 if a part failed.
+The machine needs a Python with torch and transformers, and pybind11 and setuptools for the C++ extension;
+nothing is downloaded. Under ``$OUT`` (``build/gpu`` if unset) lie ``results.tar.gz``, renewed after each
+part, ``summary.json``, and rows as they come; the last thing printed is a table. A part that fails does not
+stop the next.
+
+Results are checked at real widths before anything is timed; then come the rows that goals are set for;
+then what takes long or may hang: torch.compile, profilers, the models, tests. The C++ extension is
+compiled meanwhile. Wheels in ``build/wheels`` (``make gpu-wheels``) are put beside the package.
+``--allow-cpu`` runs all that a CPU can run, at small sizes: does the run itself work?
 """
 
 from __future__ import annotations
@@ -13,162 +17,142 @@ import argparse
 import contextlib
 import json
 import os
-import signal
-import subprocess
+import shutil
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ("sm_80", "sm_90", "sm_100")  # architectures that the compile check knows
+from tools.compile_check.targets import TARGETS
+from tools.gpu_run.package import NativeBuild, environment_of, link_package
+from tools.gpu_run.running import ROOT, Part, Run, run_process
+
 COMMAND_LINE = [
     sys.executable,
     "-c",
     "import sys; from nabla_fast.cli import main; sys.exit(main())",
 ]
-PIP = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-# Its name and its architecture as the compile check has it.
+# Its name, and its architecture as the compile check has it.
 FIND_GPU = """
 import torch
 if torch.cuda.is_available():
     print(torch.cuda.get_device_name())
-    major, minor = torch.cuda.get_device_capability()
-    print("" if torch.version.hip else f"sm_{major}{minor}")
+    if torch.version.hip:
+        print(torch.cuda.get_device_properties().gcnArchName.split(":")[0])
+    else:
+        print("sm_{}{}".format(*torch.cuda.get_device_capability()))
 """
-
-TOTAL_SECONDS = 465.0  # of all parts together, whatever their own limits
-LOG_BYTES = 2 << 20  # the end of a part's output that the log keeps
-TIMED_OUT = 124
 MOST_SHARDS = 8  # of the tests; each holds a context of some 500 MB on the GPU
-GRACE_SECONDS = 5.0  # between the interruption of a late part and its end
 
 
-@dataclass(frozen=True)
-class Result:
-    """How a part went. `rc` is its exit status, 124 if its time ran out."""
-
-    name: str
-    rc: int
-    seconds: float
-    note: str = ""
-
-    @property
-    def failed(self) -> bool:
-        return self.rc != 0
+def python(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
 
 
-def run_process(
-    command: Sequence[str], seconds: float, environment: Mapping[str, str]
-) -> tuple[int, bytes, bytes]:
-    """Exit status, standard output and standard error of a command.
+class Plan:
+    """The parts of a run, in order."""
 
-    One that is late is interrupted, so that it can print what it has, and killed with all its processes.
-    """
-    # Files, not pipes: a grandchild that outlives the command would keep a pipe open.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True
+    def __init__(self, run: Run, architecture: str):
+        self.run = run
+        self.gpu = bool(run.gpu)
+        self.architecture = architecture
+        self.backend = "triton" if self.gpu else "cpu"
+        self.device = "cuda" if self.gpu else "cpu"
+        self._interpreter = {} if self.gpu else {"TRITON_INTERPRET": "1"}
+
+    def parts(self, native: NativeBuild) -> Iterator[Sequence[Part] | Part]:
+        """Each to be run before the next is asked for."""
+        files = self.run.files
+        yield Part("environment", [*COMMAND_LINE, "env", "--json"], 40, True)
+        if self.gpu and self.architecture in TARGETS:
+            cache = self.run.environment["TRITON_CACHE_DIR"]
+            check = ["--json", "--targets", self.architecture, "--cache", cache]
+            yield Part("compile", python("tools.compile_check", *check), 75, True)
+        if not self.gpu:
+            native.wait(self.run.left() - 60)  # the CPU's kernels are all there is to measure
+            if not self._has_native():
+                self.backend = "torch"
+        yield self._kernels("check", "--check", "--quick", seconds=90)
+        timed = ["--seconds", "0.4"] if self.gpu else ["--seconds", "0.01", "--op", "token_stats", "lm_"]
+        yield self._kernels("kernels", "--no-compile", *timed, seconds=150)
+        launch = (
+            ["--seconds", "0.2"] if self.gpu else ["--op", "token_stats of logits", "--seconds", "0.02"]
         )
-        try:
-            rc = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            rc = TIMED_OUT
-            os.killpg(process.pid, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
-        finally:
-            # Its children may outlive it, and hold memory of the GPU.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        out.seek(0)
-        err.seek(0)
-        return rc, out.read(), err.read()
+        yield Part("launch", [*COMMAND_LINE, "bench", "launch", "--json", *launch], 60, True)
+        tune = [
+            "--json",
+            "--output",
+            str(files / "presets.json"),
+            "--rows",
+            str(self.run.out / "tune.jsonl"),
+        ]
+        tune += ["--seconds", "0.3"] if self.gpu else ["--quick", "--seconds", "0"]
+        yield Part("tune", python("tools.tune", *tune), 90, True, self._interpreter)
+        yield from self._of_gpus_alone()
+        compiled = ["--compile", "--op", "token_stats", "embedding_mix", "--seconds", "0.3"]
+        yield self._kernels("compiled", *(compiled if self.gpu else ["--check", "--op", "lm_"]), seconds=60)
+        native.wait(30)
+        decode = ["--device", self.device, "--repeats", "1", "--json"]
+        decode += ["--cases", *(("together", "greedy", "generate") if self.gpu else ("greedy", "--quick"))]
+        yield Part("decode", [*COMMAND_LINE, "bench", "decode", *decode], 60, True)
+        demo = ["--json", "--device", self.device, *(() if self.gpu else ("--problems", "2"))]
+        yield Part("demo", [*COMMAND_LINE, "demo", *demo], 40, True)
+        yield self._tests()
 
+    def _kernels(self, name: str, *options: str, seconds: float) -> Part:
+        command = [*COMMAND_LINE, "bench", "kernels", "--backend", self.backend, "--device", self.device]
+        rows = str(self.run.out / "rows.jsonl")
+        if not self.gpu:
+            options = (*options, "--quick")
+        return Part(name, [*command, "--json", "--rows", rows, *options], seconds, True)
 
-class GpuRun:
-    """The parts that have run, their files, and the time that is left."""
-
-    def __init__(self, out: Path, gpu: str):
-        self.out = out
-        self.gpu = gpu
-        self.results: list[Result] = []
-        self.environment = dict(os.environ)
-        self.environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton_cache"))
-        self._lock = threading.Lock()
-        self.started = time.monotonic()
-        out.mkdir(parents=True, exist_ok=True)
-        self.log = out / "log.txt"
-        self.log.write_bytes(b"")
-
-    def part(self, name: str, command: Sequence[str], seconds: float, output: str | None = None) -> Result:
-        """Run a part; with `output`, its standard output is JSON and goes to that file under $OUT."""
-        began = time.monotonic()
-        left = TOTAL_SECONDS - (began - self.started)
-        if left < 1:
-            with self._lock:
-                return self._finish(Result(name, TIMED_OUT, 0.0, "no time left for it"))
-        limit = min(seconds, left)
-        rc, stdout, stderr = run_process(command, limit, self.environment)
-        note = f"stopped after {limit:.0f} s" if rc == TIMED_OUT else ""
-        if output:
-            (self.out / output).write_bytes(stdout)
-            if rc == 0 and not is_json(stdout):
-                rc, note = 1, "its standard output is not JSON"
-        with self._lock:
-            self._append(name, command, stderr if output else stdout + stderr)
-            return self._finish(Result(name, rc, round(time.monotonic() - began, 1), note))
-
-    def retract(self) -> None:
-        """Drop the last result, for a part that another way of doing it replaces."""
-        self.results.pop()
-
-    def _append(self, name: str, command: Sequence[str], printed: bytes) -> None:
-        with self.log.open("ab") as log:
-            log.write(f"==== {name}: {' '.join(command)}\n".encode())
-            log.write(printed[-LOG_BYTES:].rstrip() + b"\n\n")
-
-    def _finish(self, result: Result) -> Result:
-        print(f"{result.name}: {outcome(result)}", file=sys.stderr, flush=True)
-        self.results.append(result)
-        # Written after every part, so that a run that is cut off leaves what it had.
-        summary = {
-            "gpu": self.gpu or None,
-            "parts": [asdict(result) for result in self.results],
-            "seconds": round(time.monotonic() - self.started, 1),
+    def _of_gpus_alone(self) -> Iterator[Part]:
+        """Other projects' kernels, profiles of four ops, and a checker's look at the descents."""
+        calls = python("tools.gpu_run.calls")
+        tools = {
+            "ncu": ["--clock-control", "none", "--profile-from-start", "off", "--launch-count", "40"],
+            "memcheck": ["--tool", "memcheck", "--error-exitcode", "1"],
+            "racecheck": ["--tool", "racecheck", "--error-exitcode", "1"],
         }
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        return result
+        if not self.gpu:
+            for name in ("others", *tools):
+                self.run.skip(name, "no GPU")
+            yield Part("calls", [*calls, "descents", "--device", "cpu", "--backend", self.backend], 60)
+            return
+        yield Part("others", python("tools.gpu_run.others"), 50)
+        for name, options in tools.items():
+            program = shutil.which("ncu" if name == "ncu" else "compute-sanitizer")
+            if program is None:
+                self.run.skip(name, "the machine has no such tool")
+            elif name == "ncu":
+                report = ["--export", str(self.run.files / "ncu"), "--force-overwrite", "--set", "basic"]
+                sections = ["--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats"]
+                command = [program, *options, *report, *sections, "--print-details", "all"]
+                yield Part(name, [*command, *calls, "profiled"], 70)
+            else:
+                yield Part(name, [program, *options, *calls, "descents"], 50)
 
+    def _tests(self) -> list[Part]:
+        """In several processes at a time: compiling takes most of it."""
+        shards = max(1, min(MOST_SHARDS, (os.cpu_count() or 1) // 2)) if self.gpu else 1
+        pytest = python("pytest", "-p", "tools.shard", "-m", "gpu or smoke" if self.gpu else "smoke")
+        return [
+            Part(
+                f"tests {number + 1} of {shards}",
+                [
+                    *pytest,
+                    f"--shard={number}/{shards}",
+                    f"--junitxml={self.run.files / f'tests_{number + 1}.xml'}",
+                ],
+                170,
+            )
+            for number in range(shards)
+        ]
 
-def is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
-
-
-def outcome(result: Result) -> str:
-    word = f"FAILED (rc {result.rc})" if result.failed else "ok"
-    return f"{word}, {result.seconds:.1f} s" + (f", {result.note}" if result.note else "")
-
-
-def build(run: GpuRun) -> None:
-    """Install the package in place; where that is not allowed, into a directory of its own."""
-    if run.part("build", [*PIP, "--editable", "."], 60).failed:
-        run.retract()
-        site = ROOT / "build" / "gpu_site"
-        run.part("build", [*PIP, "--upgrade", "--target", str(site), "."], 60)
-        # The checkout itself, where nothing is built, must not come before it.
-        run.environment["PYTHONSAFEPATH"] = "1"
-        paths = [str(site), str(ROOT), os.environ.get("PYTHONPATH", "")]
-        run.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    def _has_native(self) -> bool:
+        """Whether the C++ extension can be imported by the parts."""
+        program = "import sys; from nabla_fast import _native; sys.exit(not _native.available())"
+        return run_process([sys.executable, "-c", program], 60, self.run.environment)[0] == 0
 
 
 def find_gpu() -> tuple[str, str]:
@@ -180,40 +164,43 @@ def find_gpu() -> tuple[str, str]:
     return name, architecture
 
 
-def compile_ahead(run: GpuRun, architecture: str) -> None:
-    """Compile the kernels of the benchmarks on all cores; what is launched later is found, not compiled."""
-    check = [sys.executable, "-m", "tools.compile_check", "--json"]
-    check += ["--targets", architecture, "--cache", run.environment["TRITON_CACHE_DIR"]]
-    run.part("compile", check, 75, "compile.json")
+def unpacked_wheels() -> Path | None:
+    """A folder with what the wheels in ``build/wheels`` hold; None if there is none."""
+    wheels = sorted((ROOT / "build" / "wheels").glob("*.whl"))
+    folder = ROOT / "build" / "gpu_wheels"
+    shutil.rmtree(folder, ignore_errors=True)
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as packed:
+            packed.extractall(folder)
+    return folder if wheels else None
 
 
-def tests(run: GpuRun, shards: int) -> None:
-    """The GPU tests in several processes at a time: compiling takes most of it."""
+def summary_table(run: Run) -> str:
+    """How each part went, and the times of the rows that goals are set for."""
+    lines = [f"{result.name:<14} {result}" for result in run.results]
+    with contextlib.suppress(OSError):
+        rows = map(json.loads, (run.out / "rows.jsonl").read_text().splitlines())
+        lines += [
+            f"{row['op']} {row['shape']} {row['dtype']}: {_said(row)}"
+            for row in rows
+            if "median_ms" in row or row["check"] != "passed"
+        ]
+    return "\n".join([*lines, f"files: {run.out}"])
 
-    def shard(number: int) -> None:
-        name = f"tests {number + 1}/{shards}"
-        pytest = [sys.executable, "-m", "pytest", "-m", "gpu or smoke"]
-        pytest += ["-p", "tools.shard", "--shard", f"{number}/{shards}"]
-        run.part(name, [*pytest, f"--junitxml={run.out / f'tests_{number + 1}.xml'}"], 170)
 
-    with ThreadPoolExecutor(shards) as pool:
-        list(pool.map(shard, range(shards)))
-
-
-def kernel_backends(run: GpuRun) -> list[str]:
-    """The backends to measure: those with kernels for a GPU, or what there is without one."""
-    try:
-        backends = json.loads((run.out / "environment.json").read_bytes())["backends"]
-    except (OSError, ValueError, KeyError):
-        backends = {}
-    available = [name for name, backend in backends.items() if backend["available"]]
-    wanted = ("triton", "cuda") if run.gpu else ("cpu",)
-    return [name for name in wanted if name in available] or ["torch"]
+def _said(row: dict) -> str:
+    if row["check"] != "passed":
+        return f"{row['check']} {row.get('error', '')}".rstrip()
+    names = ("median", "graph", "products", "limit", "eager")
+    times = {name: row.get(f"{name}_ms") for name in names}
+    return ", ".join(f"{name} {time:.4g} ms" for name, time in times.items() if time is not None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_run", description=__doc__.splitlines()[0])
     parser.add_argument("--allow-cpu", action="store_true", help="run the parts without a GPU too")
+    parser.add_argument("--seconds", type=float, default=570.0, help="of all parts together")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="only parts whose name begins so")
     arguments = parser.parse_args(argv)
 
     gpu, architecture = find_gpu()
@@ -222,24 +209,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("with --allow-cpu the parts run on the CPU, and GPU tests are skipped", file=sys.stderr)
         return 1
 
-    run = GpuRun(Path(os.environ.get("OUT") or ROOT / "build" / "gpu").resolve(), gpu)
-    device = "cuda" if gpu else "cpu"
-    build(run)
-    run.part("environment", [*COMMAND_LINE, "env", "--json"], 40, "environment.json")
-    if architecture in TARGETS:
-        compile_ahead(run, architecture)
-    for backend in kernel_backends(run):
-        kernels = [*COMMAND_LINE, "bench", "kernels", "--backend", backend, "--seconds", "1", "--json"]
-        run.part(f"kernels {backend}", kernels, 120, f"kernels_{backend}.json")
-    decode = [*COMMAND_LINE, "bench", "decode", "--device", device, "--repeats", "1", "--json"]
-    decode += ["--cases", "together", "greedy", "generate"]
-    run.part("decode", decode, 90, "decode.json")
-    tests(run, max(1, min(MOST_SHARDS, (os.cpu_count() or 1) // 2)))
-    run.part("demo", [*COMMAND_LINE, "demo", "--json", "--device", device], 60, "demo.json")
-
-    for result in run.results:
-        print(f"{result.name:<14} {outcome(result)}")
-    print(f"files: {run.out}")
+    environment = environment_of(link_package(), unpacked_wheels())
+    out = Path(os.environ.get("OUT") or ROOT / "build" / "gpu").resolve()
+    run = Run(out, ROOT / "build" / "gpu_files", gpu, arguments.seconds, environment)
+    native = NativeBuild(environment, run.files / "native_build.txt")
+    try:
+        for parts in Plan(run, architecture).parts(native):
+            wanted = [parts] if isinstance(parts, Part) else list(parts)
+            if arguments.only:
+                wanted = [p for p in wanted if p.name.startswith(tuple(arguments.only))]
+            if wanted:
+                run.together(wanted)
+    finally:
+        native.stop()
+    print(summary_table(run))
     return int(any(result.failed for result in run.results))
 
 

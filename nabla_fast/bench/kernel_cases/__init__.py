@@ -19,45 +19,59 @@ _BOTH = torch.float32, torch.bfloat16
 _MIXES = {"hard": False, "backward": False}, {"hard": True, "backward": True}
 
 
-def cases(device: torch.device) -> list[Case]:
-    """The cases for a device: the sizes of a 0.5B model on a CPU, of a 7B model on a GPU."""
-    return _gpu_cases(device) if device.type == "cuda" else _cpu_cases(device)
+def cases(device: torch.device, *, quick: bool = False) -> list[Case]:
+    """The cases for a device: the sizes of a 0.5B model on a CPU, of a 7B model on a GPU.
+
+    Quick ones have a small vocabulary, on a GPU with the real widths and fewer rows, on a CPU with narrow
+    tables.
+    """
+    if device.type == "cuda":
+        return _gpu_cases(device, *((32_768, 64) if quick else (_V, 512)))
+    return _cpu_cases(device, *((1_000, 48, 32) if quick else (_V, 896, 512)))
 
 
-def _cpu_cases(device: torch.device) -> list[Case]:
-    h, h_r = 896, 512
+def _cpu_cases(device: torch.device, v: int, h: int, h_r: int) -> list[Case]:
     f32, bf16 = _BOTH
     return [
-        *(token_stats(64, _V, dtype, device) for dtype in _BOTH),
-        *(token_stats_of_hidden(16, _V, h, dtype, device) for dtype in _BOTH),
-        *(embedding_mix(64, _V, [h], dtype, device, **form) for dtype in _BOTH for form in _MIXES),
-        *(embedding_mix(16, _V, [h, h_r], dtype, device, **form) for dtype in _BOTH for form in _MIXES),
-        linear_embedding_mix(64, _V, h, f32, device, hard=False, backward=False),
-        linear_embedding_mix(64, _V, h, f32, device, hard=True, backward=False),
-        linear_embedding_mix(64, _V, h, f32, device, hard=True, backward=True),
-        *(onehot_grad(n, _V, h, [h, h_r], f32, device) for n in (1, 16)),
-        onehot_grad(16, _V, h, [h, h_r], bf16, device),
-        *(onehot_grad_norm(64, _V, h, [h, h_r], dtype, device) for dtype in _BOTH),
-        *(dto_descent(n, _V, _K, device) for n in (1, 64)),
-        *(dto_descent_latents(n, _V, h, _K, f32, device) for n in (1, 16)),
-        *(lm_logits(n, _V, h, f32, device) for n in (1, 16)),
-        lm_logits(1, _V, h, bf16, device),
-        nll_grad(16, _V, h, f32, device),
+        *(token_stats(64, v, dtype, device) for dtype in _BOTH),
+        *(token_stats_of_hidden(16, v, h, dtype, device) for dtype in _BOTH),
+        *(embedding_mix(64, v, [h], dtype, device, **form) for dtype in _BOTH for form in _MIXES),
+        *(embedding_mix(16, v, [h, h_r], dtype, device, **form) for dtype in _BOTH for form in _MIXES),
+        linear_embedding_mix(64, v, h, f32, device, hard=False, backward=False),
+        linear_embedding_mix(64, v, h, f32, device, hard=True, backward=False),
+        linear_embedding_mix(64, v, h, f32, device, hard=True, backward=True),
+        *(onehot_grad(n, v, h, [h, h_r], f32, device) for n in (1, 16)),
+        onehot_grad(16, v, h, [h, h_r], bf16, device),
+        *(onehot_grad_norm(64, v, h, [h, h_r], dtype, device) for dtype in _BOTH),
+        *(dto_descent(n, v, _K, device) for n in (1, 64)),
+        *(dto_descent_latents(n, v, h, _K, f32, device) for n in (1, 16)),
+        *(lm_logits(n, v, h, f32, device) for n in (1, 16)),
+        lm_logits(1, v, h, bf16, device),
+        nll_grad(16, v, h, f32, device),
         *_attention(device),
     ]
 
 
-def _gpu_cases(device: torch.device) -> list[Case]:
-    n, h, h_r, bf16 = 512, 3584, 2560, torch.bfloat16
+def _gpu_cases(device: torch.device, v: int, n: int) -> list[Case]:
+    h, h_r, bf16 = 3584, 2560, torch.bfloat16
+    widths = [h, h_r]
+    fewer = [rows for rows in (1, 8, 64) if rows < n]  # of a decode
+    # The rows that goals are set for come first: a run may be cut off.
     return [
-        token_stats(n, _V, bf16, device),
-        token_stats_of_hidden(n, _V, h, bf16, device),
-        *(embedding_mix(n, _V, [h, h_r], bf16, device, **form) for form in _MIXES),
-        *(linear_embedding_mix(n, _V, h, bf16, device, **form) for form in _MIXES),
-        onehot_grad(16, _V, h, [h, h_r], bf16, device),
-        onehot_grad_norm(n, _V, h, [h, h_r], bf16, device),
-        *(dto_descent(rows, _V, _K, device) for rows in (1, n)),
-        *(dto_descent_latents(rows, _V, h, _K, bf16, device) for rows in (1, 2, 16)),
+        token_stats(n, v, bf16, device),
+        *(embedding_mix(n, v, widths, bf16, device, **form) for form in _MIXES),
+        embedding_mix(n, v, widths, bf16, device, logits=bf16, **_MIXES[1]),
+        *(linear_embedding_mix(n, v, h, bf16, device, **form) for form in _MIXES),
+        token_stats_of_hidden(n, v, h, bf16, device),
+        onehot_grad(16, v, h, widths, bf16, device),
+        onehot_grad_norm(n, v, h, widths, bf16, device),
+        dto_descent(1, v, _K, device),
+        *(dto_descent_latents(rows, v, h, _K, bf16, device) for rows in (1, 2)),
+        *(embedding_mix(few, v, widths, bf16, device, **form) for few in fewer for form in _MIXES),
+        *(token_stats_of_hidden(few, v, h, bf16, device) for few in fewer),
+        dto_descent(n, v, _K, device),
+        dto_descent_latents(16, v, h, _K, bf16, device),
+        lm_logits(8, v, h, bf16, device),
         *_attention(device),
     ]
 

@@ -23,6 +23,7 @@ class Versions:
         in_float64: ``ours`` on the same inputs in float64, on the plain-PyTorch backend.
         reset: makes good what a run changed; not timed.
         in_place: whether the results lie in memory that was there before.
+        products: the op's products of matrices alone, each once, by the library in the tables' dtype.
         checked: what is checked in place of these, where float64 would take too long, and
         checked_as: what sets it apart, for the report.
     """
@@ -33,6 +34,7 @@ class Versions:
     in_float64: Callable[[], Outputs]
     reset: Callable[[], None] = lambda: None
     in_place: bool = False
+    products: Callable[[], object] | None = None
     checked: Versions | None = None
     checked_as: str | None = None
 

@@ -19,7 +19,13 @@ from nabla_fast.bench.kernel_cases.case import (
     normal_table,
     terms_of,
 )
-from nabla_fast.bench.kernel_cases.in_place import Products, adam_step_, row_blocks, softmax_gradient_
+from nabla_fast.bench.kernel_cases.in_place import (
+    Products,
+    adam_step_,
+    products_alone,
+    row_blocks,
+    softmax_gradient_,
+)
 
 _LR = 0.01
 _CHECKED_STEPS = 4  # of the latents, in float64
@@ -129,6 +135,7 @@ def dto_descent_latents(
             versions.in_float64,
             versions.reset,
             in_place=True,
+            products=versions.products,
             checked=checked,
             checked_as=f"K={few}",
         )
@@ -187,7 +194,15 @@ def _latents_versions(start: Tensor, head: Tensor, grad: Tensor, steps: int) -> 
         _expect_all_steps(state, steps)
         return [h]
 
-    return Versions(ours, naive, eager, in_float64, parameter.reset, in_place=True)
+    return Versions(
+        ours,
+        naive,
+        eager,
+        in_float64,
+        parameter.reset,
+        in_place=True,
+        products=products_alone(len(start), [head], [head], steps),
+    )
 
 
 class _Parameter:

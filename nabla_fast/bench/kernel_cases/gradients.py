@@ -21,7 +21,7 @@ from nabla_fast.bench.kernel_cases.case import (
     normal_table,
     terms_of,
 )
-from nabla_fast.bench.kernel_cases.in_place import Products
+from nabla_fast.bench.kernel_cases.in_place import Products, products_alone
 
 _NLL_COEFF = 1e-3
 
@@ -84,6 +84,7 @@ def _onehot(
             naive,
             eager,
             lambda: ours(hidden.double(), [g.double() for g in cotangents]),
+            products=products_alone(n, [head, *tables], []),
         )
 
     total = sum(widths) + h

@@ -1,8 +1,8 @@
 """Cases of the embedding mixes.
 
-Logits and hidden states are float32 whatever the dtype of the tables: the package's z is the float32
-product of head and hidden state, and its optimizer's state is float32. Results have the tables' dtype, so
-that with bf16 tables both sides of every product may be bf16.
+Logits, where a case does not say otherwise, and hidden states are float32 whatever the dtype of the
+tables: the package's z is the float32 product of head and hidden state, and its optimizer's state is
+float32. Results have the tables' dtype, so that with bf16 tables both sides of every product may be bf16.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import nabla_fast.ops as ops
 from nabla_fast.bench.kernel_cases.case import Case, Outputs, Versions, name_of, normal, normal_table
-from nabla_fast.bench.kernel_cases.in_place import Products, softmax_gradient_
+from nabla_fast.bench.kernel_cases.in_place import Products, products_alone, softmax_gradient_
 
 
 def embedding_mix(
@@ -27,11 +27,12 @@ def embedding_mix(
     *,
     hard: bool,
     backward: bool,
+    logits: torch.dtype = torch.float32,
 ) -> Case:
     """Mixes of logits [N, V] with one table [V, H_t] a width; with ``backward`` the gradient alone."""
 
     def prepare() -> Versions:
-        z = normal(n, v, dtype=torch.float32, device=device, scale=3.0)
+        z = normal(n, v, dtype=logits, device=device, scale=3.0)
         tables = [normal_table(v, width, dtype, device) for width in widths]
         cotangents = [normal(n, width, dtype=dtype, device=device) for width in widths]
 
@@ -56,15 +57,19 @@ def embedding_mix(
             naive,
             eager,
             lambda: ours(z.double(), *_in_float64(tables, cotangents)),
+            products=products_alone(n, tables if backward else [], [] if hard else tables),
         )
 
     total, size = sum(widths), dtype.itemsize
     passes = (not hard) + backward
     return Case(
         "embedding_mix " + _form(hard, backward),
-        f"N={n} V={v} H={'+'.join(map(str, widths))}",
+        f"N={n} V={v} H={'+'.join(map(str, widths))}"
+        + ("" if logits == torch.float32 else f" z={name_of(logits)}"),
         name_of(dtype),
-        4 * n * v * (3 if backward else 1) + passes * v * total * size + (hard * n * total * size),
+        logits.itemsize * n * v * (3 if backward else 1)
+        + passes * v * total * size
+        + (hard * n * total * size),
         2 * n * v * total * passes,
         prepare,
         int(dtype == torch.bfloat16),
@@ -104,6 +109,11 @@ def linear_embedding_mix(
             eager,
             # The head is widened block by block.
             lambda: ours(hidden.double(), head, *_in_float64([embeddings], cotangents)),
+            products=products_alone(
+                n,
+                [head, head, embeddings] if backward else [head],
+                [head] * backward + [embeddings] * (not hard),
+            ),
         )
 
     # z, the soft mix; then G and ∂ℒ/∂h. The tiles of z are made again where a second pass needs them.
@@ -129,7 +139,7 @@ def _in_float64(*lists: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _naive_mixes(z: Tensor, tables: list[Tensor], hard: bool) -> Outputs:
-    y = torch.softmax(z, dim=-1)
+    y = torch.softmax(z, dim=-1, dtype=torch.float32)
     if hard:
         onehot = F.one_hot(z.argmax(dim=-1), z.shape[1]).to(y.dtype)
         y = onehot + y - y.detach()
@@ -157,18 +167,18 @@ class _InPlace:
             token = z.max(dim=-1).indices
             pairs = zip(self._tables, self._mixes, strict=True)
             return [torch.index_select(table, 0, token, out=out) for table, out in pairs]
-        p = torch.softmax(z, dim=-1, out=self._p)
+        p = torch.softmax(z, dim=-1, dtype=torch.float32, out=self._p)
         y = p if self._half is None else self._half.copy_(p)
         return [torch.mm(y, table, out=out) for table, out in zip(self._tables, self._mixes, strict=True)]
 
     def backward(self, z: Tensor, cotangents: list[Tensor]) -> Tensor:
-        p = torch.softmax(z, dim=-1, out=self._p)
+        p = torch.softmax(z, dim=-1, dtype=torch.float32, out=self._p)
         for number, (cotangent, table) in enumerate(zip(cotangents, self._tables, strict=True)):
             target = self._grad if number == 0 else self._work
             self._times(cotangent, table, target)
             if number:
                 self._grad.add_(self._work)
-        return softmax_gradient_(p, self._grad, self._work)
+        return softmax_gradient_(p, self._grad, self._work).to(z.dtype)
 
     def _times(self, cotangent: Tensor, table: Tensor, out: Tensor) -> None:
         if self._products is None:

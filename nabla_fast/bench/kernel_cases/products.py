@@ -6,7 +6,7 @@ import torch
 
 import nabla_fast.ops as ops
 from nabla_fast.bench.kernel_cases.case import Case, Versions, name_of, normal, normal_table, terms_of
-from nabla_fast.bench.kernel_cases.in_place import Products
+from nabla_fast.bench.kernel_cases.in_place import Products, products_alone
 
 
 def lm_logits(n: int, v: int, h: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -21,6 +21,7 @@ def lm_logits(n: int, v: int, h: int, dtype: torch.dtype, device: torch.device) 
             lambda: [hidden @ head.float().T],
             lambda: [products(hidden, head, logits)],
             lambda: [ops.lm_logits(hidden.double(), head)],
+            products=products_alone(n, [head], []),
         )
 
     traffic = v * h * dtype.itemsize + 4 * n * v

@@ -15,7 +15,7 @@ from nabla_fast.bench.kernel_cases.case import (
     normal_table,
     terms_of,
 )
-from nabla_fast.bench.kernel_cases.in_place import Products, row_blocks
+from nabla_fast.bench.kernel_cases.in_place import Products, products_alone, row_blocks
 
 
 def token_stats(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -46,6 +46,7 @@ def token_stats_of_hidden(n: int, v: int, h: int, dtype: torch.dtype, device: to
             lambda: _naive(hidden @ head.float().T),
             lambda: eager(products(hidden, head, logits)),
             lambda: _results(ops.token_stats(hidden.double(), head)),
+            products=products_alone(n, [head], []),
         )
 
     shape = f"N={n} V={v} H={h}"
