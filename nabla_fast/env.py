@@ -91,12 +91,19 @@ def _gpus() -> list[dict[str, Any]]:
 
     if not torch.cuda.is_available():
         return []
+
+    def _architecture(device: Any) -> str:
+        if torch.version.hip:
+            return device.gcnArchName.split(":")[0]
+        return f"sm_{device.major}{device.minor}"
+
     devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
     return [
         {
             "name": device.name,
             "memory_bytes": device.total_memory,
-            "compute_capability": f"{device.major}.{device.minor}",
+            "compute_capability": None if torch.version.hip else f"{device.major}.{device.minor}",
+            "architecture": _architecture(device),
         }
         for device in devices
     ]

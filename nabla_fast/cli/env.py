@@ -64,8 +64,7 @@ def _sections(environment: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
         ],
     )
     gpus = [
-        f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, "
-        f"compute capability {gpu['compute_capability']}"
+        f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, {gpu['architecture']}"
         for gpu in environment["gpus"]
     ]
     yield (

@@ -46,7 +46,7 @@ def test_the_table_says_what_is_missing(capsys):
             "platform": "Linux",
             "cpu": {"name": "a CPU", "count": 2, "flags": [], "kernels": None},
             "threads": 2,
-            "gpus": [{"name": "a GPU", "memory_bytes": 3 * 2**30, "compute_capability": "9.0"}],
+            "gpus": [{"name": "a GPU", "memory_bytes": 3 * 2**30, "architecture": "sm_90"}],
             "backends": {"cuda": backend},
             "native": {"library": None, "why": "not built", "include": "i", "cmake": "c", "pkgconfig": "p"},
         }
@@ -57,7 +57,7 @@ def test_the_table_says_what_is_missing(capsys):
         "triton not installed",
         "commit unknown",
         "kernels use none",
-        "GPU 0 a GPU, 3.0 GiB, compute capability 9.0",
+        "GPU 0 a GPU, 3.0 GiB, sm_90",
         "cuda no: no [CUDA] device was found",
         "library no: not built",
     ):
