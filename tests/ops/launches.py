@@ -1,0 +1,137 @@
+"""Launches of one kernel for a GPU that is not there, beside Triton's own choice of what is compiled.
+
+Run as a program without TRITON_INTERPRET: it prints one line of JSON. pytest runs it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import time
+from collections.abc import Callable
+from statistics import median
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from triton.compiler import CompiledKernel
+
+from nabla_fast.bench.absent_gpu import absent_gpu
+from nabla_fast.triton_kernels.common.launch import Launched, launched, repeated
+
+_ONE, _TWO, _THREE, _FOUR = (tl.constexpr(value) for value in range(1, 5))
+
+
+@launched
+@triton.jit(do_not_specialize=["turn"])
+def kernel(
+    x_ptr,
+    y_ptr,
+    pairs,
+    size,
+    turn,
+    scale,
+    other_ptr=None,
+    WIDE: tl.constexpr = False,
+    BLOCK: tl.constexpr = 16,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    value += tl.load(pairs[0] + at * pairs[1], mask=at < size, other=0.0)
+    if other_ptr is not None:
+        value += tl.load(other_ptr + at, mask=at < size, other=0.0)
+    value = value * scale + turn * (_ONE + _TWO + _THREE + _FOUR)
+    tl.store(y_ptr + at, value, mask=at < size)
+
+
+def drawn(choose: random.Random) -> tuple[tuple, dict]:
+    """Arguments of a launch."""
+    numbers = torch.zeros(4096)
+
+    def pointer() -> torch.Tensor:
+        dtype = choose.choice([torch.float32, torch.bfloat16])
+        return numbers.view(dtype)[choose.choice([0, 1, 8]) :]
+
+    def integer() -> int:
+        return choose.choice([1, 2, 16, 17, 2**31 - 1, 2**31, 2**31 + 1, 2**33])
+
+    args = [pointer(), pointer(), (pointer(), integer()), integer(), integer(), choose.choice([0.5, 1.0])]
+    options = {}
+    for name, values in {
+        "other_ptr": [None, pointer()],
+        "WIDE": [False, True],
+        "BLOCK": [16, 32],
+        "num_warps": [1, 2],
+    }.items():
+        if choose.random() < 0.5:
+            options[name] = choose.choice(values)
+    return tuple(args), options
+
+
+def compared() -> dict[str, int]:
+    """How many launches by key there were of what Triton would have launched, and of something else."""
+    run, choose = [], random.Random(0)
+    launch = triton.backends.nvidia.driver.CudaLauncher.__call__
+
+    def watched(self: object, *args: object) -> None:
+        run.append((self, args[9:]))
+        launch(self, *args)
+
+    count = {"same": 0, "other": 0, "compiled": 0}
+    draws = [drawn(choose) for _ in range(40)]
+    with mock.patch.object(triton.backends.nvidia.driver.CudaLauncher, "__call__", watched):
+        for args, options in itertools.chain(draws, draws):
+            found = kernel._find(args, options)
+            compiled = kernel.kernel[(3,)](*args, **options)
+            assert isinstance(compiled, CompiledKernel)
+            theirs = run.pop()
+            kernel[(3,)](*args, **options)
+            ours = run.pop()
+            same = ours[0] is theirs[0] and all(a is b for a, b in zip(ours[1], theirs[1], strict=True))
+            count["compiled" if found is None else "same" if same else "other"] += 1
+    return count
+
+
+def times() -> dict[str, float]:
+    """Medians in microseconds."""
+
+    def timed(call: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(1000):
+            start = time.perf_counter_ns()
+            call()
+            taken.append(time.perf_counter_ns() - start)
+        return median(taken) / 1e3
+
+    x = torch.zeros(64)
+    args = (x, x, (x, 1), 64, 3, 1.0, x)
+    kernel[(4,)](*args, WIDE=False)
+    named = dict(zip(("x_ptr", "y_ptr", "pairs", "size", "turn", "scale", "other_ptr"), args, strict=True))
+    again = repeated(kernel, (4,), "turn", **named, WIDE=False)
+    kernel[(4,)](**named, WIDE=False)
+    again = repeated(kernel, (4,), "turn", **named, WIDE=False)
+    return {
+        "triton": timed(lambda: kernel.kernel[(4,)](*args, WIDE=False)),
+        "launched": timed(lambda: kernel[(4,)](*args, WIDE=False)),
+        "repeated": timed(lambda: again(7)),
+    }
+
+
+def main() -> None:
+    assert isinstance(kernel, Launched)
+    with absent_gpu() as launches:
+        result = {"launches": compared()} | {"microseconds": times()}
+        launches.start()
+        again = repeated(
+            kernel, (4,), "turn", torch.zeros(9), torch.zeros(9), (torch.zeros(9), 5), 9, turn=1, scale=1.0
+        )
+        for turn in range(5):
+            again(turn)
+        result["repeated"] = launches.kernels
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Launches by a key of their own launch what Triton would, and cost less."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from nabla_fast.triton_kernels.common.launch import launched, repeated
+
+LAUNCHES = Path(__file__).with_name("launches.py")
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a driver that launches nothing is for other machines"
+)
+def test_launches_for_a_gpu_that_is_not_there():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, str(LAUNCHES)], env=environment, capture_output=True, text=True, timeout=500
+    )
+    if "launches cannot be timed" in process.stderr:
+        pytest.skip(process.stderr.splitlines()[-1])
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
+    # Each call is compiled once; what is launched later is what Triton would launch, with its arguments.
+    assert result["launches"] == {"same": 40, "other": 0, "compiled": 40}
+    assert result["repeated"] == 5
+    times = result["microseconds"]
+    assert times["repeated"] < times["launched"] < times["triton"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs only where there is no GPU")
+def test_what_is_interpreted_stays_as_it_is():
+    seen = []
+
+    class Interpreted:
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *args, **options: seen.append((grid, args, options))
+
+    kernel = Interpreted()
+    assert launched(kernel) is kernel
+    step = repeated(kernel, (3,), "turn", 1, turn=0, BLOCK=4)
+    step(7)
+    assert seen == [((3,), (1,), {"turn": 7, "BLOCK": 4})]
+
+
+def test_on_amd_triton_decides(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    kernel = object.__new__(triton.runtime.jit.JITFunction)
+    assert launched(kernel) is kernel
