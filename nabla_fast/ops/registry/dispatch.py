@@ -21,6 +21,7 @@ from nabla_fast.ops.registry.backends import (
     is_available,
     warn_of_missing_kernels,
 )
+from nabla_fast.ops.registry.gradients import Gradient, recorded
 from nabla_fast.ops.registry.known_calls import Known, KnownCalls
 from nabla_fast.ops.registry.rules import Rule, Table, plain_value
 from nabla_fast.ops.registry.schema import (
@@ -76,6 +77,7 @@ class Op:
         self._fields = [field for p in self.parameters for field in p.fields]
         self._mutated = [index for index, p in enumerate(self.parameters) if p.name in mutates]
         self._reads = reads
+        self._gradient: Gradient | None = None
         self._check: Callable[..., None] = lambda *_, **__: None
         self._backends: dict[str, Backend] = {}
         self._preferred: tuple[str, ...] = ()  # backends of this op, in order of preference
@@ -167,6 +169,7 @@ class Op:
                 return tuple(gradients)
 
             self._library_op.register_autograd(backward, setup_context=setup_context)
+            self._gradient = Gradient(tuple(p.name for p in self.parameters), wrt, function)
             return function
 
         return register
@@ -197,6 +200,8 @@ class Op:
                 # Kernels write through pointers, which autograd does not see.
                 changed = [values[index] for index in self._mutated]
                 torch.autograd.graph.increment_version(list(tensors_in(changed)))
+        elif self._gradient and _is_eager(values):
+            result = recorded(self._gradient, self._compute, values)
         else:
             if any(tensor.is_meta for tensor in tensors_in(values)):
                 self.table.expect(values)  # the dispatcher would answer for meta tensors beside others
@@ -394,5 +399,13 @@ def _is_plain(values: Iterable[Any]) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not (graded and tensor.requires_grad)
         and not tensor.is_meta
+        for tensor in tensors_in(values)
+    )
+
+
+def _is_eager(values: Iterable[Any]) -> bool:
+    """Whether a call needs nothing of torch's dispatcher but a gradient."""
+    return _nothing_special() and all(
+        type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not tensor.is_neg()
         for tensor in tensors_in(values)
     )
