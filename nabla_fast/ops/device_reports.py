@@ -14,6 +14,7 @@ have. Of an op that was never called on a device outside a capture, nothing is k
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -128,32 +129,13 @@ class _Device:
             mark = self._marks[op, stream] = self._mark(op)
         log.add(mark, status)
 
-    def first(self) -> tuple[str, list[BadRow]] | None:
-        """The first op with a bad row since the last call, and its bad rows; waits for the device."""
-        if self.device.type != "cuda":
-            return self._first()
-        with torch.cuda.device(self.device):
-            return self._first()
-
-    def _first(self) -> tuple[str, list[BadRow]] | None:
+    def take(self) -> _Taken:
+        """What came in since the last call; the next begins with nothing."""
         logs, self._logs = list(self._logs.values()), {}
         graphs = [
             (op, replays) for op, made in self._replays.items() for replays in made if replays.captured
         ]
-        worst = [_worst_of(log) for log in logs]
-        if graphs:
-            _wait(self.device)  # the replay may have been on any stream
-            worst += (replays.codes.amax() for _, replays in graphs)
-        worst = [one for one in worst if one is not None]
-        if not worst or int(torch.stack(worst).amax() if len(worst) > 1 else worst[0]) <= 0:
-            return None
-        found = [log.first() for log in logs]
-        for op, replays in graphs:
-            if rows := replays.bad_rows():
-                found.append((op, rows))
-                replays.codes.zero_()
-        _wait(self.device)  # a replay on another stream may follow
-        return next(filter(None, found), None)
+        return _Taken(self.device, logs, graphs)
 
     def _mark(self, op: str) -> Tensor:
         number = _numbers.get(op)
@@ -166,6 +148,38 @@ class _Device:
         made = [replays for replays in self._replays.get(op, ()) if replays.captured]
         room = max(_FEWEST_ROWS, 1 << max(0, rows - 1).bit_length())
         self._replays[op] = [*made, _Replays(room, self.device)]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """Logs of a device that nobody adds to any more, and its graphs, which may be replayed at any time."""
+
+    device: torch.device
+    logs: list[_Log]
+    graphs: list[tuple[str, _Replays]]
+
+    def first(self) -> tuple[str, list[BadRow]] | None:
+        """The first op with a bad row, and its bad rows; waits for the device."""
+        if self.device.type != "cuda":
+            return self._first()
+        with torch.cuda.device(self.device):
+            return self._first()
+
+    def _first(self) -> tuple[str, list[BadRow]] | None:
+        worst = [_worst_of(log) for log in self.logs]
+        if self.graphs:
+            _wait(self.device)  # the replay may have been on any stream
+            worst += (replays.codes.amax() for _, replays in self.graphs)
+        worst = [one for one in worst if one is not None]
+        if not worst or int(torch.stack(worst).amax() if len(worst) > 1 else worst[0]) <= 0:
+            return None
+        found = [log.first() for log in self.logs]
+        for op, replays in self.graphs:
+            if rows := replays.bad_rows():
+                found.append((op, rows))
+                replays.codes.zero_()
+        _wait(self.device)  # a replay on another stream may follow
+        return next(filter(None, found), None)
 
 
 _devices: dict[torch.device, _Device] = {}
@@ -189,7 +203,8 @@ def first() -> tuple[str, list[BadRow]] | None:
     if any(map(_capturing, _devices)):
         return None
     with _lock:
-        found = [reports.first() for reports in _devices.values()]
+        taken = [reports.take() for reports in _devices.values()]
+    found = [of_device.first() for of_device in taken]  # other threads go on meanwhile
     return next(filter(None, found), None)
 
 
