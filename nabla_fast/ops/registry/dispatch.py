@@ -98,7 +98,10 @@ class Op:
     # -- registration ------------------------------------------------------------------------------
 
     def check(self, function: Callable[..., None]) -> Callable[..., None]:
-        """Register what the table of arguments cannot say, for every backend: it raises InputError."""
+        """Register what the table of arguments cannot say, for every backend: it raises InputError.
+
+        Of tensors on a device it reads no data: there a call like one before is not checked again.
+        """
         self._check = function
         return function
 
