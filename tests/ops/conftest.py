@@ -17,6 +17,15 @@ _VARIABLE = "NABLA_FAST_TEST_SEED"
 _SEED = int(os.environ.get(_VARIABLE) or secrets.randbelow(2**31))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a machine with a GPU all tests of Triton kernels are run there, whatever class they come from."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.name == "test_triton.py":
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """The test's own seed."""

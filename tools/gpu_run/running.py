@@ -103,6 +103,8 @@ class Run:
     run is killed. All others are in ``files``.
     """
 
+    patience = 1.0  # times a part's limit
+
     def __init__(self, out: Path, files: Path, gpu: str, seconds: float, environment: Mapping[str, str]):
         self.out = out
         self.files = files
@@ -146,7 +148,7 @@ class Run:
         print(f"{name}: {self.results[-1]}", file=sys.stderr, flush=True)
 
     def _ran(self, part: Part) -> tuple[Result, bytes]:
-        began, limit = time.monotonic(), min(part.seconds, self.left())
+        began, limit = time.monotonic(), min(self.patience * part.seconds, self.left())
         if limit < 1:
             return Result(part.name, TIMED_OUT, 0.0, "no time left for it"), b""
         rc, stdout, stderr = run_process(part.command, limit, self.environment | part.variables)
