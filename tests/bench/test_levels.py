@@ -35,7 +35,7 @@ from nabla_fast.cli import main
 cpu = torch.device("cpu")
 measure._FLUSH_BYTES = 1 << 16
 machine._READ_BYTES, machine._SECONDS = 1 << 20, 0.001
-kernel_cases.cases = lambda device: [kernel_cases.token_stats(3, 257, torch.float32, cpu)]
+kernel_cases.cases = lambda device, **_: [kernel_cases.token_stats(3, 257, torch.float32, cpu)]
 sys.exit(main(["bench", "kernels", "--no-compile", "--seconds", "0.01", "--json", *sys.argv[1:]]))
 """
 
