@@ -19,16 +19,34 @@ from torch import Tensor
 
 from nabla_fast.triton_kernels.common import presets
 from nabla_fast.triton_kernels.common.softmax_sums import softmax_sums
+from nabla_fast.triton_kernels.dto_descent import dto_descent
+from nabla_fast.triton_kernels.dto_descent_latents import dto_descent_latents
 from nabla_fast.triton_kernels.token_stats import token_stats
 from tools.compile_check.recording import recorded
 from tools.compile_check.targets import TARGETS
 
 TARGET = "sm_90"
 WIDTHS = {"aligned": 20_480, "odd": 20_481}
+HIDDEN = 256
 
 
 def rows(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(3, width, dtype=dtype, device="meta")
+
+
+def descent(op: str, width: int, dtype: torch.dtype) -> None:
+    """A step of 3 rows, or of few and of more latents; G is as the dtype says, or the head."""
+    step = torch.empty(3, dtype=torch.int64, device="meta")
+    schedule = torch.empty(1, dtype=torch.float64, device="meta")
+    plain = {"until": None, "group": None, "tau": 0.7, "noise": None}
+    if op == "dto_descent":
+        dto_descent(rows(width), rows(width, dtype), rows(width), rows(width), step, schedule, **plain)
+        return
+    head = torch.empty(width, HIDDEN, dtype=dtype, device="meta")
+    for count in (3, 6):
+        h, first, second = (torch.empty(count, HIDDEN, device="meta") for _ in range(3))
+        grad, step = torch.empty(count, width, device="meta"), torch.empty_like(h[:, 0], dtype=torch.int64)
+        dto_descent_latents(h, head, grad, first, second, step, schedule, **plain)
 
 
 def launches(op: str, width: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -38,6 +56,8 @@ def launches(op: str, width: int) -> Iterator[tuple[str, Callable[[], object]]]:
             yield str(dtype), lambda z=z: token_stats(z, None, 0.7)
         if op == "softmax_sums":
             yield str(dtype), lambda z=z: softmax_sums(z, 0.7)
+        if op.startswith("dto_descent"):
+            yield str(dtype), lambda dtype=dtype: descent(op, width, dtype)
 
 
 def float_reductions(ttgir: str) -> list[str]:

@@ -15,7 +15,9 @@ from nabla_fast.ops import backend_status
 if why := backend_status()["triton"]:
     pytest.skip(why, allow_module_level=True)
 
-OPS = ["token_stats", "softmax_sums"]
+# Kernels whose only sums are of one number and zeros, of a G that is picked out.
+_PICKED = {"sums_kernel"}
+OPS = ["token_stats", "softmax_sums", "dto_descent", "dto_descent_latents"]
 
 
 @pytest.mark.slow
@@ -31,12 +33,12 @@ def test_neither_alignment_nor_contraction_changes_a_row(op: str):
     )
     kernels = json.loads(process.stdout)
     assert not any(kernel["contracts"] for kernel in kernels)
+    assert any(kernel["sums"] for kernel in kernels)
     loads = {"aligned": 0, "odd": 0}
     for kernel in kernels:
         loads[kernel["alignment"]] += kernel["vector_loads"]
     assert loads["aligned"] > loads["odd"]  # the two are laid out differently
     key = lambda kernel: (kernel["launch"], kernel["kernel"])  # noqa: E731
-    for _, copies in groupby(sorted(kernels, key=key), key):
+    for (_, name), copies in groupby(sorted(kernels, key=key), key):
         sums = [kernel["sums"] for kernel in copies]
-        assert sums[0]
-        assert all(other == sums[0] for other in sums)
+        assert name in _PICKED or all(other == sums[0] for other in sums)
