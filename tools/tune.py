@@ -25,7 +25,6 @@ import nabla_fast.ops as ops
 from nabla_fast._triton import interpreted
 from nabla_fast.bench.measure import interleaved
 from nabla_fast.cli.output import append_line
-from nabla_fast.ops.linear_embedding_mix import linear_embedding_mix_backward
 
 _HALF, _SINGLE = torch.bfloat16, torch.float32
 
@@ -43,11 +42,6 @@ class Task:
 def _product_configs(*choices: tuple[int, int, int, int, int]) -> list[dict[str, int]]:
     names = ("ROWS", "COLUMNS", "DEPTH", "num_warps", "num_stages")
     return [dict(zip(names, choice, strict=True)) for choice in choices]
-
-
-def _mix_configs(programs: int, *choices: tuple[int, int, int, int, int]) -> list[dict[str, int]]:
-    names = ("ROWS", "COLUMNS", "WIDTH", "num_warps", "num_stages")
-    return [dict(zip(names, choice, strict=True)) | {"PROGRAMS": programs} for choice in choices]
 
 
 # TOKENS, MANY_TOKENS, DEPTH, PARTS, WIDTH, programs a multiprocessor, FEW, warps, stages.
@@ -118,18 +112,6 @@ def _tasks(device: torch.device, sizes: Sizes) -> dict[tuple[str, str], tuple[Ca
         hidden, table = normal(of.rows, width, dtype=state), normal(of.vocabulary, width, dtype=head)
         return lambda: [ops.lm_logits(hidden, table)]
 
-    def mixes(dtype: torch.dtype, of: Sizes) -> Callable[[], list[Tensor]]:
-        z = normal(of.rows, of.vocabulary, dtype=_SINGLE)
-        tables = [normal(of.vocabulary, width, dtype=dtype) for width in of.widths]
-        return lambda: ops.embedding_mix(z, tables, hard=False)
-
-    def backward(dtype: torch.dtype, of: Sizes) -> Callable[[], list[Tensor]]:
-        width = of.widths[0]
-        hidden, cotangent = (normal(of.rows, width, dtype=_SINGLE) for _ in range(2))
-        head, table = (normal(of.vocabulary, width, dtype=dtype) for _ in range(2))
-        options = {"tau": 1.0, "noise": None, "direct": None}
-        return lambda: [linear_embedding_mix_backward([cotangent], hidden, head, [table], **options)]
-
     def descents(dtype: torch.dtype) -> Callable[[], list[Tensor]]:
         width, vocabulary = sizes.widths[0], sizes.vocabulary
         head = normal(vocabulary, width, dtype=dtype)
@@ -150,7 +132,7 @@ def _tasks(device: torch.device, sizes: Sizes) -> dict[tuple[str, str], tuple[Ca
 
         return run
 
-    product, mix = "vocabulary_product", "weighted_rows"
+    product = "vocabulary_product"
     return {
         ("dto_descent_latents", "half"): (
             lambda: descents(_HALF),
@@ -173,24 +155,6 @@ def _tasks(device: torch.device, sizes: Sizes) -> dict[tuple[str, str], tuple[Ca
         (product, "float32"): (
             lambda: logits(_SINGLE, _SINGLE, sizes.fewer(64)),
             _product_configs((64, 64, 16, 8, 2), (32, 64, 16, 4, 2), (64, 128, 16, 8, 2)),
-        ),
-        (mix, "half"): (
-            lambda: mixes(_HALF, sizes),
-            _mix_configs(
-                programs,
-                (128, 64, 128, 8, 2),
-                (128, 64, 128, 8, 3),
-                (128, 32, 256, 8, 4),
-                (128, 32, 256, 8, 3),
-            ),
-        ),
-        (mix, "split"): (
-            lambda: backward(_HALF, sizes.fewer(128)),
-            _mix_configs(programs, (64, 64, 128, 4, 2), (128, 32, 128, 8, 2), (128, 64, 128, 8, 2)),
-        ),
-        (mix, "float32"): (
-            lambda: mixes(_SINGLE, sizes.fewer(64)),
-            _mix_configs(programs, (64, 16, 64, 8, 2), (32, 16, 64, 4, 2), (64, 16, 128, 8, 2)),
         ),
     }
 

@@ -17,28 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common.exponential import exp, inverse_parts, scaled
+from .common.adam import NEVER, adam_step, load_rates, store_corrections, store_team
+from .common.exponential import exp_base, tempered_exp
 from .common.gumbel import gumbel_noise
-from .common.row_sums import FIELDS, joined_sums, store_sums
-
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-_SHARE1, _BETA2, _SHARE2, _EPSILON = (tl.constexpr(x) for x in (1 - BETA1, BETA2, 1 - BETA2, EPSILON))
+from .common.lanes import load_tiles, store_tiles, vector, warps
+from .common.row_sums import FIELDS, finite_grads, joined_slices, joined_sums, store_sums
 
 TILE = 2048  # tokens of a slice; results depend on it
-_WARPS = 16
+_THREADS = 128  # of a slice's program
 # A row's record: its token, steps taken in this call, and flags; a bad row's code stands
 # above the flags.
 _RECORD = tl.constexpr(3)
 _DONE, _FLIPPED = tl.constexpr(1), tl.constexpr(2)
 _STATUS_SHIFT = tl.constexpr(2)
-
-
-@triton.jit
-def adam_step(parameter, gradient, first, second, rate, scale):
-    """Kingma & Ba's step with bias correction; rate = lr/(1 − β₁ᵗ), scale = 1/√(1 − β₂ᵗ)."""
-    first = first + _SHARE1 * (gradient - first)
-    second = _BETA2 * second + _SHARE2 * gradient * gradient
-    return parameter - rate * (first / (tl.sqrt(second) * scale + _EPSILON)), first, second
 
 
 @triton.jit
@@ -74,45 +65,146 @@ def verdict(before, token, flags, status, turn):
 
 
 @triton.jit
-def steps_left(step_ptr, until_ptr, row, iters, taken):
-    """Steps that the schedule and ``until`` leave to a row."""
-    step = tl.load(step_ptr + row) + taken
-    left = iters - step
-    if until_ptr is not None:
-        left = tl.minimum(tl.load(until_ptr + row) - step, left)
-    return left
+def _perturbed(tiles, noises):
+    """y = z + g of tiles, or z where there is no noise."""
+    sums = tiles
+    if noises is not None:
+        sums = ()
+        for t in tl.static_range(len(tiles)):
+            sums += (tiles[t] + noises[t],)
+    return sums
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "slices", "iters"])
 def _survey_kernel(
     z_ptr,  # [rows, V] float32
     grad_ptr,  # [rows, V]
     noise_ptr,  # [rows, V] float32, or None
+    group_ptr,  # [rows] int64, or None
+    team_ptr,  # [rows] int32, or None
+    stopped_ptr,  # [rows] int32 by team, or None
+    corrections_ptr,  # [2, K] float64
     sums_ptr,  # [2, rows, FIELDS, slices] float32
     vocabulary,
     rows,
     slices,
+    iters,
     z_stride,
     grad_stride,
-    inverse,
-    inverse_low,
-    TILE: tl.constexpr,
+    base,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    """The sums before the first step."""
+    """The sums before the first step, and what does not change from step to step."""
     row = (tl.program_id(0) // slices).to(tl.int64)
     slice = tl.program_id(0) % slices
-    columns = slice * TILE + tl.arange(0, TILE)
-    there = columns < vocabulary
-    y = tl.load(z_ptr + row * z_stride + columns, mask=there, other=-float("inf"))
+    start = slice * (LANES * TILES)
+    z = load_tiles(z_ptr + row * z_stride, 1, start, vocabulary, -float("inf"), LANES, TILES, True)
+    noise = None
     if noise_ptr is not None:
-        y += tl.load(noise_ptr + row * vocabulary + columns, mask=there, other=0.0)
+        noise = load_tiles(noise_ptr + row * vocabulary, 1, start, vocabulary, 0.0, LANES, TILES, True)
     grad_ptr += row * grad_stride
-    grad = tl.load(grad_ptr + columns, mask=there, other=0.0).to(tl.float32)
+    grad = load_tiles(grad_ptr, 1, start, vocabulary, 0.0, LANES, TILES, True)
     sums_ptr = row_sums(sums_ptr, row, rows, slices, 0)
-    store_sums(sums_ptr, slices, slice, y, grad, grad_ptr, columns, inverse, inverse_low)
+    store_sums(sums_ptr, slices, slice, _perturbed(z, noise), grad, grad_ptr, base, VECTOR)
+    if slice == 0:
+        if group_ptr is not None:
+            store_team(group_ptr, team_ptr, stopped_ptr, row, rows)
+        if row == 0:
+            store_corrections(corrections_ptr, iters)
 
 
-@triton.jit(do_not_specialize=["turn", "iters", "rows"])
+@triton.jit
+def _step_slice(
+    z_ptr,
+    grad_ptr,
+    first_ptr,
+    second_ptr,
+    noise_ptr,
+    step_ptr,
+    until_ptr,
+    schedule_ptr,
+    corrections_ptr,
+    team_ptr,
+    stopped_ptr,
+    sums_ptr,
+    records_ptr,
+    vocabulary,
+    rows,
+    slices,
+    turn,
+    iters,
+    schedule_stride,
+    base,
+    row,
+    slice,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SLICES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The step of a slice; arrays at its row."""
+    before, taken, flags = load_record(records_ptr, row, rows, turn)
+    start = slice * (LANES * TILES)
+    # A row that is not done mostly moves: what that takes is on its way while the sums are joined.
+    going = flags == 0
+    z = load_tiles(z_ptr, 1, start, vocabulary, -float("inf"), LANES, TILES, MASKED, going)
+    first = load_tiles(first_ptr, 1, start, vocabulary, 0.0, LANES, TILES, MASKED, going)
+    second = load_tiles(second_ptr, 1, start, vocabulary, 0.0, LANES, TILES, MASKED, going)
+    grad = load_tiles(grad_ptr, 1, start, vocabulary, 0.0, LANES, TILES, MASKED, going)
+    noise = None
+    if noise_ptr is not None:
+        noise = load_tiles(noise_ptr, 1, start, vocabulary, 0.0, LANES, TILES, MASKED, going)
+    y = _perturbed(z, noise)
+    before_ptr = row_sums(sums_ptr, row, rows, slices, turn + 1)
+    finite = finite_grads(before_ptr, slices, slice)
+    token, top, grad_token, weight, mean, status = joined_sums(before_ptr, slices, base, SLICES)
+    step = tl.load(step_ptr + row) + taken
+    rate, scale = load_rates(schedule_ptr, schedule_stride, corrections_ptr, step, iters)
+    left = iters - step
+    if until_ptr is not None:
+        left = tl.minimum(tl.load(until_ptr + row) - step, left)
+    moves = False
+    if going:
+        flags = verdict(before, token, flags, status, turn)
+        if left <= 0:
+            flags |= _DONE
+        if stopped_ptr is not None:
+            flags |= (tl.load(stopped_ptr + tl.load(team_ptr + row)) < NEVER).to(tl.int32)
+        moves = flags == 0
+    else:
+        token = before
+    if slice == 0:
+        store_record(records_ptr, row, rows, turn, token, taken + moves.to(tl.int32), flags)
+    if moves:
+        # G may be infinite where p is 0; a mean that is no number spoils the whole row.
+        met = grad
+        if finite == 0:
+            kept = ()
+            for t in tl.static_range(TILES):
+                kept += (tl.where(tempered_exp(y[t] - top, base) > 0, grad[t], grad_token),)
+            met = kept
+        new_z, new_first, new_second = (), (), ()
+        for t in tl.static_range(TILES):
+            e = tempered_exp(y[t] - top, base)
+            centred = met[t] - grad_token - mean
+            moved, one, two = adam_step(z[t], e * weight * centred, first[t], second[t], rate, scale)
+            if MASKED:
+                inside = start + t * LANES + tl.arange(0, LANES) < vocabulary
+                moved = tl.where(inside, moved, -float("inf"))
+            new_z += (moved,)
+            new_first += (one,)
+            new_second += (two,)
+        store_tiles(z_ptr, start, vocabulary, new_z, MASKED)
+        store_tiles(first_ptr, start, vocabulary, new_first, MASKED)
+        store_tiles(second_ptr, start, vocabulary, new_second, MASKED)
+        own = row_sums(sums_ptr, row, rows, slices, turn)
+        store_sums(own, slices, slice, _perturbed(new_z, noise), grad, grad_ptr, base, VECTOR)
+
+
+@triton.jit(do_not_specialize=["turn", "iters", "rows", "slices"])
 def _step_kernel(
     z_ptr,  # [rows, V] float32, in place
     grad_ptr,  # [rows, V]
@@ -121,9 +213,9 @@ def _step_kernel(
     noise_ptr,  # [rows, V] float32, or None
     step_ptr,  # [rows] int64
     until_ptr,  # [rows] int64, or None
-    rates_ptr,  # [rows or 1, K] float32
-    scales_ptr,  # [K] float32
-    team_ptr,  # [rows] int64, or None
+    schedule_ptr,  # [rows or 1, K] float64
+    corrections_ptr,  # [2, K] float64
+    team_ptr,  # [rows] int32, or None
     stopped_ptr,  # [rows] int32 by team, or None
     sums_ptr,  # [2, rows, FIELDS, slices] float32
     records_ptr,  # [2, rows, 3] int32
@@ -136,73 +228,97 @@ def _step_kernel(
     grad_stride,
     first_stride,
     second_stride,
-    rates_stride,
-    inverse,
-    inverse_low,
-    TILE: tl.constexpr,
+    schedule_row_stride,
+    schedule_stride,
+    base,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    VECTOR: tl.constexpr,
     SLICES: tl.constexpr,
 ):
     """Launch ``turn`` ≥ 1: its step of every row that goes on."""
     row = (tl.program_id(0) // slices).to(tl.int64)
     slice = tl.program_id(0) % slices
-    before, taken, flags = load_record(records_ptr, row, rows, turn)
-    if flags != 0:
-        if slice == 0:
-            store_record(records_ptr, row, rows, turn, before, taken, flags)
-    else:
-        # A row that is not done mostly moves: what that takes is on its way while the sums are joined.
-        columns = slice * TILE + tl.arange(0, TILE)
-        there = columns < vocabulary
-        z = tl.load(z_ptr + row * z_stride + columns, mask=there, other=-float("inf"))
-        first = tl.load(first_ptr + row * first_stride + columns, mask=there, other=0.0)
-        second = tl.load(second_ptr + row * second_stride + columns, mask=there, other=0.0)
-        row_grad_ptr = grad_ptr + row * grad_stride
-        grad = tl.load(row_grad_ptr + columns, mask=there, other=0.0).to(tl.float32)
-        y = z
-        if noise_ptr is not None:
-            noise = tl.load(noise_ptr + row * vocabulary + columns, mask=there, other=0.0)
-            y += noise
-        token, top, grad_token, weight, mean, status = joined_sums(
-            row_sums(sums_ptr, row, rows, slices, turn + 1), slices, inverse, inverse_low, SLICES
+    if noise_ptr is not None:
+        noise_ptr += row * vocabulary
+    z_ptr += row * z_stride
+    grad_ptr += row * grad_stride
+    first_ptr += row * first_stride
+    second_ptr += row * second_stride
+    schedule_ptr += row * schedule_row_stride
+    # A mask costs every element; the last slice alone has one.
+    if (slice + 1) * (LANES * TILES) <= vocabulary:
+        _step_slice(
+            z_ptr,
+            grad_ptr,
+            first_ptr,
+            second_ptr,
+            noise_ptr,
+            step_ptr,
+            until_ptr,
+            schedule_ptr,
+            corrections_ptr,
+            team_ptr,
+            stopped_ptr,
+            sums_ptr,
+            records_ptr,
+            vocabulary,
+            rows,
+            slices,
+            turn,
+            iters,
+            schedule_stride,
+            base,
+            row,
+            slice,
+            LANES,
+            TILES,
+            VECTOR,
+            SLICES,
+            False,
         )
-        flags = verdict(before, token, flags, status, turn)
-        if steps_left(step_ptr, until_ptr, row, iters, taken) <= 0:
-            flags |= _DONE
-        if stopped_ptr is not None:
-            flags |= tl.load(stopped_ptr + tl.load(team_ptr + row))
-        moves = flags == 0
-        if slice == 0:
-            store_record(records_ptr, row, rows, turn, token, taken + moves.to(tl.int32), flags)
-        if moves:
-            step = tl.load(step_ptr + row) + taken
-            rate = tl.load(rates_ptr + row * rates_stride + step)
-            scale = tl.load(scales_ptr + step)
-            e = exp(scaled(y - top, inverse, inverse_low))
-            # G may be infinite where p is 0; a mean that is no number spoils the whole row.
-            centred = tl.where(e > 0, grad, grad_token) - grad_token - mean
-            gradient = tl.where(e > 0, e * weight * centred, tl.where(mean == mean, 0.0, mean))
-            z, first, second = adam_step(z, gradient, first, second, rate, scale)
-            tl.store(z_ptr + row * z_stride + columns, z, mask=there)
-            tl.store(first_ptr + row * first_stride + columns, first, mask=there)
-            tl.store(second_ptr + row * second_stride + columns, second, mask=there)
-            y = tl.where(there, z, -float("inf"))
-            if noise_ptr is not None:
-                y += noise
-            own = row_sums(sums_ptr, row, rows, slices, turn)
-            store_sums(own, slices, slice, y, grad, row_grad_ptr, columns, inverse, inverse_low)
+    else:
+        _step_slice(
+            z_ptr,
+            grad_ptr,
+            first_ptr,
+            second_ptr,
+            noise_ptr,
+            step_ptr,
+            until_ptr,
+            schedule_ptr,
+            corrections_ptr,
+            team_ptr,
+            stopped_ptr,
+            sums_ptr,
+            records_ptr,
+            vocabulary,
+            rows,
+            slices,
+            turn,
+            iters,
+            schedule_stride,
+            base,
+            row,
+            slice,
+            LANES,
+            TILES,
+            VECTOR,
+            SLICES,
+            True,
+        )
 
 
-@triton.jit(do_not_specialize=["turn", "rows"])
+@triton.jit(do_not_specialize=["turn", "rows", "slices"])
 def _team_kernel(
-    team_ptr,  # [rows] int64
+    team_ptr,  # [rows] int32
     stopped_ptr,  # [rows] int32 by team
     sums_ptr,  # [2, rows, FIELDS, slices] float32
     records_ptr,  # [2, rows, 3] int32
     rows,
     slices,
     turn,
-    inverse,
-    inverse_low,
+    base,
     SLICES: tl.constexpr,
 ):
     """Before launch ``turn``: the teams of rows whose token moved in the step before are stopped."""
@@ -210,13 +326,13 @@ def _team_kernel(
     before, _taken, flags = load_record(records_ptr, row, rows, turn)
     if flags == 0:
         token, _top, _grad, _weight, _mean, _status = joined_sums(
-            row_sums(sums_ptr, row, rows, slices, turn + 1), slices, inverse, inverse_low, SLICES
+            row_sums(sums_ptr, row, rows, slices, turn + 1), slices, base, SLICES
         )
         if token != before:
-            tl.store(stopped_ptr + tl.load(team_ptr + row), 1)
+            tl.store(stopped_ptr + tl.load(team_ptr + row), turn)
 
 
-@triton.jit(do_not_specialize=["turn", "rows"])
+@triton.jit(do_not_specialize=["turn", "rows", "slices"])
 def _finish_kernel(
     step_ptr,  # [rows] int64, in place
     token_ptr,  # [rows] int64
@@ -227,8 +343,7 @@ def _finish_kernel(
     rows,
     slices,
     turn,
-    inverse,
-    inverse_low,
+    base,
     SLICES: tl.constexpr,
 ):
     """After the last step: what became of each row."""
@@ -237,28 +352,13 @@ def _finish_kernel(
     if flags == 0:
         before = token
         token, _top, _grad, _weight, _mean, status = joined_sums(
-            row_sums(sums_ptr, row, rows, slices, turn + 1), slices, inverse, inverse_low, SLICES
+            row_sums(sums_ptr, row, rows, slices, turn + 1), slices, base, SLICES
         )
         flags = verdict(before, token, flags, status, turn)
     tl.store(step_ptr + row, tl.load(step_ptr + row) + taken)
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(flipped_ptr + row, (flags & _FLIPPED) != 0)
     tl.store(status_ptr + row, flags >> _STATUS_SHIFT)
-
-
-def adam_rates(schedule: Tensor) -> tuple[Tensor, Tensor]:
-    """lr/(1 − β₁ᵗ) in float32, shaped as ``schedule`` [.., K], and 1/√(1 − β₂ᵗ) [K]."""
-    count = torch.arange(1, schedule.shape[-1] + 1, dtype=torch.float64, device=schedule.device)
-    return (schedule / (1 - BETA1**count)).float(), (1 - BETA2**count).rsqrt().float()
-
-
-def teams_of(group: Tensor) -> Tensor:
-    """The groups [N] numbered from 0 without gaps, without waiting for the device."""
-    order = group.argsort(stable=True)
-    ascending = group[order]
-    number = torch.zeros_like(group)
-    number[1:] = (ascending[1:] != ascending[:-1]).cumsum(0)
-    return torch.empty_like(group).scatter_(0, order, number)
 
 
 def rows_at_once(z: Tensor, arrays: int) -> int:
@@ -304,17 +404,23 @@ def dto_descent(
     if rows == 0:
         return token, flipped, status
     until = None if until is None else until.contiguous()
+    group = None if group is None else group.contiguous()
     noises = None if noise is None else gumbel_noise(*noise, vocabulary, torch.float32)
-    rates, scales = adam_rates(schedule)
-    team = stopped = None
-    if group is not None:
-        team, stopped = teams_of(group), torch.zeros(rows, dtype=torch.int32, device=z.device)
     # Rows of a group meet after every step, wherever they stand.
     most = rows if group is not None else min(rows, rows_at_once(z, 4 if noise is None else 5))
     sums = torch.empty(2 * most * FIELDS.value * slices, dtype=torch.float32, device=z.device)
-    records = torch.empty(2 * most * _RECORD.value, dtype=torch.int32, device=z.device)
-    inverse = inverse_parts(tau)
-    options = {"SLICES": triton.next_power_of_2(slices), "num_warps": 4}
+    corrections = torch.empty(2, iters, dtype=torch.float64, device=z.device)
+    marks = torch.empty(2 * _RECORD.value + 2, most, dtype=torch.int32, device=z.device)
+    records, team, stopped = marks[2:], None, None
+    if group is not None:
+        team, stopped = marks[:2]
+    # What a compiler would contract is written as fma: it must not choose, by what surrounds it.
+    base, options = exp_base(tau), {"enable_fp_fusion": False}
+    joined = {"SLICES": joined_slices(slices)}
+    alone = joined | options | {"num_warps": 1}
+    width = vector(z.element_size())
+    lanes = {"LANES": _THREADS * width, "TILES": TILE // (_THREADS * width), "VECTOR": width}
+    lanes |= options | {"num_warps": warps(_THREADS)}
 
     with torch.cuda.device_of(z):
         for start in range(0, rows, most):
@@ -324,29 +430,35 @@ def dto_descent(
             own_noise = None if noises is None else noises[part]
             arrays = (own_z, own_grad, exp_avg[part], exp_avg_sq[part], own_noise)
             limits = (own_step, None if until is None else until[part])
-            own_rates = rates if rates.ndim == 1 else rates[part]
+            by_row = schedule.ndim == 2
+            own_schedule = schedule[part] if by_row else schedule
             strides = [array.stride(0) for array in arrays[:4]]
+            strides += [schedule.stride(0) if by_row else 0, schedule.stride(-1)]
             _survey_kernel[(n * slices,)](
                 own_z,
                 own_grad,
                 own_noise,
+                group,
+                team,
+                stopped,
+                corrections,
                 sums,
                 vocabulary,
                 n,
                 slices,
+                iters,
                 *strides[:2],
-                *inverse,
-                TILE=TILE,
-                num_warps=_WARPS,
+                base,
+                **lanes,
             )
             for turn in range(1, iters + 1):
                 if team is not None and turn > 1:
-                    _team_kernel[(n,)](team, stopped, sums, records, n, slices, turn, *inverse, **options)
+                    _team_kernel[(n,)](team, stopped, sums, records, n, slices, turn, base, **alone)
                 _step_kernel[(n * slices,)](
                     *arrays,
                     *limits,
-                    own_rates,
-                    scales,
+                    own_schedule,
+                    corrections,
                     team,
                     stopped,
                     sums,
@@ -357,11 +469,9 @@ def dto_descent(
                     turn,
                     iters,
                     *strides,
-                    0 if rates.ndim == 1 else rates.stride(0),
-                    *inverse,
-                    TILE=TILE,
-                    SLICES=options["SLICES"],
-                    num_warps=_WARPS,
+                    base,
+                    **joined,
+                    **lanes,
                 )
             _finish_kernel[(n,)](
                 own_step,
@@ -373,7 +483,7 @@ def dto_descent(
                 n,
                 slices,
                 iters + 1,
-                *inverse,
-                **options,
+                base,
+                **alone,
             )
     return token, flipped, status

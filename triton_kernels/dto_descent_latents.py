@@ -18,29 +18,49 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import presets
-from .common.exponential import exp, inverse_parts, scaled
+from .common.adam import adam_step, load_rates, store_corrections, store_team
+from .common.exponential import exp_base, tempered_exp
 from .common.gumbel import gumbel_noise
 from .common.latents_passes import logits_kernel, one_pass_kernel, pull_kernel, sums_kernel
 from .common.latents_tiles import RECORD, moved
 from .common.products import upcast
-from .common.row_sums import FIELDS, GRAD, TOP, joined_sums
-from .dto_descent import _DONE, _FLIPPED, _STATUS_SHIFT, adam_rates, adam_step, teams_of
+from .common.row_sums import FIELDS, GRAD, TOP, joined_slices, joined_sums
+from .dto_descent import _DONE, _FLIPPED, _STATUS_SHIFT
 
 _PART = 64  # of a row of h, for one program
 _SPLITS = 64  # whose sums over w are joined at a time
 _PARTIAL_BYTES = 1 << 28  # of sums over w that exist at a time
 # A row's next step: largest y, G[token], 1/(S τ), ⟨p, G⟩ − G[token], Adam's two factors.
 _STEP_FIELDS = tl.constexpr(6)
-_NEVER = 1 << 30  # when a team stops that has not
 
 
-@triton.jit(do_not_specialize=["turn", "iters"])
+@triton.jit(do_not_specialize=["rows", "iters"])
+def _begin_kernel(
+    group_ptr,  # [N] int64, or None
+    team_ptr,  # [N] int32, or None
+    stopped_ptr,  # [N] int32 by team, or None
+    records_ptr,  # [N, 3] int32
+    corrections_ptr,  # [2, K] float64
+    rows,
+    iters,
+):
+    """What no pass over the tokens finds out."""
+    row = tl.program_id(0).to(tl.int64)
+    for field in tl.static_range(RECORD):
+        tl.store(records_ptr + row * RECORD + field, 0)
+    if group_ptr is not None:
+        store_team(group_ptr, team_ptr, stopped_ptr, row, rows)
+    if row == 0:
+        store_corrections(corrections_ptr, iters)
+
+
+@triton.jit(do_not_specialize=["turn", "iters", "slices"])
 def _verdict_kernel(
     step_ptr,  # [N] int64
     until_ptr,  # [N] int64, or None
-    rates_ptr,  # [N or 1, K] float32
-    scales_ptr,  # [K] float32
-    team_ptr,  # [N] int64, or None
+    schedule_ptr,  # [N or 1, K] float64
+    corrections_ptr,  # [2, K] float64
+    team_ptr,  # [N] int32, or None
     stopped_ptr,  # [N] int32 by team: the turn before whose step it stopped, or None
     sums_ptr,  # [N, FIELDS, slices] float32
     records_ptr,  # [N, 3] int32
@@ -48,9 +68,9 @@ def _verdict_kernel(
     slices,
     turn,
     iters,
-    rates_stride,
-    inverse,
-    inverse_low,
+    schedule_row_stride,
+    schedule_stride,
+    temper,
     SLICES: tl.constexpr,
 ):
     """Before step ``turn``: what the step before it came to, and what this one needs."""
@@ -67,7 +87,7 @@ def _verdict_kernel(
             took = took & (stopped == 0)
         taken += took
         token, top, grad, weight, mean, status = joined_sums(
-            sums_ptr + row * (FIELDS * slices), slices, inverse, inverse_low, SLICES
+            sums_ptr + row * (FIELDS * slices), slices, temper, SLICES
         )
         if took & (token != before):
             flags = _DONE | _FLIPPED
@@ -91,8 +111,10 @@ def _verdict_kernel(
         tl.store(at + 1, grad)
         tl.store(at + 2, weight)
         tl.store(at + 3, mean)
-        tl.store(at + 4, tl.load(rates_ptr + row * rates_stride + step, mask=left > 0, other=0.0))
-        tl.store(at + 5, tl.load(scales_ptr + step, mask=left > 0, other=1.0))
+        schedule_ptr += row * schedule_row_stride
+        rate, scale = load_rates(schedule_ptr, schedule_stride, corrections_ptr, step, iters)
+        tl.store(at + 4, rate)
+        tl.store(at + 5, scale)
 
 
 @triton.jit(do_not_specialize=["turn", "rows"])
@@ -114,8 +136,7 @@ def _step_kernel(
     h_stride,
     first_stride,
     second_stride,
-    inverse,
-    inverse_low,
+    temper,
     PART: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -136,12 +157,12 @@ def _step_kernel(
             at = sums_ptr + row * (FIELDS * splits) + split
             own = tl.load(at + TOP * splits, mask=known, other=-float("inf"))
             base = tl.load(at + GRAD * splits, mask=known, other=0.0)
-            share = exp(scaled(own - top, inverse, inverse_low))
+            share = tempered_exp(own - top, temper)
             at = partial_ptr + (split.to(tl.int64) * rows + row)[:, None] * (2 * width) + columns[None, :]
             mask = known[:, None] & there[None, :]
             plain = tl.load(at, mask=mask, other=0.0)
             tilted = tl.load(at + width, mask=mask, other=0.0)
-            tilted += ((base - grad) - mean)[:, None] * plain
+            tilted = tl.fma(plain, ((base - grad) - mean)[:, None], tilted)
             gradient += tl.sum(share[:, None] * tilted, axis=0)
         gradient *= weight
         h = tl.load(h_ptr + row * h_stride + columns, mask=there, other=0.0)
@@ -201,12 +222,17 @@ def dto_descent_latents(
     # By the vocabulary and the device alone, as the bits of a row are.
     split = triton.cdiv(triton.cdiv(vocabulary, tokens), programs) * tokens
     splits, iters = triton.cdiv(vocabulary, split), schedule.shape[-1]
-    inverse, (rates, scales) = inverse_parts(tau), adam_rates(schedule)
+    # What a compiler would contract is written as fma: the schedules must not differ by what it chooses.
+    temper, plain = exp_base(tau), {"enable_fp_fusion": False}
+    options |= plain
+    triples = {"TRIPLES": kind == "half" and not options["UPCAST"]}
     until = None if until is None else until.contiguous()
+    group = None if group is None else group.contiguous()
     noises = None if noise is None else gumbel_noise(*noise, vocabulary, torch.float32)
     sums = torch.empty(rows, FIELDS.value, splits, device=device, dtype=torch.float32)
     steps = torch.empty(rows, _STEP_FIELDS.value, device=device, dtype=torch.float32)
-    records = torch.zeros(rows, RECORD.value, device=device, dtype=torch.int32)
+    corrections = torch.empty(2, iters, device=device, dtype=torch.float64)
+    records = torch.empty(rows, RECORD.value, device=device, dtype=torch.int32)
     most, tile_bytes = rows, max(1, 8 * splits * width * tile)
     if not one_pass:
         most = min(rows, max(1, _PARTIAL_BYTES // tile_bytes) * tile)
@@ -214,8 +240,7 @@ def dto_descent_latents(
     y = None if one_pass else torch.empty(rows, vocabulary, device=device, dtype=torch.float32)
     team = stopped = None
     if group is not None:
-        team = teams_of(group)
-        stopped = torch.full((rows,), _NEVER, device=device, dtype=torch.int32)
+        team, stopped = torch.empty(2, rows, device=device, dtype=torch.int32)
     who = (records, team, stopped)
     tiles = triton.cdiv(rows, tile)
 
@@ -241,8 +266,9 @@ def dto_descent_latents(
                 h.stride(0),
                 grad.stride(0),
                 *head.stride(),
-                *inverse,
+                temper,
                 STAGES=options["num_stages"],
+                **triples,
                 **config,
                 **options,
             )
@@ -277,17 +303,19 @@ def dto_descent_latents(
             tiles,
             turn,
             grad.stride(0),
-            *inverse,
+            temper,
             TOKENS=tokens,
             ROWS=tile,
+            **triples,
+            **plain,
         )
 
     def verdict(turn: int) -> None:
         _verdict_kernel[(rows,)](
             step,
             until,
-            rates,
-            scales,
+            schedule,
+            corrections,
             team,
             stopped,
             sums,
@@ -296,9 +324,12 @@ def dto_descent_latents(
             splits,
             turn,
             iters,
-            rates.stride(0) if rates.ndim == 2 else 0,
-            *inverse,
-            SLICES=triton.next_power_of_2(splits),
+            schedule.stride(0) if schedule.ndim == 2 else 0,
+            schedule.stride(-1),
+            temper,
+            SLICES=joined_slices(splits),
+            num_warps=1,
+            **plain,
         )
 
     def move(turn: int) -> None:
@@ -324,10 +355,11 @@ def dto_descent_latents(
                     turn,
                     grad.stride(0),
                     *head.stride(),
-                    *inverse,
+                    temper,
                     TOKENS=tokens,
                     ROWS=tile,
                     WIDTH=config["WIDTH"],
+                    **triples,
                     **options,
                 )
             parts = triton.cdiv(width, _PART)
@@ -347,12 +379,16 @@ def dto_descent_latents(
                 h.stride(0),
                 exp_avg.stride(0),
                 exp_avg_sq.stride(0),
-                *inverse,
+                temper,
                 PART=_PART,
                 SPLITS=_SPLITS,
+                **plain,
             )
 
     with torch.cuda.device_of(h):
+        _begin_kernel[(rows,)](
+            group, team, stopped, records, corrections, rows, iters, num_warps=1, **plain
+        )
         survey(0)
         for turn in range(1, iters + 1):
             verdict(turn)

@@ -2,6 +2,11 @@
 
 Programs take the sums of slices of the vocabulary, relative to the slice's largest logit; another
 kernel joins the slices of a row in a fixed order, in double precision.
+
+The sums of a row are those over the tokens other than its hard token: added to that one's 1, a sum below
+2⁻²⁴ would be lost, and with it the entropy of a peaked row. Which token that is costs a comparison an
+element, so a slice of logits leaves the sums over all of its tokens, and the join reads the one slice
+again that holds the largest.
 """
 
 from __future__ import annotations
@@ -11,10 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common.exponential import exp, inverse_parts, scaled
+from .common.exponential import exp_base, inverse_tau, tempered_exp
+from .common.lanes import first_place, lane_sums, larger_or_nan, load_tiles, top_of, vector, warps
 from .common.products import operands, tile_arguments, tile_of, upcast, vocabulary_tile
 
-_TILE = 4096  # tokens of a slice of logits
+_SLICE = 4096  # tokens of a slice of logits
+_THREADS = 64  # of its program, one lane of sums each
 # Statistics after a product hold several tiles in registers: smaller ones than of a product alone.
 _TILES = {
     "half": {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
@@ -22,79 +29,119 @@ _TILES = {
     "float32": {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
 }
 _JOINED = 1024  # slices joined at a time
-# Sums of a slice: the largest logit; its token, less _NAN if a logit is NaN; how many tokens are at the
-# largest; over the others Σ exp(x) and Σ x exp(x), x = (z − largest)/τ. Tokens at the largest are
-# counted apart: added to 1, a sum below 2⁻²⁴ would be lost, and with it the entropy of a peaked row.
-_FIELDS = tl.constexpr(5)
-_TOP, _TOKEN, _COUNT, _SUM, _SUM_X = (tl.constexpr(n) for n in range(5))
-_NAN = tl.constexpr(1 << 21)  # more than any token; float32 holds the differences
+# Sums of a slice: the largest logit, NaN if one is; Σ exp(x/τ) and Σ x exp(x/τ), x = z − largest; and of
+# a slice of products, whose logits lie nowhere: the token, which is then left out of the sums.
+_FIELDS = tl.constexpr(3)
+_TOP, _SUM, _SUM_X, _TOKEN = (tl.constexpr(n) for n in range(4))
 
 
 @triton.jit
-def _store_slice(
-    parts_ptr,  # [N, _FIELDS, slices] float32
-    row,  # [ROWS] int64
-    slice,
-    rows,
+def _reference(top):
+    """What the differences of a slice are taken from."""
+    return tl.where(tl.abs(top) < float("inf"), top, 0.0)
+
+
+@triton.jit
+def _slice_sums(tiles, top, skipped, base, SKIP: tl.constexpr, VECTOR: tl.constexpr):
+    """Σ exp(x/τ) and Σ x exp(x/τ) of a slice, x = z − top, without the token at ``skipped`` if SKIP."""
+    lane = tl.arange(0, tiles[0].shape[0])
+    reference = _reference(top)
+    total = tl.zeros((tiles[0].shape[0],), tl.float32)
+    total_x = total
+    for t in tl.static_range(len(tiles)):
+        # From −inf on, a number whose exponential is 0 too.
+        x = tl.maximum(tiles[t] - reference, base[2])
+        e = tempered_exp(x, base)
+        if SKIP:
+            e = tl.where(lane == skipped - t * tiles[0].shape[0], 0.0, e)
+        total += e
+        total_x = tl.fma(x, e, total_x)
+    return lane_sums(total, total_x, VECTOR)
+
+
+@triton.jit
+def _measure(
+    parts_ptr,  # [_FIELDS, slices] float32 of a row, at a slice
+    row_ptr,
+    column_stride,
+    start,
+    vocabulary,
     slices,
-    z,  # [ROWS, COLUMNS], −inf past the vocabulary
-    column,  # [COLUMNS] int32
-    inverse,
-    inverse_low,
+    base,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    nan = z != z
-    clean = tl.where(nan, -float("inf"), z)
-    top = tl.max(clean, axis=1)
-    at_top = clean == top[:, None]
-    token = column[None, :]
-    key = tl.min(tl.where(nan, token - _NAN, tl.where(at_top, token, _NAN)), axis=1)
-    reference = tl.where(tl.abs(top) < float("inf"), top, 0.0)
-    x = scaled(clean - reference[:, None], inverse, inverse_low)
-    e = tl.where(at_top, 0.0, exp(x))
-    at = parts_ptr + row * (_FIELDS * slices) + slice
-    there = row < rows
-    tl.store(at + _TOP * slices, top, mask=there)
-    tl.store(at + _TOKEN * slices, key.to(tl.float32), mask=there)
-    tl.store(at + _COUNT * slices, tl.sum(at_top.to(tl.float32), axis=1), mask=there)
-    tl.store(at + _SUM * slices, tl.sum(e, axis=1), mask=there)
-    tl.store(at + _SUM_X * slices, tl.sum(tl.where(e > 0, x, 0.0) * e, axis=1), mask=there)
+    tiles = load_tiles(row_ptr, column_stride, start, vocabulary, -float("inf"), LANES, TILES, MASKED)
+    top = top_of(tiles)
+    total, total_x = _slice_sums(tiles, top, 0, base, False, VECTOR)
+    tl.store(parts_ptr + _TOP * slices, top)
+    tl.store(parts_ptr + _SUM * slices, total)
+    tl.store(parts_ptr + _SUM_X * slices, total_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])
 def _logits_kernel(
     logits_ptr,  # [N, V]
     row_stride,
     column_stride,
     parts_ptr,  # [N, _FIELDS, slices] float32
-    rows,
     vocabulary,
     slices,
-    inverse,
-    inverse_low,
-    COLUMNS: tl.constexpr,
+    base,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    row = (tl.program_id(0) // slices).to(tl.int64) + tl.zeros((1,), tl.int64)
+    row = (tl.program_id(0) // slices).to(tl.int64)
     slice = tl.program_id(0) % slices
-    column = slice * COLUMNS + tl.arange(0, COLUMNS)
-    at = logits_ptr + row[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    z = tl.load(at, mask=(column < vocabulary)[None, :], other=-float("inf")).to(tl.float32)
-    _store_slice(parts_ptr, row, slice, rows, slices, z, column, inverse, inverse_low)
+    start = slice * (LANES * TILES)
+    row_ptr = logits_ptr + row * row_stride
+    parts_ptr += row * (_FIELDS * slices) + slice
+    if start + LANES * TILES <= vocabulary:
+        _measure(
+            parts_ptr,
+            row_ptr,
+            column_stride,
+            start,
+            vocabulary,
+            slices,
+            base,
+            LANES,
+            TILES,
+            VECTOR,
+            False,
+        )
+    else:
+        _measure(
+            parts_ptr,
+            row_ptr,
+            column_stride,
+            start,
+            vocabulary,
+            slices,
+            base,
+            LANES,
+            TILES,
+            VECTOR,
+            True,
+        )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles_of_rows", "slices"])
 def _hidden_kernel(
     states,
     tables,
     state_strides,
     table_strides,
     widths,
-    parts_ptr,  # [N, _FIELDS, slices] float32
+    parts_ptr,  # [N, _FIELDS + 1, slices] float32
     rows,
     vocabulary,
     tiles_of_rows,
     slices,
-    inverse,
-    inverse_low,
+    base,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -115,8 +162,17 @@ def _hidden_kernel(
         UPCAST,
     )
     z = tl.where((column < vocabulary)[None, :], z, -float("inf"))
-    column = column.to(tl.int32)
-    _store_slice(parts_ptr, row, slice, rows, slices, z, column, inverse, inverse_low)
+    token = column.to(tl.int32)[None, :]
+    top = tl.reduce(z, 1, larger_or_nan)
+    key = tl.min(tl.where(z == top[:, None], token, vocabulary - 1), axis=1)
+    x = tl.maximum(z - _reference(top)[:, None], base[2])
+    e = tl.where(token == key[:, None], 0.0, tempered_exp(x, base))
+    at = parts_ptr + row * ((_FIELDS + 1) * slices) + slice
+    there = row < rows
+    tl.store(at + _TOP * slices, top, mask=there)
+    tl.store(at + _SUM * slices, tl.sum(e, axis=1), mask=there)
+    tl.store(at + _SUM_X * slices, tl.sum(x * e, axis=1), mask=there)
+    tl.store(at + _TOKEN * slices, key.to(tl.float32), mask=there)
 
 
 @triton.jit
@@ -127,65 +183,83 @@ def _log1p(x):
     return tl.where(above == 1.0, x, tl.log(above) * (x / tl.where(above == 1.0, 1.0, above - 1.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])
 def _join_kernel(
-    parts_ptr,  # [N, _FIELDS, slices] float32
+    logits_ptr,  # [N, V]; None after products
+    row_stride,
+    column_stride,
+    parts_ptr,  # [N, _FIELDS, slices] float32; of products [N, _FIELDS + 1, slices]
     logsumexp_ptr,  # [N] float32
     confidence_ptr,  # [N] float32
     entropy_ptr,  # [N] float32
     argmax_ptr,  # [N] int64
     status_ptr,  # [N] int32
+    vocabulary,
     slices,
-    inverse,
-    inverse_low,
+    base,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    parts_ptr += row * (_FIELDS * slices)
+    FIELDS: tl.constexpr = _FIELDS + (1 if logits_ptr is None else 0)
+    parts_ptr += row * (FIELDS * slices)
     slice = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(0, slices, BLOCK):
-        at = parts_ptr + _TOP * slices + start + slice
-        best = tl.maximum(best, tl.load(at, mask=slice < slices - start, other=-float("inf")))
-    top = tl.max(best, axis=0)
-    reference = tl.where(tl.abs(top) < float("inf"), top, 0.0)
+        tops = tl.load(
+            parts_ptr + _TOP * slices + start + slice, mask=slice < slices - start, other=-float("inf")
+        )
+        best = larger_or_nan(best, tops)
+    top = tl.reduce(best, 0, larger_or_nan)
+    found = tl.full((BLOCK,), 1 << 30, tl.int32)
+    for start in range(0, slices, BLOCK):
+        tops = tl.load(
+            parts_ptr + _TOP * slices + start + slice, mask=slice < slices - start, other=float("nan")
+        )
+        found = tl.minimum(found, tl.where(tops == top, start + slice, 1 << 30))
+    # The first slice that holds the largest logit; where there is none, any.
+    winner = tl.minimum(tl.min(found, axis=0), slices - 1)
 
-    keys = tl.full((BLOCK,), 1 << 21, tl.float32)
-    at_top = tl.zeros((BLOCK,), tl.float64)
+    inverse = inverse_tau(base)
+    reference = _reference(top).to(tl.float64)
     others = tl.zeros((BLOCK,), tl.float64)
     sum_x = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, slices, BLOCK):
-        there = slice < slices - start
+        there = (slice < slices - start) & (start + slice != winner)
         at = parts_ptr + start + slice
         tops = tl.load(at + _TOP * slices, mask=there, other=-float("inf"))
-        key = tl.load(at + _TOKEN * slices, mask=there, other=1 << 21)
-        count = tl.load(at + _COUNT * slices, mask=there, other=0.0).to(tl.float64)
         part = tl.load(at + _SUM * slices, mask=there, other=0.0).to(tl.float64)
         part_x = tl.load(at + _SUM_X * slices, mask=there, other=0.0).to(tl.float64)
-        here = tops == top
-        keys = tl.minimum(keys, tl.where(here | (key < 0), key, 1 << 21))
+        if logits_ptr is None:
+            part += 1.0
         # A slice below the largest logit moves to it; so does one that holds nothing, by far.
-        distance = tl.maximum(tops.to(tl.float64) - reference, -1e30)
-        distance = tl.minimum(distance * inverse + distance * inverse_low, 0.0)
-        share = tl.where(here, 0.0, tl.exp(distance))
-        at_top += tl.where(here, count, 0.0)
-        others += tl.where(here, part, share * (count + part))
-        sum_x += tl.where(here, part_x, share * (part_x + distance * (count + part)))
-    key = tl.min(keys, axis=0)
-    infinite = tl.where(top == float("inf"), 2, tl.where(top == -float("inf"), 3, 0))
-    status = tl.where(key < 0, 1, infinite)
+        distance = tl.minimum(tl.maximum(tops.to(tl.float64) - reference, -1e30) * inverse, 0.0)
+        share = tl.exp(distance)
+        others += share * part
+        sum_x += share * (part_x * inverse + distance * part)
+    if logits_ptr is None:
+        own = tl.load(parts_ptr + _SUM * slices + winner)
+        own_x = tl.load(parts_ptr + _SUM_X * slices + winner)
+        token = tl.load(parts_ptr + _TOKEN * slices + winner).to(tl.int32)
+    else:
+        start = winner * (LANES * TILES)
+        row_ptr = logits_ptr + row * row_stride
+        tiles = load_tiles(row_ptr, column_stride, start, vocabulary, -float("inf"), LANES, TILES, True)
+        place = first_place(tiles, top)
+        own, own_x = _slice_sums(tiles, top, place, base, True, VECTOR)
+        token = start + place
+    status = tl.where(top != top, 1, tl.where(top == float("inf"), 2, tl.where(top == -float("inf"), 3, 0)))
     good = status == 0
-    count = tl.where(good, tl.sum(at_top, axis=0), 1.0)
-    other = tl.where(good, tl.sum(others, axis=0), 0.0)
-    log_total = tl.log(count) + _log1p(other / count)
-    wide = reference.to(tl.float64)
-    logsumexp = wide * inverse + wide * inverse_low + log_total
-    entropy = log_total - tl.sum(sum_x, axis=0) / (count + other)
+    other = tl.where(good, tl.sum(others, axis=0) + own.to(tl.float64), 0.0)
+    log_total = _log1p(other)
+    entropy = log_total - (tl.sum(sum_x, axis=0) + own_x.to(tl.float64) * inverse) / (1.0 + other)
     nan = float("nan")
-    tl.store(logsumexp_ptr + row, tl.where(good, logsumexp, nan).to(tl.float32))
-    tl.store(confidence_ptr + row, tl.where(good, 1.0 / (count + other), nan).to(tl.float32))
+    tl.store(logsumexp_ptr + row, tl.where(good, reference * inverse + log_total, nan).to(tl.float32))
+    tl.store(confidence_ptr + row, tl.where(good, 1.0 / (1.0 + other), nan).to(tl.float32))
     tl.store(entropy_ptr + row, tl.where(good, entropy, nan).to(tl.float32))
-    tl.store(argmax_ptr + row, tl.where(good, key, -1.0).to(tl.int64))
+    tl.store(argmax_ptr + row, tl.where(good, token, -1).to(tl.int64))
     tl.store(status_ptr + row, status.to(tl.int32))
 
 
@@ -206,19 +280,23 @@ def token_stats(rows: Tensor, head: Tensor | None, tau: float) -> tuple[Tensor, 
     results += [torch.empty(count, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32)]
     if count == 0:
         return tuple(results)
-    inverse = inverse_parts(tau)
+    # What a compiler would contract is written as fma: it must not choose, by what surrounds it.
+    base, options = exp_base(tau), {"enable_fp_fusion": False}
     vocabulary = rows.shape[1] if head is None else len(head)
-    config = {"COLUMNS": _TILE, "num_warps": 8}
-    if head is not None:
-        config = _TILES[operands([rows], [head])]
-    slices = triton.cdiv(vocabulary, config["COLUMNS"])
-    parts = torch.empty(count, _FIELDS.value, slices, dtype=torch.float32, device=device)
+    lanes = {"VECTOR": vector(rows.element_size())}
+    lanes |= {"LANES": _THREADS * lanes["VECTOR"], "TILES": _SLICE // (_THREADS * lanes["VECTOR"])}
+    config = None if head is None else _TILES[operands([rows], [head])]
+    slices = triton.cdiv(vocabulary, _SLICE if config is None else config["COLUMNS"])
+    fields = _FIELDS.value + (config is not None)
+    parts = torch.empty(count, fields, slices, dtype=torch.float32, device=device)
     with torch.cuda.device_of(rows):
-        if head is None:
+        if config is None:
+            logits = (rows, *rows.stride())
             _logits_kernel[(count * slices,)](
-                rows, *rows.stride(), parts, count, vocabulary, slices, *inverse, **config
+                *logits, parts, vocabulary, slices, base, **lanes, num_warps=warps(_THREADS), **options
             )
         else:
+            logits = (None, 0, 0)
             tiles = triton.cdiv(count, config["ROWS"])
             _hidden_kernel[(tiles * slices,)](
                 *tile_arguments([rows], [head]),
@@ -227,10 +305,21 @@ def token_stats(rows: Tensor, head: Tensor | None, tau: float) -> tuple[Tensor, 
                 vocabulary,
                 tiles,
                 slices,
-                *inverse,
+                base,
                 UPCAST=upcast(rows),
                 **config,
+                **options,
             )
-        block = min(_JOINED, triton.next_power_of_2(slices))
-        _join_kernel[(count,)](parts, *results, slices, *inverse, BLOCK=block)
+        _join_kernel[(count,)](
+            *logits,
+            parts,
+            *results,
+            vocabulary,
+            slices,
+            base,
+            BLOCK=min(_JOINED, triton.next_power_of_2(slices)),
+            **lanes,
+            num_warps=warps(_THREADS) if config is None else 8,
+            **options,
+        )
     return tuple(results)

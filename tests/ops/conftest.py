@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import zlib
@@ -10,7 +11,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from nabla_fast import _triton
+
 from .inputs import Draw
+from .interpreted import fast_reductions
 
 # Inputs are new in every run; a failure prints the number that brings its own back.
 _VARIABLE = "NABLA_FAST_TEST_SEED"
@@ -53,3 +57,10 @@ def threads(one_thread: None) -> Iterator[Callable[[int], None]]:
     """Sets the number of threads; one again after the test."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def interpreted_reductions() -> Iterator[None]:
+    """Reductions of interpreted kernels, which else take most of the tests' time."""
+    with fast_reductions() if _triton.interpreted() else contextlib.nullcontext():
+        yield

@@ -10,71 +10,38 @@ import triton.language as tl
 
 
 @triton.jit
-def exp(x):
-    """exp(x) within 2 ulp for x in [−87, 88], exactly 1 at 0; 0 below −87 and for NaN.
-
-    Args:
-        x: float32; from 88 on, the result is exp(88).
-    """
-    # Adding 1.5·2²³ rounds to an integer, which then stands in the low bits of the sum.
-    bounded = tl.minimum(tl.where(x > -88.0, x, -88.0), 88.0)
-    shifted = bounded * 1.44269504 + 12582912.0
-    n = shifted - 12582912.0
-    # ln 2 in two parts; the upper one has 10 bits, so that its product with n is exact.
-    r = (bounded - n * 0.693359375) - n * -2.12194440e-4
-    # Minimax for (exp(r) − 1 − r) / r² on |r| ≤ ln(2)/2.
-    q = r * 1.38145383e-3 + 8.36874545e-3
-    q = q * r + 4.16683890e-2
-    q = q * r + 1.66665211e-1
-    q = q * r + 4.99999940e-1
-    mantissa = 1.0 + (r + r * r * q)
-    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x >= -87.0, mantissa * power, 0.0)
-
-
-@triton.jit
-def scaled(difference, inverse, inverse_low):
-    """difference / τ, with 1/τ in two parts: the rounding of one would be the same for all tokens."""
-    finite = tl.where(tl.abs(difference) < float("inf"), difference, 0.0)
-    return difference * inverse + finite * inverse_low
-
-
-def inverse_parts(tau: float) -> tuple[float, float]:
-    """1/τ as a float32 and what it leaves."""
-    (inverse,) = struct.unpack("f", struct.pack("f", 1 / tau))
-    return inverse, 1 / tau - inverse
-
-
-@triton.jit
 def tempered_exp(difference, base):
     """exp(difference / τ) for differences of at most 0: exactly 1 at 0; 0 below 2⁻¹²⁶, for −inf and NaN.
 
-    Ten instructions: difference / (τ ln 2) in a whole part, which is the exponent's bits, and a rest for
-    the hardware's exp2, which errs there by 2 ulp. Where two products could be contracted or not, as the
-    code around them has it, they are written as fma: the same bits in every kernel.
+    Eight instructions: difference / (τ ln 2) in a whole part, which is the exponent's bits, and a rest for
+    the hardware's exp2, which errs there by 2 ulp. Products that could be contracted with a sum, or not, as
+    the code around them has it, are written as fma: the same bits in every kernel.
 
     Args:
         difference: float32.
         base: of :func:`exp_base`.
     """
-    scale, step, step_low = base
-    lowest = -127.0 / scale
-    bounded = tl.where(difference > lowest, difference, lowest)
+    scale, scale_low, lowest, _inverse = base
+    bounded = tl.maximum(difference, lowest)
     # Adding 1.5·2²³ rounds to an integer, which then stands in the low bits of the sum; 127 is the bias.
     shifted = tl.fma(bounded, scale, 12583039.0)
-    whole = shifted - 12583039.0
-    rest = tl.fma(whole, -step_low, tl.fma(whole, -step, bounded))
+    rest = tl.fma(bounded, scale_low, tl.fma(bounded, scale, 12583039.0 - shifted))
     power = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-    return tl.exp2(rest * scale) * power
+    return tl.exp2(rest) * power
 
 
-def exp_base(tau: float) -> tuple[float, float, float]:
-    """1/(τ ln 2), and τ ln 2 in two parts, of which the first has 17 bits: its product with a whole number
-    below 2⁷ is exact."""
-    step = tau * math.log(2)
-    mantissa, exponent = math.frexp(step)
-    high = math.ldexp(round(mantissa * 2**16), exponent - 16)
-    return _single(1 / step), high, _single(step - high)
+@triton.jit
+def inverse_tau(base):
+    """1/τ in float64, to 48 bits."""
+    scale, scale_low, _lowest, _inverse = base
+    return (tl.full((), scale, tl.float64) + tl.full((), scale_low, tl.float64)) * 0.6931471805599453
+
+
+def exp_base(tau: float) -> tuple[float, float, float, float]:
+    """1/(τ ln 2) as a float32 and what it leaves; the difference at which the power of two is 0; 1/τ."""
+    scale = 1 / (tau * math.log(2))
+    high = _single(scale)
+    return high, _single(scale - high), _single(-127 / scale), _single(1 / tau)
 
 
 def _single(number: float) -> float:

@@ -34,7 +34,7 @@ def _words(seed, position, block):
 def gumbel(seed, position, token):
     """Noise of any tokens: float32 of the shape that the arguments broadcast to.
 
-    For a tile of neighbours :func:`gumbel_row` or :func:`gumbel_tile` draw a quarter of the words.
+    For neighbours :func:`gumbel_row` draws a quarter of the words.
 
     Args:
         seed, position: int64.
@@ -63,20 +63,6 @@ def gumbel_row(seed, position, start, COLUMNS: tl.constexpr):
 def _row(seed, position, start, COLUMNS: tl.constexpr):
     w0, w1, w2, w3 = _words(seed, position, start // 4 + tl.arange(0, COLUMNS // 4))
     return _from_word(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))
-
-
-@triton.jit
-def gumbel_tile(seed, position, start, COLUMNS: tl.constexpr):
-    """Noise of the tokens start..start + COLUMNS − 1 of several rows: [ROWS, COLUMNS] float32.
-
-    Args:
-        seed, position: [ROWS] int64.
-        start: a multiple of 4.
-        COLUMNS: a power of two ≥ 4.
-    """
-    block = start // 4 + tl.arange(0, COLUMNS // 4)[None, :]
-    w0, w1, w2, w3 = _words(seed[:, None], position[:, None], block + (seed[:, None] * 0).to(tl.int32))
-    return _from_word(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))).to(tl.float32)
 
 
 @triton.jit

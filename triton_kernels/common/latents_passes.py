@@ -93,8 +93,8 @@ def sums_kernel(
     tiles_of_rows,
     turn,
     grad_stride,
-    inverse,
-    inverse_low,
+    temper,
+    TRIPLES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -104,7 +104,7 @@ def sums_kernel(
     within = tl.minimum(row, rows - 1)
     moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
     if tl.max(moves.to(tl.int32), axis=0) > 0:
-        top, key, nan_key, base, sums, tilts, lost = begun(TOKENS, ROWS)
+        top, key, base, sums, tilts, lost = begun(TOKENS, ROWS)
         first = split * split_size
         # There is no product here for whose sake a compiler would load ahead by itself.
         for start in tl.range(first, tl.minimum(first + split_size, vocabulary), TOKENS, num_stages=3):
@@ -115,10 +115,10 @@ def sums_kernel(
             )
             at = grad_ptr + within[None, :] * grad_stride + token[:, None]
             grad = tl.load(at, mask=known, other=0.0).to(tl.float32)
-            _w, _t, _scale, _shift, top, key, nan_key, base, sums, tilts, lost = met(
-                y, grad, token, top, key, nan_key, base, sums, tilts, lost, inverse, inverse_low
+            _w, _t, _scale, _shift, top, key, base, sums, tilts, lost = met(
+                y, grad, token, top, key, base, sums, tilts, lost, temper, TRIPLES
             )
-        store_met(sums_ptr, row, moves, splits, split, top, key, nan_key, base, sums, tilts, lost)
+        store_met(sums_ptr, row, moves, splits, split, top, key, base, sums, tilts, lost)
 
 
 @triton.jit(do_not_specialize=["turn", "rows"])
@@ -141,8 +141,8 @@ def pull_kernel(
     grad_stride,
     head_stride_v,
     head_stride_h,
-    inverse,
-    inverse_low,
+    temper,
+    TRIPLES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -156,7 +156,7 @@ def pull_kernel(
     within = tl.minimum(row, rows - 1)
     moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
     if tl.max(moves.to(tl.int32), axis=0) > 0:
-        top, key, nan_key, base, sums, tilts, lost = begun(TOKENS, ROWS)
+        top, key, base, sums, tilts, lost = begun(TOKENS, ROWS)
         pulls = tl.zeros((WIDTH, 2 * ROWS), tl.float32)
         there = column < width
         first = split * split_size
@@ -168,8 +168,8 @@ def pull_kernel(
             )
             at = grad_ptr + within[None, :] * grad_stride + token[:, None]
             grad = tl.load(at, mask=known, other=0.0).to(tl.float32)
-            weight, tilt, scale, shift, top, key, nan_key, base, sums, tilts, lost = met(
-                y, grad, token, top, key, nan_key, base, sums, tilts, lost, inverse, inverse_low
+            weight, tilt, scale, shift, top, key, base, sums, tilts, lost = met(
+                y, grad, token, top, key, base, sums, tilts, lost, temper, TRIPLES
             )
             at = head_ptr + token.to(tl.int64)[:, None] * head_stride_v
             at += column.to(tl.int64)[None, :] * head_stride_h
@@ -202,8 +202,8 @@ def one_pass_kernel(
     grad_stride,
     head_stride_v,
     head_stride_h,
-    inverse,
-    inverse_low,
+    temper,
+    TRIPLES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -219,7 +219,7 @@ def one_pass_kernel(
     within = tl.minimum(row, rows - 1)
     moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
     if tl.max(moves.to(tl.int32), axis=0) > 0:
-        top, key, nan_key, base, sums, tilts, lost = begun(TOKENS, ROWS)
+        top, key, base, sums, tilts, lost = begun(TOKENS, ROWS)
         first = split * split_size
         for start in range(first, tl.minimum(first + split_size, vocabulary), TOKENS):
             token = start + tl.arange(0, TOKENS)
@@ -247,8 +247,8 @@ def one_pass_kernel(
                 noise_at = noise_ptr + within[None, :] * vocabulary + token[:, None]
                 y += tl.load(noise_at, mask=known, other=0.0)
             y = tl.where(known, y, -float("inf"))
-            weight, tilt, scale, shift, top, key, nan_key, base, sums, tilts, lost = met(
-                y, grad, token, top, key, nan_key, base, sums, tilts, lost, inverse, inverse_low
+            weight, tilt, scale, shift, top, key, base, sums, tilts, lost = met(
+                y, grad, token, top, key, base, sums, tilts, lost, temper, TRIPLES
             )
             if partial_ptr is not None:
                 of_head = head_ptr + token.to(tl.int64)[:, None] * head_stride_v
@@ -267,4 +267,4 @@ def one_pass_kernel(
                     tl.store(at, pulled(head, weights, scale, shift, pulls, UPCAST), mask=ours)
                 # Other threads read these sums for the next tile than have written them.
                 tl.debug_barrier()
-        store_met(sums_ptr, row, moves, splits, split, top, key, nan_key, base, sums, tilts, lost)
+        store_met(sums_ptr, row, moves, splits, split, top, key, base, sums, tilts, lost)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .exponential import exp, scaled
-from .row_sums import FIELDS, GRAD, LOST, NAN, SUM, TILT, TOKEN, TOP
+from .exponential import tempered_exp
+from .row_sums import FIELDS, GRAD, LOST, NAN, SUM, TILT, TOKEN, TOP, finite_or_0, first_of_larger
 
 RECORD = tl.constexpr(3)  # of a row: token, steps taken, flags
-_NO_TOKEN = tl.constexpr(1 << 21)  # more than any token
 
 
 @triton.jit
@@ -104,15 +103,15 @@ def tile_logits(
 
 @triton.jit
 def begun(TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """The state of :func:`met` before the first tile: (top, key, nan, base, sums, tilts, lost)."""
+    """The state of :func:`met` before the first tile: (top, key, base, sums, tilts, lost)."""
     nothing = tl.full((ROWS,), -float("inf"), tl.float32)
-    none = tl.full((ROWS,), _NO_TOKEN, tl.int32)
+    none = tl.full((ROWS,), NAN, tl.int32)
     lanes = tl.zeros((TOKENS, ROWS), tl.float32)
-    return nothing, none, none, tl.zeros((ROWS,), tl.float32), lanes, lanes, lanes - float("inf")
+    return nothing, none, tl.zeros((ROWS,), tl.float32), lanes, lanes, lanes - float("inf")
 
 
 @triton.jit
-def met(y, grad, token, top, key, nan_key, base, sums, tilts, lost, inverse, inverse_low):
+def met(y, grad, token, top, key, base, sums, tilts, lost, temper, TRIPLES: tl.constexpr):
     """One more tile in the softmax of rows.
 
     Weights are relative to the largest y so far, ``top``, and G to that of its token, ``base``: after a
@@ -122,40 +121,41 @@ def met(y, grad, token, top, key, nan_key, base, sums, tilts, lost, inverse, inv
         y: [TOKENS, ROWS] float32, −inf past the end.
         grad: [TOKENS, ROWS] float32, finite past the end.
         token: [TOKENS] int32, ascending, from one tile to the next too.
-        top: [ROWS] float32, the largest y so far.
-        key: [ROWS] int32, its token, the first of equals; that of the first NaN is ``nan_key``.
+        top: [ROWS] float32, the largest y so far, +inf from the first NaN on.
+        key: [ROWS] int32, its token, the first of equals; of the first NaN less NAN.
         base: [ROWS] float32, G of the token, 0 if it is not finite.
         sums, tilts: [TOKENS, ROWS] float32, Σ e and Σ e (G − base) of each place in a tile.
         lost: [TOKENS, ROWS] float32, the largest y at which G is not finite.
+        temper: of :func:`~.exponential.exp_base`.
+        TRIPLES: find the largest y, its token and its G by one reduction, not by three: the same numbers,
+            with a third of the barriers and more registers.
     Returns:
         weight e = exp((y − top)/τ) and tilt e (G − base), [TOKENS, ROWS]; scale and shift, [ROWS]; then
         ``top`` to ``lost`` with this tile.
     """
     nan = y != y
-    clean = tl.where(nan, -float("inf"), y)
-    tokens = token[:, None]
-    nan_key = tl.minimum(nan_key, tl.min(tl.where(nan, tokens, _NO_TOKEN), axis=0))
-    tile_top = tl.max(clean, axis=0)
-    tile_key = tl.min(tl.where(clean == tile_top[None, :], tokens, _NO_TOKEN), axis=0)
     finite = tl.abs(grad) < float("inf")
-    tile_base = tl.sum(tl.where((tokens == tile_key[None, :]) & finite, grad, 0.0), axis=0)
-    # The very first tile also has a token where nothing in it is finite.
-    better = (tile_top > top) | (key == _NO_TOKEN)
-    new_top = tl.where(better, tile_top, top)
-    new_base = tl.where(better, tile_base, base)
-    key = tl.where(better, tile_key, key)
-    scale = exp(scaled(top - new_top, inverse, inverse_low))
+    rank = tl.where(nan, float("inf"), y)
+    keys = tl.where(nan, token[:, None] - NAN, token[:, None])
+    if TRIPLES:
+        triples = (rank, keys, tl.where(finite, grad, 0.0))
+        tile_top, tile_key, tile_base = tl.reduce(triples, 0, first_of_larger)
+    else:
+        tile_top = tl.max(rank, axis=0)
+        tile_key = tl.min(tl.where(rank == tile_top[None, :], keys, NAN), axis=0)
+        # A sum of one number and zeros, in which nothing is left to an order.
+        tile_base = tl.sum(tl.where((keys == tile_key[None, :]) & finite, grad, 0.0), axis=0)
+    new_top, key, new_base = first_of_larger(top, key, base, tile_top, tile_key, tile_base)
+    reference = finite_or_0(new_top)
+    scale = tempered_exp(top - reference, temper)
     shift = base - new_base
-    reference = tl.where(tl.abs(new_top) < float("inf"), new_top, 0.0)
-    weight = exp(scaled(clean - reference[None, :], inverse, inverse_low))
-    # A row of +inf is refused: its sums only must not overflow.
-    weight *= tl.where(new_top < float("inf"), 1.0, 0.0)[None, :]
+    weight = tempered_exp(y - reference[None, :], temper)
     # G may be infinite where p is 0; elsewhere it spoils the row, by `lost`.
     tilt = weight * (tl.where(finite & (weight > 0), grad, new_base[None, :]) - new_base[None, :])
-    tilts = (tilts + shift[None, :] * sums) * scale[None, :] + tilt
-    sums = sums * scale[None, :] + weight
-    lost = tl.maximum(lost, tl.where(finite, -float("inf"), clean))
-    return weight, tilt, scale, shift, new_top, key, nan_key, new_base, sums, tilts, lost
+    tilts = tl.fma(tl.fma(sums, shift[None, :], tilts), scale[None, :], tilt)
+    sums = tl.fma(sums, scale[None, :], weight)
+    lost = tl.maximum(lost, tl.where(finite, -float("inf"), y))
+    return weight, tilt, scale, shift, new_top, key, new_base, sums, tilts, lost
 
 
 @triton.jit
@@ -177,14 +177,14 @@ def pulled(head, weights, scale, shift, sums, UPCAST: tl.constexpr):
         sums: [WIDTH, 2·ROWS] float32, so far.
     """
     plain, tilted = tl.split(tl.reshape(sums, (sums.shape[0], scale.shape[0], 2)))
-    tilted = (tilted + shift[None, :] * plain) * scale[None, :]
+    tilted = tl.fma(plain, shift[None, :], tilted) * scale[None, :]
     sums = side_by_side(plain * scale[None, :], tilted)
     # A sum, since Triton 3.7 fails for sm_100 where what a reshape gives is itself an operand in float32.
     return _dot(tl.trans(head), weights + 0.0, sums, UPCAST)
 
 
 @triton.jit
-def store_met(sums_ptr, row, there, splits, split, top, key, nan_key, base, sums, tilts, lost):
+def store_met(sums_ptr, row, there, splits, split, top, key, base, sums, tilts, lost):
     """The sums of a split, where and as :func:`~.row_sums.joined_sums` reads it.
 
     Args:
@@ -195,7 +195,6 @@ def store_met(sums_ptr, row, there, splits, split, top, key, nan_key, base, sums
     at = sums_ptr + row * (FIELDS * splits) + split
     rows: tl.constexpr = sums.shape[1]
     tl.store(at + TOP * splits, top, mask=there)
-    key = tl.where(nan_key < _NO_TOKEN, nan_key - NAN, key)
     tl.store(at + TOKEN * splits, key.to(tl.float32), mask=there)
     tl.store(at + SUM * splits, tl.reshape(in_pairs(sums), (rows,)), mask=there)
     tl.store(at + TILT * splits, tl.reshape(in_pairs(tilts), (rows,)), mask=there)

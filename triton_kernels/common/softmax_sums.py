@@ -9,11 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .exponential import exp, inverse_parts, scaled
-from .gumbel import gumbel_tile
+from .exponential import exp_base, tempered_exp
+from .gumbel import gumbel_row
+from .lanes import first_place, lane_sum, larger_or_nan, load_tiles, top_of, vector, warps
 from .scratch import row_blocks, share
 
-_COLUMNS = 4096  # of a slice: fixed, so that a row's sums do not depend on the batch
+_SLICE = 4096  # tokens: fixed, so that a row's sums do not depend on the batch
+_NOISY_SLICE = 1024  # of a slice whose noise is drawn, some hundred instructions a token
+_THREADS = 64  # of a slice's program
 
 
 class SoftmaxSums(NamedTuple):
@@ -30,33 +33,56 @@ class SoftmaxSums(NamedTuple):
 
 
 @triton.jit
-def perturbed_tile(
-    logits_ptr,
-    row_stride,
+def _slice_tiles(
+    row_ptr,
     column_stride,
-    seed_ptr,  # [N] int64 if NOISE
-    position_ptr,  # [N] int64 if NOISE
-    row,  # [ROWS] int64, in 0..N−1
-    start,  # a multiple of 4
+    seed,
+    position,
+    start,
     vocabulary,
-    COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
     NOISE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """A tile of z + g in float32, −inf past the vocabulary: [ROWS, COLUMNS]."""
-    column = start + tl.arange(0, COLUMNS)
-    at = logits_ptr + row[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    z = tl.load(at, mask=(column < vocabulary)[None, :], other=-float("inf")).to(tl.float32)
+    """A slice of a row of z + g."""
+    tiles = load_tiles(row_ptr, column_stride, start, vocabulary, -float("inf"), LANES, TILES, MASKED)
     if NOISE:
-        z += gumbel_tile(tl.load(seed_ptr + row), tl.load(position_ptr + row), start, COLUMNS)
-    return z
+        quiet = tiles
+        tiles = ()
+        for t in tl.static_range(TILES):
+            noise = gumbel_row(seed, position, start + t * LANES, LANES)
+            tiles += (quiet[t] + noise,)
+    return tiles
 
 
 @triton.jit
-def exp_tile(z, top, inverse, inverse_low):
-    """exp((z − top)/τ) of a tile [ROWS, COLUMNS] with top [ROWS]; 0 where z is −inf, and in bad rows."""
-    difference = z - top[:, None]
-    difference = tl.where(difference == difference, difference, -float("inf"))
-    return exp(scaled(difference, inverse, inverse_low))
+def _measure(
+    tops_ptr,
+    totals_ptr,
+    row_ptr,
+    column_stride,
+    seed,
+    position,
+    start,
+    vocabulary,
+    base,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    NOISE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    tiles = _slice_tiles(
+        row_ptr, column_stride, seed, position, start, vocabulary, LANES, TILES, NOISE, MASKED
+    )
+    top = top_of(tiles)
+    reference = tl.where(tl.abs(top) < float("inf"), top, 0.0)
+    total = tl.zeros((LANES,), tl.float32)
+    for t in tl.static_range(TILES):
+        total += tempered_exp(tiles[t] - reference, base)
+    tl.store(tops_ptr, top)
+    tl.store(totals_ptr, lane_sum(total, VECTOR))
 
 
 @triton.jit(do_not_specialize=["slices"])
@@ -64,82 +90,116 @@ def _slice_kernel(
     logits_ptr,  # [N, V]
     row_stride,
     column_stride,
-    seed_ptr,
-    position_ptr,
-    tops_ptr,  # [N, slices] float32
-    totals_ptr,  # [N, slices] float32
-    keys_ptr,  # [N, slices] int32: the token; −1 if a logit is NaN
+    seed_ptr,  # [N] int64 if NOISE
+    position_ptr,  # [N] int64 if NOISE
+    tops_ptr,  # [N, slices] float32: the largest, NaN if one is
+    totals_ptr,  # [N, slices] float32: Σ exp((z − largest)/τ)
     vocabulary,
     slices,
-    inverse,
-    inverse_low,
-    COLUMNS: tl.constexpr,
+    base,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    VECTOR: tl.constexpr,
     NOISE: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    row = program // slices + tl.zeros((1,), tl.int64)
-    start = (program % slices).to(tl.int32) * COLUMNS
-    z = perturbed_tile(
-        logits_ptr,
-        row_stride,
-        column_stride,
-        seed_ptr,
-        position_ptr,
-        row,
-        start,
-        vocabulary,
-        COLUMNS,
-        NOISE,
-    )
-    bad = tl.max((z != z).to(tl.int32), axis=1)
-    z = tl.where(z != z, -float("inf"), z)
-    top = tl.max(z, axis=1)
-    column = start + tl.arange(0, COLUMNS)[None, :]
-    token = tl.min(tl.where(z == top[:, None], column, vocabulary - 1), axis=1)
-    finite = tl.abs(top) < float("inf")
-    kept = tl.where(finite[:, None], z, -float("inf"))
-    total = tl.sum(exp_tile(kept, tl.where(finite, top, 0.0), inverse, inverse_low), axis=1)
-    at = program + tl.zeros((1,), tl.int64)
-    tl.store(tops_ptr + at, top)
-    tl.store(totals_ptr + at, total)
-    tl.store(keys_ptr + at, tl.where(bad > 0, -1, token))
+    row = program // slices
+    start = (program % slices).to(tl.int32) * (LANES * TILES)
+    tops_ptr += program
+    totals_ptr += program
+    row_ptr = logits_ptr + row * row_stride
+    seed, position = row, row
+    if NOISE:
+        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+    whole = start + LANES * TILES <= vocabulary
+    if NOISE:
+        # What a mask costs does not show beside the noise, whose code is not to be there twice.
+        whole = False
+    if whole:
+        _measure(
+            tops_ptr,
+            totals_ptr,
+            row_ptr,
+            column_stride,
+            seed,
+            position,
+            start,
+            vocabulary,
+            base,
+            LANES,
+            TILES,
+            VECTOR,
+            NOISE,
+            False,
+        )
+    else:
+        _measure(
+            tops_ptr,
+            totals_ptr,
+            row_ptr,
+            column_stride,
+            seed,
+            position,
+            start,
+            vocabulary,
+            base,
+            LANES,
+            TILES,
+            VECTOR,
+            NOISE,
+            True,
+        )
 
 
 @triton.jit(do_not_specialize=["slices"])
 def _join_kernel(
+    logits_ptr,
+    row_stride,
+    column_stride,
+    seed_ptr,
+    position_ptr,
     tops_ptr,
     totals_ptr,
-    keys_ptr,
     top_ptr,
     total_ptr,
     token_ptr,
     status_ptr,
+    vocabulary,
     slices,
-    inverse,
-    inverse_low,
+    base,
     SLICES: tl.constexpr,  # a power of two ≥ slices
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    NOISE: tl.constexpr,
 ):
+    """Join the slices of a row; its token is sought in the one that holds the largest z."""
     row = tl.program_id(0).to(tl.int64)
     slice = tl.arange(0, SLICES)
     at = row * slices + slice
     tops = tl.load(tops_ptr + at, mask=slice < slices, other=-float("inf"))
     totals = tl.load(totals_ptr + at, mask=slice < slices, other=0.0)
-    keys = tl.load(keys_ptr + at, mask=slice < slices, other=1 << 30)
-    top = tl.max(tops, axis=0)
-    token = tl.min(tl.where(tops == top, keys, 1 << 30), axis=0)
-    infinite = tl.where(top == float("inf"), 2, tl.where(top == -float("inf"), 3, 0))
-    status = tl.where(tl.min(keys, axis=0) < 0, 1, infinite)
-    kept = tl.where(status == 0, tops, -float("inf"))
-    share = exp(scaled(kept - tl.where(status == 0, top, 0.0), inverse, inverse_low))
+    top = tl.reduce(tops, 0, larger_or_nan)
+    winner = tl.min(tl.where(tops == top, slice, slices - 1), axis=0)
+    start = winner * (LANES * TILES)
+    seed, position = row, row
+    if NOISE:
+        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+    row_ptr = logits_ptr + row * row_stride
+    tiles = _slice_tiles(
+        row_ptr, column_stride, seed, position, start, vocabulary, LANES, TILES, NOISE, True
+    )
+    token = tl.minimum(start + first_place(tiles, top), vocabulary - 1)
+    status = tl.where(top != top, 1, tl.where(top == float("inf"), 2, tl.where(top == -float("inf"), 3, 0)))
+    share = tempered_exp(tops - tl.where(status == 0, top, 0.0), base)
     total = tl.sum(share * totals, axis=0)
     tl.store(top_ptr + row, tl.where(status == 0, top, float("nan")))
     tl.store(total_ptr + row, tl.where(status == 0, total, 1.0))
-    tl.store(token_ptr + row, tl.maximum(token, 0).to(tl.int64))
+    tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(status_ptr + row, status.to(tl.int32))
 
 
 def softmax_sums(logits: Tensor, tau: float, noise: tuple[Tensor, Tensor] | None = None) -> SoftmaxSums:
-    """Sums of each row of z = logits + noise.
+    """Sums of each row of z = logits + noise. A row's are the same bits whatever the other rows.
 
     Args:
         logits: [N, V] float32, bfloat16 or float16, any strides.
@@ -151,41 +211,39 @@ def softmax_sums(logits: Tensor, tau: float, noise: tuple[Tensor, Tensor] | None
         *(logits.new_empty(rows, dtype=dtype) for dtype in (torch.float32, torch.float32)),
         *(logits.new_empty(rows, dtype=dtype) for dtype in (torch.int64, torch.int32)),
     )
-    row_bytes = 12 * triton.cdiv(vocabulary, _COLUMNS)
-    for part in row_blocks(rows, row_bytes, share(1)):
+    width = _THREADS * vector(logits.element_size())
+    columns = _SLICE if noise is None else max(_NOISY_SLICE, width)
+    lanes = {"LANES": width, "TILES": columns // width, "NOISE": noise is not None}
+    slices = triton.cdiv(vocabulary, columns)
+    for part in row_blocks(rows, 8 * slices, share(1)):
         of_part = (noise[0][part], noise[1][part]) if noise else None
-        _sum(logits[part], tau, of_part, sums.part(part))
+        _sum(logits[part], tau, of_part, sums.part(part), slices, lanes)
     return sums
 
 
-def _sum(logits: Tensor, tau: float, noise: tuple[Tensor, Tensor] | None, sums: SoftmaxSums) -> None:
+def _sum(
+    logits: Tensor,
+    tau: float,
+    noise: tuple[Tensor, Tensor] | None,
+    sums: SoftmaxSums,
+    slices: int,
+    lanes: dict[str, int],
+) -> None:
     rows, vocabulary = logits.shape
-    slices = triton.cdiv(vocabulary, _COLUMNS)
-    tops, totals = (logits.new_empty(rows, slices, dtype=torch.float32) for _ in range(2))
-    keys = logits.new_empty(rows, slices, dtype=torch.int32)
-    inverse, inverse_low = inverse_parts(tau)
+    tops, totals = logits.new_empty(2, rows, slices, dtype=torch.float32)
+    given = (logits, *logits.stride(), *(noise or (sums.token, sums.token)), tops, totals)
+    base, options = exp_base(tau), {"num_warps": warps(_THREADS), "enable_fp_fusion": False}
     with torch.cuda.device_of(logits):
         _slice_kernel[(rows * slices,)](
-            logits,
-            *logits.stride(),
-            *(noise or (keys, keys)),
-            tops,
-            totals,
-            keys,
-            vocabulary,
-            slices,
-            inverse,
-            inverse_low,
-            COLUMNS=_COLUMNS,
-            NOISE=noise is not None,
+            *given, vocabulary, slices, base, VECTOR=vector(logits.element_size()), **lanes, **options
         )
         _join_kernel[(rows,)](
-            tops,
-            totals,
-            keys,
+            *given,
             *sums,
+            vocabulary,
             slices,
-            inverse,
-            inverse_low,
+            base,
             SLICES=triton.next_power_of_2(slices),
+            **lanes,
+            **options,
         )
