@@ -12,7 +12,7 @@ from torch import Tensor
 from .common.exponential import exp_base, tempered_exp
 from .common.gradient_sums import FIELDS, joined_slices
 from .common.library_products import add_weighted_rows, converted_bytes, float32_products
-from .common.powers import LOG2_E, power_of_two, power_parts
+from .common.powers import power_of_two, power_parts
 from .common.row_tops import Noise, RowTops
 from .common.soft_mix import SoftMix, scratch_bytes
 from .common.vocabulary_chunks import SLICE, WARPS, Partition, logits_slice, partition
@@ -89,7 +89,6 @@ def _pull_weights_kernel(
     chunk_slices,
     slices,
     base,
-    scale_low,
     FIRST: tl.constexpr,  # chunk: no sums yet
     COLUMNS: tl.constexpr,
     SLICES: tl.constexpr,
@@ -106,7 +105,7 @@ def _pull_weights_kernel(
     top, some, hard_grad, _total, mean = joined_slices(
         slices_ptr, slices, first_slice + chunk_slices, base, SLICES
     )
-    exponent, fraction = power_parts(top, some, base[0], scale_low)
+    exponent, fraction = power_parts(top, some, base)
     z = logits_slice(logits_ptr, chunk, 1, seed_ptr, position_ptr, row, start, end, origin, COLUMNS, NOISE)
     token = start + tl.arange(0, COLUMNS)
     there = token < end
@@ -129,7 +128,7 @@ def _pull_weights_kernel(
         old_top, old_some, old_grad, _old_total, old_mean = joined_slices(
             slices_ptr, slices, first_slice, base, SLICES
         )
-        former, _fraction = power_parts(old_top, old_some, base[0], scale_low)
+        former, _fraction = power_parts(old_top, old_some, base)
         factor = power_of_two(former - exponent)
         # Nothing has been summed of a row that was masked so far.
         step = tl.where(old_some, (old_grad - hard_grad) + (old_mean - mean), 0.0)
@@ -152,7 +151,6 @@ def _hidden_grad_kernel(
     slices,
     blocks,  # of a row
     base,
-    scale_low,
     inverse,  # 1/τ
     COLUMNS: tl.constexpr,
     SLICES: tl.constexpr,
@@ -162,7 +160,7 @@ def _hidden_grad_kernel(
     top, some, _hard_grad, total, mean = joined_slices(
         slices_ptr + row * (FIELDS * slices), slices, slices, base, SLICES
     )
-    _exponent, fraction = power_parts(top, some, base[0], scale_low)
+    _exponent, fraction = power_parts(top, some, base)
     tilts = tl.load(sums_ptr + row * (2 * width) + width + column, mask=column < width, other=0.0)
     scale = inverse / (total * tl.exp2(fraction))
     grad = tl.where(mean == mean, tilts * scale, mean)
@@ -254,7 +252,6 @@ def _backward(
     given = (direct, *direct.stride()) if direct is not None else (sums, 0, 0)
     key = noise or (sums, sums)
     base = exp_base(tau)
-    scale_low = LOG2_E / tau - base[0]
     options = {"COLUMNS": SLICE, "NOISE": noise is not None, "DIRECT": direct is not None}
     options["num_warps"] = WARPS
     joined = triton.next_power_of_2(slices)
@@ -299,7 +296,6 @@ def _backward(
             first,
             *place,
             base,
-            scale_low,
             FIRST=first == 0,
             SLICES=joined,
             MOVED=_MOVED,
@@ -316,7 +312,6 @@ def _backward(
         slices,
         blocks,
         base,
-        scale_low,
         1 / tau,
         COLUMNS=_COLUMNS,
         SLICES=joined,

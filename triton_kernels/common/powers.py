@@ -5,25 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634
-
 # The exponent of a row without a finite logit so far: below any other, and a number.
 NO_EXPONENT = tl.constexpr(-1e300)
 
 
 @triton.jit
-def power_parts(top, some, scale_high, scale_low):
+def power_parts(top, some, base):
     """top/(τ ln 2) = k + f with k whole and −1 < f ≤ 0.
 
     Args:
         top: float32, finite: the largest logit of a row.
         some: whether the row has a finite one.
-        scale_high, scale_low: 1/(τ ln 2) in two parts.
+        base: of :func:`~.exponential.exp_base`.
     Returns:
         k float64, NO_EXPONENT unless ``some``; f float32.
     """
     wide = top.to(tl.float64)
-    power = wide * scale_high + wide * scale_low
+    power = wide * base[0] + wide * base[1]
     exponent = tl.ceil(power)
     return tl.where(some, exponent, NO_EXPONENT), (power - exponent).to(tl.float32)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .exponential import exp_base, tempered_exp
 from .library_products import add_weighted_rows
-from .powers import LOG2_E, NO_EXPONENT, power_of_two, power_parts
+from .powers import NO_EXPONENT, power_of_two, power_parts
 from .row_tops import Noise, RowTops, row_status
 from .vocabulary_chunks import SLICE, WARPS, logits_slice
 
@@ -49,7 +49,6 @@ def _weights_kernel(
     chunk_slices,
     slices,
     base,
-    scale_low,
     FIRST: tl.constexpr,  # chunk: no sums yet
     COLUMNS: tl.constexpr,
     SLICES: tl.constexpr,  # a power of two ≥ slices
@@ -81,7 +80,7 @@ def _weights_kernel(
     top = tl.max(tops, axis=0)
     some = tl.abs(top) < float("inf")
     top = tl.where(some, top, 0.0)
-    exponent, fraction = power_parts(top, some, base[0], scale_low)
+    exponent, fraction = power_parts(top, some, base)
     tl.store(exponents_ptr + row * slices + slice, exponent)
     difference = z - top
     column = of_chunk * COLUMNS + tl.arange(0, COLUMNS)
@@ -102,7 +101,7 @@ def _weights_kernel(
     if not FIRST:
         before = tl.max(tl.where(other < first_slice, tops, -float("inf")), axis=0)
         had = tl.abs(before) < float("inf")
-        former, _fraction = power_parts(tl.where(had, before, 0.0), had, base[0], scale_low)
+        former, _fraction = power_parts(tl.where(had, before, 0.0), had, base)
         factor = power_of_two(former - exponent)
         if factor != 1.0:
             for begin in range(of_chunk * RESCALED, width, chunk_slices * RESCALED):
@@ -168,7 +167,6 @@ class SoftMix:
     ):
         self.tables = tables
         self.base = exp_base(tau)
-        self.scale_low = LOG2_E / tau - self.base[0]
         self.row_tops = RowTops(like, rows, vocabulary)
         self.rows = rows
         self.kinds = list(dict.fromkeys(table.dtype for table in tables))
@@ -204,7 +202,6 @@ class SoftMix:
                 of_chunk,
                 tops.slices,
                 self.base,
-                self.scale_low,
                 FIRST=first == 0,
                 COLUMNS=SLICE,
                 SLICES=triton.next_power_of_2(tops.slices),
