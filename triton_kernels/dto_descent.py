@@ -21,6 +21,7 @@ from .common.adam import NEVER, adam_step, load_rates, store_corrections, store_
 from .common.exponential import exp_base, tempered_exp
 from .common.gumbel import gumbel_noise
 from .common.lanes import load_tiles, store_tiles, vector, warps
+from .common.launch import launched, repeated
 from .common.row_sums import FIELDS, finite_grads, joined_slices, joined_sums, store_sums
 
 TILE = 2048  # tokens of a slice; results depend on it
@@ -204,6 +205,7 @@ def _step_slice(
         store_sums(own, slices, slice, _perturbed(new_z, noise), grad, grad_ptr, base, VECTOR)
 
 
+@launched
 @triton.jit(do_not_specialize=["turn", "iters", "rows", "slices"])
 def _step_kernel(
     z_ptr,  # [rows, V] float32, in place
@@ -309,6 +311,7 @@ def _step_kernel(
         )
 
 
+@launched
 @triton.jit(do_not_specialize=["turn", "rows", "slices"])
 def _team_kernel(
     team_ptr,  # [rows] int32
@@ -433,7 +436,6 @@ def dto_descent(
             by_row = schedule.ndim == 2
             own_schedule = schedule[part] if by_row else schedule
             strides = [array.stride(0) for array in arrays[:4]]
-            strides += [schedule.stride(0) if by_row else 0, schedule.stride(-1)]
             _survey_kernel[(n * slices,)](
                 own_z,
                 own_grad,
@@ -451,28 +453,51 @@ def dto_descent(
                 base,
                 **lanes,
             )
+            step_rows = repeated(
+                _step_kernel,
+                (n * slices,),
+                "turn",
+                *arrays,
+                *limits,
+                own_schedule,
+                corrections,
+                team,
+                stopped,
+                sums,
+                records,
+                vocabulary,
+                n,
+                slices,
+                turn=1,
+                iters=iters,
+                z_stride=strides[0],
+                grad_stride=strides[1],
+                first_stride=strides[2],
+                second_stride=strides[3],
+                schedule_row_stride=schedule.stride(0) if by_row else 0,
+                schedule_stride=schedule.stride(-1),
+                base=base,
+                **joined,
+                **lanes,
+            )
+            stop_teams = repeated(
+                _team_kernel,
+                (n,),
+                "turn",
+                team,
+                stopped,
+                sums,
+                records,
+                n,
+                slices,
+                turn=1,
+                base=base,
+                **alone,
+            )
             for turn in range(1, iters + 1):
                 if team is not None and turn > 1:
-                    _team_kernel[(n,)](team, stopped, sums, records, n, slices, turn, base, **alone)
-                _step_kernel[(n * slices,)](
-                    *arrays,
-                    *limits,
-                    own_schedule,
-                    corrections,
-                    team,
-                    stopped,
-                    sums,
-                    records,
-                    vocabulary,
-                    n,
-                    slices,
-                    turn,
-                    iters,
-                    *strides,
-                    base,
-                    **joined,
-                    **lanes,
-                )
+                    stop_teams(turn)
+                step_rows(turn)
             _finish_kernel[(n,)](
                 own_step,
                 token[part],
