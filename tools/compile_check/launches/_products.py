@@ -81,8 +81,11 @@ def _slice_sums(launch: Launch) -> Work:
 
 
 def _joined_sums(launch: Launch) -> Work:
-    parts = [launch[name] for name in ("tops_ptr", "totals_ptr", "keys_ptr")]
-    return Work(parts[0].numel(), reads=parts, writes=[launch["top_ptr"], launch["total_ptr"]])
+    parts, logits = [launch[name] for name in ("tops_ptr", "totals_ptr")], launch["logits_ptr"]
+    # A row's token is looked for in the slice that has the largest logit.
+    slice_bytes = launch.programs * launch["LANES"] * launch["TILES"] * logits.element_size()
+    reads = [*parts, (logits, min(slice_bytes, size(logits)))]
+    return Work(parts[0].numel(), reads=reads, writes=[launch["top_ptr"], launch["total_ptr"]])
 
 
 def _row_totals(launch: Launch) -> Work:
