@@ -112,7 +112,13 @@ def _one_pass(launch: Launch) -> Work:
     )
 
 
+def _begin(launch: Launch) -> Work:
+    # A few numbers: the corrections of the steps, and the team of a row.
+    return Work(max(launch["iters"], launch.programs), writes=[launch["corrections_ptr"]])
+
+
 WORK = {
+    "dto_descent_latents._begin_kernel": _begin,
     "dto_descent_latents._verdict_kernel": _verdict,
     "dto_descent_latents._step_kernel": _step,
     "latents_passes.logits_kernel": _logits,
