@@ -102,7 +102,7 @@ def _pull_weights_kernel(
     start = (first_slice + of_chunk) * COLUMNS
     chunk = end - origin
     slices_ptr += row * (FIELDS * slices)
-    top, some, hard_grad, _total, mean = joined_slices(
+    top, some, hard_grad, _total, mean, _spoiled = joined_slices(
         slices_ptr, slices, first_slice + chunk_slices, base, SLICES
     )
     exponent, fraction = power_parts(top, some, base)
@@ -114,8 +114,9 @@ def _pull_weights_kernel(
         at = direct_ptr + row * direct_row_stride + token.to(tl.int64) * direct_column_stride
         grad += tl.load(at, mask=there, other=0.0).to(tl.float32)
     weight = tempered_exp(z - top, base) * tl.exp2(fraction)
-    # G may be infinite where p is 0.
-    tilt = tl.where(weight > 0, weight * (grad - hard_grad - mean), 0.0)
+    # G may be infinite where p is 0, or will be when the whole row is known.
+    finite = (weight > 0) & (tl.abs(grad) < float("inf"))
+    tilt = tl.where(finite, weight * (grad - hard_grad - mean), 0.0)
     at = row * (2 * chunk) + (token - origin)
     for t in tl.static_range(len(weights)):
         dtype = weights[t].dtype.element_ty
@@ -125,7 +126,7 @@ def _pull_weights_kernel(
         weight -= rounded.to(tl.float32)
         tilt -= rounded_tilt.to(tl.float32)
     if not FIRST:
-        old_top, old_some, old_grad, _old_total, old_mean = joined_slices(
+        old_top, old_some, old_grad, _old_total, old_mean, _spoiled = joined_slices(
             slices_ptr, slices, first_slice, base, SLICES
         )
         former, _fraction = power_parts(old_top, old_some, base)
@@ -138,8 +139,10 @@ def _pull_weights_kernel(
             known = column < width
             sums = tl.load(sums_ptr + column, mask=known, other=0.0)
             tilts = tl.load(sums_ptr + width + column, mask=known, other=0.0)
+            # What no longer counts may have been infinite.
+            moved = tl.where(factor > 0, tl.fma(sums, step, tilts) * factor, 0.0)
             tl.store(sums_ptr + column, sums * factor, mask=known)
-            tl.store(sums_ptr + width + column, tl.fma(sums, step, tilts) * factor, mask=known)
+            tl.store(sums_ptr + width + column, moved, mask=known)
 
 
 @triton.jit(do_not_specialize=["slices", "blocks"])
@@ -157,17 +160,19 @@ def _hidden_grad_kernel(
 ):
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    top, some, _hard_grad, total, mean = joined_slices(
+    top, some, _hard_grad, total, _mean, spoiled = joined_slices(
         slices_ptr + row * (FIELDS * slices), slices, slices, base, SLICES
     )
     _exponent, fraction = power_parts(top, some, base)
     tilts = tl.load(sums_ptr + row * (2 * width) + width + column, mask=column < width, other=0.0)
     scale = inverse / (total * tl.exp2(fraction))
-    grad = tl.where(mean == mean, tilts * scale, mean)
+    grad = tl.where(spoiled, float("nan"), tilts * scale)
     tl.store(grad_ptr + row * width + column, grad.to(grad_ptr.dtype.element_ty), mask=column < width)
 
 
 _COLUMNS = 512  # of a program of _hidden_grad_kernel
+# Numbers of 8 bits that a weight is the sum of, for a gradient of each dtype.
+_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 def linear_embedding_mix_backward(
@@ -188,14 +193,13 @@ def linear_embedding_mix_backward(
     2·N·V·(2H + ΣH_t), a second pass takes 2·N·V·(3H + 2ΣH_t) and rows of logits that are kept take the
     tables through memory for every 50 of them.
 
-    A half-precision gradient takes its weights rounded to the head's bfloat16, a float32 one in three
-    terms.
+    With a bfloat16 head, a gradient takes its weights in as many bfloat16 terms as its own dtype needs.
     """
     rows, vocabulary = len(hidden), len(head)
     result = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     kind, terms = torch.float32, 1
     if head.dtype == torch.bfloat16:
-        kind, terms = torch.bfloat16, 3 if hidden.dtype == torch.float32 else 1
+        kind, terms = torch.bfloat16, _TERMS[hidden.dtype]
     row_bytes = 4 * FIELDS.value * triton.cdiv(vocabulary, SLICE) + 8 * hidden.shape[1]
     row_bytes += converted_bytes([hidden, *cotangents], [head, *tables])
     token_bytes = 8 + 2 * terms * kind.itemsize

@@ -214,6 +214,7 @@ class VocabularySlice:
                         origin,
                         sums,
                         sums,
+                        sums[part],
                         joined[part],
                         out[part].view(torch.int16) if split else out,
                         rest[part],
@@ -222,6 +223,7 @@ class VocabularySlice:
                         end,
                         first // SLICE,
                         of_chunk,
+                        slices,
                         base,
                         **options,
                     )

@@ -13,6 +13,7 @@ from nabla_fast.ops import (
     AdamState,
     cosine_schedule,
     dto_descent,
+    embedding_mix,
     nll_grad,
     onehot_grad,
     registry,
@@ -78,3 +79,10 @@ def test_bad_rows_are_found_every_time():
     logits[1, 2] = torch.nan
     with pytest.raises(RowError, match="row 1"):
         token_stats(logits)
+
+
+def test_a_traced_call_stays_a_call():
+    table = torch.randn(5, 3)
+    traced = torch.jit.trace(lambda z: embedding_mix(z, [table], hard=False)[0], (torch.randn(2, 5),))
+    logits = torch.randn(2, 5)
+    torch.testing.assert_close(traced(logits), embedding_mix(logits, [table], hard=False)[0])

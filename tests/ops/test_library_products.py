@@ -62,6 +62,22 @@ def test_float32_is_multiplied_as_float32_and_settings_return():
         settings.fp32_precision = former
 
 
+def test_what_is_set_for_all_of_torch_is_followed_again():
+    settings = torch.backends.cuda.matmul
+    former, of_torch = settings.fp32_precision, torch.backends.fp32_precision
+    try:
+        settings.fp32_precision, torch.backends.fp32_precision = "none", "tf32"
+        with library_products.float32_products():
+            with library_products.float32_products():
+                pass
+            assert settings.fp32_precision == "ieee"
+        assert settings.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert settings.fp32_precision == "ieee"
+    finally:
+        settings.fp32_precision, torch.backends.fp32_precision = former, of_torch
+
+
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 def test_autocast_changes_nothing(hard: bool, draw: Draw):
     logits, tables = draw.logits(3, 300), draw.tables(300, [(8, F32)])

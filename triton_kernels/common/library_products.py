@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -15,20 +16,36 @@ from torch import Tensor
 
 from . import scratch
 
+_lock = threading.Lock()
+_users = 0  # of float32_products(), in all threads
+_former = ""  # what is set again, if anything
+
 
 @contextlib.contextmanager
 def float32_products() -> Iterator[None]:
-    """Inside, float32 operands are multiplied as they are, whatever the process has allowed elsewhere."""
+    """Inside, float32 operands are multiplied as they are, whatever the process has allowed elsewhere.
+
+    The setting is the process': it returns when the last of several threads leaves.
+    """
+    global _users, _former
     settings = torch.backends.cuda.matmul
-    former = settings.fp32_precision
-    if former != "tf32":
-        yield
-        return
-    settings.fp32_precision = "ieee"
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _former = settings.fp32_precision
+            if _former == "tf32":
+                # What is set for all of torch is followed again afterwards, not held.
+                _former = "none" if torch.backends.fp32_precision == "tf32" else "tf32"
+                settings.fp32_precision = "ieee"
+            else:
+                _former = ""
     try:
         yield
     finally:
-        settings.fp32_precision = former
+        with _lock:
+            _users -= 1
+            if _users == 0 and _former:
+                settings.fp32_precision = _former
 
 
 def add_weighted_rows(sums: Tensor, weights: Tensor, table: Tensor, *, keep: bool) -> None:

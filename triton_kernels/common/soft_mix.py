@@ -24,8 +24,9 @@ from .row_tops import Noise, RowTops, row_status
 from .vocabulary_chunks import SLICE, WARPS, logits_slice
 
 _RESCALED = 256  # sums at a time
-# Weights of at most 1 reach float16's subnormal numbers early: the small ones of a flat row add up.
-_FLOAT16_SCALE = tl.constexpr(32768.0)
+# Weights of at most 1 reach float16's subnormal numbers early, and the small ones of a flat row add up:
+# they are scaled by 2¹⁵. Sums of up to 2²⁰ others stay as finite as the tables are: by 2⁻²⁰.
+_FLOAT16_SCALE, _SCALE = tl.constexpr(15.0), tl.constexpr(-20.0)
 
 
 @triton.jit(do_not_specialize=["rows", "first_slice", "chunk_slices", "slices"])
@@ -88,12 +89,11 @@ def _weights_kernel(
     for t in tl.static_range(len(weights)):
         dtype = weights[t].dtype.element_ty
         if dtype == tl.float32:
-            weight = tempered_exp(difference, base) * tl.exp2(fraction)
+            weight = tempered_exp(difference, base) * tl.exp2(fraction + _SCALE)
         else:
             # The hardware's exponential is exact enough for what is rounded at once.
-            weight = tl.exp2(tl.fma(difference, base[0], fraction))
-            if dtype == tl.float16:
-                weight = weight * _FLOAT16_SCALE
+            scale = _FLOAT16_SCALE if dtype == tl.float16 else _SCALE
+            weight = tl.exp2(tl.fma(difference, base[0], fraction + scale))
         rounded = weight.to(dtype)
         tl.store(weights[t] + row * chunk_width + column, rounded, mask=there)
         at = totals_ptr + (t * rows + row) * slices + slice

@@ -384,6 +384,7 @@ def _nothing_special() -> bool:
     """Whether nothing is traced and no mode of torch's dispatcher is on."""
     return not (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,18 @@ from nabla_fast.ops import backend_status, embedding_mix, use_backend
 from nabla_fast.ops.embedding_mix import embedding_mix_backward
 
 from ..contract import BackendContract
-from ..harness import DEVICES, interpreted, run
-from ..inputs import F16, F32, Case, Draw
+from ..harness import DEVICES, check, interpreted, run
+from ..inputs import BF16, F16, F32, Case, Draw
 from ..shared import scratch
-from ..shared.mixes_triton import check_chunks, check_parts, chunk_cases, part_cases
+from ..shared.mixes import backward_arguments
+from ..shared.mixes_triton import (
+    VOCABULARY,
+    check_chunks,
+    check_parts,
+    chunk_cases,
+    part_cases,
+    short_chunks,
+)
 from .cases import EMBEDDING_MIX, EMBEDDING_MIX_BACKWARD
 from .golden import GoldenNumbers
 
@@ -141,3 +151,41 @@ def test_chunks(case: Case, draw: Draw, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("case", chunk_cases(backward=True), ids=lambda case: case.name)
 def test_chunks_backward(case: Case, draw: Draw, monkeypatch: pytest.MonkeyPatch):
     check_chunks(embedding_mix_backward, case, draw, DEVICE.type, monkeypatch)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000], ids=["GPU", "CPU"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_a_nan_gradient_is_no_number_in_its_row(bits: int, dtype: torch.dtype, draw: Draw):
+    direct = torch.zeros(2, 64)
+    direct[0, 5] = torch.tensor([bits], dtype=torch.int32).view(F32)
+    options = {"tau": 1.0, "noise": None, "direct": direct}
+    with use_backend("triton"):
+        grad = embedding_mix_backward(
+            [draw.normal(2, 4)], draw.logits(2, 64, dtype), draw.tables(64, [(4, F32)]), **options
+        )
+    assert grad.isnan().sum(dim=1).tolist() == [64, 0]
+
+
+def test_large_tables_have_finite_mixes(monkeypatch: pytest.MonkeyPatch):
+    short_chunks(monkeypatch)
+    for dtype in (F32, BF16):
+        table = torch.full((VOCABULARY, 2), 3e38, dtype=dtype)
+        with use_backend("triton"):
+            (mix,) = embedding_mix(torch.zeros(1, VOCABULARY), [table], hard=False)
+        torch.testing.assert_close(mix, table[:1], rtol=2**-7 if dtype == BF16 else 1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+def test_a_constant_in_the_gradient_changes_no_bit_that_half_precision_keeps(offset: float, draw: Draw):
+    case = Case("offset", lambda draw: backward_arguments(draw, 5, vocabulary=515, dtype=BF16))
+
+    def shifted(draw: Draw) -> dict[str, Any]:
+        return case.make(draw) | {"direct": torch.full((5, 515), offset)}
+
+    check(
+        embedding_mix_backward,
+        replace(case, make=shifted),
+        draw,
+        DEVICE.type,
+        lambda arguments: run(embedding_mix_backward, "triton", arguments),
+    )
