@@ -45,15 +45,17 @@ def load_tiles(
         wanted: if it is false nothing is read, and what the tiles hold is undefined.
     """
     lane = tl.arange(0, LANES)
-    # Tiles are a constant apart where neighbours are: one address serves all.
+    # Tiles are a constant apart where neighbours are: one address serves all. A scalar that is a mask, or
+    # part of one, is an integer to Triton's interpreter, which 3.9 refuses: so it chooses between masks.
     first = row_ptr + (start + lane).to(tl.int64) * stride
     tiles = ()
     for t in tl.static_range(TILES):
         at = first + t * LANES * stride
         if MASKED:
-            tile = tl.load(at, mask=(lane < end - start - t * LANES) & wanted, other=other)
+            there = tl.where(wanted, lane < end - start - t * LANES, False)
+            tile = tl.load(at, mask=there, other=other)
         else:
-            tile = tl.load(at, mask=wanted)
+            tile = tl.load(at, mask=tl.where(wanted, lane >= 0, False))
         tiles += (tile.to(tl.float32),)
     return tiles
 

@@ -1,10 +1,11 @@
 """softmax(z/τ)·T_t of all tables, a chunk of the vocabulary at a time.
 
-A kernel writes a chunk's weights exp(z/τ)·2⁻ᵏ once, in the tables' dtypes, and a library product with
-float32 sums takes them to the tables' rows. k = ⌈max z/(τ ln 2)⌉ over the chunks so far: a weight is at
-most 1, and when k grows, what has been summed is multiplied by a power of two, which is exact. The mix is
-divided by the sum of the weights as they were rounded: rounding then shifts a mix inside the span of the
-table's rows and does not scale it. (The form of quack's cross entropy with scaled exponentials.)
+A kernel writes a chunk's weights exp(z/τ)·2⁻ᵏ once, in the tables' dtypes and times a constant power of
+two, and a library product with float32 sums takes them to the tables' rows. k = ⌈max z/(τ ln 2)⌉ over the
+chunks so far: a weight is at most that constant, and when k grows, what has been summed is multiplied by a
+power of two, which is exact. The mix is divided by the sum of the weights as they were rounded: rounding
+then shifts a mix inside the span of the table's rows and does not scale it. (The form of quack's cross
+entropy with scaled exponentials.)
 
 The alternative, a pass over all logits for their maxima and a second one for the weights, reads N·V logits
 from memory once more; here the second reading of a chunk finds it in the L2 cache.
@@ -105,9 +106,9 @@ def _weights_kernel(
         factor = power_of_two(former - exponent)
         if factor != 1.0:
             for begin in range(of_chunk * RESCALED, width, chunk_slices * RESCALED):
-                sum = begin + tl.arange(0, RESCALED)
-                sums = tl.load(sums_ptr + row * width + sum, mask=sum < width, other=0.0)
-                tl.store(sums_ptr + row * width + sum, sums * factor, mask=sum < width)
+                place = begin + tl.arange(0, RESCALED)
+                sums = tl.load(sums_ptr + row * width + place, mask=place < width, other=0.0)
+                tl.store(sums_ptr + row * width + place, sums * factor, mask=place < width)
 
 
 @triton.jit(do_not_specialize=["rows", "slices", "blocks"])
