@@ -17,6 +17,7 @@ from typing import Any
 from nabla_fast.bench.decode_tables import tables
 from nabla_fast.demo.show import TITLES
 from nabla_fast.ops.registry import BACKENDS, all_ops
+from tools.markers import replaced
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -249,12 +250,10 @@ def updated(document: Path) -> str:
     """
     text = document.read_text()
     for section in DOCUMENTS[document]:
-        begin, end = (f"<!-- {section.name}:{edge} -->" for edge in ("begin", "end"))
-        head, found, rest = text.partition(begin)
-        _, closed, tail = rest.partition(end)
-        if not found or not closed:
-            raise SystemExit(f"{document}: no {begin} … {end}")
-        text = f"{head}{begin}\n{section.made()}\n{end}{tail}"
+        try:
+            text = replaced(text, section.name, section.made())
+        except ValueError as error:
+            raise SystemExit(f"{document}: {error}") from None
     return text
 
 

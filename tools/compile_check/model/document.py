@@ -10,6 +10,7 @@ from tools.compile_check.model import hardware, predictions, timing
 from tools.compile_check.model.hardware import H200
 from tools.compile_check.model.predictions import Prediction
 from tools.compile_check.model.timing import Counts, Times
+from tools.markers import replaced
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "gpu_predictions.md"
 _MOVED = 0.2
@@ -177,12 +178,7 @@ def page(text: str, made: Sequence[Prediction], former: Sequence[Prediction]) ->
         "arithmetic": lambda: arithmetic(made),
     }
     for name, section in sections.items():
-        begin, end = (f"<!-- {name}:{edge} -->" for edge in ("begin", "end"))
-        head, found, rest = text.partition(begin)
-        _, closed, tail = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"no {begin} … {end}")
-        text = f"{head}{begin}\n{section()}\n{end}{tail}"
+        text = replaced(text, name, section())
     return text
 
 
