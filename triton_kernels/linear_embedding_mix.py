@@ -68,6 +68,8 @@ def linear_embedding_mix(
 # -- backward ----------------------------------------------------------------------------------------
 
 _MOVED = 256  # sums at a time
+# Factor of e·(G − c): room below 2¹²⁸ for sums over tokens that no longer count when the row is known.
+_HEADROOM = tl.constexpr(2.0**-16)
 
 
 @triton.jit(do_not_specialize=["first_slice", "chunk_slices", "slices"])
@@ -80,7 +82,7 @@ def _pull_weights_kernel(
     seed_ptr,  # [N] int64 if NOISE
     position_ptr,  # [N] int64 if NOISE
     slices_ptr,  # [N, FIELDS, slices] float32
-    weights,  # [N, 2, C] each, contiguous: the terms of exp(z/τ)·2⁻ᵏ and of its product with G − c
+    weights,  # [N, 2, C] each, contiguous: the terms of e = exp(z/τ)·2⁻ᵏ and of e·(G − c)·_HEADROOM
     sums_ptr,  # [N, 2, H] float32, contiguous: what they have been summed to with the head's rows
     width,  # H
     origin,  # the chunk's first token
@@ -116,7 +118,8 @@ def _pull_weights_kernel(
     weight = tempered_exp(z - top, base) * tl.exp2(fraction)
     # G may be infinite where p is 0, or will be when the whole row is known.
     finite = (weight > 0) & (tl.abs(grad) < float("inf"))
-    tilt = tl.where(finite, weight * (grad - hard_grad - mean), 0.0)
+    centred = grad * _HEADROOM - hard_grad * _HEADROOM - mean * _HEADROOM
+    tilt = tl.where(finite, weight * centred, 0.0)
     at = row * (2 * chunk) + (token - origin)
     for t in tl.static_range(len(weights)):
         dtype = weights[t].dtype.element_ty
@@ -132,7 +135,8 @@ def _pull_weights_kernel(
         former, _fraction = power_parts(old_top, old_some, base)
         factor = power_of_two(former - exponent)
         # Nothing has been summed of a row that was masked so far.
-        step = tl.where(old_some, (old_grad - hard_grad) + (old_mean - mean), 0.0)
+        step = (old_grad * _HEADROOM - hard_grad * _HEADROOM) + (old_mean - mean) * _HEADROOM
+        step = tl.where(old_some, step, 0.0)
         sums_ptr += row * (2 * width)
         for begin in range(of_chunk * MOVED, width, chunk_slices * MOVED):
             column = begin + tl.arange(0, MOVED)
@@ -165,7 +169,7 @@ def _hidden_grad_kernel(
     )
     _exponent, fraction = power_parts(top, some, base)
     tilts = tl.load(sums_ptr + row * (2 * width) + width + column, mask=column < width, other=0.0)
-    scale = inverse / (total * tl.exp2(fraction))
+    scale = inverse / (total * tl.exp2(fraction) * _HEADROOM)
     grad = tl.where(spoiled, float("nan"), tilts * scale)
     tl.store(grad_ptr + row * width + column, grad.to(grad_ptr.dtype.element_ty), mask=column < width)
 
