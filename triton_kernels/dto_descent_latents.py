@@ -22,20 +22,37 @@ from .common.adam import adam_step, load_rates, store_corrections, store_team
 from .common.exponential import exp_base, tempered_exp
 from .common.gumbel import gumbel_noise
 from .common.latents_passes import logits_kernel, one_pass_kernel, pull_kernel, sums_kernel
-from .common.latents_tiles import RECORD, moved
+from .common.latents_tiles import RECORD, moved, terms
 from .common.products import upcast
 from .common.row_sums import FIELDS, GRAD, TOP, joined_slices, joined_sums
 from .dto_descent import _DONE, _FLIPPED, _STATUS_SHIFT
 
+_FEW_ROWS, _GROUPS = 2, 2  # rows whose terms, and whose sums in two chunks, fill the columns of a product
 _PART = 64  # of a row of h, for one program
+_BEGUN = 1024  # of a row of h that are split into terms at a time
 _SPLITS = 64  # whose sums over w are joined at a time
 _PARTIAL_BYTES = 1 << 28  # of sums over w that exist at a time
 # A row's next step: largest y, G[token], 1/(S τ), ⟨p, G⟩ − G[token], Adam's two factors.
 _STEP_FIELDS = tl.constexpr(6)
 
 
+@triton.jit
+def _store_states(states_ptr, row, width, columns, h):
+    """Some columns of h as ``one_pass_kernel`` reads them."""
+    if states_ptr.dtype.element_ty == tl.bfloat16:
+        low, middle, high = terms(h)
+        at = states_ptr + row * (3 * width) + columns
+        tl.store(at, low, mask=columns < width)
+        tl.store(at + width, middle, mask=columns < width)
+        tl.store(at + 2 * width, high, mask=columns < width)
+    else:
+        tl.store(states_ptr + row * width + columns, h, mask=columns < width)
+
+
 @triton.jit(do_not_specialize=["rows", "iters"])
 def _begin_kernel(
+    h_ptr,  # [N, H] float32
+    states_ptr,  # of one_pass_kernel, or None
     group_ptr,  # [N] int64, or None
     team_ptr,  # [N] int32, or None
     stopped_ptr,  # [N] int32 by team, or None
@@ -43,9 +60,17 @@ def _begin_kernel(
     corrections_ptr,  # [2, K] float64
     rows,
     iters,
+    width,  # H
+    h_stride,
+    PART: tl.constexpr,
 ):
     """What no pass over the tokens finds out."""
     row = tl.program_id(0).to(tl.int64)
+    if states_ptr is not None:
+        for start in range(0, width, PART):
+            columns = start + tl.arange(0, PART)
+            h = tl.load(h_ptr + row * h_stride + columns, mask=columns < width, other=0.0)
+            _store_states(states_ptr, row, width, columns, h)
     for field in tl.static_range(RECORD):
         tl.store(records_ptr + row * RECORD + field, 0)
     if group_ptr is not None:
@@ -120,6 +145,7 @@ def _verdict_kernel(
 @triton.jit(do_not_specialize=["turn", "rows"])
 def _step_kernel(
     h_ptr,  # [N, H] float32, in place
+    states_ptr,  # of one_pass_kernel, or None
     first_ptr,  # [N, H] float32, in place
     second_ptr,  # [N, H] float32, in place
     sums_ptr,  # [N, FIELDS, splits] float32
@@ -172,6 +198,8 @@ def _step_kernel(
         scale = tl.load(steps_ptr + row * _STEP_FIELDS + 5)
         h, first, second = adam_step(h, gradient, first, second, rate, scale)
         tl.store(h_ptr + row * h_stride + columns, h, mask=there)
+        if states_ptr is not None:
+            _store_states(states_ptr, row, width, columns, h)
         tl.store(first_ptr + row * first_stride + columns, first, mask=there)
         tl.store(second_ptr + row * second_stride + columns, second, mask=there)
 
@@ -215,10 +243,13 @@ def dto_descent_latents(
         )
     kind = "half" if head.dtype == torch.bfloat16 else "float32"
     config = dict(presets.config("dto_descent_latents", kind, device))
-    few, programs, many_tokens = (config.pop(name) for name in ("FEW", "PROGRAMS", "MANY_TOKENS"))
+    few, few_width, hold = (config.pop(name) for name in ("FEW", "FEW_WIDTH", "HOLD"))
+    programs, many_tokens, pulled_width = (config.pop(name) for name in ("PROGRAMS", "MANY_TOKENS", "WIDTH"))
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | {"UPCAST": upcast(h)}
+    one_pass = rows <= few and width <= few_width
+    if one_pass:
+        config["ROWS"] = _FEW_ROWS
     tokens, tile = config["TOKENS"], config["ROWS"]
-    one_pass = rows <= few
     # By the vocabulary and the device alone, as the bits of a row are.
     split = triton.cdiv(triton.cdiv(vocabulary, tokens), programs) * tokens
     splits, iters = triton.cdiv(vocabulary, split), schedule.shape[-1]
@@ -238,6 +269,10 @@ def dto_descent_latents(
         most = min(rows, max(1, _PARTIAL_BYTES // tile_bytes) * tile)
     partial = torch.empty(splits, most, 2, width, device=device, dtype=torch.float32)
     y = None if one_pass else torch.empty(rows, vocabulary, device=device, dtype=torch.float32)
+    states = None
+    if one_pass:
+        shape = (rows, 3, width) if kind == "half" else (rows, 1, width)
+        states = torch.empty(shape, device=device, dtype=torch.bfloat16 if kind == "half" else torch.float32)
     team = stopped = None
     if group is not None:
         team, stopped = torch.empty(2, rows, device=device, dtype=torch.int32)
@@ -246,10 +281,11 @@ def dto_descent_latents(
 
     def survey(turn: int) -> None:
         """The sums after step ``turn``; those over w too where the head is read once."""
+        chunks = triton.cdiv(width, config["DEPTH"])
         if one_pass:
             last = turn == iters
             one_pass_kernel[(splits * tiles,)](
-                h,
+                states,
                 head,
                 noises,
                 grad,
@@ -263,18 +299,18 @@ def dto_descent_latents(
                 split,
                 tiles,
                 turn,
-                h.stride(0),
                 grad.stride(0),
                 *head.stride(),
                 temper,
-                STAGES=options["num_stages"],
-                **triples,
+                CHUNKS=chunks,
+                HOLD=min(hold, chunks),
+                GROUPS=_GROUPS,
+                TRIPLES=False,
                 **config,
                 **options,
             )
             return
         own = config | {"TOKENS": many_tokens}
-        del own["WIDTH"]
         logits_kernel[(tiles * triton.cdiv(vocabulary, many_tokens),)](
             h,
             head,
@@ -339,7 +375,7 @@ def dto_descent_latents(
             n = part.stop - part.start
             own_who = (records[part], None if team is None else team[part], stopped)
             if not one_pass:
-                own_tiles = triton.cdiv(n, tile), triton.cdiv(width, config["WIDTH"])
+                own_tiles = triton.cdiv(n, tile), triton.cdiv(width, pulled_width)
                 pull_kernel[(own_tiles[0] * own_tiles[1] * splits,)](
                     y[part],
                     grad[part],
@@ -358,13 +394,15 @@ def dto_descent_latents(
                     temper,
                     TOKENS=tokens,
                     ROWS=tile,
-                    WIDTH=config["WIDTH"],
+                    PARTS=config["PARTS"],
+                    WIDTH=pulled_width,
                     **triples,
                     **options,
                 )
             parts = triton.cdiv(width, _PART)
             _step_kernel[(n * parts,)](
                 h[part],
+                states,
                 exp_avg[part],
                 exp_avg_sq[part],
                 sums[part],
@@ -387,7 +425,20 @@ def dto_descent_latents(
 
     with torch.cuda.device_of(h):
         _begin_kernel[(rows,)](
-            group, team, stopped, records, corrections, rows, iters, num_warps=1, **plain
+            h,
+            states,
+            group,
+            team,
+            stopped,
+            records,
+            corrections,
+            rows,
+            iters,
+            width,
+            h.stride(0),
+            PART=_BEGUN,
+            num_warps=1,
+            **plain,
         )
         survey(0)
         for turn in range(1, iters + 1):

@@ -21,7 +21,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .latents_tiles import begun, met, moved, pulled, side_by_side, store_met, tile_logits
+from .latents_tiles import (
+    begun,
+    columns_of,
+    few_logits,
+    met,
+    moved,
+    of_chunk,
+    operands,
+    pulled,
+    store_met,
+    tile_logits,
+    with_tile,
+)
 
 
 @triton.jit(do_not_specialize=["turn", "rows"])
@@ -145,19 +157,20 @@ def pull_kernel(
     TRIPLES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """The sums over w of a split and some columns, for the rows that take step ``turn``."""
     program = tl.program_id(0)
     row = (program % tiles_of_rows * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = program // tiles_of_rows % tiles_of_width * WIDTH + tl.arange(0, WIDTH)
+    column = program // tiles_of_rows % tiles_of_width * WIDTH + columns_of(PARTS, WIDTH)
     split = program // tiles_of_rows // tiles_of_width
     within = tl.minimum(row, rows - 1)
     moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
     if tl.max(moves.to(tl.int32), axis=0) > 0:
         top, key, base, sums, tilts, lost = begun(TOKENS, ROWS)
-        pulls = tl.zeros((WIDTH, 2 * ROWS), tl.float32)
+        pulls = tl.zeros((PARTS, WIDTH // PARTS, 2 * ROWS), tl.float32)
         there = column < width
         first = split * split_size
         for start in range(first, tl.minimum(first + split_size, vocabulary), TOKENS):
@@ -171,18 +184,20 @@ def pull_kernel(
             weight, tilt, scale, shift, top, key, base, sums, tilts, lost = met(
                 y, grad, token, top, key, base, sums, tilts, lost, temper, TRIPLES
             )
-            at = head_ptr + token.to(tl.int64)[:, None] * head_stride_v
-            at += column.to(tl.int64)[None, :] * head_stride_h
-            head = tl.load(at, mask=(token < vocabulary)[:, None] & there[None, :], other=0.0)
-            pulls = pulled(head, side_by_side(weight, tilt), scale, shift, pulls, UPCAST)
+            at = head_ptr + token.to(tl.int64)[None, None, :] * head_stride_v
+            at += column.to(tl.int64) * head_stride_h
+            head = tl.load(at, mask=(token < vocabulary)[None, None, :] & there, other=0.0)
+            weights = operands(weight, tilt, PARTS, 1, head.dtype == tl.bfloat16)
+            new = pulled(head, weights[0], tl.zeros_like(pulls), UPCAST)
+            pulls = with_tile(pulls, new, scale, shift, 1)
         lane = tl.program_id(0) % tiles_of_rows * (2 * ROWS) + tl.arange(0, 2 * ROWS)
-        at = partial_ptr + (split.to(tl.int64) * (2 * rows) + lane)[None, :] * width + column[:, None]
-        tl.store(at, pulls, mask=(lane < 2 * rows)[None, :] & there[:, None])
+        at = partial_ptr + (split.to(tl.int64) * (2 * rows) + lane)[None, None, :] * width + column
+        tl.store(at, pulls, mask=(lane < 2 * rows)[None, None, :] & there)
 
 
 @triton.jit(do_not_specialize=["turn", "rows"])
 def one_pass_kernel(
-    h_ptr,  # [N, H] float32
+    states_ptr,  # [N, 3, H] bfloat16: the terms of h, for a bfloat16 head; else [N, 1, H] float32; contiguous
     head_ptr,  # [V, H]
     noise_ptr,  # [N, V] float32, contiguous, or None
     grad_ptr,  # [N, V]
@@ -198,7 +213,6 @@ def one_pass_kernel(
     split_size,  # tokens, a multiple of TOKENS
     tiles_of_rows,
     turn,
-    h_stride,
     grad_stride,
     head_stride_v,
     head_stride_h,
@@ -206,41 +220,57 @@ def one_pass_kernel(
     TRIPLES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr,  # columns of a chunk
     PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STAGES: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of H
+    HOLD: tl.constexpr,  # so many chunks of a tile are loaded once
+    GROUPS: tl.constexpr,  # chunks whose sums share the columns of a product
     UPCAST: tl.constexpr,
 ):
     """All sums of a split after step ``turn``, for the rows that took it; of all rows for turn 0."""
     row = (tl.program_id(0) % tiles_of_rows * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    lane = tl.program_id(0) % tiles_of_rows * (2 * ROWS) + tl.arange(0, 2 * ROWS)  # of the sums over w
     split = tl.program_id(0) // tiles_of_rows
     within = tl.minimum(row, rows - 1)
     moves = moved(records_ptr, team_ptr, stopped_ptr, within, turn) & (row < rows)
     if tl.max(moves.to(tl.int32), axis=0) > 0:
         top, key, base, sums, tilts, lost = begun(TOKENS, ROWS)
+        column = columns_of(PARTS, DEPTH)
+        pulls = ()
+        if partial_ptr is not None:
+            for _c in tl.static_range(0, CHUNKS, GROUPS):
+                pulls += (tl.zeros((PARTS, DEPTH // PARTS, GROUPS * 2 * ROWS), tl.float32),)
         first = split * split_size
         for start in range(first, tl.minimum(first + split_size, vocabulary), TOKENS):
             token = start + tl.arange(0, TOKENS)
             known = moves[None, :] & (token < vocabulary)[:, None]
+            chunk = head_ptr + token.to(tl.int64)[None, None, :] * head_stride_v
+            chunk += column.to(tl.int64) * head_stride_h
+            there = (token < vocabulary)[None, None, :]
+            held = ()
+            if partial_ptr is not None:
+                for c in tl.static_range(HOLD):
+                    mask = of_chunk(there, column, width, c, CHUNKS, DEPTH)
+                    held += (tl.load(chunk + c * DEPTH * head_stride_h, mask=mask, other=0.0),)
+                    if c % 4 == 3:
+                        tl.debug_barrier()
             grad_at = grad_ptr + within[None, :] * grad_stride + token[:, None]
             grad = tl.load(grad_at, mask=known, other=0.0).to(tl.float32)
-            y = tile_logits(
-                h_ptr,
+            y = few_logits(
+                states_ptr,
                 head_ptr,
+                held,
                 within,
                 moves,
                 token.to(tl.int64),
                 vocabulary,
                 width,
-                h_stride,
                 head_stride_v,
                 head_stride_h,
                 TOKENS,
                 ROWS,
                 DEPTH,
                 PARTS,
+                CHUNKS,
                 UPCAST,
             )
             if noise_ptr is not None:
@@ -251,20 +281,27 @@ def one_pass_kernel(
                 y, grad, token, top, key, base, sums, tilts, lost, temper, TRIPLES
             )
             if partial_ptr is not None:
-                of_head = head_ptr + token.to(tl.int64)[:, None] * head_stride_v
-                of_split = partial_ptr + (split.to(tl.int64) * (2 * rows) + lane)[None, :] * width
-                weights = side_by_side(weight, tilt)
-                # The sums are loaded ahead as the head is; no two columns meet.
-                for begin in tl.range(0, width, WIDTH, num_stages=STAGES):
-                    column = begin + tl.arange(0, WIDTH)
-                    there = column < width
-                    ours = (lane < 2 * rows)[None, :] & there[:, None]
-                    at = of_split + column[:, None]
-                    before = tl.where(start > first, ours, False)
-                    pulls = tl.load(at, mask=before, other=0.0, cache_modifier=".cg")
-                    head_at = of_head + column.to(tl.int64)[None, :] * head_stride_h
-                    head = tl.load(head_at, mask=(token < vocabulary)[:, None] & there[None, :], other=0.0)
-                    tl.store(at, pulled(head, weights, scale, shift, pulls, UPCAST), mask=ours)
-                # Other threads read these sums for the next tile than have written them.
-                tl.debug_barrier()
+                weights = operands(weight, tilt, PARTS, GROUPS, states_ptr.dtype.element_ty == tl.bfloat16)
+                moved_on = ()
+                for p in tl.static_range(len(pulls)):
+                    new = tl.zeros_like(pulls[p])
+                    if p > 0:
+                        new = tl.minimum(tl.abs(moved_on[p - 1]), new)
+                    for g in tl.static_range(GROUPS):
+                        if p * GROUPS + g < HOLD:
+                            new = pulled(held[p * GROUPS + g], weights[g], new, UPCAST)
+                        elif p * GROUPS + g < CHUNKS:
+                            mask = of_chunk(there, column, width, p * GROUPS + g, CHUNKS, DEPTH)
+                            at = chunk + (p * GROUPS + g) * DEPTH * head_stride_h
+                            head = tl.load(at, mask=mask, other=0.0)
+                            new = pulled(head, weights[g], new, UPCAST)
+                    moved_on += (with_tile(pulls[p], new, scale, shift, GROUPS),)
+                pulls = moved_on
         store_met(sums_ptr, row, moves, splits, split, top, key, base, sums, tilts, lost)
+        if partial_ptr is not None:
+            lane = tl.arange(0, GROUPS * 2 * ROWS)
+            of_sum = tl.program_id(0) % tiles_of_rows * (2 * ROWS) + lane % (2 * ROWS)
+            at = partial_ptr + (split.to(tl.int64) * (2 * rows) + of_sum)[None, None, :] * width
+            for p in tl.static_range(len(pulls)):
+                own = (p * GROUPS + lane // (2 * ROWS))[None, None, :] * DEPTH + column
+                tl.store(at + own, pulls[p], mask=(of_sum < 2 * rows)[None, None, :] & (own < width))

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .exponential import tempered_exp
+from .products import APART
 from .row_sums import FIELDS, GRAD, LOST, NAN, SUM, TILT, TOKEN, TOP, finite_or_0, first_of_larger
 
 RECORD = tl.constexpr(3)  # of a row: token, steps taken, flags
@@ -37,27 +38,55 @@ def in_pairs(x):
 
 
 @triton.jit
-def _dot(table, states, acc, UPCAST: tl.constexpr):
-    """acc + table·states in float32.
+def terms(x):
+    """Three bfloat16 numbers that hold a float32's 24 bits: low, middle and high."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return (rest - middle.to(tl.float32)).to(tl.bfloat16), middle, high
 
-    Float32 states meet a bfloat16 table as three bfloat16 terms, which hold their 24 bits; the rest is
-    float32 arithmetic, nothing rounded to tf32.
+
+@triton.jit
+def _product(a, b, UPCAST: tl.constexpr):
+    """a·b in float32 of bfloat16 tiles, to be added to others outside (see ``products.product``).
 
     Args:
-        table: [.., M, K].
-        states: [.., K, ROWS] float32.
-        acc: [.., M, ROWS] float32.
-        UPCAST: multiply in float32 anyhow, for the interpreter, whose bfloat16 arithmetic is wrong.
+        a: [B, M, K].
+        b: [B, K, N] of the same dtype.
+        UPCAST: for the interpreter, whose bfloat16 arithmetic is wrong, and whose sums have an order that
+            changes with the shape: in float64, where that does not show.
     """
-    if table.dtype == tl.bfloat16 and not UPCAST:
-        high = states.to(tl.bfloat16)
-        rest = states - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        acc = tl.dot(table, (rest - middle.to(tl.float32)).to(tl.bfloat16), acc)
-        acc = tl.dot(table, middle, acc)
-        acc = tl.dot(table, high, acc)
+    if UPCAST:
+        result = tl.dot(a.to(tl.float64), b.to(tl.float64)).to(tl.float32)
     else:
-        acc = tl.dot(table.to(tl.float32), states, acc, input_precision="ieee")
+        result = tl.dot(a, b, max_num_imprecise_acc=APART)
+    return result
+
+
+@triton.jit
+def _sum_of_terms(x):
+    """Low, middle, high and 0 of each row, one after the other in the second dimension: (low + middle) + high."""
+    x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2, x.shape[2])), axis=2)
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2, x.shape[2])), axis=2)
+
+
+@triton.jit
+def _sum_of_parts(x):
+    """[PARTS, ROWS, TOKENS] without the parts, neighbours first, as :func:`in_pairs`: [TOKENS, ROWS]."""
+    # As sums of two: in registers of one thread all parts would take more of them than there are.
+    for _ in tl.static_range(20):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1], x.shape[2])), axis=1)
+    return tl.trans(tl.reshape(x, (x.shape[1], x.shape[2])))
+
+
+@triton.jit
+def _added(acc, states, head, UPCAST: tl.constexpr):
+    """acc + states·head. Float32's multiply-adds round to the nearest: the sum may stay in its accumulator."""
+    if UPCAST or head.dtype == tl.bfloat16:
+        acc += _product(states, head, UPCAST)
+    else:
+        acc = tl.dot(states, head.to(tl.float32), acc, input_precision="ieee")
     return acc
 
 
@@ -69,7 +98,7 @@ def tile_logits(
     wanted,  # [ROWS], whether a row is read; one that is not has logits of 0
     token,  # [TOKENS] int64
     vocabulary,
-    width,  # H
+    width,
     h_stride,
     head_stride_v,
     head_stride_h,
@@ -79,26 +108,101 @@ def tile_logits(
     PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """head·hᵀ: [TOKENS, ROWS] float32; 0 past the end.
+    """head·hᵀ of many rows: [TOKENS, ROWS] float32; 0 past the end.
 
     Every DEPTH columns fall into PARTS, each with a sum of its own: as a product of few rows and few
-    tokens the whole would keep one warp busy and all others waiting.
+    tokens the whole would keep one warp busy and all others waiting. A bfloat16 head meets h as three
+    bfloat16 terms, each with a sum of its own too.
     """
-    part = tl.arange(0, PARTS)[:, None, None] * (DEPTH // PARTS)
-    along = tl.arange(0, DEPTH // PARTS)
-    of_head = part + along[None, None, :]
-    of_states = part + along[None, :, None]
-    known = (token < vocabulary)[None, :, None]
-    table = head_ptr + token[None, :, None] * head_stride_v + of_head.to(tl.int64) * head_stride_h
-    states = h_ptr + row[None, None, :] * h_stride + of_states
-    acc = tl.zeros((PARTS, TOKENS, ROWS), dtype=tl.float32)
+    column = columns_of(PARTS, DEPTH)
+    of_states = tl.permute(column, (0, 2, 1))
+    known = (token < vocabulary)[None, None, :]
+    table = head_ptr + token[None, None, :] * head_stride_v + column.to(tl.int64) * head_stride_h
+    states = h_ptr + row[None, :, None] * h_stride + of_states
+    low = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
+    middle, high = low, low
     for start in range(0, width, DEPTH):
-        head = tl.load(table, mask=known & (of_head < width - start), other=0.0)
-        state = tl.load(states, mask=wanted[None, None, :] & (of_states < width - start), other=0.0)
-        acc = _dot(head, state, acc, UPCAST)
+        head = tl.load(table, mask=known & (column < width - start), other=0.0)
+        state = tl.load(states, mask=wanted[None, :, None] & (of_states < width - start), other=0.0)
+        if head_ptr.dtype.element_ty == tl.bfloat16:
+            own_low, own_middle, own_high = terms(state)
+            low = _added(low, own_low, head, UPCAST)
+            middle = _added(middle, own_middle, head, UPCAST)
+            high = _added(high, own_high, head, UPCAST)
+        else:
+            high = _added(high, state, head, UPCAST)
         table += DEPTH * head_stride_h
         states += DEPTH
-    return tl.reshape(in_pairs(tl.reshape(acc, (PARTS, TOKENS * ROWS))), (TOKENS, ROWS))
+    return _sum_of_parts((low + middle) + high)
+
+
+@triton.jit
+def few_logits(
+    states_ptr,  # [N, 3, H] bfloat16: the terms of h, for a bfloat16 head; else [N, 1, H] float32; contiguous
+    head_ptr,  # [V, H]
+    held,  # the first chunks of the head: [PARTS, DEPTH / PARTS, TOKENS] each
+    row,  # [ROWS] int64
+    wanted,  # [ROWS], whether a row is read; one that is not has logits of 0
+    token,  # [TOKENS] int64
+    vocabulary,
+    width,
+    head_stride_v,
+    head_stride_h,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """As :func:`tile_logits`, to the bit, for few rows: one product takes the terms of all of them.
+
+    What the caller has loaded of the head for other uses too, ``held``, is not loaded again.
+    """
+    TERMS: tl.constexpr = states_ptr.dtype.element_ty == tl.bfloat16
+    LINES: tl.constexpr = 4 * ROWS if TERMS else ROWS
+    HELD: tl.constexpr = len(held) * DEPTH
+    column = columns_of(PARTS, DEPTH)
+    of_states = tl.permute(column, (0, 2, 1))
+    known = (token < vocabulary)[None, None, :]
+    if TERMS:
+        term = tl.arange(0, LINES) % 4
+        there = tl.reshape(tl.broadcast_to(wanted[:, None], (ROWS, 4)), (LINES,)) & (term < 3)
+        line = tl.reshape(tl.broadcast_to(row[:, None], (ROWS, 4)), (LINES,)) * 3 + term
+    else:
+        there, line = wanted, row
+    states = states_ptr + line[None, :, None] * width + of_states
+    acc = tl.zeros((PARTS, LINES, TOKENS), tl.float32)
+    for c in tl.static_range(len(held)):
+        mask = of_chunk(there[None, :, None], of_states, width, c, CHUNKS, DEPTH)
+        acc = _added(acc, tl.load(states + c * DEPTH, mask=mask, other=0.0), held[c], UPCAST)
+    states += HELD
+    table = head_ptr + token[None, None, :] * head_stride_v
+    table += (HELD + column).to(tl.int64) * head_stride_h
+    for start in range(HELD, width, DEPTH):
+        head = tl.load(table, mask=known & (column < width - start), other=0.0)
+        state = tl.load(states, mask=there[None, :, None] & (of_states < width - start), other=0.0)
+        acc = _added(acc, state, head, UPCAST)
+        table += DEPTH * head_stride_h
+        states += DEPTH
+    if TERMS:
+        acc = _sum_of_terms(acc)
+    return _sum_of_parts(acc)
+
+
+@triton.jit
+def columns_of(PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """The columns of a chunk, a part after the other: [PARTS, WIDTH / PARTS, 1]."""
+    part = tl.arange(0, PARTS)[:, None, None] * (WIDTH // PARTS)
+    return part + tl.arange(0, WIDTH // PARTS)[None, :, None]
+
+
+@triton.jit
+def of_chunk(there, column, width, c: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """``there`` where a chunk has a column: masks of all chunks but the last would only take registers."""
+    if c + 1 == CHUNKS:
+        there = there & (column < width - c * WIDTH)
+    return there
 
 
 @triton.jit
@@ -165,22 +269,84 @@ def side_by_side(a, b):
 
 
 @triton.jit
-def pulled(head, weights, scale, shift, sums, UPCAST: tl.constexpr):
-    """Σ e w and Σ e (G − base) w with one more tile.
+def operands(weight, tilt, PARTS: tl.constexpr, GROUPS: tl.constexpr, TERMS: tl.constexpr):
+    """The right-hand sides of :func:`pulled`'s products: a tuple for each group, of terms from low to high.
+
+    Args:
+        weight, tilt: [TOKENS, ROWS] of :func:`met`.
+        PARTS: that have all the same.
+        GROUPS: 1 or 2: two chunks of the head whose sums share the columns of a product, each having zeros
+            where the other has its weights.
+        TERMS: three bfloat16 terms, for a bfloat16 head.
+    """
+    weights = side_by_side(weight, tilt)
+    if GROUPS == 2:
+        pair = tl.join(weights, tl.zeros_like(weights)), tl.join(tl.zeros_like(weights), weights)
+        shape: tl.constexpr = (weights.shape[0], 2 * weights.shape[1])
+        result = (
+            _for_parts(tl.reshape(tl.permute(pair[0], (0, 2, 1)), shape), PARTS, TERMS),
+            _for_parts(tl.reshape(tl.permute(pair[1], (0, 2, 1)), shape), PARTS, TERMS),
+        )
+    else:
+        result = (_for_parts(weights, PARTS, TERMS),)
+    return result
+
+
+@triton.jit
+def _for_parts(weights, PARTS: tl.constexpr, TERMS: tl.constexpr):
+    shape: tl.constexpr = (PARTS, weights.shape[0], weights.shape[1])
+    if TERMS:
+        low, middle, high = terms(weights)
+        low = tl.broadcast_to(low[None, :, :], shape)
+        middle = tl.broadcast_to(middle[None, :, :], shape)
+        result = (low, middle, tl.broadcast_to(high[None, :, :], shape))
+    else:
+        result = (tl.broadcast_to(weights[None, :, :], shape),)
+    return result
+
+
+@triton.jit
+def pulled(head, weights, new, UPCAST: tl.constexpr):
+    """Σ e w and Σ e (G − base) w of a tile of tokens alone, added to ``new``.
 
     The two stand side by side, row after row: one product takes both.
 
     Args:
-        head: [TOKENS, WIDTH], 0 past the end.
-        weights: [TOKENS, 2·ROWS] float32, weight and tilt of :func:`met` side by side.
-        scale, shift: of :func:`met`.
-        sums: [WIDTH, 2·ROWS] float32, so far.
+        head: [PARTS, WIDTH / PARTS, TOKENS], 0 past the end.
+        weights: of a group of :func:`operands`.
+        new: [PARTS, WIDTH / PARTS, COLUMNS] float32: zeros, or the other group's.
     """
-    plain, tilted = tl.split(tl.reshape(sums, (sums.shape[0], scale.shape[0], 2)))
-    tilted = tl.fma(plain, shift[None, :], tilted) * scale[None, :]
-    sums = side_by_side(plain * scale[None, :], tilted)
-    # A sum, since Triton 3.7 fails for sm_100 where what a reshape gives is itself an operand in float32.
-    return _dot(tl.trans(head), weights + 0.0, sums, UPCAST)
+    for t in tl.static_range(len(weights)):
+        if UPCAST:
+            new += _product(head, weights[t], UPCAST)
+        elif head.dtype == tl.bfloat16:
+            new = tl.dot(head, weights[t], new, max_num_imprecise_acc=APART)
+        else:
+            new = tl.dot(head.to(tl.float32), weights[t], new, input_precision="ieee")
+    return new
+
+
+@triton.jit
+def with_tile(sums, new, scale, shift, GROUPS: tl.constexpr):
+    """Σ e w and Σ e (G − base) w with one more tile.
+
+    Args:
+        sums: [PARTS, WIDTH / PARTS, GROUPS·2·ROWS] float32, so far.
+        new: of :func:`pulled`.
+        scale, shift: of :func:`met`, [ROWS].
+    """
+    pairs: tl.constexpr = (sums.shape[0], sums.shape[1], sums.shape[2] // 2, 2)
+    plain, tilted = tl.split(tl.reshape(sums, pairs))
+    new_plain, new_tilted = tl.split(tl.reshape(new, pairs))
+    scale = _for_groups(scale, GROUPS)
+    tilted = tl.fma(tl.fma(plain, _for_groups(shift, GROUPS), tilted), scale, new_tilted)
+    return tl.reshape(tl.join(tl.fma(plain, scale, new_plain), tilted), sums.shape)
+
+
+@triton.jit
+def _for_groups(x, GROUPS: tl.constexpr):
+    rows: tl.constexpr = x.shape[0]
+    return tl.reshape(tl.broadcast_to(x[None, :], (GROUPS, rows)), (1, 1, GROUPS * rows))
 
 
 @triton.jit

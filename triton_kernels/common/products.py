@@ -13,7 +13,7 @@ from . import presets
 
 # The compiler takes (a·b) + acc back into one accumulator unless the product is said to be imprecise, which
 # only 8-bit operands heed.
-_APART = tl.constexpr(1 << 30)
+APART = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -33,15 +33,15 @@ def product(a, b, UPCAST: tl.constexpr):
     if UPCAST:
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     elif a.dtype == b.dtype and b.dtype != tl.float32:
-        result = tl.dot(a, b, max_num_imprecise_acc=_APART)
+        result = tl.dot(a, b, max_num_imprecise_acc=APART)
     elif a.dtype == tl.float32 and b.dtype == tl.bfloat16:
         high = a.to(tl.bfloat16)
         rest = a - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        result = tl.dot(low, b, max_num_imprecise_acc=_APART)
-        result = tl.dot(middle, b, result, max_num_imprecise_acc=_APART)
-        result = tl.dot(high, b, result, max_num_imprecise_acc=_APART)
+        result = tl.dot(low, b, max_num_imprecise_acc=APART)
+        result = tl.dot(middle, b, result, max_num_imprecise_acc=APART)
+        result = tl.dot(high, b, result, max_num_imprecise_acc=APART)
     else:
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return result

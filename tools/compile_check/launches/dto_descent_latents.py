@@ -10,7 +10,7 @@ import torch
 
 from nabla_fast.triton_kernels.dto_descent_latents import dto_descent_latents
 from tools.compile_check.recording import Launch
-from tools.compile_check.work import Memory, Product, Work, size
+from tools.compile_check.work import JOINED, Memory, Product, Work, size
 
 ROWS, FEW, VOCABULARY, HIDDEN, ITERS = 16, 2, 151_936, 4096, 2
 
@@ -89,22 +89,25 @@ def _pull(launch: Launch) -> Work:
 
 
 def _one_pass(launch: Launch) -> Work:
-    h, head, grad = launch["h_ptr"], launch["head_ptr"], launch["grad_ptr"]
+    states, head, grad = launch["states_ptr"], launch["head_ptr"], launch["grad_ptr"]
     rows, width, splits = launch["rows"], launch["width"], launch["splits"]
-    tiles = _tiles_of_split(launch)
+    tiles, terms = _tiles_of_split(launch), _terms(launch)
     noise = [] if launch["noise_ptr"] is None else [launch["noise_ptr"]]
-    products = [_logits_product(launch, launch.programs * tiles)]
-    # Every tile of tokens reads h, and reads and writes the sums over w.
-    loaded = launch["tiles_of_rows"] * size(head) + splits * tiles * size(h)
+    pulls = launch["partial_ptr"] is not None
+    held = launch["HOLD"] if pulls else 0
+    # Every tile of tokens reads h, which its neighbours read at the same time.
+    loaded = launch["tiles_of_rows"] * size(head) + splits * tiles * size(states) / min(JOINED, splits)
     writes: list[Memory] = [launch["sums_ptr"]]
-    if launch["partial_ptr"] is not None:
-        step = 2.0 * launch["WIDTH"] * 2 * launch["ROWS"] * launch["TOKENS"] * _terms(launch)
-        products.append(Product(launch.programs * tiles * step * math.ceil(width / launch["WIDTH"]), step))
-        loaded += launch["tiles_of_rows"] * size(head) + splits * tiles * 2 * 8 * rows * width
+    # A product's columns: three terms of a row and nothing, or one. Of the chunks that are held no loop is made.
+    step = 2.0 * launch["TOKENS"] * launch["ROWS"] * (4 if terms == 3 else 1) * launch["DEPTH"]
+    products = [Product(launch.programs * tiles * step * (launch["CHUNKS"] - held), step)]
+    if pulls:
+        products.insert(0, Product(launch.programs * tiles, 1.0))
+        loaded += launch["tiles_of_rows"] * size(head) * (1 - held / launch["CHUNKS"])
         writes.append((launch["partial_ptr"], 8 * splits * rows * width))
     return Work(
         rows * launch["vocabulary"],
-        reads=[h, head, grad, *noise],
+        reads=[states, head, grad, *noise],
         writes=writes,
         loaded=loaded,
         products=products,
