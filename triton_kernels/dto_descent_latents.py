@@ -244,7 +244,9 @@ def dto_descent_latents(
     kind = "half" if head.dtype == torch.bfloat16 else "float32"
     config = dict(presets.config("dto_descent_latents", kind, device))
     few, few_width, hold = (config.pop(name) for name in ("FEW", "FEW_WIDTH", "HOLD"))
-    programs, many_tokens, pulled_width = (config.pop(name) for name in ("PROGRAMS", "MANY_TOKENS", "WIDTH"))
+    programs, many_tokens, pulled_width = (
+        config.pop(name) for name in ("PROGRAMS", "MANY_TOKENS", "WIDTH")
+    )
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | {"UPCAST": upcast(h)}
     one_pass = rows <= few and width <= few_width
     if one_pass:
@@ -272,7 +274,9 @@ def dto_descent_latents(
     states = None
     if one_pass:
         shape = (rows, 3, width) if kind == "half" else (rows, 1, width)
-        states = torch.empty(shape, device=device, dtype=torch.bfloat16 if kind == "half" else torch.float32)
+        states = torch.empty(
+            shape, device=device, dtype=torch.bfloat16 if kind == "half" else torch.float32
+        )
     team = stopped = None
     if group is not None:
         team, stopped = torch.empty(2, rows, device=device, dtype=torch.int32)
@@ -396,7 +400,7 @@ def dto_descent_latents(
                     ROWS=tile,
                     PARTS=config["PARTS"],
                     WIDTH=pulled_width,
-                    **triples,
+                    TRIPLES=False,
                     **options,
                 )
             parts = triton.cdiv(width, _PART)

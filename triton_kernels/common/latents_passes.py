@@ -2,18 +2,18 @@
 
 For few rows one kernel reads the head once: it takes a tile's logits, and then the tile again for what it
 adds to the sums while the L2 cache still holds it (TOKENS · H elements of every program that runs at a
-time). The sums over w, 2·H floats a row, lie in memory and are read and written once a tile. For more rows
-that costs more than a second reading of the head: there one kernel leaves the logits, and another keeps
-the sums of some columns in registers.
+time); HOLD chunks of it stay in shared memory meanwhile. The sums over w, 2·H floats a row, stay in
+registers for the whole split. That takes a kernel for each H, of FEW_WIDTH at most, and tiles of two
+rows. For more rows the head is read twice: one kernel leaves the logits, and another keeps the sums of
+some columns.
 
-On an H100 with a bfloat16 head of 3584 columns, by an estimate that nothing has measured: a tile of 32
-tokens is 229 kB, 9.0 µs of a multiprocessor's share of the memory, or 15,800 cycles. For one row or 16
-alike, its products are 16.5 M multiply-adds in three bfloat16 terms: 5.5 M as mma.sync at 1,270 a cycle and
-11 M as wgmma at 2,048, together 9,700 cycles, and some thousand more of waiting for the short products of
-the second half. The L2 cache moves 458 kB, and 57 kB of sums for each row: at 5.7 TB/s 11.9 µs with one
-row and 13.2 µs with two. So a step reads the head at 75 % and 68 % of the memory's rate at best, where two
-readings cannot pass 50 %, and 50 to 60 % is likelier, as one half waits for the other; about four rows are
-where one reading stops paying.
+Predicted for an H200 with a bfloat16 head of 3584 columns, and measured nowhere: a tile of 32 tokens is
+229 kB, 7.0 µs of a multiprocessor's share of the memory, or 12,400 cycles. Its instructions take 6,700
+cycles of issue, its accesses to shared memory 7,500, its products 3,400 and its barriers 1,400: the sum
+of all but the first is 12,300. The L2 cache moves 426 kB of the head, 229 and 6/7 of them again, and 11
+kB of h for each row: 10.4 µs at 5.5 TB/s, which is what a tile takes, with two rows 10.7 µs. Each of the
+14 chunks that HOLD names more would spare 3.5 %, but 255 registers hold no more than two without a spill:
+sums of 3584 columns take 56 of them.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def pull_kernel(
 
 @triton.jit(do_not_specialize=["turn", "rows"])
 def one_pass_kernel(
-    states_ptr,  # [N, 3, H] bfloat16: the terms of h, for a bfloat16 head; else [N, 1, H] float32; contiguous
+    states_ptr,  # [N, 3, H] bfloat16, the terms of h, for a bfloat16 head; else [N, 1, H] float32
     head_ptr,  # [V, H]
     noise_ptr,  # [N, V] float32, contiguous, or None
     grad_ptr,  # [N, V]
@@ -251,8 +251,6 @@ def one_pass_kernel(
                 for c in tl.static_range(HOLD):
                     mask = of_chunk(there, column, width, c, CHUNKS, DEPTH)
                     held += (tl.load(chunk + c * DEPTH * head_stride_h, mask=mask, other=0.0),)
-                    if c % 4 == 3:
-                        tl.debug_barrier()
             grad_at = grad_ptr + within[None, :] * grad_stride + token[:, None]
             grad = tl.load(grad_at, mask=known, other=0.0).to(tl.float32)
             y = few_logits(
@@ -286,6 +284,8 @@ def one_pass_kernel(
                 for p in tl.static_range(len(pulls)):
                     new = tl.zeros_like(pulls[p])
                     if p > 0:
+                        # The same zeros, that wait for the sums before: else ptxas leaves all of these to
+                        # the end, and spills.
                         new = tl.minimum(tl.abs(moved_on[p - 1]), new)
                     for g in tl.static_range(GROUPS):
                         if p * GROUPS + g < HOLD:

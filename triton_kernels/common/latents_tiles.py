@@ -65,7 +65,7 @@ def _product(a, b, UPCAST: tl.constexpr):
 
 @triton.jit
 def _sum_of_terms(x):
-    """Low, middle, high and 0 of each row, one after the other in the second dimension: (low + middle) + high."""
+    """Of low, middle, high and 0 of each row, along the second dimension: (low + middle) + high."""
     x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2, x.shape[2])), axis=2)
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2, x.shape[2])), axis=2)
 
@@ -82,7 +82,7 @@ def _sum_of_parts(x):
 
 @triton.jit
 def _added(acc, states, head, UPCAST: tl.constexpr):
-    """acc + states·head. Float32's multiply-adds round to the nearest: the sum may stay in its accumulator."""
+    """acc + states·head; multiply-adds round to the nearest, so their sum may stay in an accumulator."""
     if UPCAST or head.dtype == tl.bfloat16:
         acc += _product(states, head, UPCAST)
     else:
@@ -138,7 +138,7 @@ def tile_logits(
 
 @triton.jit
 def few_logits(
-    states_ptr,  # [N, 3, H] bfloat16: the terms of h, for a bfloat16 head; else [N, 1, H] float32; contiguous
+    states_ptr,  # [N, 3, H] bfloat16, the terms of h, for a bfloat16 head; else [N, 1, H] float32
     head_ptr,  # [V, H]
     held,  # the first chunks of the head: [PARTS, DEPTH / PARTS, TOKENS] each
     row,  # [ROWS] int64

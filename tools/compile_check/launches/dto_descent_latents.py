@@ -98,7 +98,7 @@ def _one_pass(launch: Launch) -> Work:
     # Every tile of tokens reads h, which its neighbours read at the same time.
     loaded = launch["tiles_of_rows"] * size(head) + splits * tiles * size(states) / min(JOINED, splits)
     writes: list[Memory] = [launch["sums_ptr"]]
-    # A product's columns: three terms of a row and nothing, or one. Of the chunks that are held no loop is made.
+    # A product's lines: three terms of a row and nothing, or one. Held chunks are in no loop of their own.
     step = 2.0 * launch["TOKENS"] * launch["ROWS"] * (4 if terms == 3 else 1) * launch["DEPTH"]
     products = [Product(launch.programs * tiles * step * (launch["CHUNKS"] - held), step)]
     if pulls:
