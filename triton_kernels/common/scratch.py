@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import triton
+from .sizes import cdiv
 
 BYTES = 64_000_000
 
@@ -26,7 +26,7 @@ def row_blocks(rows: int, row_bytes: int, budget: int) -> Iterator[slice]:
     """
     most = max(1, budget // max(1, row_bytes))
     most = most // _ROWS * _ROWS or most
-    step = triton.cdiv(rows, triton.cdiv(rows, most)) if rows else 1
+    step = cdiv(rows, cdiv(rows, most)) if rows else 1
     # Whole tiles; `most` is a multiple of them if it holds one.
-    step = min(triton.cdiv(step, _ROWS) * _ROWS, most)
+    step = min(cdiv(step, _ROWS) * _ROWS, most)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
