@@ -158,8 +158,8 @@ def onehot_grad_norm(
     status = hidden.new_empty(rows, dtype=torch.int32)
     config = tile_config("vocabulary_epilogue", cotangents, tables)
     slices = triton.cdiv(vocabulary, config["COLUMNS"])
-    # Terms of hidden states are gone when those of the cotangents are made, and have the sixteenth that sums
-    # of softmaxes have in between.
+    # Terms of hidden states are gone when those of the cotangents are made; they have the sixteenth that
+    # sums of softmaxes have in between.
     of_terms = max(terms_bytes([hidden], [head]), terms_bytes(cotangents, tables))
     row_bytes = 4 * (vocabulary + slices)
     row_bytes = max(row_bytes, triton.cdiv(15 * (row_bytes + of_terms), 16))
