@@ -7,7 +7,8 @@ next launch. Sums and what is known of a row alternate between two places, since
 still read what the launch before has left. Rows that are done return at once.
 
 Nothing waits for the host, and the launches are the same whatever the data: they can be captured in
-a CUDA graph.
+a CUDA graph. Where the GPU can, a launch starts while the one before still runs, and waits before it
+reads or writes anything.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import presets
 from .common.adam import NEVER, adam_step, load_rates, store_corrections, store_team
 from .common.exponential import exp_base, tempered_exp
 from .common.gumbel import gumbel_noise
 from .common.lanes import load_tiles, store_tiles, vector, warps
 from .common.launch import launched, repeated
 from .common.row_sums import FIELDS, finite_grads, joined_slices, joined_sums, store_sums
+from .common.sizes import cdiv
 
 TILE = 2048  # tokens of a slice; results depend on it
 _THREADS = 128  # of a slice's program
@@ -76,6 +79,7 @@ def _perturbed(tiles, noises):
     return sums
 
 
+@launched
 @triton.jit(do_not_specialize=["rows", "slices", "iters"])
 def _survey_kernel(
     z_ptr,  # [rows, V] float32
@@ -237,8 +241,15 @@ def _step_kernel(
     TILES: tl.constexpr,
     VECTOR: tl.constexpr,
     SLICES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Launch ``turn`` ≥ 1: its step of every row that goes on."""
+    """Launch ``turn`` ≥ 1: its step of every row that goes on.
+
+    EARLY: it is launched before the one ahead has ended. That one has waited for those before it.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = (tl.program_id(0) // slices).to(tl.int64)
     slice = tl.program_id(0) % slices
     if noise_ptr is not None:
@@ -335,6 +346,7 @@ def _team_kernel(
             tl.store(stopped_ptr + tl.load(team_ptr + row), turn)
 
 
+@launched
 @triton.jit(do_not_specialize=["turn", "rows", "slices"])
 def _finish_kernel(
     step_ptr,  # [rows] int64, in place
@@ -401,7 +413,7 @@ def dto_descent(
         token [N] int64, flipped [N] bool, status [N] int32.
     """
     (rows, vocabulary), iters = z.shape, schedule.shape[-1]
-    slices = triton.cdiv(vocabulary, TILE)
+    slices = cdiv(vocabulary, TILE)
     token, flipped = torch.empty_like(step), torch.empty(rows, dtype=torch.bool, device=z.device)
     status = torch.empty(rows, dtype=torch.int32, device=z.device)
     if rows == 0:
@@ -424,6 +436,8 @@ def dto_descent(
     width = vector(z.element_size())
     lanes = {"LANES": _THREADS * width, "TILES": TILE // (_THREADS * width), "VECTOR": width}
     lanes |= options | {"num_warps": warps(_THREADS)}
+    early = presets.starts_early(z.device)
+    overlapping = {"EARLY": early} | ({"launch_pdl": True} if early else {})
 
     with torch.cuda.device_of(z):
         for start in range(0, rows, most):
@@ -479,6 +493,7 @@ def dto_descent(
                 base=base,
                 **joined,
                 **lanes,
+                **overlapping,
             )
             stop_teams = repeated(
                 _team_kernel,

@@ -23,8 +23,10 @@ from .common.exponential import exp_base, tempered_exp
 from .common.gumbel import gumbel_noise
 from .common.latents_passes import logits_kernel, one_pass_kernel, pull_kernel, sums_kernel
 from .common.latents_tiles import RECORD, moved, terms
+from .common.launch import launched
 from .common.products import upcast
 from .common.row_sums import FIELDS, GRAD, TOP, joined_slices, joined_sums
+from .common.sizes import cdiv
 from .dto_descent import _DONE, _FLIPPED, _STATUS_SHIFT
 
 _FEW_ROWS, _GROUPS = 2, 2  # rows whose terms, and whose sums in two chunks, fill the columns of a product
@@ -49,6 +51,7 @@ def _store_states(states_ptr, row, width, columns, h):
         tl.store(states_ptr + row * width + columns, h, mask=columns < width)
 
 
+@launched
 @triton.jit(do_not_specialize=["rows", "iters"])
 def _begin_kernel(
     h_ptr,  # [N, H] float32
@@ -79,6 +82,7 @@ def _begin_kernel(
         store_corrections(corrections_ptr, iters)
 
 
+@launched
 @triton.jit(do_not_specialize=["turn", "iters", "slices"])
 def _verdict_kernel(
     step_ptr,  # [N] int64
@@ -142,6 +146,7 @@ def _verdict_kernel(
         tl.store(at + 5, scale)
 
 
+@launched
 @triton.jit(do_not_specialize=["turn", "rows"])
 def _step_kernel(
     h_ptr,  # [N, H] float32, in place
@@ -253,8 +258,8 @@ def dto_descent_latents(
         config["ROWS"] = _FEW_ROWS
     tokens, tile = config["TOKENS"], config["ROWS"]
     # By the vocabulary and the device alone, as the bits of a row are.
-    split = triton.cdiv(triton.cdiv(vocabulary, tokens), programs) * tokens
-    splits, iters = triton.cdiv(vocabulary, split), schedule.shape[-1]
+    split = cdiv(cdiv(vocabulary, tokens), programs) * tokens
+    splits, iters = cdiv(vocabulary, split), schedule.shape[-1]
     # What a compiler would contract is written as fma: the schedules must not differ by what it chooses.
     temper, plain = exp_base(tau), {"enable_fp_fusion": False}
     options |= plain
@@ -281,11 +286,11 @@ def dto_descent_latents(
     if group is not None:
         team, stopped = torch.empty(2, rows, device=device, dtype=torch.int32)
     who = (records, team, stopped)
-    tiles = triton.cdiv(rows, tile)
+    tiles = cdiv(rows, tile)
 
     def survey(turn: int) -> None:
         """The sums after step ``turn``; those over w too where the head is read once."""
-        chunks = triton.cdiv(width, config["DEPTH"])
+        chunks = cdiv(width, config["DEPTH"])
         if one_pass:
             last = turn == iters
             one_pass_kernel[(splits * tiles,)](
@@ -315,7 +320,7 @@ def dto_descent_latents(
             )
             return
         own = config | {"TOKENS": many_tokens}
-        logits_kernel[(tiles * triton.cdiv(vocabulary, many_tokens),)](
+        logits_kernel[(tiles * cdiv(vocabulary, many_tokens),)](
             h,
             head,
             noises,
@@ -379,7 +384,7 @@ def dto_descent_latents(
             n = part.stop - part.start
             own_who = (records[part], None if team is None else team[part], stopped)
             if not one_pass:
-                own_tiles = triton.cdiv(n, tile), triton.cdiv(width, pulled_width)
+                own_tiles = cdiv(n, tile), cdiv(width, pulled_width)
                 pull_kernel[(own_tiles[0] * own_tiles[1] * splits,)](
                     y[part],
                     grad[part],
@@ -403,7 +408,7 @@ def dto_descent_latents(
                     TRIPLES=False,
                     **options,
                 )
-            parts = triton.cdiv(width, _PART)
+            parts = cdiv(width, _PART)
             _step_kernel[(n * parts,)](
                 h[part],
                 states,

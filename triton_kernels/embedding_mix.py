@@ -9,9 +9,11 @@ from torch import Tensor
 
 from .common.exponential import exp_base, tempered_exp
 from .common.gradient_sums import FIELDS, GRAD, joined_slices, store_slice
+from .common.launch import launched
 from .common.library_products import add_vocabulary_products, converted_bytes, float32_products
 from .common.row_tops import Noise, RowTops
 from .common.scratch import row_blocks, share
+from .common.sizes import cdiv, next_power_of_2
 from .common.soft_mix import SoftMix, scratch_bytes
 from .common.vocabulary_chunks import SLICE, WARPS, logits_slice, partition
 
@@ -35,7 +37,7 @@ def embedding_mix(
         return mixes, status
     if hard:
         token = logits.new_empty(rows, dtype=torch.int64)
-        parts = list(row_blocks(rows, 8 * triton.cdiv(vocabulary, SLICE), share(15)))
+        parts = list(row_blocks(rows, 8 * cdiv(vocabulary, SLICE), share(15)))
         tops = RowTops(logits, parts[0].stop, vocabulary)
         for part in parts:
             tops.measure(logits[part], part_of(noise, part), 0, vocabulary, 0)
@@ -86,6 +88,7 @@ def _gradient_slice(
     return grad
 
 
+@launched
 @triton.jit(do_not_specialize=["first_slice", "chunk_slices", "slices"])
 def survey_kernel(
     product_ptr,
@@ -152,6 +155,7 @@ def survey_kernel(
         tl.store(rest_ptr + at, ((bits >> 8) & 0xFF).to(tl.uint8), mask=token < end)
 
 
+@launched
 @triton.jit(do_not_specialize=["slices"])
 def _join_kernel(
     sums_ptr,  # [N, FIELDS, slices] float32
@@ -171,6 +175,7 @@ def _join_kernel(
     tl.store(joined_ptr + 4 * row + 3, tl.where(spoiled, float("nan"), mean))
 
 
+@launched
 @triton.jit(do_not_specialize=["first_slice", "chunk_slices", "slices"])
 def jacobian_kernel(
     product_ptr,  # unless SPLIT: the tables' part of G; may be result_ptr
@@ -282,10 +287,10 @@ def embedding_mix_backward(
     rows, vocabulary = logits.shape
     out = torch.empty(rows, vocabulary, dtype=logits.dtype, device=logits.device)
     split = out.dtype != torch.float32
-    row_bytes = 4 * FIELDS.value * triton.cdiv(vocabulary, SLICE) + 16 + (vocabulary if split else 0)
+    row_bytes = 4 * FIELDS.value * cdiv(vocabulary, SLICE) + 16 + (vocabulary if split else 0)
     row_bytes += converted_bytes(cotangents, tables)
     cut = partition(rows, vocabulary, row_bytes=row_bytes, token_bytes=4)
-    slices = triton.cdiv(vocabulary, SLICE)
+    slices = cdiv(vocabulary, SLICE)
     sums = logits.new_empty(cut.most_rows, FIELDS.value, slices, dtype=torch.float32)
     joined = logits.new_empty(cut.most_rows, 4, dtype=torch.float32)
     products, rest = out, out
@@ -309,7 +314,7 @@ def embedding_mix_backward(
                 else:
                     product = of_part[:, first:end]
                 add_vocabulary_products(product, states, [table[first:end] for table in tables])
-                of_chunk = triton.cdiv(end - first, SLICE)
+                of_chunk = cdiv(end - first, SLICE)
                 survey_kernel[(size * of_chunk,)](
                     product,
                     product.stride(0),
@@ -329,7 +334,7 @@ def embedding_mix_backward(
                     base,
                     **options,
                 )
-            width = triton.next_power_of_2(slices)
+            width = next_power_of_2(slices)
             _join_kernel[(size,)](sums, joined, slices, base, 1 / tau, SLICES=width, num_warps=4)
             jacobian_kernel[(size * slices,)](
                 of_part,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import triton
 from torch import Tensor
 
 from .common.exponential import exp_base
@@ -17,6 +16,7 @@ from .common.gradient_sums import FIELDS
 from .common.gumbel import add_gumbel_noise
 from .common.library_products import add_vocabulary_products, converted_bytes, float32_products
 from .common.row_tops import Noise, RowTops
+from .common.sizes import cdiv
 from .common.soft_mix import SoftMix, scratch_bytes
 from .common.vocabulary_chunks import SLICE, WARPS, Partition, partition
 from .embedding_mix import jacobian_kernel, part_of, survey_kernel
@@ -56,11 +56,11 @@ class VocabularySlice:
         rows, vocabulary = self.logits.shape
         widths = [table.shape[1] for table in self.tables]
         kinds = list(dict.fromkeys(table.dtype for table in self.tables))
-        row_bytes, token_bytes = 8 * triton.cdiv(vocabulary, SLICE), 0
+        row_bytes, token_bytes = 8 * cdiv(vocabulary, SLICE), 0
         if not hard:
             row_bytes, token_bytes = scratch_bytes(self.tables, vocabulary)
         cut = partition(rows, vocabulary, row_bytes=row_bytes, token_bytes=token_bytes + self.copied)
-        tops = self.logits.new_empty(rows, triton.cdiv(vocabulary, SLICE), dtype=torch.float32)
+        tops = self.logits.new_empty(rows, cdiv(vocabulary, SLICE), dtype=torch.float32)
         tokens = torch.empty_like(tops, dtype=torch.int32)
         sums = self.logits.new_empty(rows, sum(widths) + len(kinds), dtype=torch.float32)
         exponent = self.logits.new_empty(rows, 1, dtype=torch.float64)
@@ -152,7 +152,7 @@ class VocabularySlice:
         rows, vocabulary = self.logits.shape
         device = self.logits.device
         out = torch.empty(rows, vocabulary, dtype=self.logits.dtype, device=device)
-        slices = triton.cdiv(vocabulary, SLICE)
+        slices = cdiv(vocabulary, SLICE)
         sums = torch.empty(rows, FIELDS.value, slices, dtype=torch.float32, device=device)
         split = out.dtype != torch.float32
         rest = torch.empty(rows, vocabulary, dtype=torch.uint8, device=device) if split else out
@@ -177,7 +177,7 @@ class VocabularySlice:
                     if split:
                         product = memory[: size * (end - first)].view(size, end - first)
                     add_vocabulary_products(product, states, [table[first:end] for table in self.tables])
-                    of_chunk = triton.cdiv(end - first, SLICE)
+                    of_chunk = cdiv(end - first, SLICE)
                     survey_kernel[(size * of_chunk,)](
                         product,
                         product.stride(0),
@@ -203,7 +203,7 @@ class VocabularySlice:
             for part in cut.rows:
                 size = part.stop - part.start
                 for logits, first, end, origin in self._chunks(part, cut):
-                    of_chunk = triton.cdiv(end - first, SLICE)
+                    of_chunk = cdiv(end - first, SLICE)
                     jacobian_kernel[(size * of_chunk,)](
                         out[part],
                         vocabulary,

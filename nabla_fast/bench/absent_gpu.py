@@ -98,7 +98,7 @@ def absent_gpu() -> Iterator[Launches]:
     library = _libcuda()
     from triton.runtime import driver
 
-    from nabla_fast.triton_kernels.common import presets
+    from nabla_fast.triton_kernels.common import library_products, presets
 
     launches = Launches(library)
     former = driver._active
@@ -107,6 +107,8 @@ def absent_gpu() -> Iterator[Launches]:
         stack.enter_context(_memory_that_stays())
         stack.enter_context(mock.patch.dict(backends._why_missing, triton=lambda: None))
         stack.enter_context(presets.assumed(f"sm_{ARCHITECTURE}"))
+        # Which products a GPU has is tried by multiplying on it.
+        stack.enter_context(mock.patch.object(library_products, "_adds_in_float32", return_value=True))
         driver.set_active(_driver())
         try:
             yield launches

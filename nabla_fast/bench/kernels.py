@@ -18,17 +18,23 @@ from nabla_fast.errors import InputError
 _FLOOR = 1e-6  # of the largest value of a row: below it, errors are not compared
 
 
-def chosen(cases: Sequence[Case], names: Sequence[str] | None) -> list[Case]:
-    """The cases with one of the names in theirs; all if there are no names.
+def chosen(
+    cases: Sequence[Case], names: Sequence[str] | None, dtypes: Sequence[str] | None = None
+) -> list[Case]:
+    """The cases with one of the names in theirs, of one of the dtypes; all where none are given.
 
     Raises:
-        InputError: a name is in none of theirs.
+        InputError: a name is in none of theirs, or no case is left.
     """
     known = sorted({case.op for case in cases})
     for name in names or ():
         if not any(name in op for op in known):
             raise InputError(f"--op {name!r} is in no name; there are: {'; '.join(known)}")
-    return [case for case in cases if not names or any(name in case.op for name in names)]
+    named = [case for case in cases if not names or any(name in case.op for name in names)]
+    left = [case for case in named if not dtypes or case.dtype in dtypes]
+    if not left:
+        raise InputError(f"--dtype {' '.join(dtypes or ())}: no case of --op has it")
+    return left
 
 
 def run(

@@ -39,6 +39,13 @@ def add_parser(parts: argparse._SubParsersAction) -> None:
         "--op", nargs="+", metavar="NAME", help="only ops with one of these in their name (default: all)"
     )
     parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        help="only rows of these; torch has no fast bfloat16 products on CPUs without units for them, and "
+        "takes minutes a row there (default: all)",
+    )
+    parser.add_argument(
         "--isa",
         choices=(*ISA_NAMES[1:], "all"),
         metavar="LEVEL",
@@ -100,7 +107,7 @@ def _measured(arguments: argparse.Namespace) -> Document:
     level = arguments.isa
     if level and device.type != "cpu":
         raise InputError(f"--isa {level} is of the CPU, not of --device {device}")
-    wanted = chosen(cases(device, quick=arguments.quick), arguments.op)
+    wanted = chosen(cases(device, quick=arguments.quick), arguments.op, arguments.dtype)
     progress = Console(stderr=True)
     rows: list[dict] = []
 
@@ -189,6 +196,8 @@ def _apart(level: str, arguments: argparse.Namespace) -> tuple[int, Document | N
         options.append(f"--rows={arguments.rows}")
     if arguments.op:
         options += ["--op", *arguments.op]
+    if arguments.dtype:
+        options += ["--dtype", *arguments.dtype]
     with tempfile.TemporaryFile() as printed:
         # In a session of its own, Ctrl-C does not reach it: it is passed on, once.
         process = subprocess.Popen(

@@ -263,12 +263,16 @@ def test_a_compiler_that_fails_costs_its_own_time_alone(monkeypatch):
     assert row["compile_error"] == "RuntimeError: this one"
 
 
-def test_cases_are_chosen_by_name():
+def test_cases_are_chosen_by_name_and_dtype():
     assert [case.op for case in kernels.chosen(small_cases(), ["latents", "stats"])] == [
         "token_stats",
         "dto_descent_latents",
     ]
     assert len(kernels.chosen(small_cases(), None)) == 5
+    assert len(kernels.chosen(small_cases(), None, ["float32"])) == 4
+    assert [case.dtype for case in kernels.chosen(small_cases(), None, ["bfloat16"])] == ["bfloat16"]
+    with pytest.raises(InputError, match="--dtype bfloat16: no case"):
+        kernels.chosen(small_cases(), ["latents"], ["bfloat16"])
     with pytest.raises(InputError, match=r"there are: .*dto_descent; "):
         kernels.chosen(small_cases(), ["abacus"])
 

@@ -73,6 +73,12 @@ def float_reductions(ttgir: str) -> list[str]:
     return found
 
 
+def waits_first(ptx: str) -> bool:
+    """Whether a kernel waits for the one ahead before it reads or writes any memory but its arguments."""
+    code = re.findall(r"griddepcontrol\.wait|(?:ld|st|atom|red|cp\.async)\.(?!param)", ptx)
+    return bool(code) and code[0] == "griddepcontrol.wait"
+
+
 def compiled(op: str) -> list[dict[str, object]]:
     found = []
     for alignment, width in WIDTHS.items():
@@ -86,6 +92,8 @@ def compiled(op: str) -> list[dict[str, object]]:
                     "kernel": kernel.metadata.name,
                     "contracts": kernel.metadata.enable_fp_fusion,
                     "sums": float_reductions(kernel.asm["ttgir"]),
+                    "early": kernel.metadata.launch_pdl,
+                    "waits_first": waits_first(kernel.asm["ptx"]),
                     "vector_loads": len(re.findall(r"ld\.global\.v[248]", kernel.asm["ptx"])),
                 }
                 for kernel in kernels.values()

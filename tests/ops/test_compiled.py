@@ -34,6 +34,8 @@ def test_neither_alignment_nor_contraction_changes_a_row(op: str):
     kernels = json.loads(process.stdout)
     assert not any(kernel["contracts"] for kernel in kernels)
     assert any(kernel["sums"] for kernel in kernels)
+    assert all(kernel["early"] == kernel["waits_first"] for kernel in kernels)
+    assert any(kernel["early"] for kernel in kernels) == (op == "dto_descent")
     loads = {"aligned": 0, "odd": 0}
     for kernel in kernels:
         loads[kernel["alignment"]] += kernel["vector_loads"]

@@ -1,4 +1,4 @@
-"""Launches by a key of their own launch what Triton would, and cost less."""
+"""Launches by a key of their own launch what Triton would, and call less."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_launches_for_a_gpu_that_is_not_there():
     # Each call is compiled once; what is launched later is what Triton would launch, with its arguments.
     assert result["launches"] == {"same": 40, "other": 0, "compiled": 40}
     assert result["repeated"] == 5
-    times = result["microseconds"]
-    assert times["repeated"] < times["launched"] < times["triton"]
+    calls = result["calls"]
+    assert 2 * calls["repeated"] < calls["launched"] < calls["triton"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs only where there is no GPU")

@@ -37,6 +37,16 @@ def test_an_architecture(architecture: str):
                 assert config == entry.get(kernel, {}).get(operands, default)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "early"),
+    [("sm_80", False), ("sm_90", True), ("sm_120", True), ("gfx942", False), ("sm_75 of no entry", False)],
+)
+def test_which_launches_start_early(architecture: str, early: bool):
+    assert not presets.starts_early(torch.device("cpu"))
+    with presets.assumed(architecture):
+        assert presets.starts_early(torch.device("cpu")) is early
+
+
 def test_a_kernel_that_has_none():
     with pytest.raises(KeyError, match="no default for nothing, half"):
         presets.config("nothing", "half", torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 
@@ -37,6 +38,7 @@ def inverse_tau(base):
     return (tl.full((), scale, tl.float64) + tl.full((), scale_low, tl.float64)) * 0.6931471805599453
 
 
+@functools.lru_cache(maxsize=64)
 def exp_base(tau: float) -> tuple[float, float, float, float]:
     """1/(τ ln 2) as a float32 and what it leaves; the difference at which the power of two is 0; 1/τ."""
     scale = 1 / (tau * math.log(2))

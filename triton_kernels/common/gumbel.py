@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launched
+from .sizes import cdiv
+
 _COLUMNS = 1024
 
 
@@ -65,6 +68,7 @@ def _row(seed, position, start, COLUMNS: tl.constexpr):
     return _from_word(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))
 
 
+@launched
 @triton.jit
 def _gumbel_noise_kernel(
     seed_ptr,  # [N] int64
@@ -121,7 +125,7 @@ def add_gumbel_noise(logits: Tensor, seed: Tensor, position: Tensor, first: int)
 def _launch(seed: Tensor, position: Tensor, onto: Tensor, *, first: int, add: bool) -> None:
     rows, vocabulary = onto.shape
     if rows:
-        tiles = triton.cdiv(vocabulary, _COLUMNS)
+        tiles = cdiv(vocabulary, _COLUMNS)
         seed, position = seed.contiguous(), position.contiguous()
         with torch.cuda.device_of(onto):
             _gumbel_noise_kernel[(rows * tiles,)](

@@ -34,8 +34,10 @@ from .latents_tiles import (
     tile_logits,
     with_tile,
 )
+from .launch import launched
 
 
+@launched
 @triton.jit(do_not_specialize=["turn", "rows"])
 def logits_kernel(
     h_ptr,  # [N, H] float32
@@ -90,6 +92,7 @@ def logits_kernel(
         tl.store(y_ptr + at, y, mask=known)
 
 
+@launched
 @triton.jit(do_not_specialize=["turn", "rows"])
 def sums_kernel(
     y_ptr,  # [N, V] float32, contiguous
@@ -133,6 +136,7 @@ def sums_kernel(
         store_met(sums_ptr, row, moves, splits, split, top, key, base, sums, tilts, lost)
 
 
+@launched
 @triton.jit(do_not_specialize=["turn", "rows"])
 def pull_kernel(
     y_ptr,  # [N, V] float32, contiguous
@@ -195,6 +199,7 @@ def pull_kernel(
         tl.store(at, pulls, mask=(lane < 2 * rows)[None, None, :] & there)
 
 
+@launched
 @triton.jit(do_not_specialize=["turn", "rows"])
 def one_pass_kernel(
     states_ptr,  # [N, 3, H] bfloat16, the terms of h, for a bfloat16 head; else [N, 1, H] float32
@@ -243,14 +248,14 @@ def one_pass_kernel(
         for start in range(first, tl.minimum(first + split_size, vocabulary), TOKENS):
             token = start + tl.arange(0, TOKENS)
             known = moves[None, :] & (token < vocabulary)[:, None]
-            chunk = head_ptr + token.to(tl.int64)[None, None, :] * head_stride_v
-            chunk += column.to(tl.int64) * head_stride_h
+            table = head_ptr + token.to(tl.int64)[None, None, :] * head_stride_v
             there = (token < vocabulary)[None, None, :]
             held = ()
             if partial_ptr is not None:
                 for c in tl.static_range(HOLD):
                     mask = of_chunk(there, column, width, c, CHUNKS, DEPTH)
-                    held += (tl.load(chunk + c * DEPTH * head_stride_h, mask=mask, other=0.0),)
+                    at = table + (c * DEPTH + column).to(tl.int64) * head_stride_h
+                    held += (tl.load(at, mask=mask, other=0.0),)
             grad_at = grad_ptr + within[None, :] * grad_stride + token[:, None]
             grad = tl.load(grad_at, mask=known, other=0.0).to(tl.float32)
             y = few_logits(
@@ -292,7 +297,7 @@ def one_pass_kernel(
                             new = pulled(held[p * GROUPS + g], weights[g], new, UPCAST)
                         elif p * GROUPS + g < CHUNKS:
                             mask = of_chunk(there, column, width, p * GROUPS + g, CHUNKS, DEPTH)
-                            at = chunk + (p * GROUPS + g) * DEPTH * head_stride_h
+                            at = table + ((p * GROUPS + g) * DEPTH + column).to(tl.int64) * head_stride_h
                             head = tl.load(at, mask=mask, other=0.0)
                             new = pulled(head, weights[g], new, UPCAST)
                     moved_on += (with_tile(pulls[p], new, scale, shift, GROUPS),)

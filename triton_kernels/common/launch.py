@@ -158,14 +158,19 @@ class Launched:
 
 def _structure(args: tuple, options: dict[str, Any]) -> tuple:
     """What the function that makes a key is written for."""
-    types = (*map(type, args), *map(type, options.values()))
+    values = (*args, *options.values())
+    types = tuple(map(type, values))
     if tuple in types:
-        types = (_types(args), _types(tuple(options.values())))
+        types += tuple([_types(value) for value in values if type(value) is tuple])
     return len(args), *options, types
 
 
 def _types(values: tuple) -> tuple:
-    return tuple(_types(value) if type(value) is tuple else type(value) for value in values)
+    """Types of what a tuple holds, and of what tuples in it hold."""
+    types = tuple(map(type, values))
+    if tuple in types:
+        types += tuple([_types(value) for value in values if type(value) is tuple])
+    return types
 
 
 def _specialized(text: str, value: Any, plain: bool) -> list[str] | None:

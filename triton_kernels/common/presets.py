@@ -51,6 +51,13 @@ def assumed(architecture: str) -> Iterator[None]:
         _assumed = former
 
 
+def starts_early(device: torch.device) -> bool:
+    """Whether a launch may start before the one ahead of it has ended: on NVIDIA's GPUs from sm_90 on."""
+    names = (_assumed,) if _assumed else _names(device)
+    numbers = (name.removeprefix("sm_") for name in names if name.startswith("sm_"))
+    return any(number.isdigit() and int(number) >= 90 for number in numbers)
+
+
 @contextlib.contextmanager
 def forced(kernel: str, operands: str, choice: Config) -> Iterator[None]:
     """Inside, launches of one kernel on one kind of operands have this configuration: to compare some."""

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .exponential import tempered_exp
 from .lanes import first_place, lane_sums, top_of
+from .sizes import cdiv
 
 # Sums of a slice: largest y, +inf if y is NaN somewhere; its token, less NAN if y is NaN there; S; T; G of
 # the token; largest y at which G is not finite: −inf where it is finite everywhere, else at least −3.4e38.
@@ -25,7 +26,7 @@ _SLICES = tl.constexpr(32)  # that are joined at a time, by each warp for itself
 
 def joined_slices(slices: int) -> int:
     """SLICES of :func:`joined_sums`."""
-    return triton.cdiv(slices, _SLICES.value) * _SLICES.value
+    return cdiv(slices, _SLICES.value) * _SLICES.value
 
 
 @triton.jit

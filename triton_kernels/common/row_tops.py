@@ -7,11 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launched
+from .sizes import cdiv, next_power_of_2
 from .vocabulary_chunks import SLICE, WARPS, logits_slice
 
 Noise = tuple[Tensor, Tensor] | None
 
 
+@launched
 @triton.jit(do_not_specialize=["first_slice", "chunk_slices", "slices"])
 def _tops_kernel(
     logits_ptr,
@@ -66,6 +69,7 @@ def row_status(tops, top):
     return tl.where(nan > 0, 1, infinite).to(tl.int32)
 
 
+@launched
 @triton.jit(do_not_specialize=["slices"])
 def _join_kernel(
     tops_ptr,  # [N, slices] float32
@@ -97,7 +101,7 @@ class RowTops:
     """
 
     def __init__(self, like: Tensor, rows: int, vocabulary: int):
-        self.slices = triton.cdiv(vocabulary, SLICE)
+        self.slices = cdiv(vocabulary, SLICE)
         self.tops = like.new_empty(rows, self.slices, dtype=torch.float32)
         self.tokens = like.new_empty(rows, self.slices, dtype=torch.int32)
 
@@ -108,7 +112,7 @@ class RowTops:
             logits: [N, ..], whose first column is the token ``origin``.
             noise: seed and position [N] int64, contiguous, or None.
         """
-        of_chunk = triton.cdiv(end - first, SLICE)
+        of_chunk = cdiv(end - first, SLICE)
         with torch.cuda.device_of(logits):
             _tops_kernel[(len(logits) * of_chunk,)](
                 logits,
@@ -136,6 +140,6 @@ class RowTops:
                 token,
                 status,
                 self.slices,
-                SLICES=triton.next_power_of_2(self.slices),
+                SLICES=next_power_of_2(self.slices),
                 num_warps=4,
             )

@@ -7,9 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launched
+
 _COLUMNS = 1024
 
 
+@launched
 @triton.jit(do_not_specialize=["parts"])
 def _row_totals_kernel(
     parts_ptr,  # [N, M] float32, contiguous

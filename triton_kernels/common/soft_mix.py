@@ -19,9 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .exponential import exp_base, tempered_exp
+from .launch import launched
 from .library_products import add_weighted_rows
 from .powers import NO_EXPONENT, power_of_two, power_parts
 from .row_tops import Noise, RowTops, row_status
+from .sizes import cdiv, next_power_of_2
 from .vocabulary_chunks import SLICE, WARPS, logits_slice
 
 _RESCALED = 256  # sums at a time
@@ -30,6 +32,7 @@ _RESCALED = 256  # sums at a time
 _FLOAT16_SCALE, _SCALE = tl.constexpr(15.0), tl.constexpr(-20.0)
 
 
+@launched
 @triton.jit(do_not_specialize=["rows", "first_slice", "chunk_slices", "slices"])
 def _weights_kernel(
     logits_ptr,
@@ -111,6 +114,7 @@ def _weights_kernel(
                 tl.store(sums_ptr + row * width + place, sums * factor, mask=place < width)
 
 
+@launched
 @triton.jit(do_not_specialize=["rows", "slices", "blocks"])
 def _divide_kernel(
     tops_ptr,  # [N, slices] float32
@@ -150,7 +154,7 @@ _DIVIDED = 1024  # sums of a program
 def scratch_bytes(tables: list[Tensor], vocabulary: int) -> tuple[int, int]:
     """Bytes that a row takes, and each token of a chunk for each row."""
     kinds = {table.dtype for table in tables}
-    slices = triton.cdiv(vocabulary, SLICE)
+    slices = cdiv(vocabulary, SLICE)
     row = 4 * sum(table.shape[1] for table in tables) + slices * (
         16 + 4 * len(kinds)
     )  # tops, tokens, exponents; totals
@@ -183,7 +187,7 @@ class SoftMix:
         rows, size, tops = len(logits), end - first, self.row_tops
         tops.measure(logits, noise, first, end, origin)
         weights = [memory[: rows * size].view(rows, size) for memory in self.memory]
-        of_chunk = triton.cdiv(size, SLICE)
+        of_chunk = cdiv(size, SLICE)
         with torch.cuda.device_of(logits):
             _weights_kernel[(rows * of_chunk,)](
                 logits,
@@ -205,22 +209,21 @@ class SoftMix:
                 self.base,
                 FIRST=first == 0,
                 COLUMNS=SLICE,
-                SLICES=triton.next_power_of_2(tops.slices),
+                SLICES=next_power_of_2(tops.slices),
                 RESCALED=_RESCALED,
                 NOISE=noise is not None,
                 num_warps=WARPS,
             )
-        for table, sums in zip(self.tables, self.sums[:rows].split(self.widths, dim=1), strict=True):
+        for table, sums in zip(self.tables, self._columns(rows), strict=True):
             of_kind = weights[self.kinds.index(table.dtype)]
             add_weighted_rows(sums, of_kind, table[first:end], keep=first > 0)
 
     def finish(self, mixes: list[Tensor], status: Tensor) -> None:
         """The mixes [N, H_t] and the rows' status [N] int32, into these, contiguous."""
         rows, tops = len(status), self.row_tops
-        columns = self.sums[:rows].split(self.widths, dim=1)
         with torch.cuda.device_of(status):
-            for table, sums, mix in zip(self.tables, columns, mixes, strict=True):
-                blocks = max(1, triton.cdiv(table.shape[1], _DIVIDED))
+            for table, sums, mix in zip(self.tables, self._columns(rows), mixes, strict=True):
+                blocks = max(1, cdiv(table.shape[1], _DIVIDED))
                 _divide_kernel[(rows * blocks,)](
                     tops.tops,
                     self.totals[self.kinds.index(table.dtype)],
@@ -233,6 +236,10 @@ class SoftMix:
                     tops.slices,
                     blocks,
                     COLUMNS=_DIVIDED,
-                    SLICES=triton.next_power_of_2(tops.slices),
+                    SLICES=next_power_of_2(tops.slices),
                     num_warps=4,
                 )
+
+    def _columns(self, rows: int) -> tuple[Tensor, ...]:
+        """The sums of each table."""
+        return torch.split_with_sizes(self.sums[:rows], self.widths, 1)

@@ -12,7 +12,9 @@ from torch import Tensor
 from .exponential import exp_base, tempered_exp
 from .gumbel import gumbel_row
 from .lanes import first_place, lane_sum, larger_or_nan, load_tiles, top_of, vector, warps
+from .launch import launched
 from .scratch import row_blocks, share
+from .sizes import cdiv, next_power_of_2
 
 _SLICE = 4096  # tokens: fixed, so that a row's sums do not depend on the batch
 _NOISY_SLICE = 1024  # of a slice whose noise is drawn, some hundred instructions a token
@@ -85,6 +87,7 @@ def _measure(
     tl.store(totals_ptr, lane_sum(total, VECTOR))
 
 
+@launched
 @triton.jit(do_not_specialize=["slices"])
 def _slice_kernel(
     logits_ptr,  # [N, V]
@@ -151,6 +154,7 @@ def _slice_kernel(
         )
 
 
+@launched
 @triton.jit(do_not_specialize=["slices"])
 def _join_kernel(
     logits_ptr,
@@ -214,7 +218,7 @@ def softmax_sums(logits: Tensor, tau: float, noise: tuple[Tensor, Tensor] | None
     width = _THREADS * vector(logits.element_size())
     columns = _SLICE if noise is None else max(_NOISY_SLICE, width)
     lanes = {"LANES": width, "TILES": columns // width, "NOISE": noise is not None}
-    slices = triton.cdiv(vocabulary, columns)
+    slices = cdiv(vocabulary, columns)
     for part in row_blocks(rows, 8 * slices, share(1)):
         of_part = (noise[0][part], noise[1][part]) if noise else None
         _sum(logits[part], tau, of_part, sums.part(part), slices, lanes)
@@ -243,7 +247,7 @@ def _sum(
             vocabulary,
             slices,
             base,
-            SLICES=triton.next_power_of_2(slices),
+            SLICES=next_power_of_2(slices),
             **lanes,
             **options,
         )

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from . import scratch
 from .gumbel import gumbel_row
+from .sizes import cdiv
 
 SLICE = 4096  # tokens
 WARPS = 8  # of a slice's program
@@ -51,8 +52,8 @@ def partition(rows: int, vocabulary: int, *, row_bytes: int, token_bytes: int) -
     left = min(budget - most * row_bytes, scratch.share(CHUNK_SHARE))
     tokens = max(left // (most * max(1, token_bytes)) // SLICE, 1) * SLICE
     # Chunks of nearly equal size.
-    slices, per_chunk = triton.cdiv(vocabulary, SLICE), tokens // SLICE
-    return cut._replace(tokens=triton.cdiv(slices, triton.cdiv(slices, per_chunk)) * SLICE)
+    slices, per_chunk = cdiv(vocabulary, SLICE), tokens // SLICE
+    return cut._replace(tokens=cdiv(slices, cdiv(slices, per_chunk)) * SLICE)
 
 
 @triton.jit

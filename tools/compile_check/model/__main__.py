@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if set(arguments.families) != set(predictions.FAMILIES):
             kept = predictions.load(predictions.NOW)[1]
             made += [one for one in kept if one.family not in arguments.families]
+            made.sort(key=lambda one: predictions.FAMILIES.index(one.family))
         predictions.store(made, predictions.NOW, importlib.metadata.version("triton"))
     new = document.written()
     stale = new != document.PAGE.read_text()
