@@ -44,30 +44,37 @@ def _product_configs(*choices: tuple[int, int, int, int, int]) -> list[dict[str,
     return [dict(zip(names, choice, strict=True)) for choice in choices]
 
 
-# TOKENS, MANY_TOKENS, DEPTH, PARTS, WIDTH, programs a multiprocessor, FEW, warps, stages.
-_HALF_DESCENTS = (
-    (32, 64, 256, 8, 128, 1, 4, 8, 4),
-    (32, 64, 256, 8, 64, 1, 4, 8, 3),
-    (32, 64, 128, 4, 64, 1, 4, 4, 3),
-    (32, 64, 256, 8, 128, 1, 1, 8, 4),
-    (16, 64, 256, 8, 128, 2, 2, 8, 3),
+_DESCENT = (
+    "TOKENS",
+    "MANY_TOKENS",
+    "DEPTH",
+    "PARTS",
+    "WIDTH",
+    "PROGRAMS",  # a multiprocessor
+    "FEW",
+    "FEW_WIDTH",
+    "HOLD",
+    "num_warps",
+    "num_stages",
 )
-_SINGLE_DESCENTS = ((16, 64, 128, 8, 64, 1, 4, 8, 2), (16, 64, 64, 4, 64, 1, 2, 4, 2))
+# A warp takes a part, so there are as many of one as of the other. FEW 0 reads the head twice for all rows.
+_HALF_DESCENTS = (
+    (32, 64, 256, 8, 128, 1, 4, 4096, 2, 8, 2),
+    (32, 64, 256, 8, 128, 1, 4, 4096, 0, 8, 3),
+    (32, 64, 256, 8, 64, 1, 4, 4096, 2, 8, 2),
+    (16, 64, 256, 8, 128, 1, 4, 4096, 2, 8, 2),
+    (32, 64, 256, 8, 128, 1, 0, 4096, 0, 8, 4),
+    (32, 64, 128, 4, 64, 1, 0, 4096, 0, 4, 3),
+)
+_SINGLE_DESCENTS = (
+    (16, 64, 128, 8, 64, 1, 4, 4096, 0, 8, 2),
+    (16, 64, 128, 8, 64, 1, 0, 4096, 0, 8, 2),
+    (16, 64, 64, 4, 64, 1, 0, 4096, 0, 4, 2),
+)
 
 
 def _descent_configs(multiprocessors: int, choices: Sequence[tuple[int, ...]]) -> list[dict[str, int]]:
-    names = (
-        "TOKENS",
-        "MANY_TOKENS",
-        "DEPTH",
-        "PARTS",
-        "WIDTH",
-        "PROGRAMS",
-        "FEW",
-        "num_warps",
-        "num_stages",
-    )
-    named = [dict(zip(names, choice, strict=True)) for choice in choices]
+    named = [dict(zip(_DESCENT, choice, strict=True)) for choice in choices]
     return [{"ROWS": 16} | choice | {"PROGRAMS": choice["PROGRAMS"] * multiprocessors} for choice in named]
 
 
