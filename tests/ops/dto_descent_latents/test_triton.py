@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,7 @@ from ..shared.triton_descents import (
     DEVICE,
     ON_DEVICE,
     TritonDescent,
+    descend_,
     descended,
     follows,
     golden_test,
@@ -164,6 +166,22 @@ def test_latents_without_probability_do_not_matter(draw: Draw):
     assert (ours[2].step > 0).all()
     assert same(ours, descended(arguments | {"grad": gone}))
     assert same(ours, in_passes(arguments, 0))
+
+
+def test_chunks_of_a_head_more_than_2_31_elements_apart(tmp_path: Path, draw: Draw):
+    stride, hidden = 2**24 + 5, 200
+    if DEVICE == "cuda":
+        pytest.skip("files back no memory of a GPU")
+    config = presets.config("dto_descent_latents", "float32", torch.device(DEVICE))
+    assert (hidden // config["DEPTH"] - 1) * config["DEPTH"] * stride > 2**31 > config["DEPTH"] * stride
+    arguments = descent_arguments(draw, 2, 33, hidden=hidden, iters=2)
+    head = arguments["head"]
+    size = 4 * hidden * stride
+    storage = torch.UntypedStorage.from_file(str(tmp_path / "head"), shared=True, nbytes=size)
+    far = torch.empty(0).set_(storage, 0, head.shape, (1, stride)).copy_(head)
+    expected = descended(arguments)
+    # Not a clone, which would bring the columns together.
+    assert same(expected, descend_(map_tensors(torch.clone, arguments) | {"head": far}))
 
 
 def test_a_latent_whose_logits_are_bad(draw: Draw):
