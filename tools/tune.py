@@ -60,7 +60,7 @@ _DESCENT = (
 # A warp takes a part, so there are as many of one as of the other. FEW 0 reads the head twice for all rows.
 _HALF_DESCENTS = (
     (32, 64, 256, 8, 128, 1, 4, 4096, 2, 8, 2),
-    (32, 64, 256, 8, 128, 1, 4, 4096, 0, 8, 3),
+    (32, 64, 256, 8, 128, 1, 4, 4096, 0, 8, 2),
     (32, 64, 256, 8, 64, 1, 4, 4096, 2, 8, 2),
     (16, 64, 256, 8, 128, 1, 4, 4096, 2, 8, 2),
     (32, 64, 256, 8, 128, 1, 0, 4096, 0, 8, 4),
