@@ -150,7 +150,9 @@ def _tasks(device: torch.device, sizes: Sizes) -> dict[tuple[str, str], tuple[Ca
         ),
         (product, "split"): (
             lambda: logits(_SINGLE, _HALF, sizes),
-            _product_configs((64, 128, 64, 4, 2), (128, 128, 32, 8, 2), (128, 128, 64, 8, 2)),
+            _product_configs(
+                (64, 128, 64, 4, 2), (64, 128, 64, 8, 2), (64, 256, 64, 8, 3), (128, 128, 64, 8, 3)
+            ),
         ),
         (product, "float32"): (
             lambda: logits(_SINGLE, _SINGLE, sizes.fewer(64)),

@@ -12,13 +12,13 @@ from torch import Tensor
 from .common.exponential import exp_base, tempered_exp
 from .common.gradient_sums import FIELDS, joined_slices
 from .common.launch import launched
-from .common.library_products import add_weighted_rows, converted_bytes, float32_products
+from .common.library_products import add_weighted_rows, float32_products
 from .common.powers import power_of_two, power_parts
 from .common.row_tops import Noise, RowTops
 from .common.sizes import cdiv, next_power_of_2
 from .common.soft_mix import SoftMix, scratch_bytes
 from .common.vocabulary_chunks import SLICE, WARPS, Partition, logits_slice, partition
-from .common.vocabulary_product import chunk_product
+from .common.vocabulary_product import chunk_bytes, chunk_product, chunk_states
 from .embedding_mix import part_of, survey_kernel
 
 
@@ -41,7 +41,7 @@ def linear_embedding_mix(
         row_bytes, token_bytes = 8 * cdiv(vocabulary, SLICE), 0
     else:
         row_bytes, token_bytes = scratch_bytes(tables, vocabulary)
-    row_bytes += converted_bytes([hidden], [head])
+    row_bytes += chunk_bytes([hidden], [head])
     cut = partition(rows, vocabulary, row_bytes=row_bytes, token_bytes=token_bytes + 4)
     memory = hidden.new_empty(cut.most_rows * min(cut.tokens, vocabulary), dtype=torch.float32)
     token = hidden.new_empty(rows, dtype=torch.int64)
@@ -50,13 +50,15 @@ def linear_embedding_mix(
     with float32_products():
         for part in cut.rows:
             size = part.stop - part.start
+            states = chunk_states([hidden[part]], [head])
             for first, end in cut.chunks(vocabulary):
                 logits = memory[: size * (end - first)].view(size, end - first)
-                chunk_product([hidden[part]], [head[first:end]], logits)
+                chunk_product(states, [head[first:end]], logits)
                 if tops:
                     tops.measure(logits, part_of(noise, part), first, end, first)
                 elif mix:
                     mix.add(logits, part_of(noise, part), first, end, first)
+            del states  # before the next part's
             if tops:
                 tops.join(token[part], status[part])
             elif mix:
@@ -209,7 +211,7 @@ def linear_embedding_mix_backward(
     if head.dtype == torch.bfloat16:
         kind, terms = torch.bfloat16, _TERMS[hidden.dtype]
     row_bytes = 4 * FIELDS.value * cdiv(vocabulary, SLICE) + 8 * hidden.shape[1]
-    row_bytes += converted_bytes([hidden, *cotangents], [head, *tables])
+    row_bytes += chunk_bytes([hidden], [head]) + chunk_bytes(cotangents, tables)
     token_bytes = 8 + 2 * terms * kind.itemsize
     cut = partition(rows, vocabulary, row_bytes=row_bytes, token_bytes=token_bytes)
     most, chunk = cut.most_rows, min(cut.tokens, vocabulary)
@@ -267,13 +269,14 @@ def _backward(
     options = {"COLUMNS": SLICE, "NOISE": noise is not None, "DIRECT": direct is not None}
     options["num_warps"] = WARPS
     joined = next_power_of_2(slices)
+    states, pulls = chunk_states([hidden], [head]), chunk_states(cotangents, tables)
     for first, end in cut.chunks(vocabulary):
         size = end - first
         logits, product = (
             part[: rows * size].view(rows, size) for part in (memory.logits, memory.products)
         )
-        chunk_product([hidden], [head[first:end]], logits)
-        chunk_product(cotangents, [table[first:end] for table in tables], product)
+        chunk_product(states, [head[first:end]], logits)
+        chunk_product(pulls, [table[first:end] for table in tables], product)
         of_chunk = cdiv(size, SLICE)
         place = (end, first // SLICE, of_chunk, slices)
         survey_kernel[(rows * of_chunk,)](

@@ -7,16 +7,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common.products import map_arguments, tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
+from .common.launch import launched
+from .common.products import (
+    map_arguments,
+    parts_in_terms,
+    terms_bytes,
+    tile_arguments,
+    tile_config,
+    tile_of,
+    upcast,
+    vocabulary_tile,
+)
 from .common.row_totals import row_totals
 from .common.scratch import row_blocks, share
+from .common.sizes import cdiv
 from .common.softmax_sums import softmax_sums
 from .common.vocabulary_product import vocabulary_product
 
 
+@launched
 @triton.jit(do_not_specialize=["rows", "tiles_of_rows", "slices"])
 def _onehot_grad_kernel(
-    states,  # [N, H_t] each: ∂ℒ/∂e_t
+    states,  # [N, H_t] each, or their terms: ∂ℒ/∂e_t
     tables,  # [V, H_t] each, or [V_t, H_t] with a map
     state_strides,
     table_strides,
@@ -39,7 +51,7 @@ def _onehot_grad_kernel(
     DEPTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    row, column, slice = tile_of(tiles_of_rows, rows, vocabulary, ROWS, COLUMNS)
+    row, column, slice = tile_of(tiles_of_rows, vocabulary, state_strides, ROWS, COLUMNS)
     within = tl.minimum(row, rows - 1)
     there = (row < rows)[:, None] & (column < vocabulary)[None, :]
     grad = vocabulary_tile(
@@ -78,27 +90,30 @@ def _launch(
     token_maps: list[Tensor | None],
     squares: Tensor | None = None,
 ) -> Tensor:
-    rows, vocabulary = logits.shape
+    vocabulary = logits.shape[1]
     sums = softmax_sums(logits, 1.0)
     config = tile_config("vocabulary_epilogue", cotangents, tables)
-    tiles, slices = triton.cdiv(rows, config["ROWS"]), triton.cdiv(vocabulary, config["COLUMNS"])
+    slices = cdiv(vocabulary, config["COLUMNS"])
     with torch.cuda.device_of(logits):
-        _onehot_grad_kernel[(tiles * slices,)](
-            *tile_arguments(cotangents, tables),
-            logits,
-            sums.top,
-            sums.total,
-            logits if squares is None else squares,
-            rows,
-            vocabulary,
-            tiles,
-            slices,
-            nll_coeff,
-            **map_arguments(tables, token_maps),
-            NORM=squares is not None,
-            UPCAST=upcast(logits),
-            **config,
-        )
+        for part, of_part in parts_in_terms(cotangents, tables):
+            rows = part.stop - part.start
+            tiles = cdiv(rows, config["ROWS"])
+            _onehot_grad_kernel[(tiles * slices,)](
+                *tile_arguments(of_part, tables),
+                logits[part],
+                sums.top[part],
+                sums.total[part],
+                (logits if squares is None else squares)[part],
+                rows,
+                vocabulary,
+                tiles,
+                slices,
+                nll_coeff,
+                **map_arguments(tables, token_maps),
+                NORM=squares is not None,
+                UPCAST=upcast(logits),
+                **config,
+            )
     return sums.status
 
 
@@ -145,8 +160,13 @@ def onehot_grad_norm(
     norms = hidden.new_empty(rows, dtype=torch.float32)
     status = hidden.new_empty(rows, dtype=torch.int32)
     config = tile_config("vocabulary_epilogue", cotangents, tables)
-    slices = triton.cdiv(vocabulary, config["COLUMNS"])
-    parts = list(row_blocks(rows, 4 * (vocabulary + slices), share(15)))
+    slices = cdiv(vocabulary, config["COLUMNS"])
+    # Terms of hidden states are gone when those of the cotangents are made; they have the sixteenth that
+    # sums of softmaxes have in between.
+    of_terms = max(terms_bytes([hidden], [head]), terms_bytes(cotangents, tables))
+    row_bytes = 4 * (vocabulary + slices)
+    row_bytes = max(row_bytes, cdiv(15 * (row_bytes + of_terms), 16))
+    parts = list(row_blocks(rows, row_bytes, share(15), tile=config["ROWS"]))
     if not parts:
         return norms, status
     scratch = hidden.new_empty(parts[0].stop, vocabulary, dtype=torch.float32)

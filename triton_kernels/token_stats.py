@@ -17,17 +17,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .common.exponential import exp_base, inverse_tau, tempered_exp
-from .common.lanes import first_place, lane_sums, larger_or_nan, load_tiles, top_of, vector, warps
-from .common.products import operands, tile_arguments, tile_of, upcast, vocabulary_tile
+from .common.lanes import (
+    first_place,
+    in_pairs,
+    lane_sums,
+    larger_or_nan,
+    load_pairs,
+    load_tiles,
+    top_of,
+    vector,
+    warps,
+)
+from .common.launch import launched
+from .common.products import parts_in_terms, tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
+from .common.sizes import cdiv, next_power_of_2
 
 _SLICE = 4096  # tokens of a slice of logits
-_THREADS = 64  # of its program, one lane of sums each
-# Statistics after a product hold several tiles in registers: smaller ones than of a product alone.
-_TILES = {
-    "half": {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
-    "split": {"ROWS": 64, "COLUMNS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
-    "float32": {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
-}
+# What a thread does once, whatever it sums, it does for 128 bfloat16 tokens where one warp takes a slice. A
+# row's join waits for its own steps, and has fewer of them in more warps.
+_THREADS = 64 if torch.version.hip else 32
+_JOIN_THREADS = 64
 _JOINED = 1024  # slices joined at a time
 # Sums of a slice: the largest logit, NaN if one is; Σ exp(x/τ) and Σ x exp(x/τ), x = z − largest; and of
 # a slice of products, whose logits lie nowhere: the token, which is then left out of the sums.
@@ -42,21 +51,41 @@ def _reference(top):
 
 
 @triton.jit
-def _slice_sums(tiles, top, skipped, base, SKIP: tl.constexpr, VECTOR: tl.constexpr):
-    """Σ exp(x/τ) and Σ x exp(x/τ) of a slice, x = z − top, without the token at ``skipped`` if SKIP."""
-    lane = tl.arange(0, tiles[0].shape[0])
+def _weights(tiles, t: tl.constexpr, reference, skipped, base, SKIP: tl.constexpr):
+    """x and exp(x/τ) of a tile of :func:`_slice_sums`."""
+    # From −inf on, a number whose exponential is 0 too.
+    x = tl.maximum(tiles[t] - reference, base[2])
+    e = tempered_exp(x, base)
+    if SKIP:
+        lanes: tl.constexpr = tiles[0].shape[0]
+        e = tl.where(tl.arange(0, lanes) == skipped - t * lanes, 0.0, e)
+    return x, e
+
+
+@triton.jit
+def _slice_sums(
+    tiles, top, skipped, base, SKIP: tl.constexpr, VECTOR: tl.constexpr, PAIRS: tl.constexpr = False
+):
+    """Σ exp(x/τ) and Σ x exp(x/τ) of a slice, x = z − top, without the token at ``skipped`` if SKIP.
+
+    The same bits from tiles as :func:`load_tiles` and as :func:`load_pairs` has them, these if PAIRS.
+    """
+    apart: tl.constexpr = 2 if PAIRS else 1
     reference = _reference(top)
-    total = tl.zeros((tiles[0].shape[0],), tl.float32)
-    total_x = total
-    for t in tl.static_range(len(tiles)):
-        # From −inf on, a number whose exponential is 0 too.
-        x = tl.maximum(tiles[t] - reference, base[2])
-        e = tempered_exp(x, base)
-        if SKIP:
-            e = tl.where(lane == skipped - t * tiles[0].shape[0], 0.0, e)
-        total += e
-        total_x = tl.fma(x, e, total_x)
-    return lane_sums(total, total_x, VECTOR)
+    totals, totals_x = (), ()
+    for first in tl.static_range(apart):
+        x, total = _weights(tiles, first, reference, skipped, base, SKIP)
+        total_x = x * total
+        for t in tl.static_range(first + apart, len(tiles), apart):
+            x, e = _weights(tiles, t, reference, skipped, base, SKIP)
+            total += e
+            total_x = tl.fma(x, e, total_x)
+        totals += (total,)
+        totals_x += (total_x,)
+    if PAIRS:
+        return lane_sums(totals[0] + totals[1], totals_x[0] + totals_x[1], VECTOR // 2)
+    else:
+        return lane_sums(totals[0], totals_x[0], VECTOR)
 
 
 @triton.jit
@@ -71,31 +100,37 @@ def _measure(
     LANES: tl.constexpr,
     TILES: tl.constexpr,
     VECTOR: tl.constexpr,
+    PAIRS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    tiles = load_tiles(row_ptr, column_stride, start, vocabulary, -float("inf"), LANES, TILES, MASKED)
+    if PAIRS:
+        tiles = load_pairs(row_ptr, start, vocabulary, LANES, TILES, MASKED)
+    else:
+        tiles = load_tiles(row_ptr, column_stride, start, vocabulary, -float("inf"), LANES, TILES, MASKED)
     top = top_of(tiles)
-    total, total_x = _slice_sums(tiles, top, 0, base, False, VECTOR)
+    total, total_x = _slice_sums(tiles, top, 0, base, False, VECTOR, PAIRS)
     tl.store(parts_ptr + _TOP * slices, top)
     tl.store(parts_ptr + _SUM * slices, total)
     tl.store(parts_ptr + _SUM_X * slices, total_x)
 
 
+@launched
 @triton.jit(do_not_specialize=["slices"])
 def _logits_kernel(
-    logits_ptr,  # [N, V]
+    logits_ptr,  # [N, V], or [N, V/2] int32 if PAIRS
     row_stride,
     column_stride,
     parts_ptr,  # [N, _FIELDS, slices] float32
-    vocabulary,
+    vocabulary,  # V
     slices,
     base,
     LANES: tl.constexpr,
     TILES: tl.constexpr,
     VECTOR: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    row = (tl.program_id(0) // slices).to(tl.int64)
-    slice = tl.program_id(0) % slices
+    row = tl.program_id(0).to(tl.int64)
+    slice = tl.program_id(1)
     start = slice * (LANES * TILES)
     row_ptr = logits_ptr + row * row_stride
     parts_ptr += row * (_FIELDS * slices) + slice
@@ -111,6 +146,7 @@ def _logits_kernel(
             LANES,
             TILES,
             VECTOR,
+            PAIRS,
             False,
         )
     else:
@@ -125,10 +161,12 @@ def _logits_kernel(
             LANES,
             TILES,
             VECTOR,
+            PAIRS,
             True,
         )
 
 
+@launched
 @triton.jit(do_not_specialize=["rows", "tiles_of_rows", "slices"])
 def _hidden_kernel(
     states,
@@ -147,7 +185,7 @@ def _hidden_kernel(
     DEPTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    row, column, slice = tile_of(tiles_of_rows, rows, vocabulary, ROWS, COLUMNS)
+    row, column, slice = tile_of(tiles_of_rows, vocabulary, state_strides, ROWS, COLUMNS)
     z = vocabulary_tile(
         states,
         tables,
@@ -183,6 +221,7 @@ def _log1p(x):
     return tl.where(above == 1.0, x, tl.log(above) * (x / tl.where(above == 1.0, 1.0, above - 1.0)))
 
 
+@launched
 @triton.jit(do_not_specialize=["slices"])
 def _join_kernel(
     logits_ptr,  # [N, V]; None after products
@@ -263,6 +302,12 @@ def _join_kernel(
     tl.store(status_ptr + row, status.to(tl.int32))
 
 
+def _lanes(rows: Tensor, threads: int) -> dict[str, int]:
+    """How a slice falls into tiles, a vector of each for a thread."""
+    width = vector(rows.element_size())
+    return {"VECTOR": width, "LANES": threads * width, "TILES": _SLICE // (threads * width)}
+
+
 def token_stats(rows: Tensor, head: Tensor | None, tau: float) -> tuple[Tensor, ...]:
     """As ``nabla_fast.ops.token_stats``. A row's numbers are the same bits whatever the other rows.
 
@@ -283,33 +328,42 @@ def token_stats(rows: Tensor, head: Tensor | None, tau: float) -> tuple[Tensor, 
     # What a compiler would contract is written as fma: it must not choose, by what surrounds it.
     base, options = exp_base(tau), {"enable_fp_fusion": False}
     vocabulary = rows.shape[1] if head is None else len(head)
-    lanes = {"VECTOR": vector(rows.element_size())}
-    lanes |= {"LANES": _THREADS * lanes["VECTOR"], "TILES": _SLICE // (_THREADS * lanes["VECTOR"])}
-    config = None if head is None else _TILES[operands([rows], [head])]
-    slices = triton.cdiv(vocabulary, _SLICE if config is None else config["COLUMNS"])
+    config = None if head is None else tile_config("vocabulary_statistics", [rows], [head])
+    slices = cdiv(vocabulary, _SLICE if config is None else config["COLUMNS"])
     fields = _FIELDS.value + (config is not None)
     parts = torch.empty(count, fields, slices, dtype=torch.float32, device=device)
     with torch.cuda.device_of(rows):
         if config is None:
             logits = (rows, *rows.stride())
-            _logits_kernel[(count * slices,)](
-                *logits, parts, vocabulary, slices, base, **lanes, num_warps=warps(_THREADS), **options
+            pairs = in_pairs(rows)
+            _logits_kernel[(count, slices)](
+                *(logits if pairs is None else (pairs, *pairs.stride())),
+                parts,
+                vocabulary,
+                slices,
+                base,
+                **_lanes(rows, _THREADS),
+                PAIRS=pairs is not None,
+                num_warps=warps(_THREADS),
+                **options,
             )
         else:
             logits = (None, 0, 0)
-            tiles = triton.cdiv(count, config["ROWS"])
-            _hidden_kernel[(tiles * slices,)](
-                *tile_arguments([rows], [head]),
-                parts,
-                count,
-                vocabulary,
-                tiles,
-                slices,
-                base,
-                UPCAST=upcast(rows),
-                **config,
-                **options,
-            )
+            for part, of_part in parts_in_terms([rows], [head]):
+                size = part.stop - part.start
+                tiles = cdiv(size, config["ROWS"])
+                _hidden_kernel[(tiles * slices,)](
+                    *tile_arguments(of_part, [head]),
+                    parts[part],
+                    size,
+                    vocabulary,
+                    tiles,
+                    slices,
+                    base,
+                    UPCAST=upcast(rows),
+                    **config,
+                    **options,
+                )
         _join_kernel[(count,)](
             *logits,
             parts,
@@ -317,9 +371,9 @@ def token_stats(rows: Tensor, head: Tensor | None, tau: float) -> tuple[Tensor, 
             vocabulary,
             slices,
             base,
-            BLOCK=min(_JOINED, triton.next_power_of_2(slices)),
-            **lanes,
-            num_warps=warps(_THREADS) if config is None else 8,
+            BLOCK=min(_JOINED, next_power_of_2(slices)),
+            **_lanes(rows, _JOIN_THREADS),
+            num_warps=warps(_JOIN_THREADS) if config is None else 8,
             **options,
         )
     return tuple(results)

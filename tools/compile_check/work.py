@@ -70,4 +70,5 @@ def terms(left: Tensor, right: Tensor) -> int:
     """Of a float32 operand that meets a bfloat16 one: three bfloat16 numbers hold its 24 bits."""
     import torch
 
-    return 3 if left.dtype == torch.float32 and right.dtype == torch.bfloat16 else 1
+    split = left.ndim == 3 or (left.dtype == torch.float32 and right.dtype == torch.bfloat16)
+    return 3 if split else 1

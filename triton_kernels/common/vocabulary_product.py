@@ -7,10 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .library_products import add_vocabulary_products, multiplies
-from .products import operands, tile_arguments, tile_config, tile_of, upcast, vocabulary_tile
+from .launch import launched
+from .library_products import add_vocabulary_products, converted_bytes
+from .products import (
+    in_terms,
+    operands,
+    parts_in_terms,
+    terms_bytes,
+    tile_arguments,
+    tile_config,
+    tile_of,
+    upcast,
+    vocabulary_tile,
+)
+from .sizes import cdiv
 
 
+@launched
 @triton.jit(do_not_specialize=["rows", "tiles_of_rows"])
 def _vocabulary_product_kernel(
     states,
@@ -27,7 +40,7 @@ def _vocabulary_product_kernel(
     DEPTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    row, column, _ = tile_of(tiles_of_rows, rows, vocabulary, ROWS, COLUMNS)
+    row, column, _ = tile_of(tiles_of_rows, vocabulary, state_strides, ROWS, COLUMNS)
     product = vocabulary_tile(
         states,
         tables,
@@ -49,30 +62,45 @@ def vocabulary_product(states: list[Tensor], tables: list[Tensor], *, out: Tenso
     """Σ_t states_t·tables_tᵀ. A row is the same bits whatever the other rows.
 
     Args:
-        states: [N, H_t] each: float32, bfloat16 or float16, any strides.
+        states: [N, H_t] each: float32, bfloat16 or float16, any strides; or by
+            :func:`~.products.in_terms`.
         tables: [V, H_t] each, likewise.
         out: [N, V] float32, contiguous; a new tensor if None.
     Returns:
         ``out``.
     """
-    rows, vocabulary = len(states[0]), len(tables[0])
+    rows, vocabulary = states[0].shape[-2], len(tables[0])
     if out is None:
         out = torch.empty(rows, vocabulary, dtype=torch.float32, device=tables[0].device)
     if rows == 0:
         return out
     config = tile_config("vocabulary_product", states, tables)
-    tiles = triton.cdiv(rows, config["ROWS"])
+    slices = cdiv(vocabulary, config["COLUMNS"])
     with torch.cuda.device_of(out):
-        _vocabulary_product_kernel[(tiles * triton.cdiv(vocabulary, config["COLUMNS"]),)](
-            *tile_arguments(states, tables),
-            out,
-            rows,
-            vocabulary,
-            tiles,
-            UPCAST=upcast(out),
-            **config,
-        )
+        for part, of_part in parts_in_terms(states, tables):
+            size = part.stop - part.start
+            tiles = cdiv(size, config["ROWS"])
+            _vocabulary_product_kernel[(tiles * slices,)](
+                *tile_arguments(of_part, tables),
+                out[part],
+                size,
+                vocabulary,
+                tiles,
+                UPCAST=upcast(out),
+                **config,
+            )
     return out
+
+
+def chunk_states(states: list[Tensor], tables: list[Tensor]) -> list[Tensor]:
+    """What :func:`chunk_product` takes for the chunks of these tables: made once for all of them."""
+    return in_terms(states, tables) if operands(states, tables) == "split" else states
+
+
+def chunk_bytes(states: list[Tensor], tables: list[Tensor]) -> int:
+    """That a row of :func:`chunk_states` and of :func:`chunk_product` takes beside its results."""
+    take = terms_bytes if operands(states, tables) == "split" else converted_bytes
+    return take(states, tables)
 
 
 def chunk_product(states: list[Tensor], tables: list[Tensor], out: Tensor) -> None:
@@ -82,11 +110,11 @@ def chunk_product(states: list[Tensor], tables: list[Tensor], out: Tensor) -> No
     multiplied at a tenth of the rate that three bfloat16 terms of the states have here.
 
     Args:
-        states: [N, H_t] each.
+        states: of :func:`chunk_states`.
         tables: [C, H_t] each.
         out: [N, C] float32, contiguous.
     """
-    if operands(states, tables) == "split" and not all(map(multiplies, states, tables)):
+    if operands(states, tables) == "split":
         vocabulary_product(states, tables, out=out)
     else:
         add_vocabulary_products(out, states, tables)

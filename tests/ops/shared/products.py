@@ -32,6 +32,7 @@ LOGITS: dict[str, dict[str, Any]] = {
     "narrow": {"rows": 6, "vocabulary": 1021, "hidden": 7},
     "gaps": {"rows": 7, "vocabulary": 515, "gaps": True},
     "bf16 head": {"rows": 5, "vocabulary": 1021, "hidden": 40, "head": BF16},
+    "bf16 head, many rows": {"rows": 37, "vocabulary": 515, "hidden": 70, "head": BF16, "gaps": True},
     "bf16": {"rows": 6, "vocabulary": 257, "dtype": BF16, "head": BF16},
     "fp16": {"rows": 6, "vocabulary": 257, "dtype": F16, "head": F16},
     "float64": {"rows": 3, "vocabulary": 257, "dtype": F64, "head": F64},

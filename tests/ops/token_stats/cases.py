@@ -54,6 +54,7 @@ _STATS: dict[str, dict[str, Any]] = {
     "gaps": {"rows": 5, "vocabulary": 4099, "gaps": True},
     "head": {"rows": 5, "vocabulary": 1021, "hidden": 33},
     "bf16 head": {"rows": 3, "vocabulary": 257, "hidden": 32, "head": BF16, "tau": 0.7},
+    "bf16 head, many rows": {"rows": 70, "vocabulary": 257, "hidden": 70, "head": BF16, "gaps": True},
     "bf16 hidden states": {"rows": 3, "vocabulary": 257, "hidden": 32, "dtype": BF16, "head": BF16},
     "masked by the head": {"rows": 9, "vocabulary": 515, "hidden": 20, "masked": 0.9},
     "peaked by the head": {"rows": 6, "vocabulary": 257, "hidden": 33, "scale": 30.0},

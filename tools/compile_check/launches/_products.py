@@ -23,13 +23,16 @@ def vocabulary_tiles(launch: Launch, *, writes: Sequence[Memory], reads: Sequenc
     ]
     # One Product for all tables: their loops are alike.
     whole = Product(sum(product.flops for product in products), products[0].step)
-    # Each program loads its rows of the states and its rows of the tables, these like its neighbour.
-    joined = min(JOINED, launch["tiles_of_rows"])
-    loaded = launch.programs * sum(
-        min(rows, tile[0]) * width * state.element_size() + tile[1] * width * table.element_size() / joined
-        for state, table, width in zip(states, tables, widths, strict=True)
+    # Each program loads its rows of the states and its rows of the tables, one of them like its neighbour.
+    of_states, of_tables = 1, JOINED
+    if states[0].ndim == 3 or launch["tiles_of_rows"] == 1:
+        of_states, of_tables = JOINED, 1
+    own = min(rows, tile[0])
+    loaded = size(*reads) + launch.programs * sum(
+        own * width * kind * state.element_size() / of_states
+        + tile[1] * width * table.element_size() / of_tables
+        for state, table, width, kind in zip(states, tables, widths, kinds, strict=True)
     )
-    loaded += size(*reads)
     return Work(
         rows * vocabulary,
         reads=[*states, *tables, *reads],
@@ -52,6 +55,11 @@ def chunk_of(launch: Launch, name: str, origin: int) -> Tensor:
 
 def _product(launch: Launch) -> Work:
     return vocabulary_tiles(launch, writes=[launch["product_ptr"]])
+
+
+def _terms(launch: Launch) -> Work:
+    state, terms = launch["state_ptr"], launch["terms_ptr"]
+    return Work(state.numel(), reads=[state], writes=[terms])
 
 
 def _tops(launch: Launch) -> Work:
@@ -101,6 +109,7 @@ def _gumbel_noise(launch: Launch) -> Work:
 
 WORK = {
     "vocabulary_product._vocabulary_product_kernel": _product,
+    "terms._terms_kernel": _terms,
     "row_tops._tops_kernel": _tops,
     "row_tops._join_kernel": _joined_tops,
     "soft_mix._weights_kernel": _weights,

@@ -47,6 +47,16 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             cotangents, hidden, head, tables, direct=None, **options
         ),
     )
+    if dtype == torch.bfloat16:
+        wide = [cotangent.float() for cotangent in cotangents]
+        yield (
+            "one-hot gradient, float32 states",
+            lambda: onehot_grad.onehot_grad(wide, tables, hidden, head, 1e-3, []),
+        )
+        yield (
+            "norms, float32 states",
+            lambda: onehot_grad.onehot_grad_norm(wide, tables, hidden, head, 1e-3, []),
+        )
     yield "one-hot gradient", lambda: onehot_grad.onehot_grad(cotangents, tables, hidden, head, 1e-3, [])
     yield "norms", lambda: onehot_grad.onehot_grad_norm(cotangents, tables, hidden, head, 1e-3, [])
     # The second table is another model's, of other rows.

@@ -26,7 +26,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _of_logits(launch: Launch) -> Work:
     logits, parts = launch["logits_ptr"], launch["parts_ptr"]
-    return Work(logits.numel(), reads=[logits], writes=[parts])
+    return Work(len(logits) * launch["vocabulary"], reads=[logits], writes=[parts])
 
 
 def _of_hidden(launch: Launch) -> Work:
