@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import presets
 from .common.attention_tiles import (
     SPAN,
     attended,
@@ -243,24 +244,22 @@ def _store_status(
     tl.store(status_ptr, tl.where(bad, OUTSIDE, 0))
 
 
-def tile_sizes(q: Tensor, rows: int, softcap: float | None) -> dict[str, int]:
-    """A tile's rows and columns, D as a power of two, and the warps of its program.
-
-    Products of float32 are not the tensor cores': their operands lie in registers. So does a cap's work.
-    """
+def tile_config(kernel: str, q: Tensor, rows: int, softcap: float | None) -> dict[str, Any]:
+    """The preset of a kernel, with a tile no larger than ``rows`` need, and D as a power of two."""
     dim = max(16, next_power_of_2(q.shape[-1]))
-    wide = dim > 128
-    if q.dtype == torch.float32:
-        most, columns = (16, 16) if wide else (32, 16)
-    else:
-        most, columns = (32, 32) if wide else (64, 64 if softcap is None else 32)
-    return {
-        "ROWS": min(most, max(16, next_power_of_2(rows))),
-        "COLUMNS": columns,
+    # Products of float32 are not the tensor cores': their operands lie in registers.
+    kind = "float32" if q.dtype == torch.float32 else "half"
+    if dim > 128:
+        kind += " wide"
+    elif kind == "half" and softcap is not None:
+        kind += " capped"
+    chosen = presets.config(kernel, kind, q.device)
+    fewest = max(16, next_power_of_2(rows))
+    return chosen | {
+        "ROWS": min(chosen["ROWS"], fewest),
         "DIM": dim,
         "UPCAST": q.device.type == "cpu",
-        "num_warps": 8,
-        "num_stages": 1 if q.dtype == torch.float32 and wide else 2,
+        "enable_fp_fusion": False,
     }
 
 
@@ -306,7 +305,7 @@ def prefix_attention(
         return output, status.zero_()
     rows, entries = suffix * groups, block_tables.shape[1]
     blocks, block_size = key_pool.shape[:2]
-    sizes = tile_sizes(q, rows, softcap)
+    sizes = tile_config("prefix_attention", q, rows, softcap)
     tiles, spans = cdiv(rows, sizes["ROWS"]), cdiv(entries * block_size, SPAN)
     numbers: dict[str, Any] = {
         "suffix": suffix,
@@ -322,7 +321,6 @@ def prefix_attention(
         "GROUPS": groups,
         "LENGTH": SPAN,
         **sizes,
-        "enable_fp_fusion": False,
     }
     read = {
         "q_ptr": q,

@@ -29,7 +29,7 @@ from .common.attention_tiles import (
 )
 from .common.launch import launched
 from .common.sizes import cdiv
-from .prefix_attention import place_of, prefix_attention, tile_sizes
+from .prefix_attention import place_of, prefix_attention, tile_config
 
 
 @triton.jit
@@ -199,15 +199,6 @@ def _key_grad_kernel(
     tl.store(at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
-# By whether products are float32's and whether D is more than 128: sums for two gradients take registers.
-_KEY_TILES = {
-    (False, False): {"ROWS": 64, "COLUMNS": 64, "num_stages": 1},
-    (False, True): {"ROWS": 32, "COLUMNS": 32, "num_stages": 1},
-    (True, False): {"ROWS": 16, "COLUMNS": 16, "num_stages": 1},
-    (True, True): {"ROWS": 16, "COLUMNS": 16, "num_stages": 1, "num_warps": 16},
-}
-
-
 def prefix_attention_backward(
     cotangent: Tensor,
     q: Tensor,
@@ -262,16 +253,13 @@ def prefix_attention_backward(
         **options,
     )
     rows = suffix * groups
-    sizes = tile_sizes(q, rows, softcap)
-    options |= {"suffix": suffix, "kv_heads": kv_heads, "dim": dim, "GROUPS": groups, **sizes}
-    options["enable_fp_fusion"] = False
+    options |= {"suffix": suffix, "kv_heads": kv_heads, "dim": dim, "GROUPS": groups}
+    of_queries = options | tile_config("prefix_attention_query_grad", q, rows, softcap)
+    of_keys = options | tile_config("prefix_attention_key_grad", q, rows, softcap)
     given = {"grad_ptr": cotangent, "q_ptr": q, "k_ptr": k, "v_ptr": v, "logsumexp_ptr": logsumexp}
     given |= {"grad_strides": cotangent.stride(), "q_strides": q.stride(), "k_strides": k.stride()}
     given |= {"v_strides": v.stride(), "delta_ptr": delta}
-    tiles = cdiv(rows, sizes["ROWS"])
-    own = options | _KEY_TILES[q.dtype == torch.float32, sizes["DIM"] > 128]
-    own["ROWS"] = min(own["ROWS"], sizes["ROWS"])
-    key_tiles = cdiv(suffix, own["COLUMNS"])
+    tiles, key_tiles = cdiv(rows, of_queries["ROWS"]), cdiv(suffix, of_keys["COLUMNS"])
     with torch.cuda.device_of(q):
         _query_grad_kernel[(batch * kv_heads * tiles,)](
             key_ptr=key_pool,
@@ -290,7 +278,7 @@ def prefix_attention_backward(
             entries=block_tables.shape[1],
             tiles=tiles,
             **given,
-            **options,
+            **of_queries,
         )
         _key_grad_kernel[(batch * kv_heads * key_tiles,)](
             dk_ptr=dk,
@@ -299,6 +287,6 @@ def prefix_attention_backward(
             dv_strides=dv.stride(),
             tiles=key_tiles,
             **given,
-            **own,
+            **of_keys,
         )
     return dq, dk, dv, status

@@ -430,7 +430,9 @@ def _triton_refusal(
     **_: Any,
 ) -> str | None:
     if q.shape[-1] > _MOST_TRITON_HEAD_DIM:
-        return f"q has head dimension {q.shape[-1]} (the Triton kernels take at most {_MOST_TRITON_HEAD_DIM})"
+        return (
+            f"q has head dimension {q.shape[-1]} (the Triton kernels take at most {_MOST_TRITON_HEAD_DIM})"
+        )
     return triton_backend.refusal(
         q=q,
         k=k,

@@ -53,9 +53,7 @@ def tile_rows(
 
 
 @triton.jit
-def store_rows(
-    ptr, strides, batch, kv_head, row, there, dim, x, GROUPS: tl.constexpr, DIM: tl.constexpr
-):
+def store_rows(ptr, strides, batch, kv_head, row, there, dim, x, GROUPS: tl.constexpr, DIM: tl.constexpr):
     """Where :func:`tile_rows` reads."""
     column = tl.arange(0, DIM)
     head, token = kv_head * GROUPS + row % GROUPS, row // GROUPS
@@ -106,7 +104,9 @@ def _tanh(x):
     small = tl.exp2(tl.abs(x) * (-2.0 * _LOG2_E))
     # Near 0 the difference from 1 is lost: there the first terms of the series hold float32's bits.
     square = x * x
-    series = x * (1.0 + square * (-0.3333333333333333 + square * (0.13333333333333333 - square * 0.05396825)))
+    series = x * (
+        1.0 + square * (-0.3333333333333333 + square * (0.13333333333333333 - square * 0.05396825))
+    )
     large = tl.where(x < 0, small - 1.0, 1.0 - small) / (1.0 + small)
     return tl.where(tl.abs(x) < 0.1, series, large)
 
@@ -137,7 +137,8 @@ def attended(q, s, values, top, total, mix, UPCAST: tl.constexpr):
     """One more tile.
 
     Where queries and values are of one half-precision dtype, weights are rounded to it, and their sum is
-    taken of what they are rounded to: that moves a row inside the span of the values, and does not scale it.
+    taken of what they are rounded to: that moves a row inside the span of the values, and does not scale
+    it.
 
     Args:
         q: the rows' queries, for their dtype.
@@ -211,12 +212,8 @@ def prefix_span(
         seen = there[None, :] & (position[:, None] >= 0)
         if window is not None:
             seen = seen & (position[:, None] - place[None, :] < window)
-        at = paged_places(
-            table_ptr, table_stride, place, there, block_size, blocks, value_strides, kv_head
-        )
-        values = tl.load(
-            value_ptr + at[:, None] + column[None, :] * value_strides[3], mask=mask, other=0.0
-        )
+        at = paged_places(table_ptr, table_stride, place, there, block_size, blocks, value_strides, kv_head)
+        values = tl.load(value_ptr + at[:, None] + column[None, :] * value_strides[3], mask=mask, other=0.0)
         s = tl.where(seen, s, -float("inf"))
         top, total, mix = attended(q, s, values, top, total, mix, UPCAST)
     return top, total, mix
@@ -224,7 +221,12 @@ def prefix_span(
 
 @triton.jit
 def own_seen(token, other, suffix, window):
-    """Which tokens of a suffix its rows see: [ROWS, COLUMNS] of their token [ROWS] and ``other`` [COLUMNS]."""
+    """Which tokens of a suffix its rows see: [ROWS, COLUMNS].
+
+    Args:
+        token: of the rows, [ROWS].
+        other: tokens, [COLUMNS].
+    """
     distance = token[:, None] - other[None, :]
     seen = (distance >= 0) & (other < suffix)[None, :]
     if window is not None:

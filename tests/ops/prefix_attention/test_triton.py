@@ -60,9 +60,7 @@ def results(op: Op, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
 def sequence(arguments: dict[str, Any], index: int) -> dict[str, Any]:
     """The same call for one sequence alone."""
     batched = ("cotangent", "q", "k", "v", "block_tables", "prefix_lengths")
-    return {
-        key: value[index : index + 1] if key in batched else value for key, value in arguments.items()
-    }
+    return {key: value[index : index + 1] if key in batched else value for key, value in arguments.items()}
 
 
 class AttentionOnTriton:
