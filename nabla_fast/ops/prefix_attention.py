@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from nabla_fast._native import MOST_HEAD_DIM, extension
 from nabla_fast.errors import InputError
 from nabla_fast.ops.checks import expect
+from nabla_fast.ops.limits import triton_backend
 from nabla_fast.ops.limits.native_backend import device_refusal, unit_stride_refusal
 from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal
 from nabla_fast.ops.registry import floats, integers, op
-from nabla_fast.ops.rows import accumulation_dtype
+from nabla_fast.ops.rows import accumulation_dtype, report
 
 _FLOAT32 = (torch.float32,)
+_MOST_TRITON_HEAD_DIM = 256
 
 
 class SuffixGradient(NamedTuple):
@@ -38,6 +40,7 @@ _RULES = {
     "value_pool": _POOL,
     "block_tables": integers("B", "M"),
     "prefix_lengths": integers("B"),
+    "sinks": floats("Hq"),
 }
 
 
@@ -53,13 +56,15 @@ def prefix_attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q·[K_prefix k]ᵀ) · [V_prefix v], causal within the suffix.
 
     Suffix token s of sequence b is at position prefix_lengths[b] + s and attends to every position up
     to its own, or, with a window, to the last ``window`` of these. Query heads share key-value heads
     in groups (GQA). Suffixes of different lengths are padded on the right: padding is attended to by
-    padding alone. Differentiable once, in q, k and v; the pool is constant.
+    padding alone. Differentiable once, in q, k and v; pool and sinks are constant.
 
     Args:
         q: [B, Hq, S, D], floating point.
@@ -69,12 +74,19 @@ def prefix_attention(
         prefix_lengths: [B] int64, from 0 to M · block_size.
         scale: factor of the scores q·k.
         window: positions a token sees, itself included; None for all.
+        softcap: c, positive, where scores s become c·tanh(s/c); None for no cap.
+        sinks: [Hq], floating point: the score of a token without a value that all queries of a head see
+            beside the others, not capped; None for none.
     Returns:
         [B, Hq, S, D] in the dtype of q; in memory [B, S, Hq, D], as the output projection reads it.
     Raises:
-        InputError: a shape or dtype does not fit.
+        InputError: a shape or dtype does not fit; on the CPU also if a prefix is longer than its table, or
+            a block is not in the pool.
+        RowError: of these two on a device, by the next :func:`nabla_fast.ops.synchronize`.
 
-    Source: the block table from Kwon et al., "PagedAttention", SOSP 2023.
+    Source: the block table from Kwon et al., "PagedAttention", SOSP 2023; the cap from Gemma Team, "Gemma
+    2", 2024; sinks from Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023, as
+    learnt scores in gpt-oss, 2025.
 
     Example:
         >>> q, k, v = torch.ones(3, 1, 2, 1, 4).unbind()
@@ -86,9 +98,15 @@ def prefix_attention(
     _expect_blocks("prefix_attention", key_pool, block_tables, prefix_lengths)
     keys, values = _gathered(key_pool, value_pool, block_tables, prefix_lengths, k, v)
     seen = _seen(prefix_lengths, keys.shape[2] - k.shape[2], k.shape[2], window)
-    output = F.scaled_dot_product_attention(
-        q.to(keys.dtype), keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
-    )
+    queries = q.to(keys.dtype)
+    if softcap is None and sinks is None:
+        output = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
+        )
+    else:
+        queries = queries.unflatten(1, (k.shape[1], -1))
+        p, _slope = _weights(queries, keys, seen, scale, softcap, sinks)
+        output = (p @ values[:, :, None]).flatten(1, 2)
     return _by_token(output.to(q.dtype))
 
 
@@ -105,12 +123,14 @@ def prefix_attention_backward(
     *,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> SuffixGradient:
     """∂ℒ/∂q, ∂ℒ/∂k and ∂ℒ/∂v of :func:`prefix_attention`.
 
     Args:
         cotangent: ∂ℒ/∂output [B, Hq, S, D].
-        q, k, v, key_pool, value_pool, block_tables, prefix_lengths, scale, window: as in the forward.
+        q, k, v, key_pool, value_pool, block_tables, prefix_lengths: as in the forward, as are all others.
     Returns:
         ∂ℒ/∂q [B, Hq, S, D], ∂ℒ/∂k and ∂ℒ/∂v [B, Hkv, S, D], in memory by token as the output.
     """
@@ -119,16 +139,39 @@ def prefix_attention_backward(
     keys, values = _gathered(key_pool, value_pool, block_tables, prefix_lengths, k, v)
     seen = _seen(prefix_lengths, keys.shape[2] - suffix, suffix, window)
     queries = q.to(keys.dtype).unflatten(1, (-1, groups))  # [B, Hkv, G, S, D]
-    scores = scale * (queries @ keys[:, :, None].mT)
-    p = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1)
+    p, slope = _weights(queries, keys, seen, scale, softcap, sinks)
     upstream = cotangent.to(p.dtype).unflatten(1, (-1, groups))
     dp = upstream @ values[:, :, None].mT
     # The softmax's Jacobian spans prefix and suffix: its mean is over both.
     ds = scale * p * (dp - (p * dp).sum(dim=-1, keepdim=True))
+    if slope is not None:
+        ds = ds * slope
     dq = (ds @ keys[:, :, None]).flatten(1, 2)
     dk = (ds[..., -suffix:].mT @ queries).sum(dim=2)
     dv = (p[..., -suffix:].mT @ upstream).sum(dim=2)
     return SuffixGradient(*map(_by_token, (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))))
+
+
+def _weights(
+    queries: Tensor,
+    keys: Tensor,
+    seen: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax weights [B, Hkv, G, S, P + S] of queries [B, Hkv, G, S, D], those of sinks left out; and the
+    slope of the capped scores, 0 where they are not seen."""
+    scores = scale * (queries @ keys[:, :, None].mT)
+    slope = None
+    if softcap is not None:
+        capped = (scores / softcap).tanh()
+        scores, slope = softcap * capped, 1 - capped * capped
+    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    if sinks is None:
+        return scores.softmax(dim=-1), slope
+    sink = sinks.to(scores.dtype).view(1, *queries.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1], slope
 
 
 def _by_token(heads: Tensor) -> Tensor:
@@ -193,18 +236,35 @@ def _seen(prefix_lengths: Tensor, width: int, suffix: int, window: int | None) -
 
 
 @prefix_attention.check
-def check_prefix_attention(q: Tensor, k: Tensor, *_: Tensor, window: int | None, scale: float) -> None:
-    _check("prefix_attention", q.shape[1], k.shape[1], window, scale)
+def check_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    *_: Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    _check("prefix_attention", q.shape[1], k.shape[1], window, scale, softcap)
 
 
 @prefix_attention_backward.check
 def check_prefix_attention_backward(
-    cotangent: Tensor, q: Tensor, k: Tensor, *_: Tensor, window: int | None, scale: float
+    cotangent: Tensor,
+    q: Tensor,
+    k: Tensor,
+    *_: Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> None:
-    _check("prefix_attention_backward", q.shape[1], k.shape[1], window, scale)
+    _check("prefix_attention_backward", q.shape[1], k.shape[1], window, scale, softcap)
 
 
-def _check(name: str, heads: int, kv_heads: int, window: int | None, scale: float) -> None:
+def _check(
+    name: str, heads: int, kv_heads: int, window: int | None, scale: float, softcap: float | None
+) -> None:
     # Messages are written on failure alone: attention of one token takes less time than to write them.
     if kv_heads == 0 or heads % kv_heads != 0:
         raise InputError(
@@ -214,6 +274,8 @@ def _check(name: str, heads: int, kv_heads: int, window: int | None, scale: floa
         raise InputError(f"{name}: window must be at least 1, got {window}")
     if not math.isfinite(scale):
         raise InputError(f"{name}: scale must be finite, got {scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise InputError(f"{name}: softcap must be positive and finite, got {softcap}")
 
 
 @prefix_attention.fake
@@ -243,8 +305,13 @@ def _cpu_refusal(
     value_pool: Tensor,
     block_tables: Tensor,
     prefix_lengths: Tensor,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     **_: Any,
 ) -> str | None:
+    if softcap is not None or sinks is not None:
+        return f"{'sinks' if softcap is None else 'softcap'} is given (the C++ kernels have none)"
     if q.shape[-1] > MOST_HEAD_DIM:
         return f"q has head dimension {q.shape[-1]} (the C++ kernels take at most {MOST_HEAD_DIM})"
     return (
@@ -279,6 +346,7 @@ def prefix_attention_cpu(
     *,
     scale: float,
     window: int | None,
+    **_: None,
 ) -> Tensor:
     batch, heads, suffix, dim = q.shape
     output = torch.empty(batch, suffix, heads, dim, dtype=torch.float32, device="cpu").transpose(1, 2)
@@ -320,6 +388,7 @@ def prefix_attention_backward_cpu(
     *,
     scale: float,
     window: int | None,
+    **_: None,
 ) -> SuffixGradient:
     # A sum's cotangent is one number, expanded; the kernel reads unit stride along D.
     cotangent = cotangent if cotangent.stride(-1) == 1 else cotangent.contiguous()
@@ -346,3 +415,61 @@ def prefix_attention_backward_cpu(
         dv=dv,
     )
     return SuffixGradient(dq, dk, dv)
+
+
+def _triton_refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_tables: Tensor,
+    prefix_lengths: Tensor,
+    *,
+    sinks: Tensor | None = None,
+    **_: Any,
+) -> str | None:
+    if q.shape[-1] > _MOST_TRITON_HEAD_DIM:
+        return (
+            f"q has head dimension {q.shape[-1]} (the Triton kernels take at most {_MOST_TRITON_HEAD_DIM})"
+        )
+    return triton_backend.refusal(
+        q=q,
+        k=k,
+        v=v,
+        key_pool=key_pool,
+        value_pool=value_pool,
+        block_tables=block_tables,
+        prefix_lengths=prefix_lengths,
+        sinks=sinks,
+    ) or contiguous_refusal("prefix_lengths", prefix_lengths, "Triton")
+
+
+@prefix_attention.backend("triton", refuses=_triton_refusal)
+def prefix_attention_triton(q: Tensor, *inputs: Tensor, **options: Any) -> Tensor:
+    from nabla_fast.triton_kernels import prefix_attention as kernels
+
+    if q.is_cpu:  # interpreted
+        _, _, key_pool, _, block_tables, prefix_lengths = inputs
+        _expect_blocks("prefix_attention", key_pool, block_tables, prefix_lengths)
+    output, status = kernels.prefix_attention(q, *inputs, **options)
+    report("prefix_attention", status)
+    return output
+
+
+def _triton_backward_refusal(cotangent: Tensor, *inputs: Tensor, **options: Any) -> str | None:
+    return triton_backend.refusal(cotangent=cotangent) or _triton_refusal(*inputs, **options)
+
+
+@prefix_attention_backward.backend("triton", refuses=_triton_backward_refusal)
+def prefix_attention_backward_triton(
+    cotangent: Tensor, q: Tensor, *inputs: Tensor, **options: Any
+) -> SuffixGradient:
+    from nabla_fast.triton_kernels import prefix_attention_backward as kernels
+
+    if q.is_cpu:  # interpreted
+        _, _, key_pool, _, block_tables, prefix_lengths = inputs
+        _expect_blocks("prefix_attention_backward", key_pool, block_tables, prefix_lengths)
+    *gradients, status = kernels.prefix_attention_backward(cotangent, q, *inputs, **options)
+    report("prefix_attention_backward", status)
+    return SuffixGradient(*gradients)

@@ -23,6 +23,8 @@ def attention_arguments(
     width: int = 8,
     block_size: int = 4,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
     dtype: torch.dtype = F32,
     pool: torch.dtype | None = None,
 ) -> dict[str, Any]:
@@ -41,6 +43,8 @@ def attention_arguments(
         "prefix_lengths": torch.tensor(prefixes),
         "scale": width**-0.5,
         "window": window,
+        "softcap": softcap,
+        "sinks": draw.normal(heads, dtype=dtype) if sinks else None,
     }
 
 
@@ -61,22 +65,41 @@ _ATTENTIONS: dict[str, dict[str, Any]] = {
     "odd width": {"prefixes": (3, 6), "suffix": 4, "width": 5, "block_size": 3},
     "window": {"prefixes": (2, 11), "suffix": 5, "window": 4},
     "window of one": {"prefixes": (2, 11), "suffix": 3, "window": 1},
+    "soft cap": {"prefixes": (0, 5, 9), "suffix": 3, "softcap": 1.5},
+    "sinks": {"prefixes": (0, 5, 9), "suffix": 3, "sinks": True},
+    "all of them": {"prefixes": (2, 11), "suffix": 5, "window": 4, "softcap": 0.7, "sinks": True},
     "bf16": {"prefixes": (0, 5, 9), "suffix": 3, "dtype": BF16},
+    "bf16 of them": {
+        "prefixes": (2, 11),
+        "suffix": 5,
+        "window": 4,
+        "softcap": 0.7,
+        "sinks": True,
+        "dtype": BF16,
+    },
     "fp16": {"prefixes": (5, 9), "suffix": 3, "dtype": F16},
     "bf16 pool": {"prefixes": (5, 9), "suffix": 3, "pool": BF16},
     "float64": {"prefixes": (5, 9), "suffix": 3, "dtype": F64},
+    "float64, all of them": {
+        "prefixes": (5, 9),
+        "suffix": 3,
+        "window": 6,
+        "softcap": 1.5,
+        "sinks": True,
+        "dtype": F64,
+    },
 }
 
 PREFIX_ATTENTION = OpUnderTest(
     prefix_attention,
     cases_of(attention_arguments, _ATTENTIONS),
-    checked=("ragged", "window", "bf16"),
+    checked=("ragged", "window", "all of them", "bf16"),
     compiled=("ragged",),
     differentiable=("q", "k", "v"),
 )
 PREFIX_ATTENTION_BACKWARD = OpUnderTest(
     prefix_attention_backward,
     cases_of(backward_arguments, _ATTENTIONS),
-    checked=("ragged", "window", "bf16"),
+    checked=("ragged", "window", "all of them", "bf16"),
     compiled=("window",),
 )

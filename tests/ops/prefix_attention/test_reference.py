@@ -48,7 +48,17 @@ def contiguous(a: dict) -> list[torch.Tensor]:
         query = length + torch.arange(a["q"].shape[2])[:, None]
         distance = query - torch.arange(keys.shape[1])
         seen = (distance >= 0) & (distance < (a["window"] or keys.shape[1]))
-        outputs.append(F.scaled_dot_product_attention(a["q"][b], keys, values, seen, scale=a["scale"]))
+        if a["softcap"] is None and a["sinks"] is None:
+            outputs.append(F.scaled_dot_product_attention(a["q"][b], keys, values, seen, scale=a["scale"]))
+            continue
+        scores = torch.einsum("hsd,hpd->hsp", a["q"][b], keys) * a["scale"]
+        if a["softcap"] is not None:
+            scores = a["softcap"] * torch.tanh(scores / a["softcap"])
+        weights = torch.where(seen, scores.exp(), 0.0)
+        total = weights.sum(dim=-1)
+        if a["sinks"] is not None:
+            total = total + a["sinks"].exp()[:, None]
+        outputs.append(torch.einsum("hsp,hpd->hsd", weights, values) / total[..., None])
     return outputs
 
 
@@ -66,9 +76,9 @@ def test_it_is_attention_over_the_whole_sequence(case: Case, draw: Draw):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_gradcheck(window: int | None, draw: Draw):
-    a = attention_arguments(draw, prefixes=(0, 5), suffix=3, window=window, dtype=F64)
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 1.0, "sinks": True}], ids=str)
+def test_gradcheck(options: dict, draw: Draw):
+    a = attention_arguments(draw, prefixes=(0, 5), suffix=3, dtype=F64, **options)
     leaves = [a.pop(name).requires_grad_() for name in ("q", "k", "v")]
     assert torch.autograd.gradcheck(lambda q, k, v: prefix_attention(q, k, v, **a), leaves)
 
@@ -98,6 +108,9 @@ def test_what_lies_behind_a_prefix_in_its_blocks_does_not_matter(draw: Draw):
         ({"prefix_lengths": torch.zeros(3, dtype=torch.int64)}, "prefix_lengths must be int64"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"scale": math.nan}, "scale must be finite, got nan"),
+        ({"softcap": 0.0}, "softcap must be positive and finite, got 0"),
+        ({"softcap": math.inf}, "softcap must be positive and finite, got inf"),
+        ({"sinks": torch.zeros(3)}, r"sinks must be floating-point \[4\], got float32 \[3\]"),
     ],
 )
 def test_bad_arguments_get_one_line(change: dict, line: str, draw: Draw):
