@@ -61,6 +61,7 @@ def _span_kernel(
     dim,
     block_size,
     blocks,
+    entries,  # M
     spans,
     tiles,
     scale,
@@ -76,6 +77,7 @@ def _span_kernel(
     span = tl.program_id(0) % spans
     tile, batch, kv_head = place_of(tl.program_id(0) // spans, tiles, kv_heads)
     length = tl.load(length_ptr + batch).to(tl.int32)
+    length = tl.minimum(length, entries * block_size)
     start = span * LENGTH
     row = tile * ROWS + tl.arange(0, ROWS)
     rows = suffix * GROUPS
@@ -244,14 +246,24 @@ def _store_status(
     tl.store(status_ptr, tl.where(bad, OUTSIDE, 0))
 
 
-def tile_config(kernel: str, q: Tensor, rows: int, softcap: float | None) -> dict[str, Any]:
-    """The preset of a kernel, with a tile no larger than ``rows`` need, and D as a power of two."""
+def seen_window(window: int | None, suffix: int, key_pool: Tensor, block_tables: Tensor) -> int | None:
+    """The window, None if it holds whatever there can be."""
+    most = block_tables.shape[1] * key_pool.shape[1] + suffix
+    return None if window is None or window >= most else window
+
+
+def tile_config(kernel: str, q: Tensor, rows: int, softcap: float | None, *, half: bool) -> dict[str, Any]:
+    """The preset of a kernel, with a tile no larger than ``rows`` need, and D as a power of two.
+
+    Args:
+        half: whether products are of half precision; float32's are not the tensor cores', and their
+            operands lie in registers.
+    """
     dim = max(16, next_power_of_2(q.shape[-1]))
-    # Products of float32 are not the tensor cores': their operands lie in registers.
-    kind = "float32" if q.dtype == torch.float32 else "half"
+    kind = "half" if half else "float32"
     if dim > 128:
         kind += " wide"
-    elif kind == "half" and softcap is not None:
+    elif half and softcap is not None:
         kind += " capped"
     chosen = presets.config(kernel, kind, q.device)
     fewest = max(16, next_power_of_2(rows))
@@ -305,7 +317,8 @@ def prefix_attention(
         return output, status.zero_()
     rows, entries = suffix * groups, block_tables.shape[1]
     blocks, block_size = key_pool.shape[:2]
-    sizes = tile_config("prefix_attention", q, rows, softcap)
+    sizes = tile_config("prefix_attention", q, rows, softcap, half=q.dtype != torch.float32)
+    window = seen_window(window, suffix, key_pool, block_tables)
     tiles, spans = cdiv(rows, sizes["ROWS"]), cdiv(entries * block_size, SPAN)
     numbers: dict[str, Any] = {
         "suffix": suffix,
@@ -313,6 +326,7 @@ def prefix_attention(
         "dim": dim,
         "block_size": block_size,
         "blocks": blocks,
+        "entries": entries,
         "spans": spans,
         "tiles": tiles,
         "scale": scale,
@@ -354,7 +368,6 @@ def prefix_attention(
             k_strides=k.stride(),
             v_strides=v.stride(),
             output_strides=output.stride(),
-            entries=entries,
             ENTRIES=128,
             **numbers,
         )

@@ -22,6 +22,7 @@ from .common.attention_tiles import (
     paged_places,
     product,
     rounded,
+    rounded_gradient,
     scores,
     store_rows,
     tile_rows,
@@ -29,7 +30,7 @@ from .common.attention_tiles import (
 )
 from .common.launch import launched
 from .common.sizes import cdiv
-from .prefix_attention import place_of, prefix_attention, tile_config
+from .prefix_attention import place_of, prefix_attention, seen_window, tile_config
 
 
 @triton.jit
@@ -124,7 +125,7 @@ def _query_grad_kernel(
         if window is not None:
             seen = seen & ((length + token)[:, None] - place[None, :] < window)
         _p, ds = _score_grads(q, grad, keys, values, logsumexp, delta, seen, scale, softcap, UPCAST)
-        dq += product(rounded(ds, q, keys), keys, UPCAST)
+        dq += product(rounded_gradient(ds, q, keys), keys, UPCAST)
     last_token = tl.minimum((tile * ROWS + ROWS - 1) // GROUPS, suffix - 1)
     for first in range(first_seen(first_token, 0, window, COLUMNS), last_token + 1, COLUMNS):
         other = first + tl.arange(0, COLUMNS)
@@ -132,7 +133,7 @@ def _query_grad_kernel(
         values = own_rows(v_ptr, v_strides, batch, kv_head, other, suffix, dim, DIM)
         seen = own_seen(token, other, suffix, window) & there[:, None]
         _p, ds = _score_grads(q, grad, keys, values, logsumexp, delta, seen, scale, softcap, UPCAST)
-        dq += product(rounded(ds, q, keys), keys, UPCAST)
+        dq += product(rounded_gradient(ds, q, keys), keys, UPCAST)
     store_rows(dq_ptr, dq_strides, batch, kv_head, row, there, dim, dq, GROUPS, DIM)
 
 
@@ -188,7 +189,7 @@ def _key_grad_kernel(
         seen = own_seen(token, own, suffix, window) & there[:, None]
         p, ds = _score_grads(q, grad, keys, values, logsumexp, delta, seen, scale, softcap, UPCAST)
         dv += product(tl.trans(rounded(p, grad, values)), grad, UPCAST)
-        dk += product(tl.trans(rounded(ds, q, keys)), q, UPCAST)
+        dk += product(tl.trans(rounded_gradient(ds, q, keys)), q, UPCAST)
     column = tl.arange(0, DIM)
     mask = (own < suffix)[:, None] & (column < dim)[None, :]
     at = batch * dk_strides[0] + kv_head * dk_strides[1] + own.to(tl.int64) * dk_strides[2]
@@ -238,6 +239,7 @@ def prefix_attention_backward(
     output = by_token(q, torch.float32)
     logsumexp = torch.empty(batch, heads, suffix, dtype=torch.float32, device=q.device)
     delta = torch.empty_like(logsumexp)
+    window = seen_window(window, suffix, key_pool, block_tables)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     _output, status = prefix_attention(
         q,
@@ -254,8 +256,10 @@ def prefix_attention_backward(
     )
     rows = suffix * groups
     options |= {"suffix": suffix, "kv_heads": kv_heads, "dim": dim, "GROUPS": groups}
-    of_queries = options | tile_config("prefix_attention_query_grad", q, rows, softcap)
-    of_keys = options | tile_config("prefix_attention_key_grad", q, rows, softcap)
+    # Gradients of float16 scores are not rounded to it: their products are float32's.
+    half = q.dtype == torch.bfloat16
+    of_queries = options | tile_config("prefix_attention_query_grad", q, rows, softcap, half=half)
+    of_keys = options | tile_config("prefix_attention_key_grad", q, rows, softcap, half=half)
     given = {"grad_ptr": cotangent, "q_ptr": q, "k_ptr": k, "v_ptr": v, "logsumexp_ptr": logsumexp}
     given |= {"grad_strides": cotangent.stride(), "q_strides": q.stride(), "k_strides": k.stride()}
     given |= {"v_strides": v.stride(), "delta_ptr": delta}

@@ -112,6 +112,14 @@ def _tanh(x):
 
 
 @triton.jit
+def rounded_gradient(x, one, other):
+    """As :func:`rounded`, but not to float16, which holds nothing below 6·10⁻⁸: gradients often are."""
+    if one.dtype == other.dtype and one.dtype != tl.float16:
+        x = x.to(one.dtype)
+    return x
+
+
+@triton.jit
 def nothing(ROWS: tl.constexpr, DIM: tl.constexpr):
     """(top, total, mix) of no positions."""
     top = tl.full((ROWS,), -float("inf"), tl.float32)

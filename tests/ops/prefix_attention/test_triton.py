@@ -14,7 +14,7 @@ from nabla_fast.ops.prefix_attention import prefix_attention_backward
 from nabla_fast.ops.registry import Op
 
 from ..contract import BackendContract
-from ..harness import DEVICES, check, run
+from ..harness import DEVICES, check, run, to_float64
 from ..inputs import BF16, F16, Case, Draw
 from .cases import PREFIX_ATTENTION, PREFIX_ATTENTION_BACKWARD, attention_arguments, backward_arguments
 
@@ -127,6 +127,26 @@ class TestForward(AttentionOnTriton):
 
 class TestBackward(AttentionOnTriton):
     op, made = prefix_attention_backward, staticmethod(backward_arguments)
+
+
+def test_gradients_below_float16(draw: Draw):
+    """Of a loss that hardly depends on the output: what ∂ℒ/∂s is then, float16 does not hold."""
+    given = backward_arguments(draw, prefixes=(70, 9), suffix=5, width=32, dtype=F16)
+    given["cotangent"] = torch.full_like(given["cotangent"], 2.0**-20)
+    given["cotangent"][:, :, 0] = 2.0**-14
+    wanted = prefix_attention_backward.body(**to_float64(given))
+    for found, right in zip(results(prefix_attention_backward, given), wanted, strict=True):
+        error = (found.double() - right).abs().max()
+        # Results themselves are float16, with steps of 2⁻²⁴ near 0.
+        assert error <= 2.0**-24 + 2e-3 * right.abs().max()
+
+
+@pytest.mark.parametrize("op", [prefix_attention, prefix_attention_backward], ids=lambda op: op.name)
+def test_a_window_wider_than_everything(op: Op, draw: Draw):
+    made = attention_arguments if op is prefix_attention else backward_arguments
+    given = made(draw, prefixes=(40, 3), suffix=20, heads=14, window=2**30)
+    wide, whole = results(op, given), results(op, given | {"window": None})
+    assert all(torch.equal(a, b) for a, b in zip(wide, whole, strict=True))
 
 
 def test_values_that_nobody_sees_are_not_read(draw: Draw):
