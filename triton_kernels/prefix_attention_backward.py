@@ -19,7 +19,7 @@ from .common.attention_tiles import (
     first_seen,
     own_rows,
     own_seen,
-    paged_places,
+    paged_rows,
     product,
     rounded,
     rounded_gradient,
@@ -106,20 +106,34 @@ def _query_grad_kernel(
     tl.store(delta_ptr + at, delta, mask=there)
 
     dq = tl.zeros((ROWS, DIM), tl.float32)
-    column = tl.arange(0, DIM)
     for first in range(first_seen(length + first_token, 0, window, COLUMNS), length, COLUMNS):
         place = first + tl.arange(0, COLUMNS)
         known = place < length
-        mask = known[:, None] & (column < dim)[None, :]
-        key_at = paged_places(
-            table_ptr, table_strides[1], place, known, block_size, blocks, key_strides, kv_head
+        keys = paged_rows(
+            key_ptr,
+            key_strides,
+            table_ptr,
+            table_strides[1],
+            place,
+            known,
+            block_size,
+            blocks,
+            kv_head,
+            dim,
+            DIM,
         )
-        keys = tl.load(key_ptr + key_at[:, None] + column[None, :] * key_strides[3], mask=mask, other=0.0)
-        value_at = paged_places(
-            table_ptr, table_strides[1], place, known, block_size, blocks, value_strides, kv_head
-        )
-        values = tl.load(
-            value_ptr + value_at[:, None] + column[None, :] * value_strides[3], mask=mask, other=0.0
+        values = paged_rows(
+            value_ptr,
+            value_strides,
+            table_ptr,
+            table_strides[1],
+            place,
+            known,
+            block_size,
+            blocks,
+            kv_head,
+            dim,
+            DIM,
         )
         seen = known[None, :] & there[:, None]
         if window is not None:

@@ -63,24 +63,30 @@ def store_rows(ptr, strides, batch, kv_head, row, there, dim, x, GROUPS: tl.cons
 
 
 @triton.jit
-def paged_places(
+def paged_rows(
+    ptr,  # of a pool
+    strides,  # along blocks, slots, heads, D
     table_ptr,  # of the sequence
     table_stride,
     position,  # [COLUMNS]
     there,  # [COLUMNS]
     block_size,
     blocks,
-    strides,  # of a pool along blocks, slots, heads, D
     kv_head,
+    dim,
+    DIM: tl.constexpr,
 ):
-    """Where the key, or value, of each position begins in a pool: [COLUMNS] int64.
+    """Keys or values of positions of the prefix, 0 where there is none: [COLUMNS, DIM].
 
     What a table names is taken for a block of the pool, whatever it is: it must not be a wrong address.
     """
     block = tl.load(table_ptr + (position // block_size).to(tl.int64) * table_stride, mask=there, other=0)
     block = tl.minimum(tl.maximum(block.to(tl.int64), 0), tl.maximum(blocks - 1, 0))
     slot = (position % block_size).to(tl.int64)
-    return block * strides[0] + slot * strides[1] + kv_head * strides[2]
+    at = block * strides[0] + slot * strides[1] + kv_head * strides[2]
+    column = tl.arange(0, DIM)
+    mask = there[:, None] & (column < dim)[None, :]
+    return tl.load(ptr + at[:, None] + column[None, :] * strides[3], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -209,19 +215,39 @@ def prefix_span(
 ):
     """(top, total, mix) of rows over a span of the prefix."""
     top, total, mix = nothing(ROWS, DIM)
-    column = tl.arange(0, DIM)
     for first in range(first_seen(first_position, start, window, COLUMNS), stop, COLUMNS):
         place = first + tl.arange(0, COLUMNS)
         there = place < stop
-        mask = there[:, None] & (column < dim)[None, :]
-        at = paged_places(table_ptr, table_stride, place, there, block_size, blocks, key_strides, kv_head)
-        keys = tl.load(key_ptr + at[:, None] + column[None, :] * key_strides[3], mask=mask, other=0.0)
+        keys = paged_rows(
+            key_ptr,
+            key_strides,
+            table_ptr,
+            table_stride,
+            place,
+            there,
+            block_size,
+            blocks,
+            kv_head,
+            dim,
+            DIM,
+        )
         s = scores(q, keys, scale, softcap, UPCAST)
         seen = there[None, :] & (position[:, None] >= 0)
         if window is not None:
             seen = seen & (position[:, None] - place[None, :] < window)
-        at = paged_places(table_ptr, table_stride, place, there, block_size, blocks, value_strides, kv_head)
-        values = tl.load(value_ptr + at[:, None] + column[None, :] * value_strides[3], mask=mask, other=0.0)
+        values = paged_rows(
+            value_ptr,
+            value_strides,
+            table_ptr,
+            table_stride,
+            place,
+            there,
+            block_size,
+            blocks,
+            kv_head,
+            dim,
+            DIM,
+        )
         s = tl.where(seen, s, -float("inf"))
         top, total, mix = attended(q, s, values, top, total, mix, UPCAST)
     return top, total, mix
