@@ -37,13 +37,14 @@ struct HeadProduct {
   int64_t vocab, width, head_stride;
 };
 
-// In a register, for what several operations share: the compiler would read it anew for each.
+// In a register, for what several operations share: the compiler would read it anew for each. Without
+// registers of the width, as in builds for tests, it stays as the compiler has it.
 template <int W>
 NABLA_FAST_INLINE Floats<W> in_register(Floats<W> x) {
 #if NABLA_FAST_X86
-  if constexpr (W == 16)
+  if constexpr (W == 16 && NABLA_FAST_AVX512)
     asm("" : "+v"(x));
-  else
+  else if constexpr (W == 4 || (W == 8 && NABLA_FAST_AVX2))
     asm("" : "+x"(x));
 #endif
   return x;
