@@ -5,6 +5,7 @@
 #define NABLA_FAST_CPU_SIMD_VEC_H_
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -58,7 +59,11 @@ NABLA_FAST_INLINE Floats<W> broadcast(const float& x) {
     return lanes;
   }
 #endif
-  return splat<W>(x);
+  // As bits: a float added to 0 would lose its sign where it is -0, and itself below 2^-126 where
+  // results there are flushed.
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return (Floats<W>)(typename VecTypes<W>::Bits{} + bits);
 }
 
 // Keeps the compiler from computing x anew where it is used, if vectors of W floats have registers.
