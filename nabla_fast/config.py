@@ -74,6 +74,9 @@ class DTOConfig:
         rejection: keep a new rollout only if its reward is higher; needs a reward model.
         rollout_sampling: how rollouts draw tokens.
         resample_sampling: how the token of an optimized position is drawn.
+        draws: "torch": by torch's generators on the CPU, as the official release; "philox": by noise that
+            is a function of seed, position and token, where the logits are; "auto": torch's for a language
+            model on the CPU, Philox elsewhere.
     Raises:
         InputError: a value is out of its range.
     """
@@ -95,12 +98,14 @@ class DTOConfig:
     rejection: bool = True
     rollout_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.7, 20, 0.8))
     resample_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.5, 20, 0.8))
+    draws: Literal["auto", "torch", "philox"] = "auto"
 
     def __post_init__(self) -> None:
         choices = {
             "parameter": ("logits", "latents"),
             "update": ("first", "all"),
             "relaxation": ("straight_through", "soft", "gumbel"),
+            "draws": ("auto", "torch", "philox"),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)

@@ -178,16 +178,6 @@ def draw(logits: Tensor, sampling: SamplingConfig, generator: Generator) -> int:
     return TokenRows(logits[None], sampling).draw(0, generator)
 
 
-def next_tokens(logits: Tensor, sampling: SamplingConfig) -> TokenRows:
-    """Rows of a rollout's logits [N, V] on the CPU, to be drawn from; their argmax if T ≤ 0."""
-    return TokenRows(logits, sampling, greedy=sampling.temperature <= 0)
-
-
-def next_token(logits: Tensor, sampling: SamplingConfig, generator: Generator) -> int:
-    """A rollout's next token from a row of logits [V]: the argmax if T ≤ 0, else a draw."""
-    return next_tokens(logits[None], sampling).draw(0, generator)
-
-
 def seeded(seed: int) -> Generator:
     """A generator in the state that follows from ``seed`` alone."""
     return Generator(seed)

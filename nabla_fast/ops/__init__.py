@@ -9,7 +9,7 @@ call raises BackendUnavailable with the reason of each.
 from nabla_fast.errors import BackendUnavailable
 from nabla_fast.ops.adam import AdamState, cosine_schedule
 from nabla_fast.ops.descent_loop import Descent
-from nabla_fast.ops.draw_tokens import draw_tokens
+from nabla_fast.ops.draw_tokens import DrawKey, draw_tokens
 from nabla_fast.ops.dto_descent import dto_descent
 from nabla_fast.ops.dto_descent_latents import dto_descent_latents
 from nabla_fast.ops.embedding_mix import embedding_mix
@@ -29,6 +29,7 @@ __all__ = [
     "AdamState",
     "BackendUnavailable",
     "Descent",
+    "DrawKey",
     "GumbelNoise",
     "TokenStats",
     "backend_status",

@@ -1,40 +1,67 @@
-"""Draws from filtered logits on the device where they are."""
+"""Draws from filtered logits on the device where they are, by noise that is a function of a key."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nabla_fast.ops.checks import expect, expect_vocabulary
-from nabla_fast.ops.registry import floats, op, tensors
+from nabla_fast.ops.gumbel_noise import philox_words
+from nabla_fast.ops.limits import triton_backend
+from nabla_fast.ops.registry import floats, integers, op
+
+MOST_VISITS = 1 << 30
 
 
-@op(
-    arguments={
-        "logits": tensors(("N", "V"), dtypes=(torch.float32, torch.float64)),
-        "exponentials": floats("N", "V", like="logits"),
-    },
-    reads=(),
-)
+class DrawKey(NamedTuple):
+    """What the noise of N rows' draws is a function of, beside the token: no two draws share all of it.
+
+    Example:
+        >>> zero = torch.zeros(2, dtype=torch.int64)
+        >>> DrawKey(seed=zero + 42, start=zero + 9, visit=zero, position=torch.tensor([9, 10])).position
+        tensor([ 9, 10])
+    """
+
+    seed: Tensor  # [N] int64, of the prompt
+    start: Tensor  # [N] int64, tokens before the first of this rollout; its lower 32 bits count
+    visit: Tensor  # [N] int64, 0 unless a rollout starts there again; its lower 30 bits count
+    position: Tensor  # [N] int64, tokens before the one drawn; its lower 32 bits count
+
+
+KEY_RULE = {field: integers("N") for field in DrawKey._fields}
+
+
+@op(arguments={"logits": floats("N", "V"), "key": KEY_RULE}, reads=())
 def draw_tokens(
-    logits: Tensor, exponentials: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    logits: Tensor,
+    key: DrawKey,
+    *,
+    redraw: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Tensor:
-    """One token a row from softmax(top_p(top_k(z / T))): argmax of p / q, as ``torch.multinomial`` has it.
+    """One token a row from softmax(top_p(top_k(z / T))): argmax of log p + g, g Gumbel noise.
 
     Top-k keeps every token that ties with the k-th; top-p drops the least likely of what it left whose
-    cumulative mass is ≤ 1 − p, of equally likely ones those of lower index first, never the last. Given
-    the exponentials that a generator draws for a row, the token is the one that
-    ``nabla_fast.decode.sampling.draw`` gives with that generator, but where rounding decides.
+    cumulative mass is ≤ 1 − p, of equally likely ones those of lower index first, never the last.
 
-    The tokens dropped are known from the k largest values and from how many tokens tie with the least of
-    them: shapes do not depend on the data, nothing waits for the device, and a CUDA graph can capture it.
+    A token depends on the row's logits, its key and the settings, on nothing else: not on the rows beside
+    it, nor on a generator's state. All that decides is computed in double precision, a mass rounded to
+    float32 before it is compared with 1 − p, so that backends give the same tokens. Nothing waits for the
+    device, no shape depends on the data, and a CUDA graph can capture it.
+
+    g = −log(−log((word + ½) / 2³²)); token v takes word v mod 4 of Philox-4x32-10 at counter (v div 4,
+    position, start, 4·visit + domain) under the key (seed low word, seed high word). The domain is 1, or
+    2 of redraws; 0 is that of :func:`nabla_fast.ops.gumbel_noise`, whose noise no draw repeats.
 
     Args:
-        logits: z [N, V] float32 or float64.
-        exponentials: q [N, V] > 0, of the same dtype: one draw of a standard exponential variable for
-            every token.
+        logits: z [N, V], floating point.
+        key: seed, start, visit and position [N] int64.
+        redraw: the token of a position whose logits were optimized, not one of a rollout.
         temperature: T; ≤ 0 counts as 1.
         top_k: tokens kept; 0 keeps all.
         top_p: smallest probability mass kept, in (0, 1]; the token that crosses it stays.
@@ -43,64 +70,73 @@ def draw_tokens(
     Raises:
         InputError: a shape, dtype or device does not fit, or a setting is out of its range.
 
-    Source: the exponential race of ``torch.multinomial``; nucleus sampling from Holtzman et al., ICLR 2020.
+    Source: the Gumbel-max trick (Gumbel, 1954; Maddison et al., "A* Sampling", NeurIPS 2014); nucleus
+    sampling from Holtzman et al., ICLR 2020; Philox from Salmon et al., SC 2011.
 
     Example:
-        >>> logits = torch.tensor([[0.0, 5.0, 1.0]])
-        >>> draw_tokens(logits, torch.empty_like(logits).exponential_(), top_k=1)
+        >>> zero = torch.zeros(1, dtype=torch.int64)
+        >>> draw_tokens(torch.tensor([[0.0, 5.0, 1.0]]), DrawKey(zero, zero, zero, zero), top_k=1)
         tensor([1])
     """
-    scores = logits / temperature if temperature > 0 else logits
+    scores = logits.double() / (temperature if temperature > 0 else 1.0)
+    kept = _kept(scores, top_k, top_p)
+    return torch.where(kept, scores + draw_noise(key, logits.shape[1], redraw), -torch.inf).argmax(dim=1)
+
+
+def draw_noise(key: DrawKey, vocabulary: int, redraw: bool) -> Tensor:
+    """The Gumbel noise of :func:`draw_tokens`, [N, V] float64."""
+    words = philox_words(
+        key.seed, key.position, vocabulary, start=key.start, last=4 * key.visit + (2 if redraw else 1)
+    )
+    return -torch.log(-torch.log((words.double() + 0.5) / 2**32))
+
+
+def _kept(scores: Tensor, top_k: int, top_p: float) -> Tensor:
+    """[N, V], which tokens of scores [N, V] float64 are drawn from."""
     vocabulary = scores.shape[1]
     k = top_k if 0 < top_k < vocabulary else vocabulary
-    ascending = scores.topk(k, dim=1).values.flip(1) if k < vocabulary else scores.sort(dim=1).values
-    least, top = ascending[:, :1], ascending[:, -1:]
-    equal_least = scores == least
-    if top_p < 1:
-        first, dropped = _first_kept(ascending, equal_least, 1 - top_p)
-    else:
-        first, dropped = least, torch.zeros_like(least, dtype=torch.int64)
-    tied = scores == first
-    kept = (scores > first) | (tied & (tied.cumsum(dim=1) > dropped))
-    shares = torch.where(kept, (scores - top).exp(), 0.0)
-    return (shares / shares.sum(dim=1, keepdim=True) / exponentials).argmax(dim=1)
+    if k == vocabulary and top_p == 1:
+        return torch.ones_like(scores, dtype=torch.bool)
+    descending = scores.topk(k, dim=1).values if k < vocabulary else None
+    least = scores.amin(dim=1, keepdim=True) if descending is None else descending[:, -1:]
+    kept = scores >= least
+    if top_p == 1:
+        return kept
+    # Mass is added up from the least likely on; of ties with the k-th some are not among the k.
+    ascending = (scores.sort(dim=1).values if descending is None else descending.flip(1)).contiguous()
+    top = ascending[:, -1:]
+    shares = (ascending - top).exp()
+    share = shares[:, :1]
+    outside = kept.sum(dim=1, keepdim=True) - k
+    mass = outside * share + shares.cumsum(dim=1)
+    total = mass[:, -1:]
+    limit = _float32(1 - top_p)
+    first = (~_fits(mass, total, limit)).int().argmax(dim=1, keepdim=True)  # of those that stay
+    first = torch.where(_fits(total, total, limit), k - 1, first)
+    value = ascending.gather(1, first)
+    # Of the tokens that score as the first that stays, the lowest in index whose mass fits as well.
+    ties = scores == value
+    before = ((ascending < value) * shares).sum(dim=1, keepdim=True)
+    before = before + outside * share * (value > least)
+    number = ties.cumsum(dim=1)
+    mass_with = before + number * (value - top).exp()
+    last = (value == top) & (number == number[:, -1:])
+    stay = ties & (~_fits(mass_with, total, limit) | last)
+    return (scores > value) | stay
 
 
-def _first_kept(ascending: Tensor, equal_least: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """The first score that top-p keeps.
+def _fits(mass: Tensor, total: Tensor, limit: float) -> Tensor:
+    """Whether mass may be dropped."""
+    return (mass / total).float() <= limit
 
-    Args:
-        ascending: the k largest scores of each row [N, k].
-        equal_least: [N, V], which tokens have the least of these; those that are not among the k
-            precede them.
-        limit: mass that may be dropped.
-    Returns:
-        The least score kept [N, 1], and how many tokens of that score are dropped [N, 1] int64.
-    """
-    k = ascending.shape[1]
-    outside = equal_least.sum(dim=1, keepdim=True) - (ascending == ascending[:, :1]).sum(
-        dim=1, keepdim=True
-    )
-    shares = (ascending - ascending[:, -1:]).exp()
-    shares = shares / (shares.sum(dim=1, keepdim=True) + outside * shares[:, :1])
-    # Masses are added up in double precision and compared in the scores' own.
-    share = shares[:, :1].double()
-    dtype, bound = ascending.dtype, torch.tensor(limit, dtype=ascending.dtype).item()
-    fitting = torch.where(share > 0, bound / share, torch.inf).clamp(max=2.0**24).floor()
-    fitting = fitting + (((fitting + 1) * share).to(dtype) <= bound)
-    dropped_outside = torch.minimum(fitting.long(), outside)
-    mass = (outside * share + shares.double().cumsum(dim=1)).to(dtype)
-    dropped = (mass <= bound).sum(dim=1, keepdim=True).clamp(max=k - 1)
-    dropped = torch.where(dropped_outside < outside, 0, dropped)
-    first = ascending.gather(1, dropped)
-    place = torch.arange(k, device=ascending.device)
-    before = ((ascending == first) & (place < dropped)).sum(dim=1, keepdim=True)
-    return first, before + torch.where(first == ascending[:, :1], dropped_outside, 0)
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 @draw_tokens.check
 def check_draw_tokens(
-    logits: Tensor, exponentials: Tensor, *, temperature: float, top_k: int, top_p: float
+    logits: Tensor, key: DrawKey, *, redraw: bool, temperature: float, top_k: int, top_p: float
 ) -> None:
     expect_vocabulary("draw_tokens", logits.shape[1])
     expect(not math.isnan(temperature), "draw_tokens: temperature is not a number")
@@ -109,5 +145,18 @@ def check_draw_tokens(
 
 
 @draw_tokens.fake
-def fake_draw_tokens(logits: Tensor, exponentials: Tensor, **_: float) -> Tensor:
+def fake_draw_tokens(logits: Tensor, key: DrawKey, **_: float) -> Tensor:
     return logits.new_empty(len(logits), dtype=torch.int64)
+
+
+def _triton_refusal(logits: Tensor, key: DrawKey, **_: float) -> str | None:
+    return triton_backend.refusal(logits=logits, key=key)
+
+
+@draw_tokens.backend("triton", refuses=_triton_refusal)
+def draw_tokens_triton(
+    logits: Tensor, key: DrawKey, *, redraw: bool, temperature: float, top_k: int, top_p: float
+) -> Tensor:
+    from nabla_fast.triton_kernels import draw_tokens as kernels
+
+    return kernels.draw_tokens(logits, key, redraw, temperature if temperature > 0 else 1.0, top_k, top_p)

@@ -52,6 +52,28 @@ def philox_4x32_10(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tupl
     return c0, c1, c2, c3
 
 
+def philox_words(
+    seed: Tensor, position: Tensor, vocabulary: int, *, start: Tensor | None = None, last: Tensor | int = 0
+) -> Tensor:
+    """A 32-bit word for each token of N rows, [N, V] int64.
+
+    Token v takes word v mod 4 at counter (v div 4, position low word, start low word, last) under the key
+    (seed low word, seed high word).
+
+    Args:
+        seed, position: [N] int64.
+        vocabulary: V.
+        start: [N] int64; None: the high words of ``position``.
+        last: of the counter's words; a number or [N] int64, of which the lower 32 bits count.
+    """
+    blocks = torch.arange((vocabulary + 3) // 4, device=seed.device)[None]
+    third = position >> 32 if start is None else start
+    rest = (position & _LOW, third & _LOW, torch.zeros_like(position) + last & _LOW)
+    counter = (blocks, *(word[:, None] for word in rest))
+    words = philox_4x32_10(counter, ((seed & _LOW)[:, None], (seed >> 32 & _LOW)[:, None]))
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocabulary]
+
+
 NOISE_RULE = {"seed": integers("N"), "position": integers("N")}
 
 
@@ -78,14 +100,7 @@ def gumbel_noise(noise: GumbelNoise, vocabulary: int) -> Tensor:
         >>> gumbel_noise(key, 5).shape
         torch.Size([1, 5])
     """
-    token = torch.arange(vocabulary, device=noise.seed.device)
-    seed, position = noise.seed[:, None], noise.position[:, None]
-    counter = torch.arange((vocabulary + 3) // 4, device=noise.seed.device)[None]
-    words = philox_4x32_10(
-        (counter, position & _LOW, (position >> 32) & _LOW, torch.zeros_like(position)),
-        (seed & _LOW, (seed >> 32) & _LOW),
-    )
-    word = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, token]
+    word = philox_words(noise.seed, noise.position, vocabulary)
     uniform = ((word >> 9).double() + 0.5) / 2**23
     return -torch.log(-torch.log(uniform))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,17 +70,18 @@ def problems(case, chance: random.Random, count: int) -> list[Problem]:
     return made
 
 
-def compare(n: int, seen: Counter) -> None:
+def compare(n: int, seen: Counter, draws: str = "torch") -> None:
     """Case n, and others like it, through both loops in float64."""
     case, chance = make_case(n), random.Random(n)
+    config = replace(case.config, draws=draws)
     lm = LanguageModel(shared_lm(LMS[n % len(LMS)], eos_token_id=case.eos or None))
     name = PAGED_REWARD_MODELS[n % len(PAGED_REWARD_MODELS)]
     rm = None if name is None else RewardModel(shared_reward_model(name), VocabularyAlignment.identity())
     given = problems(case, chance, chance.choice([1, 1, 2, 5, 16]))
     expected_stats, stats = ([Stats() for _ in given] for _ in range(2))
-    expected = dict(SequentialLoop(lm, rm, case.config).decode(given, expected_stats))
+    expected = dict(SequentialLoop(lm, rm, config).decode(given, expected_stats))
     batch_size, proposals = chance.choice([1, 3, 16]), chance.choice([None, 1, 1, 2, 4, 8])
-    loop = BatchedLoop(lm, rm, case.config, batch_size=batch_size, proposals=proposals)
+    loop = BatchedLoop(lm, rm, config, batch_size=batch_size, proposals=proposals)
     with watched_pools() as watch:
         found = dict(loop.decode(given, stats))
     assert watch.all_given_back()
@@ -95,7 +97,7 @@ def compare(n: int, seen: Counter) -> None:
         kept = [(r.position, r.old_token, r.new_token, r.accepted) for r in ours.revisions]
         assert kept == [(r.position, r.old_token, r.new_token, r.accepted) for r in theirs.revisions]
         assert ours.reward == pytest.approx(theirs.reward, abs=1e-9)
-        if proposals == 1 and case.config.relaxation != "soft":
+        if proposals == 1 and config.relaxation != "soft":
             # Nothing is computed ahead of need then, and nothing twice.
             assert stats[index].speculated == 0
             assert stats[index].gradient_passes <= expected_stats[index].gradient_passes
@@ -105,19 +107,21 @@ def compare(n: int, seen: Counter) -> None:
         seen["accepted"] += sum(r.accepted for r in ours.revisions)
 
 
-def test_random_problems_in_float64():
+@pytest.mark.parametrize("draws", ["torch", "philox"])
+def test_random_problems_in_float64(draws):
     seen: Counter[str] = Counter()
     for n in range(30):
-        compare(n, seen)
+        compare(n, seen, draws)
     assert seen["problems"] >= 75
     assert min(seen["speculated"], seen["fewer rounds"], seen["accepted"]) >= 5, seen
 
 
 @pytest.mark.slow
-def test_many_random_problems_in_float64():
+@pytest.mark.parametrize("draws", ["torch", "philox"])
+def test_many_random_problems_in_float64(draws):
     seen: Counter[str] = Counter()
     for n in range(24, 400):
-        compare(n, seen)
+        compare(n, seen, draws)
     assert seen["problems"] >= 1000, seen
 
 

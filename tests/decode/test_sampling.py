@@ -8,7 +8,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from nabla_fast import SamplingConfig, _native
 from nabla_fast.decode import sampling as sampling_module
-from nabla_fast.decode.sampling import draw, filtered_probabilities, next_token, next_tokens, seeded
+from nabla_fast.decode.draws import TorchDraws
+from nabla_fast.decode.sampling import TokenRows, draw, filtered_probabilities, seeded
 
 SETTINGS = [
     SamplingConfig(temperature, top_k, top_p)
@@ -25,6 +26,11 @@ def theirs(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
     if sampling.top_p < 1:
         scores = TopPLogitsWarper(sampling.top_p)(None, scores)
     return scores.softmax(dim=-1)[0]
+
+
+def next_token(logits: torch.Tensor, sampling: SamplingConfig, generator) -> int:
+    """A rollout's next token."""
+    return TorchDraws().rollout(logits[None], sampling, [generator], [0])(0)
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
@@ -89,9 +95,9 @@ def test_a_rows_draws_do_not_depend_on_other_rows(dtype):
         logits = torch.randn(9, 60, dtype=dtype)
         logits[4] = logits[4].round()  # ties
         logits[5, 3:] = -torch.inf
-        together = next_tokens(logits, sampling)
+        together = TokenRows(logits, sampling)
         for row in range(len(logits)):
-            alone = next_tokens(logits[row : row + 1], sampling)
+            alone = TokenRows(logits[row : row + 1], sampling)
             assert torch.equal(together.probabilities(row), alone.probabilities(0))
             if row != 4:  # which of equal tokens top-p drops, transformers leaves to an unstable sort
                 torch.testing.assert_close(alone.probabilities(0), theirs(logits[row], sampling))

@@ -110,7 +110,7 @@ def _tensor(
     if name in ("z", "h", "logits"):
         sizes["dtype"] = allowed
     values = torch.randn(shape, dtype=torch.float64)
-    if name in ("exponentials", "state.exp_avg_sq", "schedule"):
+    if name in ("state.exp_avg_sq", "schedule"):
         values = values.abs() + 1e-3
     return _laid_out(values.to(allowed), rng)
 

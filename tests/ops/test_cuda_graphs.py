@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nabla_fast.ops import (
     AdamState,
+    DrawKey,
     GumbelNoise,
     backend_status,
     cosine_schedule,
@@ -37,7 +38,6 @@ def problem(draw: Draw, positions: int = 4, vocabulary: int = 131, width: int = 
         "cotangent": draw.normal(positions, width),
         "head": draw.normal(vocabulary, width),
         "table": draw.normal(vocabulary, width),
-        "exponentials": -draw.uniform(1, vocabulary).clamp(1e-6).log() + 1e-6,
         "seed": draw.integers(0, 2**62, 1),
         "position": draw.integers(0, 2**62, 1),
         "schedule": cosine_schedule(3, 0.05),
@@ -65,7 +65,8 @@ def one_round(kind: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
         z = lm_logits(hidden, given["head"])
         state = AdamState.zeros(z)
         descent = dto_descent(z, grad, state, given["schedule"], noise=noise)
-    token = draw_tokens(z, given["exponentials"].to(z.dtype), temperature=0.5, top_k=20, top_p=0.8)
+    key = DrawKey(noise.seed, noise.position, torch.zeros_like(noise.seed), noise.position)
+    token = draw_tokens(z, key, redraw=True, temperature=0.5, top_k=20, top_p=0.8)
     return {
         "chosen": chosen,
         "z": z,

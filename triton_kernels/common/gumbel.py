@@ -68,6 +68,25 @@ def _row(seed, position, start, COLUMNS: tl.constexpr):
     return _from_word(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))
 
 
+@triton.jit
+def draw_noise(seed, start, last, position, token):
+    """Noise of the draws of one row, float64 [T], of tokens [T] int32.
+
+    Args:
+        seed, start, last, position: int64 scalars, of which the lower 32 bits count but for the seed.
+    """
+    block = (token // 4).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        block,
+        (position & 0xFFFFFFFF).to(tl.uint32) + block * 0,
+        (start & 0xFFFFFFFF).to(tl.uint32) + block * 0,
+        (last & 0xFFFFFFFF).to(tl.uint32) + block * 0,
+    )
+    word = tl.where(token % 2 == 0, tl.where(token % 4 == 0, w0, w2), tl.where(token % 4 == 1, w1, w3))
+    return -tl.log(-tl.log((word.to(tl.float64) + 0.5) * (1.0 / (1 << 32))))
+
+
 @launched
 @triton.jit
 def _gumbel_noise_kernel(

@@ -14,6 +14,7 @@ from nabla_fast.decode.batched.drafting import Drafting
 from nabla_fast.decode.batched.requests import Descend, Gradient, RollOut, Score
 from nabla_fast.decode.batched.rollout import roll_out
 from nabla_fast.decode.descent import hard_descent_, learning_rates
+from nabla_fast.decode.draws import draws_of
 from nabla_fast.decode.relaxed import Relaxed
 from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.errors import ModelError
@@ -41,6 +42,7 @@ class Executor:
         if rm is not None and not rm.scores_last:
             raise ModelError(f"{type(rm.model).__name__} does not score its last token's state")
         self.lm, self.rm, self.config, self.accelerations = lm, rm, config, accelerations
+        self.draws = draws_of(config, lm.device)
         self.drafting = Drafting(accelerations.drafting)
         self.lm_reader = PagedReader(lm.model)
         self.rm_reader = None if rm is None else PagedReader(rm.model)
@@ -50,8 +52,8 @@ class Executor:
         self.schedule = learning_rates(config, lm.device)
 
     def roll_out(self, requests: Sequence[RollOut]) -> None:
-        """Roll out all requests together; each draws from its own generator."""
-        roll_out(self.lm, self.lm_reader, self.config, self.drafting, requests)
+        """Roll out all requests together; each draws from its own stream."""
+        roll_out(self.lm, self.lm_reader, self.config, self.draws, self.drafting, requests)
 
     # -- rewards -----------------------------------------------------------------------------------
 

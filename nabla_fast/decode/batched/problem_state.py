@@ -20,7 +20,6 @@ from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.descent import initial_parameter, parameter_logits, soft_step_
 from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.relaxed import Relaxed
-from nabla_fast.decode.sampling import TokenRows, seeded
 from nabla_fast.decode.selection import (
     first_position,
     needs_gradient,
@@ -84,7 +83,8 @@ class ProblemState:
         """Yield requests until the response is decoded."""
         config, stats, problem = self._config, self._stats, self._problem
         empty = self._groups.lm.sequence()
-        first = RollOut(problem, stats, empty, 0, [], problem.seed, [])
+        stream = self._executor.draws.stream(problem, 0, 0)
+        first = RollOut(problem, stats, empty, 0, [], stream, [])
         stats.generations = stats.rounds = 1
         yield [first]
         empty.free()
@@ -240,9 +240,15 @@ class ProblemState:
             yield from self._descend_hard(offsets, parameters)
         rows = torch.cat([parameter[:1] for parameter in parameters])
         logits = parameter_logits(config, rows, lm.head)
-        drawn_from = TokenRows(logits.cpu(), config.resample_sampling)
-        seed = self._problem.seed + len(self._response)
-        return [drawn_from.draw(n, seeded(seed + offset)) for n, offset in enumerate(offsets)]
+        draws, problem = self._executor.draws, self._problem
+        committed = [len(self._response) + offset for offset in offsets]
+        draw = draws.redraw(
+            logits,
+            config.resample_sampling,
+            [draws.stream(problem, count, count) for count in committed],
+            [len(problem.prompt_ids) + count for count in committed],
+        )
+        return [draw(n) for n in range(len(offsets))]
 
     def _descend_hard(self, offsets: list[int], parameters: list[torch.Tensor]) -> Ask:
         """K steps of every parameter; those whose tokens flip ask for a new gradient, together."""
@@ -352,7 +358,7 @@ class ProblemState:
                     self._sequence,
                     frozen,
                     [*before, token],
-                    problem.seed + len(before),
+                    self._executor.draws.stream(problem, len(before) + 1, len(before)),
                     current.tokens[offset + 1 :],
                 )
             )

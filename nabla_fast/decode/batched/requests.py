@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nabla_fast.decode.continuation import Continuation
+from nabla_fast.decode.draws import Stream
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.relaxed import Relaxed
 from nabla_fast.decode.trajectory import TrajectoryGradient
@@ -53,7 +54,7 @@ class RollOut(_Request):
         base: the LM's sequence over prompt and response; a fork of it is extended.
         shared: tokens of ``base`` that hold for this rollout.
         response: tokens of the response before the first free one.
-        seed: of the rollout's generator.
+        stream: what its tokens are drawn with.
         draft: likely tokens, position by position: those of the trajectory to be replaced.
         continuation: the answer.
         sequence: the answer: the LM's keys and values of all but the last token.
@@ -62,7 +63,7 @@ class RollOut(_Request):
     base: PagedSequence
     shared: int
     response: list[int]
-    seed: int
+    stream: Stream
     draft: list[int]
     purpose = "rollout"
     continuation: Continuation | None = None

@@ -13,8 +13,8 @@ from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched.drafting import Drafting
 from nabla_fast.decode.batched.requests import RollOut
 from nabla_fast.decode.continuation import Continuation
+from nabla_fast.decode.draws import Draws
 from nabla_fast.decode.failures import attributed_to
-from nabla_fast.decode.sampling import Generator, next_tokens, seeded
 from nabla_fast.models import LanguageModel
 from nabla_fast.models.paged_kv import PagedSequence
 from nabla_fast.models.reader import PagedReader
@@ -31,11 +31,16 @@ class _Row:
 
     request: RollOut
     sequence: PagedSequence
-    generator: Generator
     unread: list[int]
     matched: bool = True
     tokens: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)  # of its states among all
+
+    @property
+    def position(self) -> int:
+        """Tokens before the one to be drawn next."""
+        request = self.request
+        return len(request.problem.prompt_ids) + len(request.response) + len(self.tokens)
 
     def draft(self, width: int) -> list[int]:
         drawn = len(self.tokens)
@@ -81,13 +86,14 @@ def roll_out(
     lm: LanguageModel,
     reader: PagedReader,
     config: DTOConfig,
+    draws: Draws,
     drafting: Drafting,
     requests: Sequence[RollOut],
 ) -> None:
-    """Answer all requests together; each draws from its own generator.
+    """Answer all requests together; each draws from its own stream.
 
     A step reads the token drawn last and, where drafting pays, the replaced trajectory's tokens after
-    it: a draft's token stays if it is the one the row's generator draws there.
+    it: a draft's token stays if it is the one that the row draws there.
 
     Raises:
         RequestFailure: a request's logits are not finite; its cause is a RowError.
@@ -97,7 +103,7 @@ def roll_out(
         drawn = _Drawn()
         alive = rows
         while alive:
-            alive = _step(lm, reader, config, drafting, alive, drawn)
+            alive = _step(lm, reader, config, draws, drafting, alive, drawn)
         stats, hidden = drawn.stats(), torch.cat(drawn.hidden)
         for row in rows:
             request, places = row.request, torch.tensor(row.places, device=lm.device)
@@ -122,13 +128,14 @@ def roll_out(
 def _row(request: RollOut) -> _Row:
     sequence = request.base.fork(request.shared)
     unread = [*request.problem.prompt_ids, *request.response][sequence.length :]
-    return _Row(request, sequence, seeded(request.seed), unread)
+    return _Row(request, sequence, unread)
 
 
 def _step(
     lm: LanguageModel,
     reader: PagedReader,
     config: DTOConfig,
+    draws: Draws,
     drafting: Drafting,
     rows: list[_Row],
     drawn: _Drawn,
@@ -157,9 +164,14 @@ def _step(
     logits = drawn.logits_of(hidden, lm.head)
     start, place = 0, drawn.count
     drawn.add(hidden, logits)
-    logits = logits.cpu()
     bad = not bool(logits.amax(dim=-1).isfinite().all())
-    next_token = next_tokens(logits, config.rollout_sampling)
+    drawn_rows = [(row, n) for row, draft in zip(rows, drafts, strict=True) for n in range(len(draft) + 1)]
+    draw = draws.rollout(
+        logits,
+        config.rollout_sampling,
+        [row.request.stream for row, _ in drawn_rows],
+        [row.position + n for row, n in drawn_rows],
+    )
     going = []
     for row, draft, length in zip(rows, drafts, lengths, strict=True):
         request, former = row.request, row.sequence.length - length
@@ -169,7 +181,7 @@ def _step(
             if bad:
                 with attributed_to(request):
                     report("rollout", row_status(logits[start + kept : start + kept + 1]))
-            token = next_token.draw(start + kept, row.generator)
+            token = draw(start + kept)
             if len(row.tokens) < len(request.draft):
                 matches = token == request.draft[len(row.tokens)]
                 drafting.saw(row.matched, matches)

@@ -16,12 +16,12 @@ import torch
 
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.continuation import Continuation
+from nabla_fast.decode.draws import draws_of
 from nabla_fast.decode.failures import without_locals
 from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.reference.gradient import GradientModel
 from nabla_fast.decode.reference.optimizer import TextualOptimizer
 from nabla_fast.decode.reference.rollout import Roller
-from nabla_fast.decode.sampling import draw, seeded
 from nabla_fast.decode.selection import (
     first_position,
     needs_gradient,
@@ -43,6 +43,7 @@ class SequentialLoop:
         self._gradients = GradientModel(lm, rm, config)
         self._optimizer = TextualOptimizer(self._gradients, config)
         self._rejection = config.rejection and rm is not None
+        self._draws = draws_of(config, lm.device)
 
     def decode(
         self, problems: Sequence[Problem], stats: Sequence[Stats], *, keep: bool = False
@@ -135,7 +136,8 @@ class SequentialLoop:
             rollout = roller.roll(
                 [*problem.prompt_ids, *response],
                 self._config.rollout_sampling,
-                seeded(problem.seed + offset),
+                self._draws,
+                self._draws.stream(problem, len(response), offset),
                 lambda tokens: problem.finish_reason(response + tokens) is not None,
                 stats,
             )
@@ -170,8 +172,10 @@ class SequentialLoop:
                 problem, committed, parameter, current.hard.clone(), current.noise, stats
             )
         synchronize()
-        logits = self._optimizer.logits(parameter[:1])[0].cpu()
-        return draw(logits, self._config.resample_sampling, seeded(problem.seed + len(committed)))
+        logits = self._optimizer.logits(parameter[:1])
+        position = len(problem.prompt_ids) + len(committed)
+        stream = self._draws.stream(problem, len(committed), len(committed))
+        return self._draws.redraw(logits, self._config.resample_sampling, [stream], [position])(0)
 
     def _reward(self, problem: Problem, response: list[int], stats: Stats) -> float:
         sequence = [*problem.reward_prefix, *self._rm.read(response), *problem.reward_suffix]

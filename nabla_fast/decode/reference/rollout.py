@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.config import SamplingConfig
-from nabla_fast.decode.sampling import next_token
+from nabla_fast.decode.draws import Draws, Stream
 from nabla_fast.models import LanguageModel
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.results import Stats
@@ -40,7 +40,8 @@ class Roller:
         self,
         prefix: Sequence[int],
         sampling: SamplingConfig,
-        generator: torch.Generator,
+        draws: Draws,
+        stream: Stream,
         ends: Callable[[list[int]], bool],
         stats: Stats,
     ) -> Rollout:
@@ -49,7 +50,7 @@ class Roller:
         Args:
             prefix: tokens of the prompt and the response so far.
             sampling: T ≤ 0 is greedy.
-            generator: takes one draw a token, none if greedy.
+            draws, stream: what tokens are drawn with.
             ends: whether the rollout is over, given its tokens so far.
             stats: receives the tokens read and drawn.
         """
@@ -59,9 +60,9 @@ class Roller:
             hidden, read = self._reading.last_state([*prefix, *tokens])
             stats.token_passes["lm"] += read
             states.append(hidden)
-            logits = self._lm.logits(hidden).cpu()
+            logits = self._lm.logits(hidden)
             report("rollout", row_status(logits))
-            tokens.append(next_token(logits[0], sampling, generator))
+            tokens.append(draws.rollout(logits, sampling, [stream], [len(prefix) + len(tokens)])(0))
             if ends(tokens):
                 break
         stats.llm_calls += len(tokens)
