@@ -29,6 +29,8 @@ _HELP = {
     "grad_threshold": "optimize positions with at least this gradient norm; 'none': all",
     "max_generations": "rollouts a prompt may use, the first one counted",
     "rejection": "keep a new rollout only if its reward is higher",
+    "draws": "torch's generators, or noise that is a function of seed, position and token; auto: torch's "
+    "on the CPU",
 }
 _SAMPLING = {"rollout_sampling": "", "resample_sampling": "resample-"}
 _SAMPLING_HELP = {
