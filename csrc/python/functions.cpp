@@ -70,6 +70,8 @@ std::vector<Field<nabla_fast_attention_args>> attention_fields() {
           FIELD(table_width),
           FIELD(window),
           FIELD(scale),
+          FIELD(softcap),
+          FIELD(sinks),
           SIZED(q, &Args::batch, &Args::heads, &Args::suffix, &Args::dim),
           FIELD(k),
           FIELD(v),

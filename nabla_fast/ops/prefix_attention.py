@@ -338,8 +338,8 @@ def _cpu_refusal(
     sinks: Tensor | None = None,
     **_: Any,
 ) -> str | None:
-    if softcap is not None or sinks is not None:
-        return f"{'sinks' if softcap is None else 'softcap'} is given (the C++ kernels have none)"
+    if softcap is not None and not 2.0**-64 <= softcap <= 2.0**64:
+        return f"softcap is {softcap} (the C++ kernels take 2⁻⁶⁴ to 2⁶⁴)"
     if q.shape[-1] > MOST_HEAD_DIM:
         return f"q has head dimension {q.shape[-1]} (the C++ kernels take at most {MOST_HEAD_DIM})"
     return (
@@ -348,13 +348,14 @@ def _cpu_refusal(
         or _float_refusal("v", v)
         or _float_refusal("key_pool", key_pool)
         or _float_refusal("value_pool", value_pool)
+        or (None if sinks is None else _float_refusal("sinks", sinks))
         or unit_stride_refusal("block_tables", block_tables)
         or contiguous_refusal("prefix_lengths", prefix_lengths, "C++")
     )
 
 
 def _float_refusal(name: str, tensor: Tensor) -> str | None:
-    """Queries, keys, values and their pools: float32 on the CPU with unit stride along D."""
+    """Queries, keys, values, their pools and sinks: float32 on the CPU with unit stride along D."""
     return (
         device_refusal(name, tensor)
         or dtype_refusal(name, tensor, _FLOAT32, "C++")
@@ -374,7 +375,8 @@ def prefix_attention_cpu(
     *,
     scale: float,
     window: int | None,
-    **_: None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Attention:
     batch, heads, suffix, dim = q.shape
     output = torch.empty(batch, suffix, heads, dim, dtype=torch.float32, device="cpu").transpose(1, 2)
@@ -383,6 +385,8 @@ def prefix_attention_cpu(
         num_threads=torch.get_num_threads(),
         window=window,
         scale=scale,
+        softcap=softcap,
+        sinks=sinks,
         q=q,
         k=k,
         v=v,
@@ -428,7 +432,8 @@ def prefix_attention_backward_native(
     *,
     scale: float,
     window: int | None,
-    **_: None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> SuffixGradient:
     """The gradients by the C++ kernel, which computes the softmax anew: scores in the backward's order of
     summation, beside a logsumexp of the forward's, would be off by what two orders differ by."""
@@ -441,6 +446,8 @@ def prefix_attention_backward_native(
         num_threads=torch.get_num_threads(),
         window=window,
         scale=scale,
+        softcap=softcap,
+        sinks=sinks,
         q=q,
         k=k,
         v=v,

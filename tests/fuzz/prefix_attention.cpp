@@ -12,6 +12,7 @@ struct Problem {
   Tensor<float> q, k, v, key_pool, value_pool;
   Tensor<int64_t> tables;
   List<int64_t> lengths;
+  List<float> sinks;
   bool strange;  // whether inputs hold NaN and infinities
 
   static Problem draw(Random& random) {
@@ -40,10 +41,15 @@ struct Problem {
         value_pool(random, {blocks, size, h}, d),
         tables(random, {b}, w),
         lengths(random, b),
+        sinks(random, g * h),
         strange(random.one_in(10)) {
     Values values(random);
     for (Tensor<float>* tensor : {&q, &k, &v, &key_pool, &value_pool})
       fill(random, values, *tensor);
+    for (int64_t n = 0; n < g * h; ++n)
+      sinks[n] = strange && random.one_in(4) ? random.pick({kNaN, kInfinity, -kInfinity})
+                                             : random.pick({0.0f, -3.0f, 2.5f, 90.0f});
+    sinks.seal();
     for (int64_t n = 0; n < b; ++n) lengths[n] = random.between(0, w * size);
     lengths.seal();
     int64_t n = 0;
@@ -90,12 +96,19 @@ struct Problem {
       if (!prefix && random.one_in(2)) array->put_address(0);
     }
     call.reads(By::kRows, args.prefix_lengths, lengths);
+    args.softcap = random.pick({0.0, 0.0, 0.5, 50.0});
+    Array& of_heads = call.reads(By::kOthers, args.sinks, sinks);
+    of_heads.may_be_null = true;
+    if (random.one_in(2)) of_heads.put_address(0);
     give_mistakes(random, call);
   }
   void give_mistakes(Random& random, AttentionCall& call) {
     nabla_fast_attention_args& args = call.args;
     call.any_mistake([&] { args.dim = NABLA_FAST_MOST_HEAD_DIM + 1; });
     call.any_mistake([&] { args.window = random.negative(); });
+    call.mistake(NABLA_FAST_INVALID_SOFTCAP, [&] {
+      args.softcap = random.pick({-1.0, double{kNaN}, HUGE_VAL, -HUGE_VAL, 1e-300, 1e300});
+    });
     call.mistake(NABLA_FAST_INVALID_HEADS, [&] {
       args.kv_heads = kv_heads + (kv_heads == 1);
       args.heads = args.kv_heads * group + 1;
@@ -132,15 +145,17 @@ Expected expected(Problem& problem, const nabla_fast_attention_args& in, int64_t
     return pool.row({problem.tables.row(b)[t / in.block_size], t % in.block_size, kv});
   };
   std::vector<double> score;
-  double top = -HUGE_VAL;
+  const double sink = in.sinks ? double{problem.sinks[head]} : -HUGE_VAL;
+  double top = sink;
   for (int64_t t = first; t <= position; ++t) {
     const float *key = token(problem.key_pool, problem.k, t), *query = problem.q.row({b, head, s});
     double sum = 0;
     for (int64_t d = 0; d < in.dim; ++d) sum += double{key[d]} * query[d];
-    score.push_back(sum * in.scale);
+    sum *= in.scale;
+    score.push_back(in.softcap > 0 ? in.softcap * std::tanh(sum / in.softcap) : sum);
     top = std::max(top, score.back());
   }
-  double total = 0, mix = 0;
+  double total = std::exp(sink - top), mix = 0;
   for (int64_t t = first; t <= position; ++t) {
     const double e = std::exp(score[static_cast<size_t>(t - first)] - top);
     total += e;

@@ -95,6 +95,14 @@ class AttentionOnCpu:
             {"prefixes": (30,), "suffix": 9, "width": 100},
             {"prefixes": (10,), "suffix": 5, "width": 511, "heads": 2, "kv_heads": 1},
             {"prefixes": (700,), "suffix": 40, "width": 32, "block_size": 32, "window": 1},
+            # Capped scores and sinks, singly and in lanes.
+            {"prefixes": (300, 0), "suffix": 1, "width": 64, "softcap": 2.0, "sinks": True},
+            {"prefixes": (131,), "suffix": 2, "width": 80, "softcap": 50.0, "window": 67},
+            {"prefixes": (45,), "suffix": 1, "width": 16, "heads": 14, "sinks": True},
+            {"prefixes": (63, 65, 1), "suffix": 17, "width": 16, "softcap": 1.0, "sinks": True},
+            {"prefixes": (200, 7), "suffix": 33, "width": 64, "heads": 14, "softcap": 0.3},
+            {"prefixes": (100,), "suffix": 70, "width": 41, "window": 50, "sinks": True},
+            {"prefixes": (10,), "suffix": 5, "width": 511, "heads": 2, "kv_heads": 1, "softcap": 5.0},
         ],
         ids=str,
     )
@@ -113,6 +121,34 @@ class AttentionOnCpu:
                 return changed(self.op, arguments, q=arguments["q"] * factor)
 
             check(self.op, Case(f"factor {factor}", make), draw, "cpu", partial(run, self.op, "cpu"))
+
+    @pytest.mark.parametrize("factor", [1e-6, 1e-2, 1.0, 30.0, 1e18])
+    @pytest.mark.parametrize("suffix", [1, 20])
+    def test_scores_far_below_and_above_their_cap(self, isa: str, suffix: int, factor: float, draw: Draw):
+        def make(draw: Draw) -> dict[str, Any]:
+            arguments = made(self.op, draw, prefixes=(90, 7), suffix=suffix, width=16, softcap=3.0)
+            return changed(self.op, arguments, q=arguments["q"] * factor)
+
+        check(self.op, Case("cap", make), draw, "cpu", partial(run, self.op, "cpu"))
+
+    @pytest.mark.parametrize("suffix", [1, 20])
+    def test_sinks_far_below_and_above_the_scores(self, isa: str, suffix: int, draw: Draw):
+        def make(draw: Draw) -> dict[str, Any]:
+            arguments = made(self.op, draw, prefixes=(90, 7), suffix=suffix, width=16)
+            sinks = torch.tensor([-torch.inf, -60.0, 6.0, 60.0])
+            return changed(self.op, arguments, sinks=sinks)
+
+        check(self.op, Case("sinks", make), draw, "cpu", partial(run, self.op, "cpu"))
+
+    @pytest.mark.parametrize("suffix", [1, 20])
+    def test_a_sink_that_is_no_number_spoils_its_head(self, isa: str, suffix: int, draw: Draw):
+        arguments = made(self.op, draw, prefixes=(40, 9), suffix=suffix, width=32, sinks=True)
+        before = attended(self.op, arguments)[0]
+        arguments["sinks"][2] = torch.nan
+        after = attended(self.op, arguments)[0]
+        assert after[:, 2].isnan().all()
+        after[:, 2] = before[:, 2]
+        assert torch.equal(before, after)
 
     @pytest.mark.parametrize("suffix", [1, 19])
     def test_any_strides(self, isa: str, suffix: int, draw: Draw):
