@@ -25,6 +25,7 @@ _SHAPE = {
 }
 _GPT2_SHAPE = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _GEMMA_SHAPE = _SHAPE | {"head_dim": 8, "sliding_window": 6}
+_GPT_OSS_SHAPE = _GEMMA_SHAPE | {"num_local_experts": 3, "num_experts_per_tok": 2}
 
 # Name → (config class, class of the LM, class of the reward model, fields).
 ARCHITECTURES = {
@@ -54,13 +55,19 @@ ARCHITECTURES = {
         _SHAPE | {"sliding_window": 6},
     ),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", "GPT2ForSequenceClassification", _GPT2_SHAPE),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", "Gemma2ForSequenceClassification", _GEMMA_SHAPE),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        "Gemma2ForSequenceClassification",
+        _GEMMA_SHAPE | {"attn_logit_softcapping": 0.5},
+    ),
     "gemma3": (
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
         "Gemma3TextForSequenceClassification",
         _GEMMA_SHAPE,
     ),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", None, _GPT_OSS_SHAPE),
     "granite": ("GraniteConfig", "GraniteForCausalLM", None, _SHAPE | {"logits_scaling": 4.0}),
     "cohere": ("CohereConfig", "CohereForCausalLM", None, _SHAPE),
     "phi": ("PhiConfig", "PhiForCausalLM", "PhiForSequenceClassification", _SHAPE),

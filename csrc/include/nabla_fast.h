@@ -77,7 +77,8 @@ enum {
   NABLA_FAST_INVALID_PREFIX = 26,      /* a prefix is longer than its table, or not in the pool */
   NABLA_FAST_TOO_LARGE = 27,           /* a size or stride that no address space has room for */
   NABLA_FAST_INVALID_SIZE = 28,        /* the struct's size, or a field behind what is known here */
-  NABLA_FAST_OVERLAP = 29              /* an output overlaps itself or another argument */
+  NABLA_FAST_OVERLAP = 29,             /* an output overlaps itself or another argument */
+  NABLA_FAST_INVALID_SOFTCAP = 30      /* softcap is neither 0 nor in [2^-64, 2^64] */
 };
 
 /* One line in English for a status; never null. The string belongs to the library. */
@@ -374,9 +375,17 @@ typedef struct {
   nabla_fast_heads cotangent;     /* [batch, heads, suffix, dim] gradient of the output */
   nabla_fast_heads_output dq;     /* [batch, heads, suffix, dim] */
   nabla_fast_heads_output dk, dv; /* [batch, kv_heads, suffix, dim] */
+  /* Of the forward. */
+  float* logsumexp; /* [batch, heads, suffix] log sum exp of the scores a query sees; null: none */
+  /* Of both. */
+  double softcap; /* c: a score s, scaled, becomes c tanh(s / c); 0: none */
+  const float*
+      sinks; /* [heads] score of a token without a value that all queries of a head see, which
+                         is not capped; null: none */
 } nabla_fast_attention_args;
 
-/* output = softmax(scale q [K_prefix k]^T) [V_prefix v], causal. No workspace.
+/* output = softmax(scale q [K_prefix k]^T) [V_prefix v], causal, with capped scores and the sink among
+ * what the softmax is over where these are given. No workspace.
  *
  * A NaN or an infinity among the values makes NaN of any query of its sequence that has it in its
  * tile, seen or not. Threads are woken for work of some 50 microseconds each. */

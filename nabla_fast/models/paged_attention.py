@@ -14,11 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from nabla_fast.errors import ModelError
 from nabla_fast.models.paged_kv import BlockPool
-from nabla_fast.ops.prefix_attention import (
-    SuffixGradient,
-    prefix_attention,
-    prefix_attention_backward,
-)
+from nabla_fast.ops.prefix_attention import Attention, prefix_attention
 
 IMPLEMENTATION = "nabla_paged"
 
@@ -35,23 +31,34 @@ class PagedPass:
     lengths: Tensor  # [B] int64, of the prefixes
     slots: Tensor | None  # [T] int64, where the suffixes' keys and values are put; None: nowhere
     tokens: Tensor | None  # [2, T] row and position of each of these in the batch; None: no padding
-    # The ops' backends, chosen in the layer that asks first.
-    backend: Callable[..., Tensor] | None = None
-    backward_backend: Callable[..., SuffixGradient] | None = None
+    backend: Callable[..., Attention] | None = None  # of the op, chosen in the layer that asks first
     calls: int = 0  # of attention, by all layers
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """[B, Hq, S, D] of q [B, Hq, S, D] over the prefixes and k, v [B, Hkv, S, D]; stores k and v."""
+        """[B, Hq, S, D] of q [B, Hq, S, D] over the prefixes and k, v [B, Hkv, S, D]; stores k and v.
+
+        Other arguments are those of :func:`nabla_fast.ops.prefix_attention`.
+        """
         pool = self.pool
         arguments = (q, k, v, pool.keys[layer], pool.values[layer], self.tables, self.lengths)
+        options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
         if q.requires_grad and torch.is_grad_enabled():
-            output = prefix_attention(*arguments, scale=scale, window=window)
+            output, _ = prefix_attention(*arguments, **options)
         else:
             if self.backend is None:
-                self.backend = prefix_attention.chosen(*arguments, scale=scale, window=window)
-            output = self.backend(*arguments, scale=scale, window=window)
+                self.backend = prefix_attention.chosen(*arguments, **options)
+            output, _ = self.backend(*arguments, **options)
         if self.slots is not None:
             pool.write(layer, self.slots, self._tokens_of(k), self._tokens_of(v))
         return output
@@ -63,22 +70,20 @@ class PagedPass:
         row, position = self.tokens
         return x[row, :, position]
 
-    def attend_backward(
-        self,
-        layer: int,
-        cotangent: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> SuffixGradient:
-        """∂/∂q, ∂/∂k and ∂/∂v of :meth:`attend`."""
-        pool = self.pool
-        arguments = (cotangent, q, k, v, pool.keys[layer], pool.values[layer], self.tables, self.lengths)
-        if self.backward_backend is None:
-            self.backward_backend = prefix_attention_backward.chosen(*arguments, scale=scale, window=window)
-        return self.backward_backend(*arguments, scale=scale, window=window)
+
+def expect_own_cap(model: nn.Module) -> None:
+    """Expect a model whose attention scores are capped to cap them where it runs by itself too.
+
+    Raises:
+        ModelError: it runs transformers' ``sdpa``, which leaves the cap out without a word.
+    """
+    config = model.config.get_text_config()
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap is not None and "sdpa" in (config._attn_implementation or ""):
+        raise ModelError(
+            f"{type(model).__name__} caps attention scores at {cap}, and its attention "
+            f"{config._attn_implementation!r} leaves the cap out: load it with attn_implementation='eager'"
+        )
 
 
 # What the attention of the pass under way in this thread reads: not every model hands arguments of its own
@@ -105,9 +110,16 @@ def _attention(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls in each layer."""
+    """The attention function that transformers calls in each layer.
+
+    Args:
+        softcap: of Gemma 2's scores.
+        s_aux: [Hq], gpt-oss's sinks.
+    """
     unknown = sorted(k for k, v in others.items() if v is not None and k not in _HARMLESS)
     if unknown:
         raise ModelError(
@@ -116,7 +128,9 @@ def _attention(
     paged = _under_way.get()
     paged.calls += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = paged.attend(module.layer_idx, query, key, value, scale, sliding_window)
+    output = paged.attend(
+        module.layer_idx, query, key, value, scale, sliding_window, softcap=softcap, sinks=s_aux
+    )
     return output.transpose(1, 2), None
 
 

@@ -15,7 +15,7 @@ from nabla_fast.models.backbone import Forward, backbone
 from nabla_fast.models.boundary import probing, struck_in
 from nabla_fast.models.llama_forward import LlamaForward
 from nabla_fast.models.llama_layers import can_read
-from nabla_fast.models.paged_attention import IMPLEMENTATION, PagedPass, reading
+from nabla_fast.models.paged_attention import IMPLEMENTATION, PagedPass, expect_own_cap, reading
 from nabla_fast.models.paged_kv import BlockPool, PagedSequence, block_tables, extend_all
 from nabla_fast.models.probes import close, looking_far, probe_ids, probe_length
 from nabla_fast.models.replica import configs_of, replica, returning_names
@@ -36,8 +36,9 @@ class PagedReader:
         """Probe the model on a few tokens.
 
         Raises:
-            ModelError: its rotary embeddings depend on the other sequences of a batch, or its states
-                after a paged prefix are not those of one pass over everything.
+            ModelError: its rotary embeddings depend on the other sequences of a batch, its own attention
+                leaves out a cap of its scores, or its states after a paged prefix are not those of one pass
+                over everything.
         """
         self._model = model
         self._llama_forward: LlamaForward | None = None
@@ -47,6 +48,7 @@ class PagedReader:
                 f"{type(model).__name__} has rotary embeddings of type {kind!r}, whose frequencies "
                 "depend on the longest sequence of a batch"
             )
+        expect_own_cap(model)
         config = model.config.get_text_config()
         with probing(model, "cannot be read"):
             count = probe_length(config)

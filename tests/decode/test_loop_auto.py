@@ -24,7 +24,7 @@ SETTINGS = [
 # Reward models that the batched loop refuses, and the reason.
 REFUSED = {
     "bert": "BertForSequenceClassification does not score its last token's state",
-    "gemma2": "Gemma2Attention needs softcap",
+    "gemma2": "Gemma2ForSequenceClassification caps attention scores at 0.5",
     "phi": "PhiForSequenceClassification cannot read from a paged prefix",
 }
 

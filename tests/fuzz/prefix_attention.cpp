@@ -12,6 +12,7 @@ struct Problem {
   Tensor<float> q, k, v, key_pool, value_pool;
   Tensor<int64_t> tables;
   List<int64_t> lengths;
+  List<float> sinks;
   bool strange;  // whether inputs hold NaN and infinities
 
   static Problem draw(Random& random) {
@@ -40,10 +41,15 @@ struct Problem {
         value_pool(random, {blocks, size, h}, d),
         tables(random, {b}, w),
         lengths(random, b),
+        sinks(random, g * h),
         strange(random.one_in(10)) {
     Values values(random);
     for (Tensor<float>* tensor : {&q, &k, &v, &key_pool, &value_pool})
       fill(random, values, *tensor);
+    for (int64_t n = 0; n < g * h; ++n)
+      sinks[n] = strange && random.one_in(4) ? random.pick({kNaN, kInfinity, -kInfinity})
+                                             : random.pick({0.0f, -3.0f, 2.5f, 90.0f});
+    sinks.seal();
     for (int64_t n = 0; n < b; ++n) lengths[n] = random.between(0, w * size);
     lengths.seal();
     int64_t n = 0;
@@ -90,12 +96,19 @@ struct Problem {
       if (!prefix && random.one_in(2)) array->put_address(0);
     }
     call.reads(By::kRows, args.prefix_lengths, lengths);
+    args.softcap = random.pick({0.0, 0.0, 0.5, 50.0});
+    Array& of_heads = call.reads(By::kOthers, args.sinks, sinks);
+    of_heads.may_be_null = true;
+    if (random.one_in(2)) of_heads.put_address(0);
     give_mistakes(random, call);
   }
   void give_mistakes(Random& random, AttentionCall& call) {
     nabla_fast_attention_args& args = call.args;
     call.any_mistake([&] { args.dim = NABLA_FAST_MOST_HEAD_DIM + 1; });
     call.any_mistake([&] { args.window = random.negative(); });
+    call.mistake(NABLA_FAST_INVALID_SOFTCAP, [&] {
+      args.softcap = random.pick({-1.0, double{kNaN}, HUGE_VAL, -HUGE_VAL, 1e-300, 1e300});
+    });
     call.mistake(NABLA_FAST_INVALID_HEADS, [&] {
       args.kv_heads = kv_heads + (kv_heads == 1);
       args.heads = args.kv_heads * group + 1;
@@ -118,9 +131,12 @@ struct Problem {
   }
 };
 
-// The first result of a query of a sequence, in double.
-double expected(Problem& problem, const nabla_fast_attention_args& in, int64_t b, int64_t head,
-                int64_t s) {
+// The first result of a query of a sequence, and its logsumexp, in double.
+struct Expected {
+  double output, logsumexp;
+};
+Expected expected(Problem& problem, const nabla_fast_attention_args& in, int64_t b, int64_t head,
+                  int64_t s) {
   const int64_t kv = head / problem.group, prefix = problem.lengths[b], position = prefix + s;
   const int64_t first =
       in.window > 0 && in.window <= position ? position - in.window + 1 : int64_t{0};
@@ -129,21 +145,23 @@ double expected(Problem& problem, const nabla_fast_attention_args& in, int64_t b
     return pool.row({problem.tables.row(b)[t / in.block_size], t % in.block_size, kv});
   };
   std::vector<double> score;
-  double top = -HUGE_VAL;
+  const double sink = in.sinks ? double{problem.sinks[head]} : -HUGE_VAL;
+  double top = sink;
   for (int64_t t = first; t <= position; ++t) {
     const float *key = token(problem.key_pool, problem.k, t), *query = problem.q.row({b, head, s});
     double sum = 0;
     for (int64_t d = 0; d < in.dim; ++d) sum += double{key[d]} * query[d];
-    score.push_back(sum * in.scale);
+    sum *= in.scale;
+    score.push_back(in.softcap > 0 ? in.softcap * std::tanh(sum / in.softcap) : sum);
     top = std::max(top, score.back());
   }
-  double total = 0, mix = 0;
+  double total = std::exp(sink - top), mix = 0;
   for (int64_t t = first; t <= position; ++t) {
     const double e = std::exp(score[static_cast<size_t>(t - first)] - top);
     total += e;
     mix += e * token(problem.value_pool, problem.v, t)[0];
   }
-  return mix / total;
+  return {mix / total, top + std::log(total)};
 }
 
 // Whether a right call was checked, and not a wrong one.
@@ -168,26 +186,36 @@ bool run(Random& random, Problem& problem, AttentionCall& call) {
 FUZZ(prefix_attention) {
   Problem problem = Problem::draw(random);
   Tensor<float> output(random, problem.queries(), problem.dim);
+  const int64_t row = problem.group * problem.kv_heads * problem.suffix;
+  List<float> logsumexp(random, problem.batch * row);
   AttentionCall call(random, nabla_fast_prefix_attention);
   for (nabla_fast_heads_output* unused : {&call.args.dq, &call.args.dk, &call.args.dv})
     call.garbage(*unused);
   call.garbage(call.args.cotangent);
   problem.give(random, call);
   call.writes(By::kRows, call.args.output, output);
+  Array& sums = call.writes(By::kRows, call.args.logsumexp, logsumexp);
+  sums.row = row;
+  sums.may_be_null = true;
+  if (random.one_in(3)) sums.put_address(0);
   if (!run(random, problem, call)) return;
 
   const int64_t b = random.between(0, problem.batch - 1);
   const int64_t head = random.between(0, call.args.heads - 1);
   const int64_t s = random.between(0, problem.suffix - 1);
-  const double want = expected(problem, call.args, b, head, s);
+  const Expected want = expected(problem, call.args, b, head, s);
   // Scores of magnitude 1000 and more are known to few digits.
   double size = 0;
   for (int64_t d = 0; d < problem.dim; ++d)
     size = std::max(size, std::fabs(double{problem.q.row({b, head, s})[d]}));
   if (!problem.strange && size <= 4) {
     const double have = output.row({b, head, s})[0];
-    check(std::fabs(have - want) <= 1e-3 * (std::fabs(want) + size),
+    check(std::fabs(have - want.output) <= 1e-3 * (std::fabs(want.output) + size),
           "far from what it is in double");
+    const int64_t query = (b * call.args.heads + head) * problem.suffix + s;
+    check(!call.args.logsumexp || std::fabs(logsumexp[query] - want.logsumexp) <=
+                                      1e-4 * (1 + std::fabs(want.logsumexp)),
+          "a logsumexp is far from what it is in double");
   }
 }
 
@@ -201,6 +229,7 @@ FUZZ(prefix_attention_backward) {
   AttentionCall call(random, nabla_fast_prefix_attention_backward,
                      nabla_fast_prefix_attention_backward_workspace);
   call.garbage(call.args.output);
+  call.garbage(call.args.logsumexp);
   problem.give(random, call);
   call.reads(By::kRows, call.args.cotangent, cotangent);
   call.writes(By::kRows, call.args.dq, dq);

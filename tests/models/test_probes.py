@@ -128,8 +128,8 @@ def test_a_gradient_that_a_layer_leaves_out_is_noticed():
 def test_a_paged_pass_that_overlooks_a_window_is_noticed(kind, window, monkeypatch):
     attend = PagedPass.attend
 
-    def overlooking(self, *arguments):
-        return attend(self, *arguments[:-1], None)
+    def overlooking(self, *arguments, **options):
+        return attend(self, *arguments[:-1], None, **options)
 
     model = tiny_models.causal_lm(kind, sliding_window=window).requires_grad_(False)
     PagedReader(model)

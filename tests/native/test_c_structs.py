@@ -15,7 +15,7 @@ import nabla_fast
 POINTER, F64, I32, I64 = ctypes.c_void_p, ctypes.c_double, ctypes.c_int32, ctypes.c_int64
 
 OK, INVALID_TAU, INVALID_POINTER, WORKSPACE_TOO_SMALL = 0, 17, 18, 23
-TOO_LARGE, INVALID_SIZE, OVERLAP = 27, 28, 29
+TOO_LARGE, INVALID_SIZE, OVERLAP, INVALID_SOFTCAP = 27, 28, 29, 30
 
 
 def struct(name: str, *fields: tuple[type, str]) -> type[ctypes.Structure]:
@@ -104,6 +104,9 @@ AttentionArgs = call_struct(
     (HeadsOutput, "output"),
     (Heads, "cotangent"),
     (HeadsOutput, "dq dk dv"),
+    (POINTER, "logsumexp"),
+    (F64, "softcap"),
+    (POINTER, "sinks"),
 )
 STRUCTS = [Matrix, Output, Heads, HeadsOutput, Pool, StatsArgs, LmLogitsArgs, NllGradArgs]
 STRUCTS += [DescentArgs, MixArgs, OnehotArgs, AttentionArgs]
@@ -144,6 +147,30 @@ def test_structs_are_laid_out_as_the_compiler_has_them(tmp_path: Path):
     assert dict(zip([kind.__name__ for kind in STRUCTS], found, strict=True)) == {
         kind.__name__: layout(kind) for kind in STRUCTS
     }
+
+
+def test_a_struct_of_a_program_from_before_a_field(library: ctypes.CDLL):
+    # No queries: nothing else is looked at.
+    args = AttentionArgs(kv_heads=1, dim=1, block_size=1)
+    for size, status in (
+        (AttentionArgs.logsumexp.offset, OK),
+        (ctypes.sizeof(args), OK),
+        (448, INVALID_SIZE),
+    ):
+        args.size = size
+        assert library.nabla_fast_prefix_attention(ctypes.byref(args)) == status
+
+
+@pytest.mark.parametrize("softcap", [-1.0, math.nan, math.inf, -math.inf, 1e-300, 1e300])
+@pytest.mark.parametrize("function", ["prefix_attention", "prefix_attention_backward"])
+def test_softcaps_of_no_use_are_refused(library: ctypes.CDLL, function: str, softcap: float):
+    args = AttentionArgs(size=ctypes.sizeof(AttentionArgs), kv_heads=1, dim=1, block_size=1)
+    call = getattr(library, f"nabla_fast_{function}")
+    args.softcap = 50.0
+    assert call(ctypes.byref(args)) == OK
+    args.softcap = softcap
+    assert call(ctypes.byref(args)) == INVALID_SOFTCAP
+    assert b"softcap" in library.nabla_fast_status_string(INVALID_SOFTCAP)
 
 
 class Stats:

@@ -40,6 +40,8 @@ const char* nabla_fast_status_string(nabla_fast_status status) {
       return "the struct's size is not one that it has had, or an unknown field is not 0";
     case NABLA_FAST_OVERLAP:
       return "an output overlaps itself or another argument";
+    case NABLA_FAST_INVALID_SOFTCAP:
+      return "softcap must be between 2^-64 and 2^64, or 0 for none";
     default:
       return "unknown status";
   }

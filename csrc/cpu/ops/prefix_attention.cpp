@@ -32,6 +32,13 @@ struct Call {
   float* result(int64_t batch, int64_t kv_head, int64_t row) const {
     return token_of(in.output, batch, kv_head * group + row % group, row / group);
   }
+  // Puts the logsumexp of a row whose exponentials, less `max`, add up to `total`.
+  void put_logsumexp(int64_t batch, int64_t kv_head, int64_t row, float max, float total) const {
+    if (!in.logsumexp) return;
+    const int64_t head = batch * in.heads + kv_head * group + row % group;
+    in.logsumexp[head * in.suffix + row / group] =
+        static_cast<float>(double{max} + std::log(double{total}));
+  }
 };
 
 // Factors of the weights in the first pass and in the second.
@@ -65,26 +72,30 @@ NABLA_FAST_INLINE bool attend_rows_in_lanes(const Call& call, int64_t batch, int
   const nabla_fast_attention_args& in = call.in;
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
   const int64_t last = std::min(first + W, call.rows()) - 1;
-  const float scale = static_cast<float>(in.scale);
+  const float scale = static_cast<float>(in.scale), cap = static_cast<float>(in.softcap);
   alignas(64) float q[kMaxHeadDim * W], sums[kMaxHeadDim * W], s[kKeysPerTile * W];
   const float* others[kKeysPerTile];
   Ints<W> position, lowest;
+  Floats<W> max = {};
   for (int lane = 0; lane < W; ++lane) {
     const int64_t row = std::min(first + lane, last);
+    max[lane] = sink_of(in, kv_head * call.group + row % call.group);
     const float* query = call.query(batch, kv_head, row);
     for (int64_t d = 0; d < in.dim; ++d) q[d * W + lane] = query[d];
     position[lane] = static_cast<int32_t>(keys.prefix + row / call.group);
     lowest[lane] = static_cast<int32_t>(first_seen(in, position[lane]));
   }
   std::fill(sums, sums + in.dim * W, 0.0f);
-  Floats<W> max = splat<W>(-kInfinity), total = {};
-  Ints<W> nan = {};
+  // The sink is the first score of a row, if it has one.
+  Floats<W> total = max > -kInfinity ? splat<W>(1.0f) : Floats<W>{};
+  Ints<W> nan = max != max;
 
   const int64_t end = position[W - 1] + 1;
   for (int64_t begin = lowest[0]; begin < end; begin += kKeysPerTile) {
     const int64_t count = std::min(kKeysPerTile, end - begin);
     keys.find(begin, begin + count, others);
     scores<W>(others, count, q, in.dim, scale, s);
+    if (cap > 0) cap_scores<W>(s, count * W, cap);
     if (begin < lowest[W - 1] || begin + count - 1 > position[0]) {
       for (int64_t j = 0; j < count; ++j) {
         const int32_t t = static_cast<int32_t>(begin + j);
@@ -113,7 +124,8 @@ NABLA_FAST_INLINE bool attend_rows_in_lanes(const Call& call, int64_t batch, int
     accumulate<W>(others, count, s, in.dim, sums);
   }
   for (int lane = 0; first + lane <= last; ++lane) {
-    const float inverse = nan[lane] ? kNaN : 1 / (weight_scale * total[lane]);
+    const float sum = nan[lane] ? kNaN : total[lane], inverse = 1 / (weight_scale * sum);
+    call.put_logsumexp(batch, kv_head, first + lane, max[lane], sum);
     float* result = call.result(batch, kv_head, first + lane);
     for (int64_t d = 0; d < in.dim; ++d)
       put_result(sums[d * W + lane] * inverse, weight_scale, result[d]);
@@ -190,7 +202,7 @@ NABLA_FAST_INLINE bool attend_rows_singly(const Call& call, int64_t batch, int64
   const nabla_fast_attention_args& in = call.in;
   const int64_t dim = kDim ? kDim : in.dim, rows = call.rows();
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
-  const float scale = static_cast<float>(in.scale);
+  const float scale = static_cast<float>(in.scale), cap = static_cast<float>(in.softcap);
   Row<W> row[kMaxSingleRows];
   for (int64_t r = 0; r < rows; ++r) {
     const float* query = call.query(batch, kv_head, r);
@@ -200,9 +212,10 @@ NABLA_FAST_INLINE bool attend_rows_singly(const Call& call, int64_t batch, int64
     }
     row[r].position = keys.prefix + r / call.group;
     row[r].first = first_seen(in, row[r].position);
-    row[r].max = -kInfinity;
-    row[r].total = 0;
-    row[r].nan = Ints<W>{};
+    // The sink is the first score of a row, if it has one.
+    row[r].max = sink_of(in, kv_head * call.group + r % call.group);
+    row[r].total = row[r].max > -kInfinity ? 1 : 0;
+    row[r].nan = splat<W>(row[r].max) != splat<W>(row[r].max);
   }
 
   alignas(64) float s[kKeysPerTile];
@@ -223,6 +236,7 @@ NABLA_FAST_INLINE bool attend_rows_singly(const Call& call, int64_t batch, int64
       for (int64_t j = 0; j < padded; j += W) {
         store<W>(s + j, products<W, W>(mine.query, key + offset + j, dim) * scale);
       }
+      if (cap > 0) cap_scores<W>(s, padded, cap);
       for (int64_t j = count; j < padded; ++j) s[j] = -kInfinity;
       Floats<W> highest = splat<W>(mine.max);
       for (int64_t j = 0; j < padded; j += W) {
@@ -244,7 +258,9 @@ NABLA_FAST_INLINE bool attend_rows_singly(const Call& call, int64_t batch, int64
   }
   bool finite = true;
   for (int64_t r = 0; r < rows; ++r) {
-    const float inverse = any_lane<W>(row[r].nan) ? kNaN : 1 / (weight_scale * row[r].total);
+    const float sum = any_lane<W>(row[r].nan) ? kNaN : row[r].total;
+    const float inverse = 1 / (weight_scale * sum);
+    call.put_logsumexp(batch, kv_head, r, row[r].max, sum);
     float* result = call.result(batch, kv_head, r);
     if (weight_scale == 1)
       for (int64_t d = 0; d < dim; d += W) store<W>(result + d, load<W>(row[r].sums + d) * inverse);
@@ -314,8 +330,10 @@ nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention_args* a
   if (const auto refused = check_attention(in)) return refused;
   if (has_no_queries(in)) return NABLA_FAST_OK;
   if (const auto refused = check_heads(in, in.output, in.heads)) return refused;
+  const int64_t queries = in.batch * in.heads * in.suffix;
   const bool overlap = any_overlap([&](auto& arrays) {
     arrays.writes(heads_array(in, in.output, in.heads));
+    if (in.logsumexp) arrays.writes(array_of(in.logsumexp, queries));
     list_inputs(in, arrays);
   });
   if (overlap) return NABLA_FAST_OVERLAP;

@@ -10,6 +10,7 @@
 #define NABLA_FAST_CPU_OPS_PREFIX_ATTENTION_H_
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -21,6 +22,15 @@
 #include "base/threads.h"
 #include "nabla_fast.h"
 #include "simd/vec.h"
+#include "simd/vec_tanh.h"
+
+namespace nabla_fast {
+
+template <>
+inline constexpr int64_t kFirstVersionBytes<nabla_fast_attention_args> =
+    offsetof(nabla_fast_attention_args, logsumexp);
+
+}  // namespace nabla_fast
 
 namespace nabla_fast::attention {
 
@@ -89,6 +99,11 @@ inline int64_t first_seen(const nabla_fast_attention_args& a, int64_t position) 
   return a.window > 0 ? std::max<int64_t>(position - a.window + 1, 0) : 0;
 }
 
+// The score of the sink of a query head; -inf where there is none.
+inline float sink_of(const nabla_fast_attention_args& a, int64_t head) {
+  return a.sinks ? a.sinks[head] : -kInfinity;
+}
+
 inline bool has_no_queries(const nabla_fast_attention_args& a) {
   return a.batch == 0 || a.heads == 0 || a.suffix == 0;
 }
@@ -141,6 +156,8 @@ inline nabla_fast_status check_attention(const nabla_fast_attention_args& a) {
       a.table_width < 0 || a.window < 0) {
     return NABLA_FAST_INVALID_HEADS;
   }
+  if (a.softcap != 0 && !(a.softcap >= 0x1p-64 && a.softcap <= 0x1p64))
+    return NABLA_FAST_INVALID_SOFTCAP;
   if (has_no_queries(a)) return NABLA_FAST_OK;
   if (const auto refused = check_heads(a, a.q, a.heads)) return refused;
   if (const auto refused = check_heads(a, a.k, a.kv_heads)) return refused;
@@ -175,6 +192,7 @@ inline void list_inputs(const nabla_fast_attention_args& a, Arrays& arrays) {
   arrays.reads(pool_array(a, a.value_pool));
   arrays.reads({a.block_tables, {{a.batch, a.table_stride}}, a.table_width, 8});
   arrays.reads(array_of(a.prefix_lengths, a.batch));
+  arrays.reads(array_of(a.sinks, a.heads));
 }
 
 // Multiplications of one product of queries with the keys that they see.
@@ -216,6 +234,21 @@ NABLA_FAST_INLINE void scores(const float* const* others, int64_t count, const f
     }
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) store<W>(s + (begin + j) * W, sum[j] * scale);
+  }
+}
+
+// Caps scores s [count], of which W divides the number: s becomes cap tanh(s / cap).
+template <int W>
+NABLA_FAST_INLINE void cap_scores(float* s, int64_t count, float cap) {
+  for (int64_t n = 0; n < count; n += W) store<W>(s + n, cap * vec_tanh<W>(load<W>(s + n) / cap));
+}
+
+// Slopes of capped scores s [count], d capped / d score = 1 - tanh^2.
+template <int W>
+NABLA_FAST_INLINE void slopes_of(const float* s, int64_t count, float cap, float* slopes) {
+  for (int64_t n = 0; n < count; n += W) {
+    const Floats<W> t = load<W>(s + n) / cap;
+    store<W>(slopes + n, (1.0f - t) * (1.0f + t));
   }
 }
 

@@ -28,7 +28,7 @@ struct Call {
   int64_t group;       // query heads of a key-value head
   int64_t most_keys;   // of a query
   Softmax* softmaxes;  // [batch, kv_heads, suffix * group]
-  float* scratches;    // [threads, 2, most_keys, W]
+  float* scratches;    // [threads, 2, most_keys, W]; [threads, 3, most_keys, W] of capped scores
 
   // Row n of a key-value head is token n / group and head n mod group of its group.
   int64_t rows() const { return group * in.suffix; }
@@ -69,33 +69,50 @@ NABLA_FAST_INLINE void take_lane(const float* rows, int64_t dim, int lane, float
   for (int64_t d = 0; d < dim; ++d) row[d] = rows[d * W + lane];
 }
 
+// Gradients of capped scores become those of the scores. A gradient of 0 stays 0: the key may be one
+// that nobody sees, and its slope NaN.
+template <int W>
+NABLA_FAST_INLINE void times_slopes(const float* slopes, int64_t count, float* ds) {
+  for (int64_t n = 0; n < count; n += W) {
+    const Floats<W> gradient = load<W>(ds + n);
+    store<W>(ds + n, gradient == 0.0f ? gradient : gradient * load<W>(slopes + n));
+  }
+}
+
 // dq of the rows from `first` on, as many as there are lanes, and their softmaxes.
 template <int W>
 NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_head, int64_t first,
                                    float* scratch) {
   const nabla_fast_attention_args& in = call.in;
   const Sequence keys = keys_of(in, batch, kv_head), values = values_of(in, batch, kv_head);
-  const float scale = static_cast<float>(in.scale);
+  const float scale = static_cast<float>(in.scale), cap = static_cast<float>(in.softcap);
   const int64_t last = std::min(first + W, call.rows()) - 1;
   alignas(64) float q[kMaxHeadDim * W], upstream[kMaxHeadDim * W];
   const float* others[kKeysPerTile];
   Ints<W> position, lowest;
+  Floats<W> sink = {};
   for (int lane = 0; lane < W; ++lane) {
     const int64_t row = std::min(first + lane, last);
+    sink[lane] = sink_of(in, kv_head * call.group + row % call.group);
     put_lane<W>(call.query(batch, kv_head, row), in.dim, lane, q);
     put_lane<W>(call.upstream(batch, kv_head, row), in.dim, lane, upstream);
     position[lane] = static_cast<int32_t>(keys.prefix + row / call.group);
     lowest[lane] = static_cast<int32_t>(first_seen(in, position[lane]));
   }
   const int64_t start = lowest[0], end = position[W - 1] + 1;
-  float *const s = scratch, *const dp = scratch + call.most_keys * W;
+  float *const s = scratch, *const dp = s + call.most_keys * W;
+  float* const slopes = dp + call.most_keys * W;
 
-  Floats<W> max = splat<W>(-kInfinity);
+  Floats<W> max = sink;
   for (int64_t begin = start; begin < end; begin += kKeysPerTile) {
     const int64_t count = std::min(kKeysPerTile, end - begin);
     float* const tile = s + (begin - start) * W;
     keys.find(begin, begin + count, others);
     scores<W>(others, count, q, in.dim, scale, tile);
+    if (cap > 0) {
+      cap_scores<W>(tile, count * W, cap);
+      slopes_of<W>(tile, count * W, cap, slopes + (begin - start) * W);
+    }
     if (begin < lowest[W - 1] || begin + count - 1 > position[0]) {
       for (int64_t j = 0; j < count; ++j) {
         const int32_t t = static_cast<int32_t>(begin + j);
@@ -111,8 +128,8 @@ NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_h
     scores<W>(others, count, upstream, in.dim, 1, dp + (begin - start) * W);
   }
 
-  Floats<W> total = {};
-  Ints<W> nan = {};
+  Ints<W> nan = max != max;
+  Floats<W> total = exp_of_negative<W>(sink - max, nan);
   for (int64_t begin = start; begin < end; begin += kKeysPerTile) {
     Floats<W> tile_total = {};
     for (int64_t t = begin - start; t < std::min(begin + kKeysPerTile, end) - start; ++t) {
@@ -140,6 +157,7 @@ NABLA_FAST_INLINE void query_sweep(const Call& call, int64_t batch, int64_t kv_h
       const Floats<W> ds = scale * p * (load<W>(dp + t * W) - delta);
       store<W>(weights + j * W, p == 0.0f ? Floats<W>{} : ds);
     }
+    if (cap > 0) times_slopes<W>(slopes + (begin - start) * W, count * W, weights);
     keys.find(begin, begin + count, others);
     accumulate<W>(others, count, weights, in.dim, q);
   }
@@ -156,12 +174,12 @@ template <int W>
 NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_head, int64_t first,
                                  float*) {
   const nabla_fast_attention_args& in = call.in;
-  const float scale = static_cast<float>(in.scale);
+  const float scale = static_cast<float>(in.scale), cap = static_cast<float>(in.softcap);
   const int64_t last = std::min(first + W, in.suffix) - 1;
   const Softmax* const softmax = call.softmax(batch, kv_head);
   alignas(64) float k[kMaxHeadDim * W], v[kMaxHeadDim * W], dk[kMaxHeadDim * W],
       dv[kMaxHeadDim * W];
-  alignas(64) float s[kKeysPerTile * W], dp[kKeysPerTile * W];
+  alignas(64) float s[kKeysPerTile * W], dp[kKeysPerTile * W], slopes[kKeysPerTile * W];
   const float *queries[kKeysPerTile], *upstreams[kKeysPerTile];
   Ints<W> token;
   for (int lane = 0; lane < W; ++lane) {
@@ -182,6 +200,10 @@ NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_hea
       upstreams[j] = call.upstream(batch, kv_head, begin + j);
     }
     scores<W>(queries, count, k, in.dim, scale, s);
+    if (cap > 0) {
+      cap_scores<W>(s, count * W, cap);
+      slopes_of<W>(s, count * W, cap, slopes);
+    }
     scores<W>(upstreams, count, v, in.dim, 1, dp);
     for (int64_t j = 0; j < count; ++j) {
       const Softmax& row = softmax[begin + j];
@@ -196,6 +218,7 @@ NABLA_FAST_INLINE void key_sweep(const Call& call, int64_t batch, int64_t kv_hea
       store<W>(s + j * W, seen ? p : Floats<W>{});
       store<W>(dp + j * W, (seen & (p != 0.0f)) ? ds : Floats<W>{});
     }
+    if (cap > 0) times_slopes<W>(slopes, count * W, dp);
     accumulate<W>(upstreams, count, s, in.dim, dv);
     accumulate<W>(queries, count, dp, in.dim, dk);
   }
@@ -218,11 +241,14 @@ using Sweep = void(const Call& call, int64_t batch, int64_t kv_head, int64_t fir
 
 constexpr int64_t kMaxLanes = 16;
 
+// Numbers of a key and a query that a thread keeps: weight, dp and, where scores are capped, slope.
+int64_t parts_of(const nabla_fast_attention_args& in) { return in.softcap > 0 ? 3 : 2; }
+
 // The sweep over all of `count` rows or tokens of every key-value head, `lanes` at a time.
 void sweep_all(const Call& call, Sweep* sweep, int64_t count, int64_t lanes, int threads) {
   const int64_t of_head = (count + lanes - 1) / lanes;
   const int64_t units = call.in.batch * call.in.kv_heads * of_head;
-  const int64_t scratch = 2 * call.most_keys * kMaxLanes;
+  const int64_t scratch = parts_of(call.in) * call.most_keys * kMaxLanes;
   const auto run = [&](int64_t unit, int thread) {
     const int64_t head = unit / of_head;
     sweep(call, head / call.in.kv_heads, head % call.in.kv_heads, unit % of_head * lanes,
@@ -251,7 +277,7 @@ struct Layout {
     const auto size = static_cast<int64_t>(sizeof(Softmax));
     softmax_bytes = (Size(in.batch) * in.heads * in.suffix * size).rounded_up(64).or_most();
     const auto element = static_cast<int64_t>(sizeof(float));
-    const Size scratches = Size(threads) * 2 * most_keys * kMaxLanes * element;
+    const Size scratches = Size(threads) * parts_of(in) * most_keys * kMaxLanes * element;
     bytes = (kAlignment + Size(softmax_bytes) + scratches).or_zero();
   }
 };

@@ -36,7 +36,9 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     plain = {"scale": 0.1, "window": None}
     for name, dim in (("backward", 128), ("backward of wide heads", 256)):
         read = arguments(dtype, SUFFIX, dim)
-        yield name, lambda read=read: prefix_attention_backward(read["q"], **read, **plain)
+        logsumexp = torch.empty(BATCH, HEADS, SUFFIX, device="meta")
+        given = {"cotangent": read["q"], "output": read["q"], "logsumexp": logsumexp} | read
+        yield name, lambda given=given: prefix_attention_backward(**given, **plain)
     if dtype == torch.float16:  # attention itself is bfloat16's
         return
     for name, suffix, dim in (("decode", 1, 128), ("pass", SUFFIX, 128), ("wide heads", SUFFIX, 256)):
@@ -71,18 +73,17 @@ def _attention(launch: Launch) -> Work:
     prefix, suffix = _passes(launch)
     batch, heads = launch["q_ptr"].shape[:2]
     given = [launch[name] for name in ("q_ptr", "k_ptr", "v_ptr")]
+    written = [launch["output_ptr"], launch["logsumexp_ptr"]]
     own = _product(launch, 2, suffix / 2)
     if launch["stats_ptr"] is not None:
         given += [launch["stats_ptr"], launch["mix_ptr"]]
-        return Work(
-            batch * heads * suffix * suffix, reads=given, writes=[launch["output_ptr"]], products=[own]
-        )
+        return Work(batch * heads * suffix * suffix, reads=given, writes=written, products=[own])
     pools = [launch["key_ptr"], launch["value_ptr"]]
     loaded = launch.programs * prefix * 2 * launch["dim"] * pools[0].element_size()
     return Work(
         batch * heads * suffix * (prefix + suffix // 2),
         reads=[*given, *pools],
-        writes=[launch["output_ptr"]],
+        writes=written,
         loaded=loaded,
         products=[_product(launch, 2, prefix), own],
     )
