@@ -14,21 +14,21 @@ from tools.compile_check.work import Product, Work
 BATCH, PREFIX, SUFFIX, HEADS, KV_HEADS, BLOCK = 8, 4096, 512, 28, 4, 16
 
 
-def arguments(dtype: torch.dtype, suffix: int, dim: int) -> dict[str, torch.Tensor]:
+def arguments(dtype: torch.dtype, suffix: int, dim: int, batch: int = BATCH) -> dict[str, torch.Tensor]:
     """Tensors of the device ``meta``."""
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=kind, device="meta")
 
-    pool = empty(BATCH * PREFIX // BLOCK, BLOCK, KV_HEADS, dim)
+    pool = batch * PREFIX // BLOCK, BLOCK, KV_HEADS, dim
     return {
-        "q": empty(BATCH, HEADS, suffix, dim),
-        "k": empty(BATCH, KV_HEADS, suffix, dim),
-        "v": empty(BATCH, KV_HEADS, suffix, dim),
-        "key_pool": pool,
-        "value_pool": pool,
-        "block_tables": empty(BATCH, PREFIX // BLOCK, kind=torch.int64),
-        "prefix_lengths": empty(BATCH, kind=torch.int64),
+        "q": empty(batch, HEADS, suffix, dim),
+        "k": empty(batch, KV_HEADS, suffix, dim),
+        "v": empty(batch, KV_HEADS, suffix, dim),
+        "key_pool": empty(*pool),
+        "value_pool": empty(*pool),
+        "block_tables": empty(batch, PREFIX // BLOCK, kind=torch.int64),
+        "prefix_lengths": empty(batch, kind=torch.int64),
     }
 
 
@@ -75,7 +75,11 @@ def _attention(launch: Launch) -> Work:
     if launch["stats_ptr"] is not None:
         given += [launch["stats_ptr"], launch["mix_ptr"]]
         return Work(
-            batch * heads * suffix * suffix, reads=given, writes=[launch["output_ptr"]], products=[own]
+            batch * heads * suffix * suffix,
+            reads=given,
+            writes=[launch["output_ptr"]],
+            products=[own],
+            passes=launch["spans"],
         )
     pools = [launch["key_ptr"], launch["value_ptr"]]
     loaded = launch.programs * prefix * 2 * launch["dim"] * pools[0].element_size()
@@ -85,6 +89,7 @@ def _attention(launch: Launch) -> Work:
         writes=[launch["output_ptr"]],
         loaded=loaded,
         products=[_product(launch, 2, prefix), own],
+        passes=launch["spans"],
     )
 
 
