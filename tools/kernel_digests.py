@@ -118,7 +118,7 @@ def attention(suffix: int, window: int | None) -> Iterator[tuple[str, Run]]:
 
     def run() -> list[Tensor]:
         given = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-        output = ops.prefix_attention(*given, *pools, tables, lengths, scale=0.2, window=window)
+        output, _ = ops.prefix_attention(*given, *pools, tables, lengths, scale=0.2, window=window)
         return [output.detach(), *torch.autograd.grad((output * cotangent).sum(), given)]
 
     yield f"prefix_attention S={suffix} window={window}", run

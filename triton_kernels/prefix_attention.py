@@ -130,7 +130,7 @@ def _attention_kernel(
     stats_ptr,  # [B, Hkv, spans, 2, rows] float32, or None: spans are attended to here
     mix_ptr,  # [B, Hkv, spans, rows, D] float32, or None
     output_ptr,  # [B, Hq, S, D]
-    logsumexp_ptr,  # [B, Hq, S] float32, contiguous, or None
+    logsumexp_ptr,  # [B, Hq, S] float32
     status_ptr,  # [B] int32
     q_strides,
     k_strides,
@@ -225,9 +225,8 @@ def _attention_kernel(
         top, total, mix = joined(top, total, mix, sink, zeros + 1.0, empty)
     output = mix / total[:, None]
     store_rows(output_ptr, output_strides, batch, kv_head, row, there, dim, output, GROUPS, DIM)
-    if logsumexp_ptr is not None:
-        at = logsumexp_ptr + (batch * (kv_heads * GROUPS) + head) * suffix + token
-        tl.store(at, top + tl.log(total), mask=there)
+    at = logsumexp_ptr + (batch * (kv_heads * GROUPS) + head) * suffix + token
+    tl.store(at, top + tl.log(total), mask=there)
 
 
 @triton.jit
@@ -289,8 +288,7 @@ def prefix_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     output: Tensor | None = None,
-    logsumexp: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """As ``nabla_fast.ops.prefix_attention``. A row's numbers are the same bits whatever the other rows.
 
     Args:
@@ -303,18 +301,18 @@ def prefix_attention(
         softcap: c of c·tanh(score/c), or None.
         sinks: [Hq], scores of a token without a value that every query sees, or None.
         output: [B, Hq, S, D] to be written to, or None.
-        logsumexp: [B, Hq, S] float32, contiguous, to be written to, or None.
     Returns:
-        The output, and the sequences' status [B] int32: 4 where a block is not in the pool or the prefix is
-        longer than its table.
+        The output; the logsumexp [B, Hq, S] float32; the sequences' status [B] int32, which is 4 where a
+        block is not in the pool or the prefix is longer than its table.
     """
     batch, heads, suffix, dim = q.shape
     kv_heads, groups = k.shape[1], heads // max(1, k.shape[1])
     if output is None:
         output = torch.empty(batch, suffix, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    logsumexp = torch.empty(batch, heads, suffix, dtype=torch.float32, device=q.device)
     status = torch.empty(batch, dtype=torch.int32, device=q.device)
-    if output.numel() == 0:
-        return output, status.zero_()
+    if logsumexp.numel() == 0:
+        return output, logsumexp, status.zero_()
     rows, entries = suffix * groups, block_tables.shape[1]
     blocks, block_size = key_pool.shape[:2]
     sizes = tile_config("prefix_attention", q, rows, softcap, half=q.dtype != torch.float32)
@@ -371,4 +369,4 @@ def prefix_attention(
             ENTRIES=128,
             **numbers,
         )
-    return output, status
+    return output, logsumexp, status

@@ -216,6 +216,8 @@ def _key_grad_kernel(
 
 def prefix_attention_backward(
     cotangent: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -235,6 +237,7 @@ def prefix_attention_backward(
 
     Args:
         cotangent: ∂ℒ/∂output [B, Hq, S, D].
+        output, logsumexp: [B, Hq, S, D] and [B, Hq, S] of the forward; computed again, and not read.
         q, k, v, …, sinks: as there.
     Returns:
         [B, Hq, S, D] and twice [B, Hkv, S, D], in memory by token; the status [B] int32.
@@ -251,11 +254,10 @@ def prefix_attention_backward(
     if q.numel() == 0:
         return dq, dk, dv, torch.zeros(batch, dtype=torch.int32, device=q.device)
     output = by_token(q, torch.float32)
-    logsumexp = torch.empty(batch, heads, suffix, dtype=torch.float32, device=q.device)
-    delta = torch.empty_like(logsumexp)
+    delta = torch.empty(batch, heads, suffix, dtype=torch.float32, device=q.device)
     window = seen_window(window, suffix, key_pool, block_tables)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-    _output, status = prefix_attention(
+    _output, logsumexp, status = prefix_attention(
         q,
         k,
         v,
@@ -265,7 +267,6 @@ def prefix_attention_backward(
         prefix_lengths,
         sinks=sinks,
         output=output,
-        logsumexp=logsumexp,
         **options,
     )
     rows = suffix * groups

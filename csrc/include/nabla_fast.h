@@ -374,6 +374,8 @@ typedef struct {
   nabla_fast_heads cotangent;     /* [batch, heads, suffix, dim] gradient of the output */
   nabla_fast_heads_output dq;     /* [batch, heads, suffix, dim] */
   nabla_fast_heads_output dk, dv; /* [batch, kv_heads, suffix, dim] */
+  /* Of the forward. */
+  float* logsumexp; /* [batch, heads, suffix] log sum exp of the scores a query sees; null: none */
 } nabla_fast_attention_args;
 
 /* output = softmax(scale q [K_prefix k]^T) [V_prefix v], causal. No workspace.

@@ -79,6 +79,7 @@ std::vector<Field<nabla_fast_attention_args>> attention_fields() {
           FIELD(table_stride),
           FIELD(prefix_lengths),
           FIELD(output),
+          FIELD(logsumexp),
           FIELD(cotangent),
           FIELD(dq),
           FIELD(dk),

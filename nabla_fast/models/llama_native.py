@@ -11,6 +11,7 @@ from transformers.activations import SiLUActivation
 from nabla_fast._native import loading as native_loading
 from nabla_fast.models.llama_layers import Layer, Linear, Norm
 from nabla_fast.models.paged_attention import PagedPass
+from nabla_fast.ops.prefix_attention import prefix_attention_backward_native
 
 Rotation = tuple[Tensor, Tensor]  # cos and signed sin, [B, S, 1, D] each
 
@@ -147,8 +148,15 @@ class LlamaNative:
             start = self._decoder.qkv_offset(given, index)
             qkv = memory[start : start + batch * suffix * self._row].view(batch, suffix, -1, self._dim)
             heads = qkv.transpose(1, 2).split([layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
-            parts = paged.attend_backward(
-                index, d_attended.transpose(1, 2), *heads, layer.scale, layer.window
+            parts = prefix_attention_backward_native(
+                d_attended.transpose(1, 2),
+                *heads,
+                paged.pool.keys[index],
+                paged.pool.values[index],
+                paged.tables,
+                paged.lengths,
+                scale=layer.scale,
+                window=layer.window,
             )
             d_qkv = torch.cat([part.transpose(1, 2) for part in parts], dim=2)
             self._decoder.backward_qkv(given, index, d_qkv.data_ptr(), dx.data_ptr())

@@ -14,11 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from nabla_fast.errors import ModelError
 from nabla_fast.models.paged_kv import BlockPool
-from nabla_fast.ops.prefix_attention import (
-    SuffixGradient,
-    prefix_attention,
-    prefix_attention_backward,
-)
+from nabla_fast.ops.prefix_attention import Attention, prefix_attention
 
 IMPLEMENTATION = "nabla_paged"
 
@@ -35,9 +31,7 @@ class PagedPass:
     lengths: Tensor  # [B] int64, of the prefixes
     slots: Tensor | None  # [T] int64, where the suffixes' keys and values are put; None: nowhere
     tokens: Tensor | None  # [2, T] row and position of each of these in the batch; None: no padding
-    # The ops' backends, chosen in the layer that asks first.
-    backend: Callable[..., Tensor] | None = None
-    backward_backend: Callable[..., SuffixGradient] | None = None
+    backend: Callable[..., Attention] | None = None  # of the op, chosen in the layer that asks first
     calls: int = 0  # of attention, by all layers
 
     def attend(
@@ -47,11 +41,11 @@ class PagedPass:
         pool = self.pool
         arguments = (q, k, v, pool.keys[layer], pool.values[layer], self.tables, self.lengths)
         if q.requires_grad and torch.is_grad_enabled():
-            output = prefix_attention(*arguments, scale=scale, window=window)
+            output, _ = prefix_attention(*arguments, scale=scale, window=window)
         else:
             if self.backend is None:
                 self.backend = prefix_attention.chosen(*arguments, scale=scale, window=window)
-            output = self.backend(*arguments, scale=scale, window=window)
+            output, _ = self.backend(*arguments, scale=scale, window=window)
         if self.slots is not None:
             pool.write(layer, self.slots, self._tokens_of(k), self._tokens_of(v))
         return output
@@ -62,23 +56,6 @@ class PagedPass:
             return x.transpose(1, 2).flatten(0, 1)
         row, position = self.tokens
         return x[row, :, position]
-
-    def attend_backward(
-        self,
-        layer: int,
-        cotangent: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> SuffixGradient:
-        """∂/∂q, ∂/∂k and ∂/∂v of :meth:`attend`."""
-        pool = self.pool
-        arguments = (cotangent, q, k, v, pool.keys[layer], pool.values[layer], self.tables, self.lengths)
-        if self.backward_backend is None:
-            self.backward_backend = prefix_attention_backward.chosen(*arguments, scale=scale, window=window)
-        return self.backward_backend(*arguments, scale=scale, window=window)
 
 
 # What the attention of the pass under way in this thread reads: not every model hands arguments of its own

@@ -19,7 +19,7 @@ from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.nll_grad import nll_grad
 from nabla_fast.ops.onehot_grad import onehot_grad
 from nabla_fast.ops.onehot_grad_norm import onehot_grad_norm
-from nabla_fast.ops.prefix_attention import prefix_attention
+from nabla_fast.ops.prefix_attention import Attention, prefix_attention
 from nabla_fast.ops.registry import backend_status, set_backend, use_backend
 from nabla_fast.ops.rows import synchronize
 from nabla_fast.ops.token_stats import TokenStats, token_stats
@@ -27,6 +27,7 @@ from nabla_fast.ops.vocab_parallel import vocab_parallel_embedding_mix
 
 __all__ = [
     "AdamState",
+    "Attention",
     "BackendUnavailable",
     "Descent",
     "GumbelNoise",

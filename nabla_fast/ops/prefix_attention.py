@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nabla_fast._native import MOST_HEAD_DIM, extension
 from nabla_fast.errors import InputError
@@ -20,6 +19,13 @@ from nabla_fast.ops.rows import accumulation_dtype, report
 
 _FLOAT32 = (torch.float32,)
 _MOST_TRITON_HEAD_DIM = 256
+
+
+class Attention(NamedTuple):
+    """What attention gives each query: a mix of values, and the logarithm of what its weights are over."""
+
+    output: Tensor  # [B, Hq, S, D] in the dtype of q; in memory [B, S, Hq, D], as projections read it
+    logsumexp: Tensor  # [B, Hq, S] float32 (float64 for float64 inputs) of the scores, the sink's included
 
 
 class SuffixGradient(NamedTuple):
@@ -58,13 +64,14 @@ def prefix_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> Tensor:
+) -> Attention:
     """softmax(scale · q·[K_prefix k]ᵀ) · [V_prefix v], causal within the suffix.
 
     Suffix token s of sequence b is at position prefix_lengths[b] + s and attends to every position up
     to its own, or, with a window, to the last ``window`` of these. Query heads share key-value heads
     in groups (GQA). Suffixes of different lengths are padded on the right: padding is attended to by
-    padding alone. Differentiable once, in q, k and v; pool and sinks are constant.
+    padding alone. The output is differentiable once, in q, k and v; pool and sinks are constant, and the
+    logsumexp has no gradient.
 
     Args:
         q: [B, Hq, S, D], floating point.
@@ -78,7 +85,8 @@ def prefix_attention(
         sinks: [Hq], floating point: the score of a token without a value that all queries of a head see
             beside the others, not capped; None for none.
     Returns:
-        [B, Hq, S, D] in the dtype of q; in memory [B, S, Hq, D], as the output projection reads it.
+        output [B, Hq, S, D] in the dtype of q; logsumexp [B, Hq, S] in float32 (float64 where q or k is),
+        of all scores that a query sees, the sink among them: attention in parts is joined by it.
     Raises:
         InputError: a shape or dtype does not fit; on the CPU also if a prefix is longer than its table, or
             a block is not in the pool.
@@ -92,27 +100,34 @@ def prefix_attention(
         >>> q, k, v = torch.ones(3, 1, 2, 1, 4).unbind()
         >>> pool = torch.zeros(8, 16, 2, 4)  # 8 blocks of 16 tokens
         >>> block_tables, prefix_lengths = torch.tensor([[5]]), torch.tensor([3])
-        >>> prefix_attention(q, k, v, pool, pool, block_tables, prefix_lengths, scale=0.0)[0, :, 0, 0]
-        tensor([0.2500, 0.2500])
+        >>> output, logsumexp = prefix_attention(
+        ...     q, k, v, pool, pool, block_tables, prefix_lengths, scale=0.0
+        ... )
+        >>> output[0, :, 0, 0], logsumexp[0, :, 0].exp()
+        (tensor([0.2500, 0.2500]), tensor([4., 4.]))
     """
     _expect_blocks("prefix_attention", key_pool, block_tables, prefix_lengths)
     keys, values = _gathered(key_pool, value_pool, block_tables, prefix_lengths, k, v)
     seen = _seen(prefix_lengths, keys.shape[2] - k.shape[2], k.shape[2], window)
-    queries = q.to(keys.dtype)
-    if softcap is None and sinks is None:
-        output = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
-        )
-    else:
-        queries = queries.unflatten(1, (k.shape[1], -1))
-        p, _slope = _weights(queries, keys, seen, scale, softcap, sinks)
-        output = (p @ values[:, :, None]).flatten(1, 2)
-    return _by_token(output.to(q.dtype))
+    queries = q.to(keys.dtype).unflatten(1, (k.shape[1], -1))
+    p, logsumexp, _slope = _weights(queries, keys, seen, scale, softcap, sinks)
+    output = (p @ values[:, :, None]).flatten(1, 2)
+    return Attention(_by_token(output.to(q.dtype)), logsumexp.flatten(1, 2))
 
 
-@op(arguments={**_RULES, "cotangent": floats("B", "Hq", "S", "D")}, reads=())
+_BACKWARD_RULES = {
+    "cotangent": floats("B", "Hq", "S", "D"),
+    "output": floats("B", "Hq", "S", "D"),
+    "logsumexp": floats("B", "Hq", "S"),
+    **_RULES,
+}
+
+
+@op(arguments=_BACKWARD_RULES, reads=())
 def prefix_attention_backward(
     cotangent: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -130,6 +145,8 @@ def prefix_attention_backward(
 
     Args:
         cotangent: ∂ℒ/∂output [B, Hq, S, D].
+        output, logsumexp: of the forward with the same arguments. Backends may read them in place of a
+            pass over the prefix; this body computes both again.
         q, k, v, key_pool, value_pool, block_tables, prefix_lengths: as in the forward, as are all others.
     Returns:
         ∂ℒ/∂q [B, Hq, S, D], ∂ℒ/∂k and ∂ℒ/∂v [B, Hkv, S, D], in memory by token as the output.
@@ -139,7 +156,7 @@ def prefix_attention_backward(
     keys, values = _gathered(key_pool, value_pool, block_tables, prefix_lengths, k, v)
     seen = _seen(prefix_lengths, keys.shape[2] - suffix, suffix, window)
     queries = q.to(keys.dtype).unflatten(1, (-1, groups))  # [B, Hkv, G, S, D]
-    p, slope = _weights(queries, keys, seen, scale, softcap, sinks)
+    p, _logsumexp, slope = _weights(queries, keys, seen, scale, softcap, sinks)
     upstream = cotangent.to(p.dtype).unflatten(1, (-1, groups))
     dp = upstream @ values[:, :, None].mT
     # The softmax's Jacobian spans prefix and suffix: its mean is over both.
@@ -159,19 +176,19 @@ def _weights(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax weights [B, Hkv, G, S, P + S] of queries [B, Hkv, G, S, D], those of sinks left out; and the
-    slope of the capped scores, 0 where they are not seen."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Softmax weights [B, Hkv, G, S, P + S] of queries [B, Hkv, G, S, D], those of sinks left out; the
+    logsumexp [B, Hkv, G, S]; and the slope of the capped scores."""
     scores = scale * (queries @ keys[:, :, None].mT)
     slope = None
     if softcap is not None:
         capped = (scores / softcap).tanh()
         scores, slope = softcap * capped, 1 - capped * capped
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    if sinks is None:
-        return scores.softmax(dim=-1), slope
-    sink = sinks.to(scores.dtype).view(1, *queries.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1], slope
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, *queries.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    return scores.softmax(dim=-1)[..., : keys.shape[2]], scores.logsumexp(dim=-1), slope
 
 
 def _by_token(heads: Tensor) -> Tensor:
@@ -251,6 +268,8 @@ def check_prefix_attention(
 @prefix_attention_backward.check
 def check_prefix_attention_backward(
     cotangent: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
     q: Tensor,
     k: Tensor,
     *_: Tensor,
@@ -279,22 +298,31 @@ def _check(
 
 
 @prefix_attention.fake
-def fake_prefix_attention(q: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _by_token(q.new_empty(q.shape))
+def fake_prefix_attention(q: Tensor, k: Tensor, *_: Any, **__: Any) -> Attention:
+    return Attention(
+        _by_token(q.new_empty(q.shape)), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(k))
+    )
 
 
 @prefix_attention_backward.fake
 def fake_prefix_attention_backward(
-    cotangent: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+    cotangent: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *_: Any,
+    **__: Any,
 ) -> SuffixGradient:
     return SuffixGradient(*(_by_token(tensor.new_empty(tensor.shape)) for tensor in (q, k, v)))
 
 
-@prefix_attention.gradient("q", "k", "v")
+@prefix_attention.gradient("q", "k", "v", constant=("logsumexp",))
 def prefix_attention_gradient(
-    arguments: dict[str, Any], outputs: Tensor, cotangents: list[Tensor]
+    arguments: dict[str, Any], outputs: Attention, cotangents: list[Tensor]
 ) -> SuffixGradient:
-    return prefix_attention_backward(cotangents[0], **arguments)
+    return prefix_attention_backward(cotangents[0], *outputs, **arguments)
 
 
 def _cpu_refusal(
@@ -347,9 +375,10 @@ def prefix_attention_cpu(
     scale: float,
     window: int | None,
     **_: None,
-) -> Tensor:
+) -> Attention:
     batch, heads, suffix, dim = q.shape
     output = torch.empty(batch, suffix, heads, dim, dtype=torch.float32, device="cpu").transpose(1, 2)
+    logsumexp = torch.empty(batch, heads, suffix, dtype=torch.float32, device="cpu")
     extension().prefix_attention(
         num_threads=torch.get_num_threads(),
         window=window,
@@ -363,11 +392,14 @@ def prefix_attention_cpu(
         table_stride=block_tables.stride()[0],
         prefix_lengths=prefix_lengths,
         output=output,
+        logsumexp=logsumexp,
     )
-    return output
+    return Attention(output, logsumexp)
 
 
-def _cpu_backward_refusal(cotangent: Tensor, *inputs: Tensor, **options: Any) -> str | None:
+def _cpu_backward_refusal(
+    cotangent: Tensor, output: Tensor, logsumexp: Tensor, *inputs: Tensor, **options: Any
+) -> str | None:
     return (
         _cpu_refusal(*inputs, **options)
         or device_refusal("cotangent", cotangent)
@@ -377,6 +409,14 @@ def _cpu_backward_refusal(cotangent: Tensor, *inputs: Tensor, **options: Any) ->
 
 @prefix_attention_backward.backend("cpu", refuses=_cpu_backward_refusal)
 def prefix_attention_backward_cpu(
+    cotangent: Tensor, output: Tensor, logsumexp: Tensor, *inputs: Tensor, **options: Any
+) -> SuffixGradient:
+    # A sum's cotangent is one number, expanded; the kernel reads unit stride along D.
+    cotangent = cotangent if cotangent.stride(-1) == 1 else cotangent.contiguous()
+    return prefix_attention_backward_native(cotangent, *inputs, **options)
+
+
+def prefix_attention_backward_native(
     cotangent: Tensor,
     q: Tensor,
     k: Tensor,
@@ -390,8 +430,8 @@ def prefix_attention_backward_cpu(
     window: int | None,
     **_: None,
 ) -> SuffixGradient:
-    # A sum's cotangent is one number, expanded; the kernel reads unit stride along D.
-    cotangent = cotangent if cotangent.stride(-1) == 1 else cotangent.contiguous()
+    """The gradients by the C++ kernel, which computes the softmax anew: scores in the backward's order of
+    summation, beside a logsumexp of the forward's, would be off by what two orders differ by."""
     (batch, heads, suffix, dim), kv_heads = q.shape, k.shape[1]
     dq, dk, dv = (
         torch.empty(batch, suffix, count, dim, dtype=torch.float32, device="cpu").transpose(1, 2)
@@ -446,30 +486,36 @@ def _triton_refusal(
 
 
 @prefix_attention.backend("triton", refuses=_triton_refusal)
-def prefix_attention_triton(q: Tensor, *inputs: Tensor, **options: Any) -> Tensor:
+def prefix_attention_triton(q: Tensor, *inputs: Tensor, **options: Any) -> Attention:
     from nabla_fast.triton_kernels import prefix_attention as kernels
 
     if q.is_cpu:  # interpreted
         _, _, key_pool, _, block_tables, prefix_lengths = inputs
         _expect_blocks("prefix_attention", key_pool, block_tables, prefix_lengths)
-    output, status = kernels.prefix_attention(q, *inputs, **options)
+    output, logsumexp, status = kernels.prefix_attention(q, *inputs, **options)
     report("prefix_attention", status)
-    return output
+    return Attention(output, logsumexp)
 
 
-def _triton_backward_refusal(cotangent: Tensor, *inputs: Tensor, **options: Any) -> str | None:
-    return triton_backend.refusal(cotangent=cotangent) or _triton_refusal(*inputs, **options)
+def _triton_backward_refusal(
+    cotangent: Tensor, output: Tensor, logsumexp: Tensor, *inputs: Tensor, **options: Any
+) -> str | None:
+    return triton_backend.refusal(
+        cotangent=cotangent, output=output, logsumexp=logsumexp
+    ) or _triton_refusal(*inputs, **options)
 
 
 @prefix_attention_backward.backend("triton", refuses=_triton_backward_refusal)
 def prefix_attention_backward_triton(
-    cotangent: Tensor, q: Tensor, *inputs: Tensor, **options: Any
+    cotangent: Tensor, output: Tensor, logsumexp: Tensor, q: Tensor, *inputs: Tensor, **options: Any
 ) -> SuffixGradient:
     from nabla_fast.triton_kernels import prefix_attention_backward as kernels
 
     if q.is_cpu:  # interpreted
         _, _, key_pool, _, block_tables, prefix_lengths = inputs
         _expect_blocks("prefix_attention_backward", key_pool, block_tables, prefix_lengths)
-    *gradients, status = kernels.prefix_attention_backward(cotangent, q, *inputs, **options)
+    *gradients, status = kernels.prefix_attention_backward(
+        cotangent, output, logsumexp, q, *inputs, **options
+    )
     report("prefix_attention_backward", status)
     return SuffixGradient(*gradients)

@@ -118,9 +118,12 @@ struct Problem {
   }
 };
 
-// The first result of a query of a sequence, in double.
-double expected(Problem& problem, const nabla_fast_attention_args& in, int64_t b, int64_t head,
-                int64_t s) {
+// The first result of a query of a sequence, and its logsumexp, in double.
+struct Expected {
+  double output, logsumexp;
+};
+Expected expected(Problem& problem, const nabla_fast_attention_args& in, int64_t b, int64_t head,
+                  int64_t s) {
   const int64_t kv = head / problem.group, prefix = problem.lengths[b], position = prefix + s;
   const int64_t first =
       in.window > 0 && in.window <= position ? position - in.window + 1 : int64_t{0};
@@ -143,7 +146,7 @@ double expected(Problem& problem, const nabla_fast_attention_args& in, int64_t b
     total += e;
     mix += e * token(problem.value_pool, problem.v, t)[0];
   }
-  return mix / total;
+  return {mix / total, top + std::log(total)};
 }
 
 // Whether a right call was checked, and not a wrong one.
@@ -168,26 +171,36 @@ bool run(Random& random, Problem& problem, AttentionCall& call) {
 FUZZ(prefix_attention) {
   Problem problem = Problem::draw(random);
   Tensor<float> output(random, problem.queries(), problem.dim);
+  const int64_t row = problem.group * problem.kv_heads * problem.suffix;
+  List<float> logsumexp(random, problem.batch * row);
   AttentionCall call(random, nabla_fast_prefix_attention);
   for (nabla_fast_heads_output* unused : {&call.args.dq, &call.args.dk, &call.args.dv})
     call.garbage(*unused);
   call.garbage(call.args.cotangent);
   problem.give(random, call);
   call.writes(By::kRows, call.args.output, output);
+  Array& sums = call.writes(By::kRows, call.args.logsumexp, logsumexp);
+  sums.row = row;
+  sums.may_be_null = true;
+  if (random.one_in(3)) sums.put_address(0);
   if (!run(random, problem, call)) return;
 
   const int64_t b = random.between(0, problem.batch - 1);
   const int64_t head = random.between(0, call.args.heads - 1);
   const int64_t s = random.between(0, problem.suffix - 1);
-  const double want = expected(problem, call.args, b, head, s);
+  const Expected want = expected(problem, call.args, b, head, s);
   // Scores of magnitude 1000 and more are known to few digits.
   double size = 0;
   for (int64_t d = 0; d < problem.dim; ++d)
     size = std::max(size, std::fabs(double{problem.q.row({b, head, s})[d]}));
   if (!problem.strange && size <= 4) {
     const double have = output.row({b, head, s})[0];
-    check(std::fabs(have - want) <= 1e-3 * (std::fabs(want) + size),
+    check(std::fabs(have - want.output) <= 1e-3 * (std::fabs(want.output) + size),
           "far from what it is in double");
+    const int64_t query = (b * call.args.heads + head) * problem.suffix + s;
+    check(!call.args.logsumexp || std::fabs(logsumexp[query] - want.logsumexp) <=
+                                      1e-4 * (1 + std::fabs(want.logsumexp)),
+          "a logsumexp is far from what it is in double");
   }
 }
 
@@ -201,6 +214,7 @@ FUZZ(prefix_attention_backward) {
   AttentionCall call(random, nabla_fast_prefix_attention_backward,
                      nabla_fast_prefix_attention_backward_workspace);
   call.garbage(call.args.output);
+  call.garbage(call.args.logsumexp);
   problem.give(random, call);
   call.reads(By::kRows, call.args.cotangent, cotangent);
   call.writes(By::kRows, call.args.dq, dq);

@@ -104,6 +104,7 @@ AttentionArgs = call_struct(
     (HeadsOutput, "output"),
     (Heads, "cotangent"),
     (HeadsOutput, "dq dk dv"),
+    (POINTER, "logsumexp"),
 )
 STRUCTS = [Matrix, Output, Heads, HeadsOutput, Pool, StatsArgs, LmLogitsArgs, NllGradArgs]
 STRUCTS += [DescentArgs, MixArgs, OnehotArgs, AttentionArgs]
@@ -144,6 +145,18 @@ def test_structs_are_laid_out_as_the_compiler_has_them(tmp_path: Path):
     assert dict(zip([kind.__name__ for kind in STRUCTS], found, strict=True)) == {
         kind.__name__: layout(kind) for kind in STRUCTS
     }
+
+
+def test_a_struct_of_a_program_from_before_a_field(library: ctypes.CDLL):
+    # No queries: nothing else is looked at.
+    args = AttentionArgs(kv_heads=1, dim=1, block_size=1)
+    for size, status in (
+        (AttentionArgs.logsumexp.offset, OK),
+        (ctypes.sizeof(args), OK),
+        (448, INVALID_SIZE),
+    ):
+        args.size = size
+        assert library.nabla_fast_prefix_attention(ctypes.byref(args)) == status
 
 
 class Stats:

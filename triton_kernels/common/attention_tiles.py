@@ -150,9 +150,8 @@ def rounded(x, one, other):
 def attended(q, s, values, top, total, mix, UPCAST: tl.constexpr):
     """One more tile.
 
-    Where queries and values are of one half-precision dtype, weights are rounded to it, and their sum is
-    taken of what they are rounded to: that moves a row inside the span of the values, and does not scale
-    it.
+    Where queries and values are of one half-precision dtype, weights are rounded to it for the product. The
+    sum, of which the logsumexp is made, is of unrounded ones.
 
     Args:
         q: the rows' queries, for their dtype.
@@ -164,10 +163,11 @@ def attended(q, s, values, top, total, mix, UPCAST: tl.constexpr):
     """
     new_top = tl.maximum(top, tl.max(s, axis=1))
     reference = tl.where(new_top == -float("inf"), 0.0, new_top)
-    weight = rounded(weights(s, reference[:, None]), q, values)
+    weight = weights(s, reference[:, None])
     shrink = weights(top, reference)
-    total = tl.fma(total, shrink, tl.sum(weight.to(tl.float32), axis=1))
-    return new_top, total, tl.fma(mix, shrink[:, None], product(weight, values, UPCAST))
+    total = tl.fma(total, shrink, tl.sum(weight, axis=1))
+    mixed = product(rounded(weight, q, values), values, UPCAST)
+    return new_top, total, tl.fma(mix, shrink[:, None], mixed)
 
 
 @triton.jit

@@ -32,6 +32,13 @@ struct Call {
   float* result(int64_t batch, int64_t kv_head, int64_t row) const {
     return token_of(in.output, batch, kv_head * group + row % group, row / group);
   }
+  // Puts the logsumexp of a row whose exponentials, less `max`, add up to `total`.
+  void put_logsumexp(int64_t batch, int64_t kv_head, int64_t row, float max, float total) const {
+    if (!in.logsumexp) return;
+    const int64_t head = batch * in.heads + kv_head * group + row % group;
+    in.logsumexp[head * in.suffix + row / group] =
+        static_cast<float>(double{max} + std::log(double{total}));
+  }
 };
 
 // Factors of the weights in the first pass and in the second.
@@ -113,7 +120,8 @@ NABLA_FAST_INLINE bool attend_rows_in_lanes(const Call& call, int64_t batch, int
     accumulate<W>(others, count, s, in.dim, sums);
   }
   for (int lane = 0; first + lane <= last; ++lane) {
-    const float inverse = nan[lane] ? kNaN : 1 / (weight_scale * total[lane]);
+    const float sum = nan[lane] ? kNaN : total[lane], inverse = 1 / (weight_scale * sum);
+    call.put_logsumexp(batch, kv_head, first + lane, max[lane], sum);
     float* result = call.result(batch, kv_head, first + lane);
     for (int64_t d = 0; d < in.dim; ++d)
       put_result(sums[d * W + lane] * inverse, weight_scale, result[d]);
@@ -244,7 +252,9 @@ NABLA_FAST_INLINE bool attend_rows_singly(const Call& call, int64_t batch, int64
   }
   bool finite = true;
   for (int64_t r = 0; r < rows; ++r) {
-    const float inverse = any_lane<W>(row[r].nan) ? kNaN : 1 / (weight_scale * row[r].total);
+    const float sum = any_lane<W>(row[r].nan) ? kNaN : row[r].total;
+    const float inverse = 1 / (weight_scale * sum);
+    call.put_logsumexp(batch, kv_head, r, row[r].max, sum);
     float* result = call.result(batch, kv_head, r);
     if (weight_scale == 1)
       for (int64_t d = 0; d < dim; d += W) store<W>(result + d, load<W>(row[r].sums + d) * inverse);
@@ -314,8 +324,10 @@ nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention_args* a
   if (const auto refused = check_attention(in)) return refused;
   if (has_no_queries(in)) return NABLA_FAST_OK;
   if (const auto refused = check_heads(in, in.output, in.heads)) return refused;
+  const int64_t queries = in.batch * in.heads * in.suffix;
   const bool overlap = any_overlap([&](auto& arrays) {
     arrays.writes(heads_array(in, in.output, in.heads));
+    if (in.logsumexp) arrays.writes(array_of(in.logsumexp, queries));
     list_inputs(in, arrays);
   });
   if (overlap) return NABLA_FAST_OVERLAP;

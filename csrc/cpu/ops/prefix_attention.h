@@ -10,6 +10,7 @@
 #define NABLA_FAST_CPU_OPS_PREFIX_ATTENTION_H_
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -21,6 +22,14 @@
 #include "base/threads.h"
 #include "nabla_fast.h"
 #include "simd/vec.h"
+
+namespace nabla_fast {
+
+template <>
+inline constexpr int64_t kFirstVersionBytes<nabla_fast_attention_args> =
+    offsetof(nabla_fast_attention_args, logsumexp);
+
+}  // namespace nabla_fast
 
 namespace nabla_fast::attention {
 

@@ -76,8 +76,10 @@ def _versions(
 
     def ours(dtype: torch.dtype = torch.float32) -> Outputs:
         return differentiated(
-            lambda qkv, keys, values: ops.prefix_attention(
-                *qkv, keys, values, block_tables, lengths, scale=dim**-0.5, window=None
+            lambda qkv, keys, values: (
+                ops.prefix_attention(
+                    *qkv, keys, values, block_tables, lengths, scale=dim**-0.5, window=None
+                ).output
             ),
             dtype,
         )

@@ -21,7 +21,7 @@ from nabla_fast.ops.registry.backends import (
     is_available,
     warn_of_missing_kernels,
 )
-from nabla_fast.ops.registry.gradients import Gradient, recorded
+from nabla_fast.ops.registry.gradients import Gradient, mark_constant, recorded
 from nabla_fast.ops.registry.known_calls import Known, KnownCalls
 from nabla_fast.ops.registry.rules import Rule, Table, plain_value
 from nabla_fast.ops.registry.schema import (
@@ -141,19 +141,24 @@ class Op:
         self._library_op.register_fake(fake_flat)
         return function
 
-    def gradient(self, *wrt: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def gradient(
+        self, *wrt: str, constant: Sequence[str] = ()
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register ``function(arguments, outputs, cotangents) -> gradient`` of the arguments ``wrt``.
 
         ``arguments`` is the dict of the call, ``outputs`` the result, ``cotangents`` the list of
         gradients of its tensors; the function returns a tensor, or one for each of several arguments.
+        ``constant`` names the fields of a record that have no gradient: their cotangents are zeros.
         Double backward is an error: the gradient is itself an op without one.
         """
         indices = [self._fields.index(name) for name in wrt]
+        constants = tuple(self.record._fields.index(name) for name in constant)
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
                 ctx.save_for_backward(*tensors_in((inputs, output)))
                 ctx.others = without_tensors((inputs, output))
+                mark_constant(ctx, constants, output)
 
             def backward(ctx: Any, *cotangents: Any) -> tuple:
                 inputs, output = with_tensors(ctx.others, iter(ctx.saved_tensors))
@@ -172,7 +177,7 @@ class Op:
                 return tuple(gradients)
 
             self._library_op.register_autograd(backward, setup_context=setup_context)
-            self._gradient = Gradient(tuple(p.name for p in self.parameters), wrt, function)
+            self._gradient = Gradient(tuple(p.name for p in self.parameters), wrt, constants, function)
             return function
 
         return register
@@ -213,7 +218,7 @@ class Op:
                 values = self._without_negative_views(values)
             pairs = zip(self.parameters, values, strict=True)
             result = self._library_op(*(flat for p, value in pairs for flat in p.flatten(value)))
-        return self.record(*result) if self.record else result
+        return self._as_record(result)
 
     def _call_again(self, known: Known, values: list[Any], tensors: list[Tensor]) -> Any:
         """A call like one that was checked."""
@@ -223,7 +228,11 @@ class Op:
         result = self._run(self._backends[known.backend], args, kwargs, values)
         if known.changed:
             torch.autograd.graph.increment_version([tensors[place] for place in known.changed])
-        return self.record(*result) if self.record else result
+        return self._as_record(result)
+
+    def _as_record(self, result: Any) -> Any:
+        """A result as the body returns it."""
+        return result if self.record is None or type(result) is self.record else self.record(*result)
 
     def chosen(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """The backend that these arguments get, to be called without checks on others like them.

@@ -6,7 +6,7 @@ function. Where torch traces or transforms a call, the custom op stands for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,14 @@ class Gradient:
     Attributes:
         names: of the op's parameters, in order.
         wrt: of those that have a gradient, each a tensor.
+        constant: places, among the tensors of the result, of those that have none.
         function: (arguments by name, the result, cotangents of its tensors) → a gradient, or one for each
             of several ``wrt``.
     """
 
     names: tuple[str, ...]
     wrt: tuple[str, ...]
+    constant: tuple[int, ...]
     function: Callable[..., Any]
 
 
@@ -36,6 +38,12 @@ def recorded(gradient: Gradient, compute: Callable[[list[Any]], Any], values: li
     """``compute(values)``, a tensor or a list of some, with its backward recorded."""
     result = _Recorded.apply(gradient, compute, without_tensors(values), *tensors_in(values))
     return list(result) if type(result) is tuple else result
+
+
+def mark_constant(ctx: Any, places: Sequence[int], result: Any) -> None:
+    """Tell autograd which tensors of a result have no gradient."""
+    if places:
+        ctx.mark_non_differentiable(*(result[place] for place in places))
 
 
 class _Recorded(torch.autograd.Function):
@@ -49,6 +57,7 @@ class _Recorded(torch.autograd.Function):
         ctx.gradient, ctx.inputs = gradient, others
         ctx.output = without_tensors(result)
         ctx.save_for_backward(*tensors, *tensors_in(result))
+        mark_constant(ctx, gradient.constant, result)
         return result if isinstance(result, Tensor) else tuple(result)
 
     @staticmethod

@@ -11,6 +11,7 @@ from nabla_fast.ops import prefix_attention
 from nabla_fast.ops.prefix_attention import prefix_attention_backward
 
 from ..contract import OpUnderTest
+from ..harness import to_float64
 from ..inputs import BF16, F16, F32, F64, Draw, cases_of
 
 
@@ -48,9 +49,18 @@ def attention_arguments(
     }
 
 
+def with_results(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same with what the forward returns, rounded from float64: inputs of the backward."""
+    forward = {p.name: arguments[p.name] for p in prefix_attention.parameters}
+    output, logsumexp = prefix_attention.body(**to_float64(forward))
+    q, k = arguments["q"], arguments["k"]
+    logsumexp = logsumexp.to(F64 if k.dtype == F64 else F32)
+    return arguments | {"output": output.to(q.dtype), "logsumexp": logsumexp}
+
+
 def backward_arguments(draw: Draw, **sizes: Any) -> dict[str, Any]:
-    """The same with the cotangent of the output."""
-    arguments = attention_arguments(draw, **sizes)
+    """Those of the backward."""
+    arguments = with_results(attention_arguments(draw, **sizes))
     q = arguments["q"]
     return {"cotangent": draw.normal(*q.shape, dtype=q.dtype)} | arguments
 

@@ -18,7 +18,13 @@ from nabla_fast.ops.registry import Op
 from ..contract import BackendContract, EveryInstructionSet
 from ..harness import OP_ABSOLUTE, check, map_tensors, run, run_body, to_float64
 from ..inputs import Case, Draw
-from .cases import PREFIX_ATTENTION, PREFIX_ATTENTION_BACKWARD, attention_arguments, backward_arguments
+from .cases import (
+    PREFIX_ATTENTION,
+    PREFIX_ATTENTION_BACKWARD,
+    attention_arguments,
+    backward_arguments,
+    with_results,
+)
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.why_missing()))
 
@@ -44,11 +50,16 @@ def made(op: Op, draw: Draw, **sizes: Any) -> dict[str, Any]:
     return (attention_arguments if op is prefix_attention else backward_arguments)(draw, **sizes)
 
 
+def changed(op: Op, arguments: dict[str, Any], **changes: Tensor) -> dict[str, Any]:
+    """The same with other inputs; of the backward, with what the forward makes of these."""
+    arguments = arguments | changes
+    return arguments if op is prefix_attention else with_results(arguments)
+
+
 def attended(op: Op, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """The C++ kernel's results."""
     with use_backend("cpu"), torch.no_grad():
-        result = op(**arguments)
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+        return op(**arguments)
 
 
 def same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
@@ -99,7 +110,7 @@ class AttentionOnCpu:
 
             def make(draw: Draw, factor: float = factor) -> dict[str, Any]:
                 arguments = made(self.op, draw, prefixes=(90, 7), suffix=20, width=16)
-                return arguments | {"q": arguments["q"] * factor}
+                return changed(self.op, arguments, q=arguments["q"] * factor)
 
             check(self.op, Case(f"factor {factor}", make), draw, "cpu", partial(run, self.op, "cpu"))
 
@@ -144,12 +155,15 @@ class AttentionOnCpu:
         for suffix in (1, 19):
             for value in (torch.nan, torch.inf):
                 arguments = made(self.op, draw, prefixes=(40, 9), suffix=suffix, width=32)
-                before = attended(self.op, arguments)[0]
+                before = attended(self.op, arguments)
                 arguments["q"][1, 2, 0, 5] = value
-                after = attended(self.op, arguments)[0]
-                assert after[1, 2, 0].isnan().any()
-                after[1, 2, 0] = before[1, 2, 0]
-                assert torch.equal(before, after)
+                after = attended(self.op, arguments)
+                # All results of attention have rows; of the gradients that of q.
+                rows = 2 if self.op is prefix_attention else 1
+                for old, new in zip(before[:rows], after[:rows], strict=True):
+                    assert new[1, 2, 0].isnan().any()
+                    new[1, 2, 0] = old[1, 2, 0]
+                    assert torch.equal(old, new)
 
     @pytest.mark.parametrize("suffix", [1, 40])
     def test_same_bits_in_any_batch_on_any_threads(self, threads, suffix: int, draw: Draw):
@@ -180,12 +194,11 @@ class AttentionOnCpu:
 
     def test_nothing_to_do(self, draw: Draw):
         arguments = made(self.op, draw, prefixes=(5, 2), suffix=3)
-        rows = ("q", "k", "v", "block_tables", "prefix_lengths", "cotangent")
-        empty = {name: arguments[name][:0] for name in rows if name in arguments}
+        by_query = [n for n in ("q", "k", "v", "cotangent", "output", "logsumexp") if n in arguments]
+        rows = (*by_query, "block_tables", "prefix_lengths")
+        empty = {name: arguments[name][:0] for name in rows}
         assert all(result.numel() == 0 for result in attended(self.op, arguments | empty))
-        short = {
-            name: arguments[name][:, :, :0] for name in ("q", "k", "v", "cotangent") if name in arguments
-        }
+        short = {name: arguments[name][:, :, :0] for name in by_query}
         assert all(result.numel() == 0 for result in attended(self.op, arguments | short))
 
     def test_calls_from_several_threads(self, draw: Draw):
@@ -194,8 +207,7 @@ class AttentionOnCpu:
 
         def work(_: int) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                result = self.op.chosen(**arguments)(**arguments)
-            return (result,) if isinstance(result, Tensor) else tuple(result)
+                return self.op.chosen(**arguments)(**arguments)
 
         with ThreadPoolExecutor(3) as pool:
             assert all(same(expected, result) for result in pool.map(work, range(12)))
@@ -216,7 +228,7 @@ def test_a_cotangent_that_is_expanded(draw: Draw):
     for backend in ("cpu", "torch"):
         leaves = {name: arguments[name].clone().requires_grad_() for name in ("q", "k", "v")}
         with use_backend(backend):
-            prefix_attention(**arguments | leaves).sum().backward()
+            prefix_attention(**arguments | leaves).output.sum().backward()
         gradients.append([leaf.grad for leaf in leaves.values()])
     torch.testing.assert_close(*gradients)
 
@@ -227,16 +239,16 @@ class TestValuesNearTheLargest:
     def huge(self, op: Op, suffix: int, width: int, draw: Draw) -> dict[str, Any]:
         """Arguments whose values have one sign, so that sums overflow before they are divided."""
         arguments = made(op, draw, prefixes=(90, 7), suffix=suffix, width=width)
-        for name in ("v", "value_pool"):
-            arguments[name] = arguments[name].abs().clamp(1, 3) * 1e38
-        return arguments
+        huge = {name: arguments[name].abs().clamp(1, 3) * 1e38 for name in ("v", "value_pool")}
+        return changed(op, arguments, **huge)
 
     def test_attention(self, suffix: int, width: int, isa: str, draw: Draw):
         # PyTorch's own kernel overflows: this is held to float64.
         arguments = self.huge(prefix_attention, suffix, width, draw)
-        (ours,) = attended(prefix_attention, arguments)
-        exact = run_body(prefix_attention, to_float64(arguments))["result"]
-        torch.testing.assert_close(ours.double(), exact, rtol=3e-6, atol=0)
+        ours, logsumexp = attended(prefix_attention, arguments)
+        exact = run_body(prefix_attention, to_float64(arguments))
+        torch.testing.assert_close(ours.double(), exact["output"], rtol=3e-6, atol=0)
+        torch.testing.assert_close(logsumexp.double(), exact["logsumexp"], rtol=1e-6, atol=1e-6)
 
     def test_backward(self, suffix: int, width: int, isa: str, draw: Draw):
         def make(draw: Draw) -> dict[str, Any]:

@@ -33,9 +33,9 @@ class TestBackwardLibrary(LibraryContract):
     tested = PREFIX_ATTENTION_BACKWARD
 
 
-def contiguous(a: dict) -> list[torch.Tensor]:
-    """The same by torch's attention, a sequence at a time."""
-    outputs = []
+def contiguous(a: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by torch's attention, and the logsumexp by exponentials, a sequence at a time."""
+    outputs, logsumexps = [], []
     groups = a["q"].shape[1] // a["k"].shape[1]
     for b, length in enumerate(a["prefix_lengths"].tolist()):
         prefix = [
@@ -48,9 +48,6 @@ def contiguous(a: dict) -> list[torch.Tensor]:
         query = length + torch.arange(a["q"].shape[2])[:, None]
         distance = query - torch.arange(keys.shape[1])
         seen = (distance >= 0) & (distance < (a["window"] or keys.shape[1]))
-        if a["softcap"] is None and a["sinks"] is None:
-            outputs.append(F.scaled_dot_product_attention(a["q"][b], keys, values, seen, scale=a["scale"]))
-            continue
         scores = torch.einsum("hsd,hpd->hsp", a["q"][b], keys) * a["scale"]
         if a["softcap"] is not None:
             scores = a["softcap"] * torch.tanh(scores / a["softcap"])
@@ -58,17 +55,22 @@ def contiguous(a: dict) -> list[torch.Tensor]:
         total = weights.sum(dim=-1)
         if a["sinks"] is not None:
             total = total + a["sinks"].exp()[:, None]
-        outputs.append(torch.einsum("hsp,hpd->hsd", weights, values) / total[..., None])
-    return outputs
+        logsumexps.append(total.log())
+        if a["softcap"] is None and a["sinks"] is None:
+            outputs.append(F.scaled_dot_product_attention(a["q"][b], keys, values, seen, scale=a["scale"]))
+        else:
+            outputs.append(torch.einsum("hsp,hpd->hsd", weights, values) / total[..., None])
+    return torch.stack(outputs), torch.stack(logsumexps)
 
 
 @pytest.mark.parametrize("case", PREFIX_ATTENTION.cases, ids=lambda case: case.name)
 def test_it_is_attention_over_the_whole_sequence(case: Case, draw: Draw):
     arguments = to_float64(case.make(draw))
     leaves = [arguments[name].requires_grad_() for name in ("q", "k", "v")]
-    expected = torch.stack(contiguous(arguments))
-    found = prefix_attention(**arguments)
+    expected, logsumexp = contiguous(arguments)
+    found, found_logsumexp = prefix_attention(**arguments)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found_logsumexp, logsumexp.detach(), rtol=1e-12, atol=1e-12)
     cotangent = draw.normal(*found.shape, dtype=F64)
     ours = torch.autograd.grad(found, leaves, cotangent)
     theirs = torch.autograd.grad(expected, leaves, cotangent)
@@ -80,18 +82,19 @@ def test_it_is_attention_over_the_whole_sequence(case: Case, draw: Draw):
 def test_gradcheck(options: dict, draw: Draw):
     a = attention_arguments(draw, prefixes=(0, 5), suffix=3, dtype=F64, **options)
     leaves = [a.pop(name).requires_grad_() for name in ("q", "k", "v")]
-    assert torch.autograd.gradcheck(lambda q, k, v: prefix_attention(q, k, v, **a), leaves)
+    assert torch.autograd.gradcheck(lambda q, k, v: prefix_attention(q, k, v, **a).output, leaves)
 
 
 def test_what_lies_behind_a_prefix_in_its_blocks_does_not_matter(draw: Draw):
     a = attention_arguments(draw, prefixes=(5, 2), suffix=3)
     before = prefix_attention(**a)
+    assert before.logsumexp.isfinite().all()
     for pool in ("key_pool", "value_pool"):
         for b, length in enumerate((5, 2)):
             slots = a[pool].flatten(0, 1)
             for position in range(length, 4 * a["block_tables"].shape[1]):
                 slots[a["block_tables"][b, position // 4] * 4 + position % 4] = 1e4
-    assert torch.equal(prefix_attention(**a), before)
+    assert all(map(torch.equal, prefix_attention(**a), before))
 
 
 @pytest.mark.parametrize(
@@ -124,10 +127,26 @@ def test_the_pool_is_constant_and_the_rest_differentiated_once(draw: Draw):
     a = attention_arguments(draw, prefixes=(5, 2), suffix=3)
     for name in ("q", "k", "v", "key_pool", "value_pool"):
         a[name].requires_grad_()
-    (grad,) = torch.autograd.grad(prefix_attention(**a).square().sum(), a["q"], create_graph=True)
+    (grad,) = torch.autograd.grad(prefix_attention(**a).output.square().sum(), a["q"], create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
-    prefix_attention(**a).sum().backward()
+    prefix_attention(**a).output.sum().backward()
     assert a["k"].grad is not None
     assert a["key_pool"].grad is None
     assert a["value_pool"].grad is None
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_logsumexp_has_no_gradient(compiled: bool, draw: Draw):
+    a = attention_arguments(draw, prefixes=(5, 2), suffix=3)
+    a["q"].requires_grad_()
+    call = prefix_attention
+    if compiled:
+        torch.compiler.reset()
+        call = torch.compile(lambda **kwargs: prefix_attention(**kwargs), backend="aot_eager")
+    output, logsumexp = call(**a)
+    assert output.requires_grad
+    assert not logsumexp.requires_grad
+    (grad,) = torch.autograd.grad(output.sum() + logsumexp.sum(), a["q"])
+    (alone,) = torch.autograd.grad(prefix_attention(**a).output.sum(), a["q"])
+    assert torch.equal(grad, alone)

@@ -53,13 +53,12 @@ def short_spans(monkeypatch: pytest.MonkeyPatch):
 
 def results(op: Op, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     with use_backend("triton"), torch.no_grad():
-        result = op(**arguments)
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+        return op(**arguments)
 
 
 def sequence(arguments: dict[str, Any], index: int) -> dict[str, Any]:
     """The same call for one sequence alone."""
-    batched = ("cotangent", "q", "k", "v", "block_tables", "prefix_lengths")
+    batched = ("cotangent", "output", "logsumexp", "q", "k", "v", "block_tables", "prefix_lengths")
     return {key: value[index : index + 1] if key in batched else value for key, value in arguments.items()}
 
 
@@ -117,7 +116,7 @@ class AttentionOnTriton:
         for name, value in {"prefix_lengths": 1000, "block_tables": -1}.items():
             wrong = given[name].clone()
             wrong.view(-1)[0] = value
-            _output, status = kernels.prefix_attention(**given | {name: wrong})
+            *_results, status = kernels.prefix_attention(**given | {name: wrong})
             assert status.tolist() == [4, 0, 0]
 
 
@@ -165,11 +164,14 @@ def test_values_that_nobody_sees_are_not_read(draw: Draw):
 
 def test_one_gradient_for_all(draw: Draw):
     """Autograd through the forward gives what the backward op gives."""
-    given = backward_arguments(draw, prefixes=(40, 3), suffix=4, sinks=True)
-    cotangent = given.pop("cotangent")
+    given = attention_arguments(draw, prefixes=(40, 3), suffix=4, sinks=True)
+    cotangent = draw.normal(*given["q"].shape)
     leaves = [given[name].requires_grad_() for name in "qkv"]
     with use_backend("triton"):
-        found = torch.autograd.grad(prefix_attention(**given), leaves, cotangent)
+        found = torch.autograd.grad(prefix_attention(**given).output, leaves, cotangent)
     plain = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
-    wanted = results(prefix_attention_backward, {"cotangent": cotangent} | plain)
+    with use_backend("triton"), torch.no_grad():
+        output, logsumexp = prefix_attention(**plain)
+    plain |= {"cotangent": cotangent, "output": output, "logsumexp": logsumexp}
+    wanted = results(prefix_attention_backward, plain)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -32,11 +32,19 @@ def arguments(dtype: torch.dtype, suffix: int, dim: int, batch: int = BATCH) -> 
     }
 
 
+def backward_arguments(read: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of the forward, and what the backward takes beside them."""
+    q = read["q"]
+    logsumexp = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return {"cotangent": q, "output": torch.empty_like(q), "logsumexp": logsumexp} | read
+
+
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     plain = {"scale": 0.1, "window": None}
     for name, dim in (("backward", 128), ("backward of wide heads", 256)):
         read = arguments(dtype, SUFFIX, dim)
-        yield name, lambda read=read: prefix_attention_backward(read["q"], **read, **plain)
+        given = backward_arguments(read)
+        yield name, lambda given=given: prefix_attention_backward(**given, **plain)
     if dtype == torch.float16:  # attention itself is bfloat16's
         return
     for name, suffix, dim in (("decode", 1, 128), ("pass", SUFFIX, 128), ("wide heads", SUFFIX, 256)):
@@ -77,7 +85,7 @@ def _attention(launch: Launch) -> Work:
         return Work(
             batch * heads * suffix * suffix,
             reads=given,
-            writes=[launch["output_ptr"]],
+            writes=[launch["output_ptr"], launch["logsumexp_ptr"]],
             products=[own],
             passes=launch["spans"],
         )
@@ -86,7 +94,7 @@ def _attention(launch: Launch) -> Work:
     return Work(
         batch * heads * suffix * (prefix + suffix // 2),
         reads=[*given, *pools],
-        writes=[launch["output_ptr"]],
+        writes=[launch["output_ptr"], launch["logsumexp_ptr"]],
         loaded=loaded,
         products=[_product(launch, 2, prefix), own],
         passes=launch["spans"],

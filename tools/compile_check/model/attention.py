@@ -8,7 +8,14 @@ import torch
 
 from nabla_fast.triton_kernels.prefix_attention import prefix_attention
 from nabla_fast.triton_kernels.prefix_attention_backward import prefix_attention_backward
-from tools.compile_check.launches.prefix_attention import HEADS, KV_HEADS, PREFIX, SUFFIX, arguments
+from tools.compile_check.launches.prefix_attention import (
+    HEADS,
+    KV_HEADS,
+    PREFIX,
+    SUFFIX,
+    arguments,
+    backward_arguments,
+)
 from tools.compile_check.model.cases import Case
 
 _DIM, _BATCH, _DECODED = 128, 8, 16
@@ -50,7 +57,7 @@ def _gradient_pass() -> Iterator[Case]:
         "prefix_attention_backward",
         of,
         rows,
-        lambda: prefix_attention_backward(given["q"], **given, **_OPTIONS),
+        lambda: prefix_attention_backward(**backward_arguments(given), **_OPTIONS),
         # Scores, ∂ℒ/∂p and ∂ℒ/∂q of all keys; of the suffix's ∂ℒ/∂k and ∂ℒ/∂v too.
         _flops(_BATCH, SUFFIX, 3, 5),
         _bytes(_BATCH, SUFFIX, 4, 4),
