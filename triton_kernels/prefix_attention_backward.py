@@ -1,8 +1,8 @@
 """Gradients of attention over a paged prefix, in the suffix's queries, keys and values.
 
-The output and the rows' logsumexp are computed again first. Then one kernel goes over all keys for the
-gradient of the queries, the only one that the prefix takes part in, and one over the rows that see a token
-for those of its key and value: nothing is added up by several programs.
+One kernel goes over all keys for the gradient of the queries, the only one that the prefix takes part in,
+and one over the rows that see a token for those of its key and value: nothing is added up by several
+programs, and the prefix is read once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common.attention_status import store_status
 from .common.attention_tiles import (
     capped_slope,
     first_seen,
@@ -23,47 +24,140 @@ from .common.attention_tiles import (
     product,
     rounded,
     rounded_gradient,
+    score_unit,
     scores,
     store_rows,
     tile_rows,
-    weights,
 )
 from .common.launch import launched
 from .common.sizes import cdiv
-from .prefix_attention import place_of, prefix_attention, seen_window, tile_config
+from .prefix_attention import seen_window, tile_config
 
 
 @triton.jit
-def _score_grads(q, grad, keys, values, logsumexp, delta, seen, scale, softcap, UPCAST: tl.constexpr):
-    """Weights p and the gradients of q·k: [ROWS, COLUMNS] each.
+def _alone(position, window, SINKS: tl.constexpr):
+    """Which rows see themselves alone: their weight is 1 whatever the score, whose gradient is 0 then.
 
-    ∂ℒ/∂s = p (⟨∂ℒ/∂o, v⟩ − δ), δ = ⟨∂ℒ/∂o, o⟩, which is its mean under p.
+    What two sums of the same numbers differ by would not be.
     """
-    s = scores(q, keys, scale, softcap, UPCAST)
-    p = tl.where(seen, weights(s, logsumexp[:, None]), 0.0)
-    ds = p * (product(grad, tl.trans(values), UPCAST) - delta[:, None]) * scale
-    # A weight of 1 is the only one: its gradient is 0, and not what two sums of the same numbers differ by.
-    ds = tl.where(p == 1.0, 0.0, ds)
+    alone = position == 0
+    if window is not None:
+        alone = alone | (window == 1)
+    return alone & (not SINKS)
+
+
+@triton.jit
+def _score_grads(s, dp, logsumexp, delta, scale, softcap):
+    """Weights p and ∂ℒ/∂s / scale, s the products q·k: of the shape of ``s``, as all arguments.
+
+    ∂ℒ/∂s = scale · p (dp − δ), where dp = ⟨∂ℒ/∂o, v⟩ and δ = ⟨∂ℒ/∂o, o⟩, its mean under p.
+
+    Args:
+        s: of :func:`scores`.
+        logsumexp: to base 2.
+    """
+    p = tl.exp2(tl.fma(s, score_unit(scale, softcap), -logsumexp))
+    ds = p * (dp - delta)
     if softcap is not None:
         ds = ds * capped_slope(s, softcap)
-    return p, tl.where(seen, ds, 0.0)
+    return p, ds
+
+
+@triton.jit
+def _from_keys(
+    dq,  # [ROWS, DIM]
+    q,
+    grad,
+    keys,  # [COLUMNS, DIM]
+    values,
+    logsumexp,  # [ROWS]
+    delta,  # [ROWS]
+    seen,  # [ROWS, COLUMNS], or what it can be broadcast from; None for all
+    scale,
+    softcap,
+    UPCAST: tl.constexpr,
+):
+    """∂ℒ/∂q / scale with one more tile of keys."""
+    s = scores(q, keys, scale, softcap, UPCAST)
+    dp = product(grad, tl.trans(values), None, UPCAST)
+    _p, ds = _score_grads(s, dp, logsumexp[:, None], delta[:, None], scale, softcap)
+    if seen is not None:
+        ds = tl.where(seen, ds, 0.0)
+    return product(rounded_gradient(ds, q, keys), keys, dq, UPCAST)
+
+
+@triton.jit
+def _over_prefix(
+    dq,
+    q,
+    grad,
+    logsumexp,
+    delta,
+    position,  # [ROWS], of the rows
+    start,
+    stop,
+    length,  # of the prefix; None if all positions before ``stop`` are in it, and seen
+    key_ptr,
+    value_ptr,
+    key_strides,
+    value_strides,
+    table_ptr,  # of the sequence
+    table_stride,
+    blocks,
+    kv_head,
+    scale,
+    softcap,
+    window,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """∂ℒ/∂q / scale with positions of the prefix from ``start`` to before ``stop``."""
+    STAGES: tl.constexpr = 1 if length is not None and q.dtype != tl.float32 and DIM <= 128 else None
+    for first in tl.range(start, stop, COLUMNS, num_stages=STAGES):
+        place = first + tl.arange(0, COLUMNS)
+        keys, values = paged_rows(
+            key_ptr,
+            value_ptr,
+            key_strides,
+            value_strides,
+            table_ptr,
+            table_stride,
+            place,
+            length,
+            blocks,
+            kv_head,
+            BLOCK,
+            D,
+            DIM,
+        )
+        seen = None
+        if length is not None:
+            seen = (place < length)[None, :]
+            if window is not None:
+                seen = seen & (position[:, None] - place[None, :] < window)
+        dq = _from_keys(dq, q, grad, keys, values, logsumexp, delta, seen, scale, softcap, UPCAST)
+    return dq
 
 
 @launched
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit
 def _query_grad_kernel(
     grad_ptr,  # [B, Hq, S, D]: ∂ℒ/∂output
     q_ptr,  # [B, Hq, S, D]
     k_ptr,  # [B, Hkv, S, D]
     v_ptr,
-    key_ptr,  # [blocks, block_size, Hkv, D]
+    key_ptr,  # [blocks, BLOCK, Hkv, D]
     value_ptr,
     table_ptr,  # [B, M]
     length_ptr,  # [B]
-    output_ptr,  # [B, Hq, S, D] float32
-    logsumexp_ptr,  # [B, Hq, S] float32
+    output_ptr,  # [B, Hq, S, D]
+    logsumexp_ptr,  # [B, Hq, S] float32, contiguous
     delta_ptr,  # [B, Hq, S] float32: δ of the rows
     dq_ptr,  # [B, Hq, S, D]
+    status_ptr,  # [B] int32
     grad_strides,
     q_strides,
     k_strides,
@@ -75,90 +169,154 @@ def _query_grad_kernel(
     dq_strides,
     suffix,
     kv_heads,
-    dim,
-    block_size,
     blocks,
     entries,  # M
-    tiles,
     scale,
     softcap,
     window,
     GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SINKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    D: tl.constexpr,
     DIM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    tile, batch, kv_head = place_of(tl.program_id(0), tiles, kv_heads)
+    tile, kv_head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     length = tl.load(length_ptr + batch).to(tl.int32)
-    length = tl.minimum(tl.maximum(length, 0), entries * block_size)
     table_ptr += batch * table_strides[0]
+    if (tile == 0) & (kv_head == 0):
+        store_status(status_ptr + batch, table_ptr, table_strides[1], length, blocks, entries, BLOCK)
+    length = tl.minimum(tl.maximum(length, 0), entries * BLOCK)
+    first_token = tile * ROWS // GROUPS
+    last_token = tl.minimum((tile * ROWS + ROWS - 1) // GROUPS, suffix - 1)
     row = tile * ROWS + tl.arange(0, ROWS)
     there = row < suffix * GROUPS
-    token = row // GROUPS
-    first_token = tile * ROWS // GROUPS
-    q = tile_rows(q_ptr, q_strides, batch, kv_head, row, there, dim, GROUPS, DIM)
-    grad = tile_rows(grad_ptr, grad_strides, batch, kv_head, row, there, dim, GROUPS, DIM)
-    output = tile_rows(output_ptr, output_strides, batch, kv_head, row, there, dim, GROUPS, DIM)
-    delta = tl.sum(grad.to(tl.float32) * output, axis=1)
-    at = (batch * (kv_heads * GROUPS) + kv_head * GROUPS + row % GROUPS) * suffix + token
-    logsumexp = tl.load(logsumexp_ptr + at, mask=there, other=0.0)
+    q = tile_rows(q_ptr, q_strides, batch, kv_head, row, there, GROUPS, D, DIM)
+    grad = tile_rows(grad_ptr, grad_strides, batch, kv_head, row, there, GROUPS, D, DIM)
+    output = tile_rows(output_ptr, output_strides, batch, kv_head, row, there, GROUPS, D, DIM)
+    delta = tl.sum(grad.to(tl.float32) * output.to(tl.float32), axis=1)
+    at = (batch * (kv_heads * GROUPS) + kv_head * GROUPS + row % GROUPS) * suffix + row // GROUPS
+    logsumexp = tl.load(logsumexp_ptr + at, mask=there, other=0.0) * 1.4426950408889634
     tl.store(delta_ptr + at, delta, mask=there)
 
     dq = tl.zeros((ROWS, DIM), tl.float32)
-    for first in range(first_seen(length + first_token, 0, window, COLUMNS), length, COLUMNS):
-        place = first + tl.arange(0, COLUMNS)
-        known = place < length
-        keys = paged_rows(
+    # Tiles of keys as in the forward: those that all rows see as a whole need no masks.
+    start = first_seen(length + first_token, 0, window, COLUMNS)
+    whole = tl.maximum(start, length // COLUMNS * COLUMNS)
+    # Of float32 and wide heads the loop takes too many registers to stand there twice.
+    if q.dtype != tl.float32 and DIM <= 128:
+        if window is not None:
+            begun = tl.maximum(length + last_token + 1 - window, 0)
+            begun = tl.minimum(tl.maximum(start, tl.cdiv(begun, COLUMNS) * COLUMNS), whole)
+            dq = _over_prefix(
+                dq,
+                q,
+                grad,
+                logsumexp,
+                delta,
+                length + row // GROUPS,
+                start,
+                begun,
+                length,
+                key_ptr,
+                value_ptr,
+                key_strides,
+                value_strides,
+                table_ptr,
+                table_strides[1],
+                blocks,
+                kv_head,
+                scale,
+                softcap,
+                window,
+                BLOCK,
+                COLUMNS,
+                D,
+                DIM,
+                UPCAST,
+            )
+            start = begun
+        dq = _over_prefix(
+            dq,
+            q,
+            grad,
+            logsumexp,
+            delta,
+            length + row // GROUPS,
+            start,
+            whole,
+            None,
             key_ptr,
-            key_strides,
-            table_ptr,
-            table_strides[1],
-            place,
-            known,
-            block_size,
-            blocks,
-            kv_head,
-            dim,
-            DIM,
-        )
-        values = paged_rows(
             value_ptr,
+            key_strides,
             value_strides,
             table_ptr,
             table_strides[1],
-            place,
-            known,
-            block_size,
             blocks,
             kv_head,
-            dim,
+            scale,
+            softcap,
+            window,
+            BLOCK,
+            COLUMNS,
+            D,
             DIM,
+            UPCAST,
         )
-        seen = known[None, :] & there[:, None]
-        if window is not None:
-            seen = seen & ((length + token)[:, None] - place[None, :] < window)
-        _p, ds = _score_grads(q, grad, keys, values, logsumexp, delta, seen, scale, softcap, UPCAST)
-        dq += product(rounded_gradient(ds, q, keys), keys, UPCAST)
-    last_token = tl.minimum((tile * ROWS + ROWS - 1) // GROUPS, suffix - 1)
-    for first in range(first_seen(first_token, 0, window, COLUMNS), last_token + 1, COLUMNS):
+        start = whole
+    dq = _over_prefix(
+        dq,
+        q,
+        grad,
+        logsumexp,
+        delta,
+        length + row // GROUPS,
+        start,
+        length,
+        length,
+        key_ptr,
+        value_ptr,
+        key_strides,
+        value_strides,
+        table_ptr,
+        table_strides[1],
+        blocks,
+        kv_head,
+        scale,
+        softcap,
+        window,
+        BLOCK,
+        COLUMNS,
+        D,
+        DIM,
+        UPCAST,
+    )
+    # As in the forward: nothing that was computed of these rows above is kept until here.
+    row = (tile + (suffix < 0)) * ROWS + tl.arange(0, ROWS)
+    token = row // GROUPS
+    for first in tl.range(
+        first_seen(first_token, 0, window, COLUMNS), last_token + 1, COLUMNS, num_stages=2
+    ):
         other = first + tl.arange(0, COLUMNS)
-        keys = own_rows(k_ptr, k_strides, batch, kv_head, other, suffix, dim, DIM)
-        values = own_rows(v_ptr, v_strides, batch, kv_head, other, suffix, dim, DIM)
-        seen = own_seen(token, other, suffix, window) & there[:, None]
-        _p, ds = _score_grads(q, grad, keys, values, logsumexp, delta, seen, scale, softcap, UPCAST)
-        dq += product(rounded_gradient(ds, q, keys), keys, UPCAST)
-    store_rows(dq_ptr, dq_strides, batch, kv_head, row, there, dim, dq, GROUPS, DIM)
+        keys = own_rows(k_ptr, k_strides, batch, kv_head, other, suffix, D, DIM)
+        values = own_rows(v_ptr, v_strides, batch, kv_head, other, suffix, D, DIM)
+        seen = own_seen(token, other, suffix, window)
+        dq = _from_keys(dq, q, grad, keys, values, logsumexp, delta, seen, scale, softcap, UPCAST)
+    dq = dq * tl.where(_alone(length + token, window, SINKS), 0.0, scale)[:, None]
+    store_rows(dq_ptr, dq_strides, batch, kv_head, row, row < suffix * GROUPS, dq, GROUPS, D, DIM)
 
 
 @launched
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit
 def _key_grad_kernel(
     grad_ptr,  # [B, Hq, S, D]: ∂ℒ/∂output
     q_ptr,  # [B, Hq, S, D]
     k_ptr,  # [B, Hkv, S, D]
     v_ptr,
-    logsumexp_ptr,  # [B, Hq, S] float32
+    length_ptr,  # [B]
+    logsumexp_ptr,  # [B, Hq, S] float32, contiguous
     delta_ptr,  # [B, Hq, S] float32
     dk_ptr,  # [B, Hkv, S, D]
     dv_ptr,
@@ -170,21 +328,24 @@ def _key_grad_kernel(
     dv_strides,
     suffix,
     kv_heads,
-    dim,
-    tiles,
     scale,
     softcap,
     window,
     GROUPS: tl.constexpr,
+    SINKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    D: tl.constexpr,
     DIM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    tile, batch, kv_head = place_of(tl.program_id(0), tiles, kv_heads)
+    # Scores are [COLUMNS, ROWS] here: of the products that sum over rows they are the left operands, which
+    # the tensor cores take from registers.
+    tile, kv_head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    length = tl.maximum(tl.load(length_ptr + batch).to(tl.int32), 0)
     own = tile * COLUMNS + tl.arange(0, COLUMNS)
-    keys = own_rows(k_ptr, k_strides, batch, kv_head, own, suffix, dim, DIM)
-    values = own_rows(v_ptr, v_strides, batch, kv_head, own, suffix, dim, DIM)
+    keys = own_rows(k_ptr, k_strides, batch, kv_head, own, suffix, D, DIM)
+    values = own_rows(v_ptr, v_strides, batch, kv_head, own, suffix, D, DIM)
     dk = tl.zeros((COLUMNS, DIM), tl.float32)
     dv = tl.zeros((COLUMNS, DIM), tl.float32)
     rows = suffix * GROUPS
@@ -195,20 +356,27 @@ def _key_grad_kernel(
         row = first + tl.arange(0, ROWS)
         there = row < rows
         token = row // GROUPS
-        q = tile_rows(q_ptr, q_strides, batch, kv_head, row, there, dim, GROUPS, DIM)
-        grad = tile_rows(grad_ptr, grad_strides, batch, kv_head, row, there, dim, GROUPS, DIM)
+        q = tile_rows(q_ptr, q_strides, batch, kv_head, row, there, GROUPS, D, DIM)
+        grad = tile_rows(grad_ptr, grad_strides, batch, kv_head, row, there, GROUPS, D, DIM)
         at = (batch * (kv_heads * GROUPS) + kv_head * GROUPS + row % GROUPS) * suffix + token
-        logsumexp = tl.load(logsumexp_ptr + at, mask=there, other=0.0)
+        logsumexp = tl.load(logsumexp_ptr + at, mask=there, other=0.0) * 1.4426950408889634
         delta = tl.load(delta_ptr + at, mask=there, other=0.0)
-        seen = own_seen(token, own, suffix, window) & there[:, None]
-        p, ds = _score_grads(q, grad, keys, values, logsumexp, delta, seen, scale, softcap, UPCAST)
-        dv += product(tl.trans(rounded(p, grad, values)), grad, UPCAST)
-        dk += product(tl.trans(rounded_gradient(ds, q, keys)), q, UPCAST)
+        s = scores(keys, q, scale, softcap, UPCAST)
+        dp = product(values, tl.trans(grad), None, UPCAST)
+        p, ds = _score_grads(s, dp, logsumexp[None, :], delta[None, :], scale, softcap)
+        distance = token[None, :] - own[:, None]
+        seen = (distance >= 0) & there[None, :]
+        if window is not None:
+            seen = seen & (distance < window)
+        p = tl.where(seen, p, 0.0)
+        ds = tl.where(seen & ~_alone(length + token, window, SINKS)[None, :], ds, 0.0)
+        dv = product(rounded(p, grad, values), grad, dv, UPCAST)
+        dk = product(rounded_gradient(ds, q, keys), q, dk, UPCAST)
     column = tl.arange(0, DIM)
-    mask = (own < suffix)[:, None] & (column < dim)[None, :]
+    mask = (own < suffix)[:, None] & (column < D)[None, :]
     at = batch * dk_strides[0] + kv_head * dk_strides[1] + own.to(tl.int64) * dk_strides[2]
     at = dk_ptr + at[:, None] + column[None, :] * dk_strides[3]
-    tl.store(at, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
     at = batch * dv_strides[0] + kv_head * dv_strides[1] + own.to(tl.int64) * dv_strides[2]
     at = dv_ptr + at[:, None] + column[None, :] * dv_strides[3]
     tl.store(at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
@@ -237,74 +405,72 @@ def prefix_attention_backward(
 
     Args:
         cotangent: ∂ℒ/∂output [B, Hq, S, D].
-        output, logsumexp: [B, Hq, S, D] and [B, Hq, S] of the forward; computed again, and not read.
+        output, logsumexp: [B, Hq, S, D] and [B, Hq, S] of there; any strides.
         q, k, v, …, sinks: as there.
     Returns:
         [B, Hq, S, D] and twice [B, Hkv, S, D], in memory by token; the status [B] int32.
     """
     batch, heads, suffix, dim = q.shape
     kv_heads, groups = k.shape[1], heads // max(1, k.shape[1])
-
-    def by_token(like: Tensor, dtype: torch.dtype) -> Tensor:
-        count = like.shape[1]
-        memory = torch.empty(batch, suffix, count, dim, dtype=dtype, device=q.device)
-        return memory.transpose(1, 2)
-
-    dq, dk, dv = (by_token(x, x.dtype) for x in (q, k, v))
-    if q.numel() == 0:
-        return dq, dk, dv, torch.zeros(batch, dtype=torch.int32, device=q.device)
-    output = by_token(q, torch.float32)
-    delta = torch.empty(batch, heads, suffix, dtype=torch.float32, device=q.device)
-    window = seen_window(window, suffix, key_pool, block_tables)
-    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-    _output, logsumexp, status = prefix_attention(
-        q,
-        k,
-        v,
-        key_pool,
-        value_pool,
-        block_tables,
-        prefix_lengths,
-        sinks=sinks,
-        output=output,
-        **options,
+    dq, dk, dv = (
+        torch.empty(batch, suffix, x.shape[1], dim, dtype=x.dtype, device=q.device).transpose(1, 2)
+        for x in (q, k, v)
     )
+    status = torch.empty(batch, dtype=torch.int32, device=q.device)
+    if q.numel() == 0:
+        return dq, dk, dv, status.zero_()
     rows = suffix * groups
-    options |= {"suffix": suffix, "kv_heads": kv_heads, "dim": dim, "GROUPS": groups}
+    window = seen_window(window, suffix, key_pool, block_tables)
+    options: dict[str, Any] = {
+        "suffix": suffix,
+        "kv_heads": kv_heads,
+        "scale": scale,
+        "softcap": softcap,
+        "window": window,
+        "GROUPS": groups,
+        "SINKS": sinks is not None,
+    }
     # Gradients of float16 scores are not rounded to it: their products are float32's.
-    half = q.dtype == torch.bfloat16
-    of_queries = options | tile_config("prefix_attention_query_grad", q, rows, softcap, half=half)
-    of_keys = options | tile_config("prefix_attention_key_grad", q, rows, softcap, half=half)
-    given = {"grad_ptr": cotangent, "q_ptr": q, "k_ptr": k, "v_ptr": v, "logsumexp_ptr": logsumexp}
-    given |= {"grad_strides": cotangent.stride(), "q_strides": q.stride(), "k_strides": k.stride()}
-    given |= {"v_strides": v.stride(), "delta_ptr": delta}
-    tiles, key_tiles = cdiv(rows, of_queries["ROWS"]), cdiv(suffix, of_keys["COLUMNS"])
+    kinds = {"half": q.dtype == torch.bfloat16, "masked": window is not None or softcap is not None}
+    of_queries = options | tile_config("prefix_attention_query_grad", q, rows, **kinds)
+    of_keys = options | tile_config("prefix_attention_key_grad", q, rows, **kinds)
+    given = {
+        "grad_ptr": cotangent,
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "length_ptr": prefix_lengths,
+        "logsumexp_ptr": logsumexp.contiguous(),
+        "delta_ptr": torch.empty(batch, heads, suffix, dtype=torch.float32, device=q.device),
+        "grad_strides": cotangent.stride(),
+        "q_strides": q.stride(),
+        "k_strides": k.stride(),
+        "v_strides": v.stride(),
+    }
     with torch.cuda.device_of(q):
-        _query_grad_kernel[(batch * kv_heads * tiles,)](
+        _query_grad_kernel[(cdiv(rows, of_queries["ROWS"]), kv_heads, batch)](
             key_ptr=key_pool,
             value_ptr=value_pool,
             table_ptr=block_tables,
-            length_ptr=prefix_lengths,
             output_ptr=output,
             dq_ptr=dq,
+            status_ptr=status,
             key_strides=key_pool.stride(),
             value_strides=value_pool.stride(),
             table_strides=block_tables.stride(),
             output_strides=output.stride(),
             dq_strides=dq.stride(),
-            block_size=key_pool.shape[1],
-            blocks=key_pool.shape[0],
+            blocks=len(key_pool),
             entries=block_tables.shape[1],
-            tiles=tiles,
+            BLOCK=key_pool.shape[1],
             **given,
             **of_queries,
         )
-        _key_grad_kernel[(batch * kv_heads * key_tiles,)](
+        _key_grad_kernel[(cdiv(suffix, of_keys["COLUMNS"]), kv_heads, batch)](
             dk_ptr=dk,
             dv_ptr=dv,
             dk_strides=dk.stride(),
             dv_strides=dv.stride(),
-            tiles=key_tiles,
             **given,
             **of_keys,
         )

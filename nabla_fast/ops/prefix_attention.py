@@ -19,6 +19,7 @@ from nabla_fast.ops.rows import accumulation_dtype, report
 
 _FLOAT32 = (torch.float32,)
 _MOST_TRITON_HEAD_DIM = 256
+_MOST_TRITON_SEQUENCES = 65_535  # of a grid's third dimension on NVIDIA's GPUs
 
 
 class Attention(NamedTuple):
@@ -480,6 +481,8 @@ def _triton_refusal(
         return (
             f"q has head dimension {q.shape[-1]} (the Triton kernels take at most {_MOST_TRITON_HEAD_DIM})"
         )
+    if len(q) > _MOST_TRITON_SEQUENCES:
+        return f"q has {len(q)} sequences (the Triton kernels take at most {_MOST_TRITON_SEQUENCES})"
     return triton_backend.refusal(
         q=q,
         k=k,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,15 +17,22 @@ from nabla_fast.ops.registry import Op
 from ..contract import BackendContract
 from ..harness import DEVICES, check, run, to_float64
 from ..inputs import BF16, F16, Case, Draw
-from .cases import PREFIX_ATTENTION, PREFIX_ATTENTION_BACKWARD, attention_arguments, backward_arguments
+from .cases import (
+    PREFIX_ATTENTION,
+    PREFIX_ATTENTION_BACKWARD,
+    attention_arguments,
+    backward_arguments,
+    with_results,
+)
 
 if why := backend_status()["triton"]:
     pytest.skip(why, allow_module_level=True)
 
 from nabla_fast.triton_kernels import prefix_attention as kernels
+from nabla_fast.triton_kernels import prefix_attention_decode as decode
 
 SIZES: list[dict[str, Any]] = [
-    # Spans of 32 positions: one, several, an end within one, none; few rows and more than a tile of them.
+    # Spans of 64 positions: one, several, an end within one, none; few rows and more than a tile of them.
     {"prefixes": (100, 33, 64, 0), "suffix": 1, "heads": 14, "width": 16, "block_size": 16},
     {"prefixes": (96,), "suffix": 1, "heads": 7, "kv_heads": 1, "width": 8, "block_size": 7},
     {"prefixes": (70, 1), "suffix": 37, "heads": 6, "width": 20, "block_size": 5, "window": 20},
@@ -34,6 +42,9 @@ SIZES: list[dict[str, Any]] = [
     {"prefixes": (40,), "suffix": 3, "width": 256, "block_size": 16},
     {"prefixes": (70, 9), "suffix": 20, "width": 64, "dtype": F16},
     {"prefixes": (70, 9), "suffix": 20, "width": 64, "dtype": BF16, "window": 30},
+    # Half precision: tiles where windows begin, some without masks, and one at the prefix's end.
+    {"prefixes": (300, 129), "suffix": 40, "width": 64, "dtype": BF16, "window": 190},
+    {"prefixes": (200, 64), "suffix": 40, "width": 32, "dtype": F16, "softcap": 3.0},
     {"prefixes": (35,), "suffix": 4, "heads": 4, "kv_heads": 1, "width": 128, "dtype": BF16},
 ]
 
@@ -48,7 +59,22 @@ class TestBackwardContract(BackendContract):
 
 @pytest.fixture(autouse=True)
 def short_spans(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "SPAN", 32)
+    monkeypatch.setattr(decode, "SPAN", 64)
+
+
+@pytest.fixture
+def exact_rows(monkeypatch: pytest.MonkeyPatch):
+    """Interpreted products whose rows have the same bits wherever in a tile they are, as on a GPU.
+
+    Those of BLAS, which the interpreter multiplies with, have not.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def create_dot(_self: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
+        found = np.einsum("ij,jk->ik", a.data, b.data) + sums.data
+        return interpreter.TensorHandle(found, sums.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def results(op: Op, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -68,13 +94,16 @@ class AttentionOnTriton:
     op: ClassVar[Op]
     made: ClassVar[Any]
 
+    def on_triton(self, arguments: dict[str, Any]) -> Any:
+        return run(self.op, "triton", arguments)
+
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
     def test_sizes(self, sizes: dict[str, Any], draw: Draw):
         case = Case("sizes", lambda draw: type(self).made(draw, **sizes))
-        check(self.op, case, draw, DEVICES[-1], lambda arguments: run(self.op, "triton", arguments))
+        check(self.op, case, draw, DEVICES[-1], self.on_triton)
 
     @pytest.mark.parametrize("suffix", [1, 9])
-    def test_a_sequence_has_the_same_bits_alone(self, suffix: int, draw: Draw):
+    def test_a_sequence_has_the_same_bits_alone(self, suffix: int, draw: Draw, exact_rows: None):
         given = type(self).made(
             draw, prefixes=(70, 0, 100, 32), suffix=suffix, heads=6, block_size=16, window=90, sinks=True
         )
@@ -83,11 +112,20 @@ class AttentionOnTriton:
             alone = results(self.op, sequence(given, index))
             assert all(torch.equal(a[index], b[0]) for a, b in zip(whole, alone, strict=True))
 
-    def test_a_token_has_the_same_bits_whoever_takes_its_spans(self, draw: Draw, monkeypatch):
-        given = type(self).made(draw, prefixes=(70, 100), suffix=2, heads=6, block_size=16)
-        apart = results(self.op, given)
-        monkeypatch.setattr(kernels, "_FEW", 0)
-        assert all(torch.equal(a, b) for a, b in zip(apart, results(self.op, given), strict=True))
+    @pytest.mark.parametrize("window", [None, 50])
+    def test_sequences_that_share_blocks(self, window: int | None, draw: Draw, exact_rows: None):
+        """Prefixes with leading blocks in common, of which one program reads these, give the same bits."""
+        given = type(self).made(draw, prefixes=(90, 90, 70, 33, 90), suffix=2, block_size=8, window=window)
+        tables = given["block_tables"]
+        tables[1] = tables[0]
+        tables[2, :6], tables[3, :3] = tables[0, :6], tables[0, :3]
+        if self.op is prefix_attention_backward:
+            given = with_results(given)
+        whole = results(self.op, given)
+        for index in range(5):
+            alone = results(self.op, sequence(given, index))
+            assert all(torch.equal(a[index], b[0]) for a, b in zip(whole, alone, strict=True))
+        check(self.op, Case("shared", lambda draw: given), draw, DEVICES[-1], self.on_triton)
 
     @pytest.mark.parametrize("layout", ["heads before slots", "keys and values interleaved"])
     def test_pools_of_others_are_read_in_place(self, layout: str, draw: Draw):

@@ -19,7 +19,7 @@ from tools.compile_check.model.timing import Counts
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "compile_check"
 NOW, FORMER = RESULTS / "predictions.json", RESULTS / "predictions_former.json"
-FAMILIES = ("mixes", "statistics", "descent", "latents")
+FAMILIES = ("mixes", "statistics", "descent", "latents", "attention")
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ def make(families: Sequence[str], workers: int, cache: str | None = None) -> lis
 
 
 def _make(family: str, number: int) -> list[Prediction]:
-    """Those of one number of rows, the ``number``-th."""
+    """Those of one number of rows, the ``number``-th; none if there are fewer."""
     from tools.compile_check.model.trace import trace
 
     cases = list(importlib.import_module(f"tools.compile_check.model.{family}").cases())
-    rows = sorted({case.rows for case in cases}, reverse=True)[number]
+    rows = sorted({case.rows for case in cases}, reverse=True)[number : number + 1]
     names = [name for name in Prediction.__dataclass_fields__ if name not in ("family", "launches")]
     return [
         Prediction(family, *(getattr(case, name) for name in names), launches=tuple(trace(case.call)))
         for case in cases
-        if case.rows == rows
+        if case.rows in rows
     ]
 
 
