@@ -115,17 +115,22 @@ class AttentionOnTriton:
     @pytest.mark.parametrize("window", [None, 50])
     def test_sequences_that_share_blocks(self, window: int | None, draw: Draw, exact_rows: None):
         """Prefixes with leading blocks in common, of which one program reads these, give the same bits."""
-        given = type(self).made(draw, prefixes=(90, 90, 70, 33, 90), suffix=2, block_size=8, window=window)
-        tables = given["block_tables"]
-        tables[1] = tables[0]
-        tables[2, :6], tables[3, :3] = tables[0, :6], tables[0, :3]
-        if self.op is prefix_attention_backward:
-            given = with_results(given)
+
+        def sharing(draw: Draw) -> dict[str, Any]:
+            made = type(self).made(
+                draw, prefixes=(90, 90, 70, 33, 90), suffix=2, block_size=8, window=window
+            )
+            tables = made["block_tables"]
+            tables[1] = tables[0]
+            tables[2, :6], tables[3, :3] = tables[0, :6], tables[0, :3]
+            return with_results(made) if self.op is prefix_attention_backward else made
+
+        given = sharing(draw)
         whole = results(self.op, given)
         for index in range(5):
             alone = results(self.op, sequence(given, index))
             assert all(torch.equal(a[index], b[0]) for a, b in zip(whole, alone, strict=True))
-        check(self.op, Case("shared", lambda draw: given), draw, DEVICES[-1], self.on_triton)
+        check(self.op, Case("shared", sharing), draw, DEVICES[-1], self.on_triton)
 
     @pytest.mark.parametrize("layout", ["heads before slots", "keys and values interleaved"])
     def test_pools_of_others_are_read_in_place(self, layout: str, draw: Draw):
