@@ -70,6 +70,7 @@ BAD_SETTINGS = {
     "parameter": ["logit", None, 1],
     "update": ["last", None, ["first"]],
     "relaxation": ["hard", ""],
+    "draws": ["numpy", None, True],
     "iters": [0, -1, 2.0, True, None, 1_000_001],
     "lr": [0, -0.1, NAN, INF, "0.1", None],
     "min_lr_ratio": [-0.1, 1.1, NAN, None],

@@ -110,6 +110,8 @@ def test_reading_in_pieces_is_reading_at_once():
 
 def test_a_cap_that_the_model_itself_leaves_out_is_refused_by_name():
     model = decoder("gemma2")
+    if not model._supports_sdpa:
+        pytest.skip("this release of transformers refuses it itself")
     model.set_attn_implementation("sdpa")
     line = (
         "^Gemma2ForCausalLM caps attention scores at 0.5, and its attention 'sdpa' leaves the cap out: load"
