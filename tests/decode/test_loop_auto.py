@@ -81,6 +81,8 @@ def test_settings_that_the_batched_loop_takes(rm, settings):
 @pytest.mark.parametrize("rm", REFUSED)
 def test_other_models_are_decoded_in_sequence_after_a_warning(rm):
     models = shared_lm("qwen2"), shared_reward_model(rm)
+    if rm == "gemma2" and models[1].config._attn_implementation == "eager":
+        pytest.skip("this release of transformers has no attention that leaves the cap out")
     with pytest.warns(UserWarning, match=REFUSED[rm]) as caught:
         decoder = NablaDecoder(*models, None, config=CONFIG)
     (warning,) = caught
@@ -92,6 +94,12 @@ def test_other_models_are_decoded_in_sequence_after_a_warning(rm):
     assert warning.filename == __file__
     assert decoder.loop == "sequential"
     assert same(decode(decoder), decode(NablaDecoder(*models, None, config=CONFIG, loop="sequential")))
+
+
+def test_a_reward_model_that_caps_its_scores_is_batched_with_attention_that_does():
+    rm = reward_model("gemma2")
+    rm.set_attn_implementation("eager")
+    assert NablaDecoder(shared_lm("qwen2"), rm, None).loop == "batched"
 
 
 def test_a_loop_that_is_asked_for_is_used_or_refused():
