@@ -17,7 +17,6 @@ from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.reference.gradient import GradientModel, TrajectoryGradient
 from nabla_fast.decode.reference.loop import SequentialLoop
 from nabla_fast.decode.relaxed import Relaxed
-from nabla_fast.decode.sampling import draw, seeded
 from nabla_fast.decode.timing import timed
 from nabla_fast.errors import InputError
 from nabla_fast.models import LanguageModel, RewardModel
@@ -55,7 +54,7 @@ class ReleaseFormLoop(SequentialLoop):
     def _resample(self, problem: Problem, committed: list[int], current: Continuation, stats: Stats) -> int:
         z = self._lm.logits(current.hidden)
         self._descend(problem, committed, z, stats)
-        return draw(z[0].cpu(), self._config.resample_sampling, seeded(problem.seed + len(committed)))
+        return self._redraw(problem, committed, z[:1])
 
     def _descend(self, problem: Problem, committed: list[int], z: Tensor, stats: Stats) -> None:
         """K steps on z [L, V], in place; a moved hard token asks for G anew."""

@@ -173,11 +173,6 @@ def filtered_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return TokenRows(logits[None], sampling).probabilities(0)
 
 
-def draw(logits: Tensor, sampling: SamplingConfig, generator: Generator) -> int:
-    """One token from the filtered distribution of a row of logits [V] on the CPU; T ≤ 0 counts as 1."""
-    return TokenRows(logits[None], sampling).draw(0, generator)
-
-
 def seeded(seed: int) -> Generator:
     """A generator in the state that follows from ``seed`` alone."""
     return Generator(seed)

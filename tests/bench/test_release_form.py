@@ -32,6 +32,7 @@ def test_tokens_are_the_sequential_loops(n: int):
         tau=chance.choice([0.7, 1.0]),
         warmup_steps=chance.choice([0, 1]),
         nll_coeff=chance.choice([0.0, 1e-3, 0.3]),
+        draws=chance.choice(["torch", "philox"]),
         confidence_threshold=None,
         grad_threshold=chance.choice([None, 0.1]),
         max_generations=5,

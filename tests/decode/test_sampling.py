@@ -9,7 +9,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from nabla_fast import SamplingConfig, _native
 from nabla_fast.decode import sampling as sampling_module
 from nabla_fast.decode.draws import TorchDraws
-from nabla_fast.decode.sampling import TokenRows, draw, filtered_probabilities, seeded
+from nabla_fast.decode.sampling import Generator, TokenRows, filtered_probabilities, seeded
 
 SETTINGS = [
     SamplingConfig(temperature, top_k, top_p)
@@ -28,7 +28,12 @@ def theirs(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
     return scores.softmax(dim=-1)[0]
 
 
-def next_token(logits: torch.Tensor, sampling: SamplingConfig, generator) -> int:
+def draw(logits: torch.Tensor, sampling: SamplingConfig, generator: Generator) -> int:
+    """The token of an optimized position."""
+    return TorchDraws().redraw(logits[None], sampling, [generator], [0])(0)
+
+
+def next_token(logits: torch.Tensor, sampling: SamplingConfig, generator: Generator) -> int:
     """A rollout's next token."""
     return TorchDraws().rollout(logits[None], sampling, [generator], [0])(0)
 

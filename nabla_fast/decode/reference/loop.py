@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.continuation import Continuation
@@ -172,7 +173,10 @@ class SequentialLoop:
                 problem, committed, parameter, current.hard.clone(), current.noise, stats
             )
         synchronize()
-        logits = self._optimizer.logits(parameter[:1])
+        return self._redraw(problem, committed, self._optimizer.logits(parameter[:1]))
+
+    def _redraw(self, problem: Problem, committed: list[int], logits: Tensor) -> int:
+        """The token after ``committed`` from its optimized logits [1, V]."""
         position = len(problem.prompt_ids) + len(committed)
         stream = self._draws.stream(problem, len(committed), len(committed))
         return self._draws.redraw(logits, self._config.resample_sampling, [stream], [position])(0)
