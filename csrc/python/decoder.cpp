@@ -60,8 +60,7 @@ DecoderPass pass(int64_t batch, int64_t suffix, std::uintptr_t x, std::uintptr_t
                  std::uintptr_t sin, std::uintptr_t key_pool, std::uintptr_t value_pool,
                  int64_t blocks, int64_t block_size, std::uintptr_t block_tables,
                  int64_t table_width, std::uintptr_t prefix_lengths, std::uintptr_t slots,
-                 std::uintptr_t tokens, int64_t stored, std::uintptr_t memory, bool keep,
-                 std::uintptr_t states, int32_t num_threads) {
+                 std::uintptr_t memory, bool keep, std::uintptr_t states, int32_t num_threads) {
   return {batch,
           suffix,
           pointer<float>(x),
@@ -75,8 +74,6 @@ DecoderPass pass(int64_t batch, int64_t suffix, std::uintptr_t x, std::uintptr_t
           table_width,
           pointer<const int64_t>(prefix_lengths),
           pointer<const int64_t>(slots),
-          pointer<const int64_t>(tokens),
-          stored,
           pointer<float>(memory),
           keep,
           pointer<float>(states),

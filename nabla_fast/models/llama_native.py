@@ -104,11 +104,7 @@ class LlamaNative:
         memory = torch.empty(self._decoder.memory(batch * suffix, keep), **_FLOATS)
         states = torch.empty(batch, suffix, width, **_FLOATS)
         cos, sin = (part.contiguous() for part in rotation)
-        slots, tokens = paged.slots, None
-        if slots is not None and paged.tokens is not None:
-            row, position = paged.tokens
-            tokens = row * suffix + position
-        pool = paged.pool
+        pool, slots = paged.pool, paged.slots
         given = native_loading.extension().DecoderPass(
             batch,
             suffix,
@@ -123,8 +119,6 @@ class LlamaNative:
             paged.tables.shape[1],
             paged.lengths.data_ptr(),
             0 if slots is None else slots.data_ptr(),
-            0 if tokens is None else tokens.data_ptr(),
-            0 if slots is None else len(slots),
             memory.data_ptr(),
             keep,
             states.data_ptr(),

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from nabla_fast.errors import ModelError
 from nabla_fast.models.paged_kv import BlockPool
 from nabla_fast.ops.prefix_attention import Attention, prefix_attention
+from nabla_fast.ops.store_keys_values import store_keys_values
 
 IMPLEMENTATION = "nabla_paged"
 
@@ -29,9 +30,9 @@ class PagedPass:
     pool: BlockPool
     tables: Tensor  # [B, M] int64
     lengths: Tensor  # [B] int64, of the prefixes
-    slots: Tensor | None  # [T] int64, where the suffixes' keys and values are put; None: nowhere
-    tokens: Tensor | None  # [2, T] row and position of each of these in the batch; None: no padding
+    slots: Tensor | None  # [B, S] int64, where the suffixes' keys and values are put; None: nowhere
     backend: Callable[..., Attention] | None = None  # of the op, chosen in the layer that asks first
+    stores: Callable[..., Tensor] | None = None  # of store_keys_values, likewise
     calls: int = 0  # of attention, by all layers
 
     def attend(
@@ -60,15 +61,11 @@ class PagedPass:
                 self.backend = prefix_attention.chosen(*arguments, **options)
             output, _ = self.backend(*arguments, **options)
         if self.slots is not None:
-            pool.write(layer, self.slots, self._tokens_of(k), self._tokens_of(v))
+            stored = (k, v, pool.keys[layer], pool.values[layer], self.slots)
+            if self.stores is None:
+                self.stores = store_keys_values.chosen(*stored)
+            self.stores(*stored)
         return output
-
-    def _tokens_of(self, x: Tensor) -> Tensor:
-        """[T, Hkv, D] of [B, Hkv, S, D], padding left out."""
-        if self.tokens is None:
-            return x.transpose(1, 2).flatten(0, 1)
-        row, position = self.tokens
-        return x[row, :, position]
 
 
 def expect_own_cap(model: nn.Module) -> None:

@@ -78,18 +78,6 @@ class BlockPool:
         self.keys, self.values = (tensor.new_zeros(0) for tensor in (self.keys, self.values))
         self.references, self._free, self.limit = [], [], 0
 
-    def write(self, layer: int, slots: Tensor | list[int], keys: Tensor, values: Tensor) -> None:
-        """Put tokens where :meth:`PagedSequence.extend` made room for them.
-
-        Args:
-            layer: index of the layer.
-            slots: [T] int64.
-            keys, values: [T, kv_heads, head_dim].
-        """
-        slots = torch.as_tensor(slots, dtype=torch.int64, device=self.keys.device)
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys.to(self.keys.dtype))
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, values.to(self.values.dtype))
-
     def reserve(self, count: int) -> None:
         """See to it that ``count`` blocks are free.
 
@@ -189,7 +177,7 @@ class PagedSequence:
         never written to.
 
         Returns:
-            A slot for each token, for :meth:`BlockPool.write`.
+            A slot for each token, for :func:`nabla_fast.ops.store_keys_values`.
         Raises:
             PoolExhausted: the pool may not grow that far; the sequence is as it was.
         """

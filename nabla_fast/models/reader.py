@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -120,15 +120,11 @@ class PagedReader:
         device = pool.keys.device
         before = torch.tensor([sequence.length for sequence in sequences], device=device)
         tables = block_tables(list(sequences), device)
-        slots = tokens = None
+        slots = None
         if store:
-            slots = torch.tensor(
-                [*chain(*extend_all(sequences, lengths))], dtype=torch.int64, device=device
-            )
-            if min(lengths) < width:
-                places = [(b, s) for b, n in enumerate(lengths) for s in range(n)]
-                tokens = torch.tensor(places, device=device).view(-1, 2).T
-        paged = PagedPass(pool, tables, before, slots, tokens)
+            rows = [row + [-1] * (width - len(row)) for row in extend_all(sequences, lengths)]
+            slots = torch.tensor(rows, dtype=torch.int64, device=device)
+        paged = PagedPass(pool, tables, before, slots)
         # Padding stands where the last token does: some models have no position for what comes after.
         offsets = torch.arange(width, device=device)
         if min(lengths) < width:

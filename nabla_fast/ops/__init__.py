@@ -22,6 +22,7 @@ from nabla_fast.ops.onehot_grad_norm import onehot_grad_norm
 from nabla_fast.ops.prefix_attention import Attention, prefix_attention
 from nabla_fast.ops.registry import backend_status, set_backend, use_backend
 from nabla_fast.ops.rows import synchronize
+from nabla_fast.ops.store_keys_values import store_keys_values
 from nabla_fast.ops.token_stats import TokenStats, token_stats
 from nabla_fast.ops.vocab_parallel import vocab_parallel_embedding_mix
 
@@ -48,6 +49,7 @@ __all__ = [
     "onehot_grad_norm",
     "prefix_attention",
     "set_backend",
+    "store_keys_values",
     "synchronize",
     "token_stats",
     "use_backend",

@@ -11,12 +11,13 @@ import nabla_fast.ops.device_reports as device_reports
 from nabla_fast.errors import RowError
 
 # Status codes [N] int32 that kernels write; 0 is a good row.
-OK, HAS_NAN, HAS_INF, ALL_MASKED, NOT_IN_POOL = range(5)
+OK, HAS_NAN, HAS_INF, ALL_MASKED, NOT_IN_POOL, NO_SLOT = range(6)
 REASONS = {
     HAS_NAN: "has a NaN logit",
     HAS_INF: "has a +inf logit",
     ALL_MASKED: "has no finite logit",
     NOT_IN_POOL: "has a prefix that does not fit its block table, or a block that is not in the pool",
+    NO_SLOT: "has a slot that is not in the pool",
 }
 
 # Elements of the largest [n, V] tensor of logits that a slice of rows makes.

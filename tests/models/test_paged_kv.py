@@ -23,6 +23,7 @@ from nabla_fast.models.paged_kv import (
     block_tables,
     extend_all,
 )
+from nabla_fast.ops import store_keys_values
 
 BLOCKS, BLOCK_SIZE = 12, 4
 
@@ -31,11 +32,12 @@ def small_pool(blocks: int = BLOCKS, limit: int | None = None) -> BlockPool:
     return BlockPool(layers=2, kv_heads=1, head_dim=3, blocks=blocks, limit=limit, block_size=BLOCK_SIZE)
 
 
-def write(pool: BlockPool, slots: torch.Tensor, tokens: list[int]) -> None:
+def write(pool: BlockPool, slots: list[int], tokens: list[int]) -> None:
     """Tokens stand for keys and values: their numbers, negated for values, plus the layer."""
-    values = torch.tensor(tokens, dtype=torch.float32)[:, None, None].expand(-1, 1, 3)
+    values = torch.tensor(tokens, dtype=torch.float32)[None, None, :, None].expand(-1, -1, -1, 3)
+    numbers = torch.tensor([slots], dtype=torch.int64)
     for layer in range(2):
-        pool.write(layer, slots, values + layer, -values - layer)
+        store_keys_values(values + layer, -values - layer, pool.keys[layer], pool.values[layer], numbers)
 
 
 def read(pool: BlockPool, sequence: PagedSequence) -> list[int]:
@@ -69,7 +71,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.alive[self.number] = (sequence, tokens, group)
         return self.number
 
-    def _write(self, sequence: PagedSequence, tokens: list[int], slots: torch.Tensor) -> None:
+    def _write(self, sequence: PagedSequence, tokens: list[int], slots: list[int]) -> None:
         new = list(range(self.token, self.token + len(slots)))
         self.token += len(slots)
         write(self.pool, slots, new)

@@ -292,7 +292,8 @@ def compare(
         if not value.is_floating_point():
             continue
         magnitude = _row_maximum(torch.where(value.isfinite(), value.abs(), 0.0))
-        body_error = _row_error(body[name], value)[~body_differs] / magnitude[~body_differs]
+        same = ~_spread(body_differs, value)
+        body_error = _row_error(body[name], value)[same] / magnitude[same]
         if peer:
             peer_error = _row_error(of_peer[name], value) / magnitude
             body_error = torch.cat([body_error, peer_error])
@@ -300,7 +301,7 @@ def compare(
         floor = OP_FLOORS.get(op.name, FLOORS[ours[name].dtype])
         underflow = 0.0 if ours[name].dtype == torch.float64 else UNDERFLOW
         allowed = magnitude * (2 * worst[name] + floor) + OP_ABSOLUTE.get(op.name, 0.0) + underflow
-        error = torch.where(decided, _row_error(ours[name], value), 0.0)
+        error = torch.where(~_spread(~decided, value), _row_error(ours[name], value), 0.0)
         excesses = torch.where(error > allowed, error / allowed, 0.0)
         if len(excesses) and excesses.max() > excess:
             row = int(excesses.argmax())
@@ -314,10 +315,16 @@ def compare(
 def _choices_differ(results: Results, exact: Results) -> Tensor:
     """[N] rows in which an integer or boolean result is another one."""
     pairs = [(results[name], value) for name, value in exact.items() if not value.is_floating_point()]
-    differs = torch.zeros(len(next(iter(exact.values()))), dtype=torch.bool)
+    rows = len(pairs[0][0] if pairs else next(iter(exact.values())))
+    differs = torch.zeros(rows, dtype=torch.bool)
     for value, wanted in pairs:
-        differs |= (value != wanted).cpu()
+        differs |= (value != wanted).cpu().view(rows, -1).any(dim=1)
     return differs
+
+
+def _spread(mask: Tensor, value: Tensor) -> Tensor:
+    """A mask of rows for a result that has as many; for another one, all of its rows or none."""
+    return mask if len(mask) == len(value) else mask.any().expand(len(value))
 
 
 def _undecided(op: Op, exact_arguments: Arguments, exact: Results) -> Tensor:

@@ -246,9 +246,10 @@ nabla_fast_attention_args attention_of(const Decoder& d, const DecoderPass& p, i
 
 void store_keys(const Decoder& d, const DecoderPass& p, int64_t layer, const float* qkv) {
   int64_t size = d.kv_heads * d.dim, layer_size = p.blocks * p.block_size * size;
-  for (int64_t n = 0; n < p.stored; ++n) {
-    const float* keys = qkv + (p.tokens ? p.tokens[n] : n) * d.qkv() + d.heads * d.dim;
-    int64_t place = layer * layer_size + p.slots[n] * size;
+  for (int64_t t = 0; t < p.count(); ++t) {
+    if (p.slots[t] < 0) continue;
+    const float* keys = qkv + t * d.qkv() + d.heads * d.dim;
+    int64_t place = layer * layer_size + p.slots[t] * size;
     std::memcpy(p.key_pool + place, keys, sizeof(float) * static_cast<size_t>(size));
     std::memcpy(p.value_pool + place, keys + size, sizeof(float) * static_cast<size_t>(size));
   }

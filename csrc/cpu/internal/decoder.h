@@ -49,12 +49,10 @@ struct DecoderPass {
   const int64_t* block_tables;  // [batch, table_width]
   int64_t table_width;
   const int64_t* prefix_lengths;  // [batch]
-  const int64_t* slots;           // [stored] where keys and values of tokens go, or null
-  const int64_t* tokens;          // [stored] which tokens these are, or null for all in order
-  int64_t stored;
-  float* memory;  // decoder_memory() floats
-  bool keep;      // what the backward needs, of every layer
-  float* states;  // [T, width] after the last norm
+  const int64_t* slots;           // [T] where keys and values go, -1: nowhere; null for all nowhere
+  float* memory;                  // decoder_memory() floats
+  bool keep;                      // what the backward needs, of every layer
+  float* states;                  // [T, width] after the last norm
   int32_t num_threads;
 
   int64_t count() const { return batch * suffix; }
