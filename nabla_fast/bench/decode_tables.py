@@ -68,6 +68,8 @@ def tables(results: dict[str, Any]) -> Iterator[TextTable]:
         yield _lengths(results["lengths"])
     if results.get("generate"):
         yield _generate(results["generate"])
+    if results.get("steps"):
+        yield _steps(results["steps"])
 
 
 def _cases(cases: Cases) -> TextTable:
@@ -229,6 +231,31 @@ def _generate(entry: dict[str, Any]) -> TextTable:
         f"tokens drawn are {'the same' if entry['same_tokens'] else 'NOT the same'}."
     )
     return TextTable("Rollouts: milliseconds a token", ["", "ms a token", "of generate's time"], rows, note)
+
+
+_STEP_SIDES = {
+    "generate": "transformers' generate, static cache",
+    "one_by_one": "rollouts, the host looks at every token",
+    "ahead": "rollouts, the host looks at every {turns}th token",
+}
+
+
+def _steps(entry: dict[str, Any]) -> TextTable:
+    rows = [
+        [
+            title.format(**entry),
+            _number(entry.get("step_ms", {}).get(name)),
+            f"{entry['share'][name]:.0%}" if "share" in entry else "",
+        ]
+        for name, title in _STEP_SIDES.items()
+    ]
+    ties = sum(count or 0 for count in entry["ties"].values())
+    aside = f", {ties} sequences from a tie in {entry['dtype']} on set aside" if ties else ""
+    note = (
+        f"{entry['sequences']} sequences of a random model of two layers, greedy, {entry['dtype']}; "
+        f"the tokens are {'the same' if entry['same_tokens'] else 'NOT the same'}{aside}."
+    )
+    return TextTable("Rollouts: milliseconds a step", ["", "ms a step", "of generate's time"], rows, note)
 
 
 def _tokens(entry: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ def measure_rollouts(device: torch.device, repeats: int = 3, *, tokens: int = 40
         replace(problem, eos_ids=frozenset(), max_new_tokens=tokens)
         for problem in bundled_problems(lm, PROMPTS)
     ]
-    config = DTOConfig(max_generations=1)
+    config = DTOConfig(max_generations=1, draws="torch")  # generate's draws, on a GPU too
     loops = {f"{n}": BatchedLoop(lm, None, config, batch_size=n) for n in (1, PROMPTS)}
     found = {name: _roll_out(loop, problems) for name, loop in loops.items()}
     expected = _generate(lm, problems, config.rollout_sampling)

@@ -17,7 +17,7 @@ from nabla_fast.cli.options import add_json_option, add_threads_option, check_de
 from nabla_fast.cli.output import table_console
 from nabla_fast.errors import InputError
 
-_GENERATE, _LENGTHS = "generate", "lengths"  # parts beside the cases
+_GENERATE, _LENGTHS, _STEPS = "generate", "lengths", "steps"  # parts beside the cases
 
 
 def add_parser(parts: argparse._SubParsersAction) -> None:
@@ -30,7 +30,8 @@ def add_parser(parts: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="TEXT",
         help=f"only cases with one of these texts in their name; also '{_GENERATE}' (time per token beside "
-        f"transformers' generate) and '{_LENGTHS}' (of answers) (default: all)",
+        f"transformers' generate), '{_STEPS}' (of rollouts, beside generate with a static cache) and "
+        f"'{_LENGTHS}' (of answers) (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="tiny cases and one run: does it work?")
     add_json_option(parser)
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--repeats must be at least 1, got {arguments.repeats}")
     set_threads(arguments.threads)
     device = torch.device(check_device(arguments.device))
-    results: dict[str, Any] = {"cases": [], "lengths": [], "generate": None}
+    results: dict[str, Any] = {"cases": [], "lengths": [], "generate": None, "steps": None}
     steps = _chosen(_steps(device, arguments, results), arguments.cases)
     interrupted = False
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -74,10 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         _show(results)
     if interrupted:
         raise KeyboardInterrupt("interrupted: the cases are those that were finished")
-    entries = [*results["cases"], *results["lengths"]] + (
-        [results["generate"]] if results["generate"] else []
-    )
-    return int(not all(map(all_same, entries)))
+    entries = [*results["cases"], *results["lengths"], results["generate"], results["steps"]]
+    return int(not all(map(all_same, filter(None, entries))))
 
 
 def _steps(
@@ -88,12 +87,16 @@ def _steps(
     from nabla_fast.bench.decode_cases import named_cases
     from nabla_fast.bench.lengths import LENGTHS, QUICK_LENGTHS, measure_length
     from nabla_fast.bench.rollout_speed import measure_rollouts
+    from nabla_fast.bench.step_speed import measure_steps
 
     quick = arguments.quick
     repeats = 1 if quick else arguments.repeats
 
     def generate(on_side: Callable[[str], None]) -> None:
         results["generate"] = measure_rollouts(device, repeats, tokens=8 if quick else 40)
+
+    def step_times(on_side: Callable[[str], None]) -> None:
+        results["steps"] = measure_steps(device, repeats, quick=quick)
 
     steps = {
         named.name: lambda on_side, named=named: results["cases"].append(
@@ -105,7 +108,7 @@ def _steps(
         steps[f"{_LENGTHS}: {length} tokens"] = lambda on_side, length=length: results["lengths"].append(
             measure_length(length, device, on_side)
         )
-    return steps | {_GENERATE: generate}
+    return steps | {_GENERATE: generate, _STEPS: step_times}
 
 
 def _chosen(steps: dict[str, Any], texts: list[str] | None) -> dict[str, Any]:

@@ -131,11 +131,38 @@ class PagedReader:
             last = torch.tensor([max(0, count - 1) for count in lengths], device=device)
             offsets = torch.minimum(offsets, last[:, None])
         positions = before[:, None] + offsets
+        end = width + max(sequence.length for sequence in sequences)
+        return self.passes(positions, end, paged, ids=ids, embeddings=embeddings)
+
+    def read_next(
+        self, pool: BlockPool, ids: Tensor, lengths: Tensor, tables: Tensor, slots: Tensor
+    ) -> Tensor:
+        """Final hidden states [B, H] of one token more of each sequence, whose tables the caller keeps.
+
+        Nothing waits for the device, except where the model's own modules do.
+
+        Args:
+            pool: where the sequences lie.
+            ids: [B] int64.
+            lengths: [B] int64, tokens before it.
+            tables: [B, M] int64, of blocks.
+            slots: [B] int64, where its keys and values are put; −1: nowhere.
+        """
+        paged = PagedPass(pool, tables, lengths, slots[:, None])
+        end = tables.shape[1] * pool.block_size + 1
+        return self.passes(lengths[:, None], end, paged, ids=ids[:, None], embeddings=None)[:, 0]
+
+    @property
+    def passes(self) -> LlamaForward | _ModulePasses:
+        """What reads the weights; another object after each :meth:`renew`."""
         if self._llama_forward is None and self._module_passes is None:
             self.renew()
-        passes = self._llama_forward or self._module_passes
-        end = width + max(sequence.length for sequence in sequences)
-        return passes(positions, end, paged, ids=ids, embeddings=embeddings)
+        return self._llama_forward or self._module_passes
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the passes are the package's own, of which it is known that nothing waits in them."""
+        return isinstance(self.passes, LlamaForward)
 
     @torch.no_grad()
     def _probe(self, probed: nn.Module, ids: Sequence[list[int]]) -> None:

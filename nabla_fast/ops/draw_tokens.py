@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import NamedTuple
 
 import torch
@@ -131,7 +132,7 @@ def _fits(mass: Tensor, total: Tensor, limit: float) -> Tensor:
 
 
 def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 @draw_tokens.check

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nabla_fast.bench import decode as bench
+from nabla_fast.bench import step_speed
 from nabla_fast.bench.decode_cases import (
     GREEDY,
     Case,
@@ -22,6 +23,7 @@ from nabla_fast.bench.decode_cases import (
 from nabla_fast.bench.decode_runs import CountingLoop, Run, decode
 from nabla_fast.bench.decode_tables import tables
 from nabla_fast.bench.rollout_speed import measure_rollouts
+from nabla_fast.bench.step_speed import measure_steps
 from nabla_fast.checkpoints import bundled, load_tokenizer
 from nabla_fast.cli import main
 from nabla_fast.config import DTOConfig
@@ -29,6 +31,7 @@ from nabla_fast.decode.batched.accelerations import Accelerations
 from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.prompts import render_chat
 from nabla_fast.demo import countdown
+from nabla_fast.models import LanguageModel
 
 CPU = torch.device("cpu")
 
@@ -105,6 +108,28 @@ def test_rollouts_draw_what_generate_draws():
     result = measure_rollouts(CPU, 1, tokens=6)
     assert result["same_tokens"]
     assert set(result["rollout_ms"]) == set(result["share"]) == {"1", "8"}
+
+
+def test_steps_take_the_tokens_of_generate(monkeypatch):
+    result = measure_steps(CPU, 1, quick=True)
+    assert (result["same_tokens"], result["dtype"]) == (True, "float32")
+    assert set(result["step_ms"]) == set(result["share"]) == {"generate", "one_by_one", "ahead"}
+    (table,) = tables({"steps": result})
+    assert len(table.rows) == 3
+
+    roll_out = step_speed._roll_out
+
+    def wrong(lm: LanguageModel, turns: int, tokens: int) -> tuple[list[list[int]], float]:
+        found, seconds = roll_out(lm, turns, tokens)
+        found[3][-1] = (found[3][-1] + turns) % lm.vocabulary
+        return found, seconds
+
+    monkeypatch.setattr(step_speed, "_roll_out", wrong)
+    result = measure_steps(CPU, 1, quick=True)
+    assert not result["same_tokens"]
+    assert "step_ms" not in result
+    (table,) = tables({"steps": result})
+    assert "NOT the same" in table.note
 
 
 def test_problems_are_not_those_of_the_demo():

@@ -81,7 +81,8 @@ def compare(n: int, seen: Counter, draws: str = "torch") -> None:
     expected_stats, stats = ([Stats() for _ in given] for _ in range(2))
     expected = dict(SequentialLoop(lm, rm, config).decode(given, expected_stats))
     batch_size, proposals = chance.choice([1, 3, 16]), chance.choice([None, 1, 1, 2, 4, 8])
-    loop = BatchedLoop(lm, rm, config, batch_size=batch_size, proposals=proposals)
+    turns = chance.choice([None, 2, 3, 8])  # steps on a device's buffers, with Philox draws
+    loop = BatchedLoop(lm, rm, config, batch_size=batch_size, proposals=proposals, turns=turns)
     with watched_pools() as watch:
         found = dict(loop.decode(given, stats))
     assert watch.all_given_back()

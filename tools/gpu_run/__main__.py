@@ -93,7 +93,10 @@ class Plan:
         yield self._kernels("compiled", *(compiled if self.gpu else ["--check", "--op", "lm_"]), seconds=60)
         native.wait(30)
         decode = ["--device", self.device, "--repeats", "1", "--json"]
-        decode += ["--cases", *(("together", "greedy", "generate") if self.gpu else ("greedy", "--quick"))]
+        decode += [
+            "--cases",
+            *(("steps", "together", "greedy", "generate") if self.gpu else ("steps", "greedy", "--quick")),
+        ]
         yield Part("decode", [*COMMAND_LINE, "bench", "decode", *decode], 60, True)
         demo = ["--json", "--device", self.device, *(() if self.gpu else ("--problems", "2"))]
         yield Part("demo", [*COMMAND_LINE, "demo", *demo], 40, True)

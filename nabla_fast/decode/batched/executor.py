@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,21 +14,30 @@ from nabla_fast.decode.batched.accelerations import Accelerations
 from nabla_fast.decode.batched.drafting import Drafting
 from nabla_fast.decode.batched.requests import Descend, Gradient, RollOut, Score
 from nabla_fast.decode.batched.rollout import roll_out
+from nabla_fast.decode.batched.rollout_ahead import roll_out_ahead
+from nabla_fast.decode.batched.steps import Capture, Steps
 from nabla_fast.decode.descent import hard_descent_, learning_rates
-from nabla_fast.decode.draws import draws_of
+from nabla_fast.decode.draws import PhiloxDraws, draws_of
 from nabla_fast.decode.relaxed import Relaxed
 from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.errors import ModelError
 from nabla_fast.models import LanguageModel, RewardModel
-from nabla_fast.models.paged_kv import PagedSequence
+from nabla_fast.models.paged_kv import BlockPool, PagedSequence
 from nabla_fast.models.reader import PagedReader
 from nabla_fast.models.tables import TokenTable
 from nabla_fast.ops import AdamState, GumbelNoise, synchronize
+
+TURNS = 8
 
 
 class Executor:
     """The models, and one method a kind of request.
 
+    Args:
+        lm, rm, config, accelerations: of the loop.
+        turns: steps of rollouts that are taken before the host looks at what they drew, where draws are
+            Philox's; None: ``TURNS`` on a device, 1 on the CPU, where nothing is gained by it.
+        capture: as of :class:`Steps`.
     Raises:
         ModelError: a model cannot read from a paged prefix, or does not score its last token.
     """
@@ -38,11 +48,18 @@ class Executor:
         rm: RewardModel | None,
         config: DTOConfig,
         accelerations: Accelerations,
+        turns: int | None = None,
+        capture: Capture | None = None,
     ):
         if rm is not None and not rm.scores_last:
             raise ModelError(f"{type(rm.model).__name__} does not score its last token's state")
         self.lm, self.rm, self.config, self.accelerations = lm, rm, config, accelerations
         self.draws = draws_of(config, lm.device)
+        if turns is None:
+            turns = 1 if lm.device.type == "cpu" else TURNS
+        self.turns, self.capture = turns if isinstance(self.draws, PhiloxDraws) else 1, capture
+        # A pool's steps go with it: buckets hold its addresses.
+        self._steps: WeakKeyDictionary[BlockPool, Steps] = WeakKeyDictionary()
         self.drafting = Drafting(accelerations.drafting)
         self.lm_reader = PagedReader(lm.model)
         self.rm_reader = None if rm is None else PagedReader(rm.model)
@@ -53,7 +70,14 @@ class Executor:
 
     def roll_out(self, requests: Sequence[RollOut]) -> None:
         """Roll out all requests together; each draws from its own stream."""
-        roll_out(self.lm, self.lm_reader, self.config, self.draws, self.drafting, requests)
+        if self.turns == 1:
+            roll_out(self.lm, self.lm_reader, self.config, self.draws, self.drafting, requests)
+            return
+        pool = requests[0].base.pool
+        if pool not in self._steps:
+            sampling = self.config.rollout_sampling
+            self._steps[pool] = Steps(self.lm, self.lm_reader, sampling, pool, self.turns, self.capture)
+        roll_out_ahead(self.lm, self.lm_reader, self.config, self._steps[pool], requests)
 
     # -- rewards -----------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from nabla_fast.decode.batched.executor import Executor
 from nabla_fast.decode.batched.pools import Pools, SequenceGroups
 from nabla_fast.decode.batched.problem_state import ProblemState, Request
 from nabla_fast.decode.batched.requests import Descend, Gradient, RollOut, Score
+from nabla_fast.decode.batched.steps import Capture
 from nabla_fast.decode.failures import DecodeFailure, RequestFailure, without_locals
 from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.timing import PeakMemory
@@ -89,6 +90,7 @@ class BatchedLoop:
         proposals: made at once along a trajectory; None follows the acceptance rate seen and how many
             problems share the batch.
         max_kv_tokens: most tokens whose keys and values are held at once, a model; None for no limit.
+        accelerations, turns, capture: as of :class:`Executor`.
     Raises:
         ModelError: a model's attention cannot read from a paged prefix.
     """
@@ -103,8 +105,10 @@ class BatchedLoop:
         proposals: int | None = None,
         max_kv_tokens: int | None = None,
         accelerations: Accelerations | None = None,
+        turns: int | None = None,
+        capture: Capture | None = None,
     ):
-        self._executor = Executor(lm, rm, config, accelerations or Accelerations())
+        self._executor = Executor(lm, rm, config, accelerations or Accelerations(), turns, capture)
         self._batch_size, self._proposals = batch_size, proposals
         self._max_kv_tokens = max_kv_tokens
 

@@ -26,7 +26,7 @@ _WAITING = 1 << 20
 
 
 @dataclass
-class _Row:
+class RolloutRow:
     """One rollout under way."""
 
     request: RollOut
@@ -98,37 +98,51 @@ def roll_out(
     Raises:
         RequestFailure: a request's logits are not finite; its cause is a RowError.
     """
-    rows = [_row(request) for request in requests]
+    rows = [started(request) for request in requests]
     try:
         drawn = _Drawn()
         alive = rows
         while alive:
             alive = _step(lm, reader, config, draws, drafting, alive, drawn)
-        stats, hidden = drawn.stats(), torch.cat(drawn.hidden)
-        for row in rows:
-            request, places = row.request, torch.tensor(row.places, device=lm.device)
-            request.continuation = Continuation.of(
-                lm,
-                config,
-                request.problem,
-                request.response,
-                row.tokens,
-                hidden[places],
-                TokenStats(*(value[places] for value in stats)),
-            )
-            request.stats.generated_tokens += len(row.tokens)
+        answer(lm, config, rows, torch.cat(drawn.hidden), drawn.stats())
     except BaseException:
         for row in rows:
             row.sequence.free()
         raise
-    for row in rows:
-        row.request.sequence = row.sequence
 
 
-def _row(request: RollOut) -> _Row:
+def started(request: RollOut) -> RolloutRow:
+    """A row that has drawn nothing: its sequence is a fork of the request's base."""
     sequence = request.base.fork(request.shared)
     unread = [*request.problem.prompt_ids, *request.response][sequence.length :]
-    return _Row(request, sequence, unread)
+    return RolloutRow(request, sequence, unread)
+
+
+def answer(
+    lm: LanguageModel, config: DTOConfig, rows: Sequence[RolloutRow], hidden: Tensor, stats: TokenStats
+) -> None:
+    """Answer the requests of rows that have ended.
+
+    Args:
+        hidden: [P, H], states of all places.
+        stats: of their logits, [P] each.
+    Raises:
+        RowError: the LM's logits are not finite.
+    """
+    for row in rows:
+        request, places = row.request, torch.tensor(row.places, device=lm.device)
+        request.continuation = Continuation.of(
+            lm,
+            config,
+            request.problem,
+            request.response,
+            row.tokens,
+            hidden[places],
+            TokenStats(*(value[places] for value in stats)),
+        )
+        request.stats.generated_tokens += len(row.tokens)
+    for row in rows:
+        row.request.sequence = row.sequence
 
 
 def _step(
@@ -137,9 +151,9 @@ def _step(
     config: DTOConfig,
     draws: Draws,
     drafting: Drafting,
-    rows: list[_Row],
+    rows: list[RolloutRow],
     drawn: _Drawn,
-) -> list[_Row]:
+) -> list[RolloutRow]:
     """Read and draw once in every row; the rows that go on."""
     # Rows of a large vocabulary's logits are few at a time.
     most = _WAITING * 16 // (lm.vocabulary * len(rows)) - 1
