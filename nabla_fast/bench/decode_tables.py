@@ -70,6 +70,8 @@ def tables(results: dict[str, Any]) -> Iterator[TextTable]:
         yield _generate(results["generate"])
     if results.get("steps"):
         yield _steps(results["steps"])
+    if results.get("prefix"):
+        yield _prefix(results["prefix"])
 
 
 def _cases(cases: Cases) -> TextTable:
@@ -256,6 +258,31 @@ def _steps(entry: dict[str, Any]) -> TextTable:
         f"the tokens are {'the same' if entry['same_tokens'] else 'NOT the same'}{aside}."
     )
     return TextTable("Rollouts: milliseconds a step", ["", "ms a step", "of generate's time"], rows, note)
+
+
+_PREFIX_SIDES = {
+    "paged": "prefix read from the pool",
+    "recomputed": "prefix and suffix read by the model",
+    "concatenated": "transformers' passes after a cache of the prefix",
+}
+
+
+def _prefix(entry: dict[str, Any]) -> TextTable:
+    rows = [
+        [
+            title,
+            _number(entry.get("ms", {}).get(name)),
+            f"{entry['faster'][name]:.1f}×" if name in entry.get("faster", {}) else "",
+        ]
+        for name, title in _PREFIX_SIDES.items()
+    ]
+    same = "agree" if entry["same_gradients"] else "do NOT agree"
+    note = (
+        f"Forward and backward over {entry['suffix']} tokens after {entry['prefix']}, 8 layers of width 512, "
+        f"{entry['dtype']}; the gradients {same} to {max(entry['errors'].values()):.1e} of the largest."
+    )
+    header = ["", "ms", "times ours"]
+    return TextTable("Gradient passes after a frozen prefix: milliseconds", header, rows, note)
 
 
 def _tokens(entry: dict[str, Any]) -> str:

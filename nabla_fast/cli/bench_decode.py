@@ -17,7 +17,8 @@ from nabla_fast.cli.options import add_json_option, add_threads_option, check_de
 from nabla_fast.cli.output import table_console
 from nabla_fast.errors import InputError
 
-_GENERATE, _LENGTHS, _STEPS = "generate", "lengths", "steps"  # parts beside the cases
+# Parts beside the cases.
+_GENERATE, _LENGTHS, _STEPS, _PREFIX = "generate", "lengths", "steps", "prefix"
 
 
 def add_parser(parts: argparse._SubParsersAction) -> None:
@@ -30,8 +31,8 @@ def add_parser(parts: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="TEXT",
         help=f"only cases with one of these texts in their name; also '{_GENERATE}' (time per token beside "
-        f"transformers' generate), '{_STEPS}' (of rollouts, beside generate with a static cache) and "
-        f"'{_LENGTHS}' (of answers) (default: all)",
+        f"transformers' generate), '{_STEPS}' (of rollouts, beside generate with a static cache), "
+        f"'{_PREFIX}' (gradient passes after a frozen prefix) and '{_LENGTHS}' (of answers) (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="tiny cases and one run: does it work?")
     add_json_option(parser)
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     set_threads(arguments.threads)
     device = torch.device(check_device(arguments.device))
     results: dict[str, Any] = {"cases": [], "lengths": [], "generate": None, "steps": None}
+    results["prefix"] = None
     steps = _chosen(_steps(device, arguments, results), arguments.cases)
     interrupted = False
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -76,7 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     if interrupted:
         raise KeyboardInterrupt("interrupted: the cases are those that were finished")
     entries = [*results["cases"], *results["lengths"], results["generate"], results["steps"]]
-    return int(not all(map(all_same, filter(None, entries))))
+    prefix = results["prefix"]
+    same = all(map(all_same, filter(None, entries))) and (prefix is None or prefix["same_gradients"])
+    return int(not same)
 
 
 def _steps(
@@ -86,6 +90,7 @@ def _steps(
     from nabla_fast.bench.decode import measure
     from nabla_fast.bench.decode_cases import named_cases
     from nabla_fast.bench.lengths import LENGTHS, QUICK_LENGTHS, measure_length
+    from nabla_fast.bench.prefix_speed import measure_prefix
     from nabla_fast.bench.rollout_speed import measure_rollouts
     from nabla_fast.bench.step_speed import measure_steps
 
@@ -98,6 +103,9 @@ def _steps(
     def step_times(on_side: Callable[[str], None]) -> None:
         results["steps"] = measure_steps(device, repeats, quick=quick)
 
+    def prefix_times(on_side: Callable[[str], None]) -> None:
+        results["prefix"] = measure_prefix(device, repeats, quick=quick)
+
     steps = {
         named.name: lambda on_side, named=named: results["cases"].append(
             measure(named.build(device), repeats, on_side)
@@ -108,7 +116,7 @@ def _steps(
         steps[f"{_LENGTHS}: {length} tokens"] = lambda on_side, length=length: results["lengths"].append(
             measure_length(length, device, on_side)
         )
-    return steps | {_GENERATE: generate, _STEPS: step_times}
+    return steps | {_GENERATE: generate, _STEPS: step_times, _PREFIX: prefix_times}
 
 
 def _chosen(steps: dict[str, Any], texts: list[str] | None) -> dict[str, Any]:

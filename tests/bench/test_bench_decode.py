@@ -22,6 +22,7 @@ from nabla_fast.bench.decode_cases import (
 )
 from nabla_fast.bench.decode_runs import CountingLoop, Run, decode
 from nabla_fast.bench.decode_tables import tables
+from nabla_fast.bench.prefix_speed import measure_prefix
 from nabla_fast.bench.rollout_speed import measure_rollouts
 from nabla_fast.bench.step_speed import measure_steps
 from nabla_fast.checkpoints import bundled, load_tokenizer
@@ -32,6 +33,7 @@ from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.prompts import render_chat
 from nabla_fast.demo import countdown
 from nabla_fast.models import LanguageModel
+from nabla_fast.models.reader import PagedReader
 
 CPU = torch.device("cpu")
 
@@ -130,6 +132,23 @@ def test_steps_take_the_tokens_of_generate(monkeypatch):
     assert "step_ms" not in result
     (table,) = tables({"steps": result})
     assert "NOT the same" in table.note
+
+
+def test_gradients_after_a_prefix_agree_before_they_are_timed(monkeypatch):
+    result = measure_prefix(CPU, 1, quick=True)
+    assert result["same_gradients"]
+    assert set(result["ms"]) == {"paged", "recomputed", "concatenated"}
+    assert set(result["faster"]) == set(result["targets"])
+    (table,) = tables({"prefix": result})
+    assert len(table.rows) == 3
+
+    read = PagedReader.read
+    monkeypatch.setattr(PagedReader, "read", lambda *a, **options: 1.01 * read(*a, **options))
+    result = measure_prefix(CPU, 1, quick=True)
+    assert not result["same_gradients"]
+    assert "ms" not in result
+    (table,) = tables({"prefix": result})
+    assert "NOT" in table.note
 
 
 def test_problems_are_not_those_of_the_demo():
