@@ -91,6 +91,22 @@ def test_the_written_backward_is_autograds(kind, window):
     assert not torch.equal(autograds, found)
 
 
+@pytest.mark.parametrize("suffix", [15, 16, 37])
+def test_suffixes_of_any_length_at_every_instruction_set(isa, suffix):
+    # Widths that neither fill blocks of weights nor tiles of columns; two sequences, one of them padded.
+    fields = {"hidden_size": 208, "intermediate_size": 336, "head_dim": 16, "attention_bias": True}
+    model = tiny_models.causal_lm("llama", dtype=torch.float32, **fields)
+    paged = reader(model)
+    assert paged._llama_forward._native is not None
+    ids = torch.randint(3, tiny_models.VOCABULARY, (2, suffix))
+    pool = paged.pool(40, block_size=4)
+    ours = paged.read([pool.sequence(), pool.sequence()], [suffix, suffix - 3], ids=ids)
+    theirs, exact = whole(model, ids), whole(copy.deepcopy(model).double(), ids)
+    for row, length in enumerate((suffix, suffix - 3)):
+        error, of_torch = ((x[row, :length] - exact[row, :length]).abs().amax() for x in (ours, theirs))
+        assert error <= 2 * of_torch + 1e-6 * exact[row].abs().amax()
+
+
 @pytest.mark.parametrize(
     "scaling",
     [

@@ -18,11 +18,11 @@ namespace nabla_fast::gemm {
 
 // Tokens and rows whose inner products are summed at once, in registers where there are 32.
 constexpr int kTokensInRegisters = 4;
-constexpr int kRowsInRegisters = 4;
+constexpr int kMostRowsInRegisters = 4;
 // Tokens of a block, which stay in the second-level cache while rows pass over it, and rows that
 // stay in the first meanwhile.
 constexpr int64_t kTokensInL2 = 64;
-constexpr int64_t kRowsInL1 = 16;
+constexpr int64_t kRowsInL1 = 24;  // threes, or fours
 constexpr int64_t kColumnsInL1 = 512;
 // Bytes from the weights at work to those being prefetched: the hardware's own prefetcher leaves
 // memory idle during the arithmetic.
@@ -54,6 +54,27 @@ NABLA_FAST_INLINE Floats<W> in_register(Floats<W> x) {
 NABLA_FAST_INLINE float* in_memory(float* x) {
   asm volatile("" : "+r"(x) : : "memory");
   return x;
+}
+
+// total[r * kTokensInRegisters + t] += the products of one vector of three rows. Twelve sums, the rows'
+// numbers and a token's fill 16 registers: 7 loads for 12 multiply-adds, where two rows need 6 for 8.
+// The rest is as of add_products().
+template <int W, bool kPrefetch, typename T>
+NABLA_FAST_INLINE void add_products_of_three(const float* const* h, const T* const* w,
+                                             int64_t first, int64_t last, int lane, int64_t ahead,
+                                             int pass, int passes, Floats<W>* total) {
+  for (int64_t k = first; k < last; k += kLanes) {
+    Floats<W> states[3];
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) states[r] = load<W>(h[r] + k + lane);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokensInRegisters; ++t) {
+      const Floats<W> weight = load_fp32<W>(w[t] + k + lane);
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) total[r * kTokensInRegisters + t] += states[r] * weight;
+      if (kPrefetch && t % passes == pass) __builtin_prefetch(w[t] + k + ahead);
+    }
+  }
 }
 
 // total[(r * kTokensInRegisters + t) * P + p] += the products of vector p of P from lane `lane` on,
@@ -93,39 +114,36 @@ NABLA_FAST_INLINE void add_products_of_part(const float* const* h, const T* cons
                                             int passes, float* total) {
   constexpr int P = R == 1 ? 2 : 1;
   Floats<W> part[R * kTokensInRegisters * P];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int n = 0; n < R * kTokensInRegisters * P; ++n)
     part[n] = load<W>(total + n / P * kLanes + lane + n % P * W);
-  add_products<W, R, P, kPrefetch, T>(h, w, first, last, lane, ahead, pass, passes, part);
-#pragma GCC unroll 8
+  if constexpr (R == 3)
+    add_products_of_three<W, kPrefetch, T>(h, w, first, last, lane, ahead, pass, passes, part);
+  else
+    add_products<W, R, P, kPrefetch, T>(h, w, first, last, lane, ahead, pass, passes, part);
+#pragma GCC unroll 12
   for (int n = 0; n < R * kTokensInRegisters * P; ++n)
     store<W>(total + n / P * kLanes + lane + n % P * W, part[n]);
 }
 
 // total[r * kTokensInRegisters + t] += the products of all lanes of `R` rows where there are only 16
-// registers, of W < kLanes numbers: eight sums are in them at once, of two rows or of one. Passes
-// after the first find the columns in the first-level cache.
+// registers, of W < kLanes numbers: eight sums are in them at once, of two rows or of one, or the twelve
+// of three. Passes after the first find the columns in the first-level cache.
 template <int W, int R, bool kPrefetch, typename T>
 NABLA_FAST_INLINE void add_products_in_passes(const float* const* h, const T* const* w,
                                               int64_t columns, int64_t ahead, Lanes* total) {
-  constexpr int kOfPair = kLanes / W, kOfSingle = kOfPair / 2;
-  constexpr int kPasses = R / 2 * kOfPair + R % 2 * kOfSingle;
+  constexpr int kTogether = R == 4 ? 2 : R, kStep = R == 1 ? 2 * W : W;
+  constexpr int kOfRows = kLanes / kStep, kPasses = R / kTogether * kOfRows;
   // In memory between passes: registers for all of them would be taken from the sums at work.
   float* sums = in_memory(reinterpret_cast<float*>(total));
   for (int64_t first = 0; first < columns; first += kColumnsInL1) {
     const int64_t last = std::min(columns, first + kColumnsInL1);
 #pragma GCC unroll 8
-    for (int n = 0; n < R / 2 * kOfPair; ++n) {
-      const int r = n / kOfPair * 2;
-      add_products_of_part<W, 2, kPrefetch, T>(h + r, w, first, last, n % kOfPair * W, ahead, n,
-                                               kPasses, sums + r * kTokensInRegisters * kLanes);
-    }
-    if constexpr (R % 2 == 1) {
-#pragma GCC unroll 2
-      for (int n = 0; n < kOfSingle; ++n)
-        add_products_of_part<W, 1, kPrefetch, T>(h + R - 1, w, first, last, n * 2 * W, ahead,
-                                                 R / 2 * kOfPair + n, kPasses,
-                                                 sums + (R - 1) * kTokensInRegisters * kLanes);
+    for (int n = 0; n < kPasses; ++n) {
+      const int r = n / kOfRows * kTogether;
+      add_products_of_part<W, kTogether, kPrefetch, T>(h + r, w, first, last, n % kOfRows * kStep,
+                                                       ahead, n, kPasses,
+                                                       sums + r * kTokensInRegisters * kLanes);
     }
   }
 }
@@ -143,7 +161,7 @@ NABLA_FAST_INLINE void dot_tile(const HeadProduct& p, int64_t row, int64_t token
   const float* h[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) h[r] = p.hidden + (row + r) * p.hidden_stride;
-  Lanes total[kRowsInRegisters * kTokensInRegisters] = {};
+  Lanes total[kMostRowsInRegisters * kTokensInRegisters] = {};
   int64_t tile_bytes = kTokensInRegisters * static_cast<int64_t>(sizeof(T)) * p.width;
   int64_t ahead = (kPrefetchBytes / (tile_bytes + 1) + 1) * kTokensInRegisters * p.head_stride;
   int64_t whole = p.width - p.width % kLanes;
@@ -172,18 +190,28 @@ NABLA_FAST_INLINE void dot_tile(const HeadProduct& p, int64_t row, int64_t token
 template <int W, bool kPrefetch, typename T>
 NABLA_FAST_INLINE void dot_column(const HeadProduct& p, int64_t first, int64_t last, int64_t token,
                                   int tokens, float* logits, int64_t stride) {
+  // Where there are 16 registers, threes are faster of a bf16 head, whose numbers are converted once for
+  // them; of a float32 head pairs are, two a tile.
+  constexpr int kRows = W < kLanes && sizeof(T) == 2 ? 3 : 4;
+  // A row by itself is slow there: it shares the tiles of those before it.
+  const bool shares = W < kLanes && (last - first) % kRows == 1 && last - first > kRows &&
+                      (kRows == 3 || last - first == 5);
+  const int64_t end = last - (shares ? kRows : 0);
   int64_t row = first;
-  if (kPrefetch && last - first >= kRowsInRegisters) {
-    dot_tile<W, kRowsInRegisters, true, T>(p, row, token, tokens, logits, stride);
-    row += kRowsInRegisters;
+  if (kPrefetch && row + kRows <= end) {
+    dot_tile<W, kRows, true, T>(p, row, token, tokens, logits, stride);
+    row += kRows;
   }
-  for (; row + kRowsInRegisters <= last; row += kRowsInRegisters)
-    dot_tile<W, kRowsInRegisters, false, T>(p, row, token, tokens, logits + (row - first) * stride,
-                                            stride);
-  float* rest = logits + (row - first) * stride;
-  if (last - row == 3) dot_tile<W, 3, kPrefetch, T>(p, row, token, tokens, rest, stride);
-  if (last - row == 2) dot_tile<W, 2, kPrefetch, T>(p, row, token, tokens, rest, stride);
-  if (last - row == 1) dot_tile<W, 1, kPrefetch, T>(p, row, token, tokens, rest, stride);
+  for (; row + kRows <= end; row += kRows)
+    dot_tile<W, kRows, false, T>(p, row, token, tokens, logits + (row - first) * stride, stride);
+  if (last - row == 5 || last - row == 3) {
+    dot_tile<W, 3, kPrefetch, T>(p, row, token, tokens, logits + (row - first) * stride, stride);
+    row += 3;
+  }
+  for (; row + 2 <= last; row += 2)
+    dot_tile<W, 2, kPrefetch, T>(p, row, token, tokens, logits + (row - first) * stride, stride);
+  if (row < last)
+    dot_tile<W, 1, kPrefetch, T>(p, row, token, tokens, logits + (row - first) * stride, stride);
 }
 
 // out[r * stride + t - first] of all rows and tokens [first, last), at most kTokensInL2. The first

@@ -18,6 +18,9 @@ namespace {
 constexpr int64_t kProductsPerThread = 1 << 20;
 // Rows of a weight that stay in a cache while all tokens pass over them.
 constexpr int64_t kWeightBlock = 128;
+// Tokens of a suffix from which a block of a weight is transposed for all of them. Shorter ones, a
+// rollout's among them, keep the bits of lm_logits, whatever is beside them.
+constexpr int64_t kLongSuffix = 16;
 
 // -- element by element ---------------------------------------------------------------------------
 
@@ -106,18 +109,69 @@ NABLA_FAST_FOR_EACH_ISA(gated_backward, gated_backward_kernel)
 
 // -- products -------------------------------------------------------------------------------------
 
-// y[T, out] = x[T, in] weight^T + bias.
-void linear(const float* x, int64_t x_stride, int64_t tokens, const Linear& layer, int64_t out,
-            int64_t in, float* y, int64_t y_stride, int32_t num_threads) {
+// to[in, columns] = weight[columns, in]^T, multiples of W.
+template <int W>
+NABLA_FAST_INLINE void transpose_block(const float* weight, int64_t stride, int64_t in,
+                                       int64_t columns, float* to) {
+  for (int64_t column = 0; column < columns; column += W) {
+    for (int64_t k = 0; k < in; k += W) {
+      Floats<W> square[W];
+#pragma GCC unroll 16
+      for (int n = 0; n < W; ++n) square[n] = load<W>(weight + (column + n) * stride + k);
+      transpose<W>(square);
+#pragma GCC unroll 16
+      for (int n = 0; n < W; ++n) store<W>(to + (k + n) * columns + column, square[n]);
+    }
+  }
+}
+
+// Columns [first, last) of y[T, out] = x[T, in] weight^T.
+template <int W>
+NABLA_FAST_INLINE void linear_part_kernel(const float* x, int64_t x_stride, int64_t tokens,
+                                          const float* weight, int64_t in, float* y,
+                                          int64_t y_stride, int64_t first, int64_t last) {
+  constexpr int64_t kColumns = gemm::kColumnVectorsInRegisters<kLanes> * kLanes;
+  float block[kWeightBlock * kColumns];
+  const int64_t columns = last - first;
+  for (int64_t t = 0; t < tokens; ++t)
+    std::fill(y + t * y_stride + first, y + t * y_stride + last, 0.0f);
+  for (int64_t k = 0; k < in; k += kWeightBlock) {
+    const int64_t some = std::min(kWeightBlock, in - k);
+    transpose_block<W>(weight + first * in + k, in, some, columns, block);
+    gemm::add_weighted_rows<W, float>(x + k, x_stride, tokens, some, block, columns, columns,
+                                      y + first, y_stride);
+  }
+}
+NABLA_FAST_FOR_EACH_ISA(linear_part, linear_part_kernel<W>)
+
+void long_linear(const float* x, int64_t x_stride, int64_t tokens, const float* weight, int64_t out,
+                 int64_t in, float* y, int64_t y_stride, int32_t num_threads) {
+  constexpr int64_t kColumns = gemm::kColumnVectorsInRegisters<kLanes> * kLanes;
+  const int threads = threads_for(tokens * out * in, kProductsPerThread, num_threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t first = 0; first < out; first += kColumns)
+    linear_part(x, x_stride, tokens, weight, in, y, y_stride, first,
+                std::min(out, first + kColumns));
+}
+
+void short_linear(const float* x, int64_t x_stride, int64_t tokens, const float* weight,
+                  int64_t out, int64_t in, float* y, int64_t y_stride, int32_t num_threads) {
   nabla_fast_lm_logits_args product{};
   product.size = sizeof(product);
   product.num_threads = threads_for(tokens * out * in, kProductsPerThread, num_threads);
   product.rows = tokens;
   product.vocab = out;
   product.hidden = {x, in, x_stride, NABLA_FAST_FLOAT32};
-  product.head = {layer.weight, in, in, NABLA_FAST_FLOAT32};
+  product.head = {weight, in, in, NABLA_FAST_FLOAT32};
   product.logits = {y, out, y_stride, NABLA_FAST_FLOAT32};
   nabla_fast_lm_logits(&product);
+}
+
+// y[T, out] = x[T, in] weight^T + bias, of suffixes of `suffix` tokens.
+void linear(const float* x, int64_t x_stride, int64_t tokens, int64_t suffix, const Linear& layer,
+            int64_t out, int64_t in, float* y, int64_t y_stride, int32_t num_threads) {
+  (suffix >= kLongSuffix ? long_linear : short_linear)(x, x_stride, tokens, layer.weight, out, in,
+                                                       y, y_stride, num_threads);
   if (layer.bias) {
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t k = 0; k < out; ++k) y[t * y_stride + k] += layer.bias[k];
@@ -272,11 +326,12 @@ nabla_fast_status decoder_forward(const Decoder& d, const DecoderPass& p) {
     Kept kept = kept_of(d, p, index);
     norm_rows(p.x, width, count, width, layer.attention_norm, 1, layer.attention_eps, kept.unit,
               kept.inverse, scratch.normed, width);
-    linear(scratch.normed, width, count, layer.q, q_width, width, kept.qkv, row, p.num_threads);
-    linear(scratch.normed, width, count, layer.k, kv_width, width, kept.qkv + q_width, row,
+    linear(scratch.normed, width, count, p.suffix, layer.q, q_width, width, kept.qkv, row,
            p.num_threads);
-    linear(scratch.normed, width, count, layer.v, kv_width, width, kept.qkv + q_width + kv_width,
+    linear(scratch.normed, width, count, p.suffix, layer.k, kv_width, width, kept.qkv + q_width,
            row, p.num_threads);
+    linear(scratch.normed, width, count, p.suffix, layer.v, kv_width, width,
+           kept.qkv + q_width + kv_width, row, p.num_threads);
     if (layer.qk_norm) {
       for (int64_t t = 0; t < count; ++t)
         norm_rows(kept.qkv + t * row, d.dim, normed, d.dim, layer.qk_norm, normed, layer.qk_eps,
@@ -288,17 +343,18 @@ nabla_fast_status decoder_forward(const Decoder& d, const DecoderPass& p) {
     nabla_fast_status status = nabla_fast_prefix_attention(&attention);
     if (status != NABLA_FAST_OK) return status;
     if (p.slots) store_keys(d, p, index, kept.qkv);
-    linear(scratch.attended, q_width, count, layer.output, width, q_width, scratch.normed, width,
-           p.num_threads);
+    linear(scratch.attended, q_width, count, p.suffix, layer.output, width, q_width, scratch.normed,
+           width, p.num_threads);
     for (int64_t k = 0; k < count * width; ++k) p.x[k] += scratch.normed[k];
     norm_rows(p.x, width, count, width, layer.mlp_norm, 1, layer.mlp_eps, kept.mlp_unit,
               kept.mlp_inverse, scratch.normed, width);
-    linear(scratch.normed, width, count, layer.gate, d.inner, width, kept.gate, d.inner,
+    linear(scratch.normed, width, count, p.suffix, layer.gate, d.inner, width, kept.gate, d.inner,
            p.num_threads);
-    linear(scratch.normed, width, count, layer.up, d.inner, width, kept.up, d.inner, p.num_threads);
+    linear(scratch.normed, width, count, p.suffix, layer.up, d.inner, width, kept.up, d.inner,
+           p.num_threads);
     gated(kept.gate, kept.up, scratch.product, count * d.inner);
-    linear(scratch.product, d.inner, count, layer.down, width, d.inner, scratch.normed, width,
-           p.num_threads);
+    linear(scratch.product, d.inner, count, p.suffix, layer.down, width, d.inner, scratch.normed,
+           width, p.num_threads);
     for (int64_t k = 0; k < count * width; ++k) p.x[k] += scratch.normed[k];
   }
   float* unit = last_unit(d, p);
