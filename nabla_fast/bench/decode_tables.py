@@ -278,7 +278,7 @@ def _prefix(entry: dict[str, Any]) -> TextTable:
     ]
     same = "agree" if entry["same_gradients"] else "do NOT agree"
     note = (
-        f"Forward and backward over {entry['suffix']} tokens after {entry['prefix']}, 8 layers of width 512, "
+        f"Forward and backward over {entry['suffix']} tokens after {entry['prefix']}, layers of width 512, "
         f"{entry['dtype']}; the gradients {same} to {max(entry['errors'].values()):.1e} of the largest."
     )
     header = ["", "ms", "times ours"]

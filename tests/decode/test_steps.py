@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import random
 from collections import Counter
@@ -22,7 +23,7 @@ from nabla_fast import DTOConfig, RowError, SamplingConfig, VocabularyAlignment
 from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.batched.requests import RollOut
 from nabla_fast.decode.batched.rollout_ahead import roll_out_ahead
-from nabla_fast.decode.batched.steps import ENDED, StepRow, Steps
+from nabla_fast.decode.batched.steps import ENDED, StepRow, Steps, graphs
 from nabla_fast.decode.draws import PhiloxStream
 from nabla_fast.decode.failures import DecodeFailure
 from nabla_fast.decode.problem import Problem
@@ -38,7 +39,11 @@ SAMPLING = SamplingConfig(temperature=0.8, top_k=10, top_p=0.9)
 INTERPRETED = pytest.mark.skipif(
     bool(backend_status()["triton"]) or torch.cuda.is_available(), reason="needs Triton's interpreter"
 )
-BACKENDS = [("torch", torch.float64), pytest.param("triton", torch.float32, marks=INTERPRETED)]
+BACKENDS = [
+    ("torch", torch.float64, "llama"),
+    ("torch", torch.float64, "qwen3"),
+    pytest.param("triton", torch.float32, "llama", marks=INTERPRETED),
+]
 KERNELS = ("draw_tokens", "prefix_attention", "store_keys_values", "token_stats")
 
 
@@ -105,8 +110,7 @@ def taken(
     return found
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize(("backend", "dtype", "kind"), BACKENDS)
 def test_a_recorded_step_replayed_with_other_contents_is_a_fresh_one(
     backend: str, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -372,6 +376,33 @@ def test_new_weights_and_a_grown_pool_are_captured_anew():
             for sequence, ids in zip(text.sequences, text.ids, strict=True):
                 sequence.truncate(len(ids) - 1)
     assert captured == [1, 1, 2, 3]
+
+
+def test_graphs_are_captured_on_the_device_and_share_their_memory(monkeypatch: pytest.MonkeyPatch):
+    """What is asked of torch.cuda, which on AMD's GPUs is ROCm's."""
+    asked: list[tuple] = []
+
+    class Graph:
+        def pool(self) -> str:
+            return "memory"
+
+        def replay(self) -> None:
+            asked.append(("replay",))
+
+    @contextlib.contextmanager
+    def entered(*given: Any, **options: Any) -> Iterator[None]:
+        asked.append((*(type(one).__name__ for one in given), options.get("pool")))
+        yield
+
+    monkeypatch.setattr(torch.version, "hip", "6.4", raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", entered)
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    capture = graphs(torch.device("cuda", 0))
+    for _ in range(2):
+        capture(lambda: asked.append(("launched",)))()
+    once = [("device", None), ("Graph", None), ("launched",), ("replay",)]
+    assert asked == [*once, once[0], ("Graph", "memory"), *once[2:]]
 
 
 @pytest.mark.gpu

@@ -169,7 +169,7 @@ class Steps:
         self._buckets: dict[tuple[int, int, int], Bucket] = {}
         self._capture = capture
         if capture is None and lm.device.type == "cuda":
-            self._capture = _graphs(lm.device)
+            self._capture = graphs(lm.device)
         self._captured_for: tuple[Any, ...] = ()
 
     def run(self, rows: Sequence[StepRow], turns: int) -> Bucket:
@@ -209,7 +209,7 @@ class Steps:
                 bucket.replay = None
 
 
-def _graphs(device: torch.device) -> Capture:
+def graphs(device: torch.device) -> Capture:
     """Captures CUDA graphs, which share their memory: no two of them run at the same time."""
     memory = None
 
