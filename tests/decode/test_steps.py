@@ -184,15 +184,26 @@ def test_a_recording_runs_nothing_until_it_is_replayed():
 # -- whole decodes -------------------------------------------------------------------------------------
 
 
-def decoded(n: int, count: int, loop: type, dtype: torch.dtype, changes: dict, **options: Any) -> list:
-    """Tokens of random problems like case n, by one of the loops."""
+def made(
+    n: int, count: int, loop: type, dtype: torch.dtype, changes: dict, **options: Any
+) -> tuple[Any, list[Problem]]:
+    """One of the loops, and random problems like case n."""
     case = make_case(n)
     lm = LanguageModel(causal_lm("llama", dtype=dtype, eos_token_id=case.eos or None))
     rm = RewardModel(reward_model("llama", dtype=dtype), VocabularyAlignment.identity())
     given = problems(case, random.Random(n), count)
     config = replace(case.config, draws="philox", rejection=True, **changes)
-    found = dict(loop(lm, rm, config, **options).decode(given, [Stats() for _ in given]))
-    return [found[index].tokens for index in range(count)]
+    return loop(lm, rm, config, **options), given
+
+
+def tokens_of(loop: Any, given: list[Problem]) -> list[list[int]]:
+    found = dict(loop.decode(given, [Stats() for _ in given]))
+    return [found[index].tokens for index in range(len(given))]
+
+
+def decoded(*arguments: Any, **options: Any) -> list[list[int]]:
+    """The tokens of the problems by the loop that :func:`made` gives."""
+    return tokens_of(*made(*arguments, **options))
 
 
 def test_whole_decodes_through_recordings_in_float64():
@@ -202,7 +213,9 @@ def test_whole_decodes_through_recordings_in_float64():
             expected = decoded(n, 3, SequentialLoop, torch.float64, {})
             recordings = Recordings()
             options = {"turns": 2 + n % 4, "capture": recordings}
-            assert decoded(n, 3, BatchedLoop, torch.float64, {}, **options) == expected
+            loop, given = made(n, 3, BatchedLoop, torch.float64, {}, **options)
+            assert tokens_of(loop, given) == expected
+            assert loop._executor._steps == {}
             captured, replayed = captured + recordings.captured, replayed + recordings.replayed
     assert captured >= 8
     assert replayed >= 50
@@ -294,12 +307,12 @@ def test_host_reads_of_a_decode():
     lm = LanguageModel(causal_lm("llama", dtype=torch.float32, eos_token_id=None))
     rm = RewardModel(reward_model("llama", dtype=torch.float32), VocabularyAlignment.identity())
     config = DTOConfig(draws="philox", rollout_sampling=SAMPLING, max_generations=4)
-    made = [Problem((4 + n, 5, 6), (4,), (), n, 24, frozenset(), StopStrings()) for n in range(4)]
-    stats = [Stats() for _ in made]
+    given = [Problem((4 + n, 5, 6), (4,), (), n, 24, frozenset(), StopStrings()) for n in range(4)]
+    stats = [Stats() for _ in given]
     loop = BatchedLoop(lm, rm, config, turns=8)
     looks = _Looks()
     with as_on_a_device(), looks:
-        list(loop.decode(made, stats))
+        list(loop.decode(given, stats))
     rounds = sum(own.rounds for own in stats)
     assert rounds >= 8
     assert looks.count <= 10 * rounds + rounds * 24 // 8
@@ -349,15 +362,15 @@ def test_logits_that_are_not_finite_are_of_their_problem(turns: int):
     with torch.no_grad():
         lm.get_input_embeddings().weight[7] = float("nan")
     config = DTOConfig(draws="philox", max_generations=1, rollout_sampling=SAMPLING, reward_coeff=0.0)
-    made = [
+    given = [
         Problem(ids, (), (), 1, 6, frozenset(), StopStrings()) for ids in ((4, 5), (6, 7), (8,), (9, 10))
     ]
     loop = BatchedLoop(LanguageModel(lm), None, config, turns=turns)
-    found = dict(loop.decode(made, [Stats() for _ in made], keep=True))
+    found = dict(loop.decode(given, [Stats() for _ in given], keep=True))
     assert isinstance(found[1], RowError)
     assert "row 0 has a NaN logit" in str(found[1])
     with pytest.raises(DecodeFailure) as failed:
-        list(loop.decode(made, [Stats() for _ in made]))
+        list(loop.decode(given, [Stats() for _ in given]))
     assert failed.value.problems == [1]
 
 
@@ -411,11 +424,11 @@ def test_graphs_are_captured_on_the_device_and_share_their_memory(monkeypatch: p
 def test_graphs_give_what_single_launches_give():
     lm = LanguageModel(causal_lm("llama", dtype=torch.float32, eos_token_id=None).cuda())
     config = DTOConfig(draws="philox", max_generations=3, rollout_sampling=SAMPLING, reward_coeff=0.0)
-    made = [Problem((4 + n, 5), (), (), n, 40, frozenset(), StopStrings()) for n in range(5)]
+    given = [Problem((4 + n, 5), (), (), n, 40, frozenset(), StopStrings()) for n in range(5)]
     found = []
     for turns in (1, 8):
         loop = BatchedLoop(lm, None, config, turns=turns)
-        found.append([one.tokens for _, one in sorted(loop.decode(made, [Stats() for _ in made]))])
+        found.append([one.tokens for _, one in sorted(loop.decode(given, [Stats() for _ in given]))])
     assert found[0] == found[1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +58,7 @@ class Executor:
         if turns is None:
             turns = 1 if lm.device.type == "cpu" else TURNS
         self.turns, self.capture = turns if isinstance(self.draws, PhiloxDraws) else 1, capture
-        # A pool's steps go with it: buckets hold its addresses.
-        self._steps: WeakKeyDictionary[BlockPool, Steps] = WeakKeyDictionary()
+        self._steps: dict[BlockPool, Steps] = {}
         self.drafting = Drafting(accelerations.drafting)
         self.lm_reader = PagedReader(lm.model)
         self.rm_reader = None if rm is None else PagedReader(rm.model)
@@ -78,6 +77,14 @@ class Executor:
             sampling = self.config.rollout_sampling
             self._steps[pool] = Steps(self.lm, self.lm_reader, sampling, pool, self.turns, self.capture)
         roll_out_ahead(self.lm, self.lm_reader, self.config, self._steps[pool], requests)
+
+    def forget(self, pool: BlockPool) -> None:
+        """Drop what was made for the LM's pool, which is closed: buffers, and graphs with its addresses."""
+        self._steps.pop(pool, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to decodes that are under way."""
+        return {**self.__dict__, "_steps": {}}
 
     # -- rewards -----------------------------------------------------------------------------------
 

@@ -196,6 +196,7 @@ class BatchedLoop:
                 for r in active:
                     r.close()
             finally:
+                self._executor.forget(pools.lm)
                 pools.close()
 
     def _begin(self, first: Sequence[Problem]) -> Pools:

@@ -36,6 +36,9 @@ class Pools:
         lm, rm: readers of the models; ``rm`` may be None.
         first: the problems that are decoded first, at least one.
         max_tokens: most tokens that each pool may hold, ≥ ``BLOCK``; None for no limit.
+
+    Attributes:
+        lm: the LM's pool.
     """
 
     def __init__(
@@ -47,17 +50,17 @@ class Pools:
             blocks = sum(length // BLOCK + 2 for length in lengths)
             return reader.pool(blocks if limit is None else min(blocks, limit), BLOCK, limit)
 
-        self._lm = pool(lm, [len(p.prompt_ids) for p in first])
+        self.lm = pool(lm, [len(p.prompt_ids) for p in first])
         self._rm = (
             None if rm is None else pool(rm, [len(p.reward_prefix) + len(p.reward_suffix) for p in first])
         )
 
     def groups(self) -> SequenceGroups:
         """Groups for a new problem, empty as yet."""
-        return SequenceGroups(self._lm.group(), None if self._rm is None else self._rm.group())
+        return SequenceGroups(self.lm.group(), None if self._rm is None else self._rm.group())
 
     def close(self) -> None:
         """Drop the memory; no problem may use its sequences any more."""
-        for pool in (self._lm, self._rm):
+        for pool in (self.lm, self._rm):
             if pool is not None:
                 pool.close()

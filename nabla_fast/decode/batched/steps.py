@@ -216,7 +216,10 @@ def graphs(device: torch.device) -> Capture:
     def captured(function: Callable[[], None]) -> Callable[[], None]:
         nonlocal memory
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=memory):
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"),
+        ):
             function()
         memory = graph.pool()
         return graph.replay
