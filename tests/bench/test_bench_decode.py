@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nabla_fast.bench import decode as bench
-from nabla_fast.bench import step_speed
+from nabla_fast.bench import prefix_speed, step_speed
 from nabla_fast.bench.decode_cases import (
     GREEDY,
     Case,
@@ -33,7 +33,6 @@ from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.prompts import render_chat
 from nabla_fast.demo import countdown
 from nabla_fast.models import LanguageModel
-from nabla_fast.models.reader import PagedReader
 
 CPU = torch.device("cpu")
 
@@ -142,8 +141,13 @@ def test_gradients_after_a_prefix_agree_before_they_are_timed(monkeypatch):
     (table,) = tables({"prefix": result})
     assert len(table.rows) == 3
 
-    read = PagedReader.read
-    monkeypatch.setattr(PagedReader, "read", lambda *a, **options: 1.01 * read(*a, **options))
+    sides = prefix_speed._sides
+
+    def wrong(*given) -> dict:
+        right = sides(*given)
+        return right | {"paged": lambda own: 1.01 * right["paged"](own)}
+
+    monkeypatch.setattr(prefix_speed, "_sides", wrong)
     result = measure_prefix(CPU, 1, quick=True)
     assert not result["same_gradients"]
     assert "ms" not in result

@@ -48,13 +48,17 @@ def _cpu_cases(device: torch.device, v: int, h: int, h_r: int) -> list[Case]:
         *(lm_logits(n, v, h, f32, device) for n in (1, 16)),
         lm_logits(1, v, h, bf16, device),
         nll_grad(16, v, h, f32, device),
-        *_attention(device),
+        # A step of a decode, a draft that is read at once, and a gradient of a trajectory.
+        *(
+            prefix_attention(batch, 600, suffix, 14, 2, 64, backward=backward, device=device)
+            for batch, suffix, backward in ((1, 1, False), (16, 1, False), (4, 16, False), (1, 128, True))
+        ),
     ]
 
 
 def _gpu_cases(device: torch.device, v: int, n: int) -> list[Case]:
     h, h_r, bf16 = 3584, 2560, torch.bfloat16
-    widths = [h, h_r]
+    widths, prefix = [h, h_r], 8 * n
     fewer = [rows for rows in (1, 8, 64) if rows < n]  # of a decode
     # The rows that goals are set for come first: a run may be cut off.
     return [
@@ -72,13 +76,9 @@ def _gpu_cases(device: torch.device, v: int, n: int) -> list[Case]:
         dto_descent(n, v, _K, device),
         dto_descent_latents(16, v, h, _K, bf16, device),
         lm_logits(8, v, h, bf16, device),
-        *_attention(device),
-    ]
-
-
-def _attention(device: torch.device) -> list[Case]:
-    # A step of a decode, a draft that is read at once, and a gradient of a trajectory.
-    return [
-        prefix_attention(batch, 600, suffix, 14, 2, 64, backward=backward, device=device)
-        for batch, suffix, backward in ((1, 1, False), (16, 1, False), (4, 16, False), (1, 128, True))
+        # A step, and a trajectory's pass, of a 7B model behind a prefix.
+        *(
+            prefix_attention(8, prefix, suffix, 28, 4, 128, bf16, backward=backward, device=device)
+            for suffix, backward in ((1, False), (n, False), (n, True))
+        ),
     ]

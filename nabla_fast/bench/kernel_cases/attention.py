@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import nabla_fast.ops as ops
-from nabla_fast.bench.kernel_cases.case import Case, Outputs, Versions, normal
+from nabla_fast.bench.kernel_cases.case import Case, Outputs, Versions, name_of, normal
 
 _BLOCK_SIZE = 16  # tokens of a block of the pool
 
@@ -21,6 +21,7 @@ def prefix_attention(
     heads: int,
     kv_heads: int,
     dim: int,
+    dtype: torch.dtype = torch.float32,
     *,
     backward: bool,
     device: torch.device,
@@ -28,20 +29,21 @@ def prefix_attention(
     """Suffixes [B, H, S, D] after paged prefixes of one length; with ``backward`` gradients as well."""
 
     def prepare() -> Versions:
-        return _versions(batch, prefix, suffix, heads, kv_heads, dim, backward, device)
+        return _versions(batch, prefix, suffix, heads, kv_heads, dim, dtype, backward, device)
 
     product = 2 * batch * heads * suffix * dim  # multiplied by the keys that a query sees
     seen, own = prefix + (suffix + 1) // 2, (suffix + 1) // 2
     # Backward: scores, products with the values and dq over all keys, dk and dv over the suffix's own.
     flops = product * ((2 * seen) + (3 * seen + 2 * own if backward else 0))
-    kv_bytes = 8 * batch * (prefix + suffix) * kv_heads * dim
+    kv = 2 * batch * (prefix + suffix) * kv_heads * dim
     return Case(
         f"prefix_attention {'forward+backward' if backward else 'forward'}",
         f"B={batch} P={prefix} S={suffix} H={heads}/{kv_heads} D={dim}",
-        "float32",
-        (2 if backward else 1) * (kv_bytes + 8 * batch * suffix * heads * dim),
+        name_of(dtype),
+        (2 if backward else 1) * dtype.itemsize * (kv + 2 * batch * suffix * heads * dim),
         flops,
         prepare,
+        0 if dtype == torch.float32 else 1,
     )
 
 
@@ -52,36 +54,37 @@ def _versions(
     heads: int,
     kv_heads: int,
     dim: int,
+    dtype: torch.dtype,
     backward: bool,
     device: torch.device,
 ) -> Versions:
     tables = -(-prefix // _BLOCK_SIZE)
     pool = 2, batch * tables, _BLOCK_SIZE, kv_heads, dim
-    key_pool, value_pool = normal(*pool, dtype=torch.float32, device=device)
+    key_pool, value_pool = normal(*pool, dtype=dtype, device=device)
     block_tables = torch.randperm(batch * tables, device=device).view(batch, tables)
     lengths = torch.full((batch,), prefix, device=device)
     # As a model makes them: by token, all heads of a token side by side.
-    states = normal(batch, suffix, heads + 2 * kv_heads, dim, dtype=torch.float32, device=device)
+    states = normal(batch, suffix, heads + 2 * kv_heads, dim, dtype=dtype, device=device)
     inputs = [part.transpose(1, 2) for part in states.split([heads, kv_heads, kv_heads], dim=2)]
-    cotangent = normal(batch, suffix, heads, dim, dtype=torch.float32, device=device).transpose(1, 2)
+    cotangent = normal(batch, suffix, heads, dim, dtype=dtype, device=device).transpose(1, 2)
     seen = torch.ones(suffix, prefix + suffix, dtype=torch.bool, device=device).tril(prefix)
 
     def differentiated(
-        attend: Callable[[list[Tensor], Tensor, Tensor], Tensor], dtype: torch.dtype
+        attend: Callable[[list[Tensor], Tensor, Tensor], Tensor], kind: torch.dtype
     ) -> Outputs:
-        leaves = [part.detach().to(dtype).requires_grad_(backward) for part in inputs]
-        output = attend(leaves, key_pool.to(dtype), value_pool.to(dtype))
-        gradients = torch.autograd.grad(output, leaves, cotangent.to(dtype)) if backward else ()
+        leaves = [part.detach().to(kind).requires_grad_(backward) for part in inputs]
+        output = attend(leaves, key_pool.to(kind), value_pool.to(kind))
+        gradients = torch.autograd.grad(output, leaves, cotangent.to(kind)) if backward else ()
         return [output.detach(), *gradients]
 
-    def ours(dtype: torch.dtype = torch.float32) -> Outputs:
+    def ours(kind: torch.dtype = dtype) -> Outputs:
         return differentiated(
             lambda qkv, keys, values: (
                 ops.prefix_attention(
                     *qkv, keys, values, block_tables, lengths, scale=dim**-0.5, window=None
                 ).output
             ),
-            dtype,
+            kind,
         )
 
     def naive() -> Outputs:
@@ -94,13 +97,13 @@ def _versions(
             lambda qkv, keys, values: F.scaled_dot_product_attention(
                 qkv[0], joined(keys, qkv[1]), joined(values, qkv[2]), seen, enable_gqa=True
             ),
-            torch.float32,
+            dtype,
         )
 
     # Room for the suffix after each prefix, so that one gather brings every prefix to its place.
     width = -(-(prefix + suffix) // _BLOCK_SIZE)
     padded_tables = F.pad(block_tables, (0, width - tables)).flatten()
-    room = [torch.empty(batch * width, *pool[2:], device=device) for _ in range(2)]
+    room = [torch.empty(batch * width, *pool[2:], dtype=dtype, device=device) for _ in range(2)]
     mask = None if suffix == 1 else seen
 
     def eager() -> Outputs:
