@@ -49,7 +49,8 @@ test-slow: $(INSTALLED)
 # Tests of the C++ kernels at every level of instructions, whatever this CPU has: bf16 units, and the
 # levels that it lacks, are in software. Nothing is skipped for want of a level.
 EMULATE := $(MAKE) -f tests/emulation/emulate.mk PYTHON=$(BIN)/python
-EMULATED_TESTS := tests/ops/*/test_cpu.py tests/native/test_native.py tests/native/test_emulation.py
+EMULATED_TESTS := tests/ops/*/test_cpu.py tests/native/test_native.py tests/native/test_emulation.py \
+	tests/models/test_llama_forward.py
 emulate: $(INSTALLED)
 	$(EMULATE) -j$(shell nproc) build
 	NABLA_FAST_TEST_EXTENSION=$$($(EMULATE) -s path) $(PYTEST) $(EMULATED_TESTS)

@@ -43,7 +43,7 @@ def _store_kernel(
     slot = tl.load(slot_ptr + token, mask=there, other=-1)
     outside = (slot < -1) | (slot >= slots)
     if tl.program_id(1) == 0:
-        tl.store(stored_ptr + token, (slot >= 0).to(tl.int8), mask=there)
+        tl.store(stored_ptr + token, ((slot >= 0) & ~outside).to(tl.int8), mask=there)
         tl.store(status_ptr + token, tl.where(outside, _OUTSIDE, 0), mask=there)
     element = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     head, column = (element // D).to(tl.int64), element % D

@@ -65,6 +65,11 @@ class LlamaForward:
             flat = layer.down.added_to(flat, layer.act(gate) * up)
         return self._norm(flat).view(x.shape)
 
+    @property
+    def rotary_table(self) -> Tensor:
+        """cos and signed sin of the first positions; another tensor once a pass has needed more of them."""
+        return self._rotary
+
     def _cos_sin(self, positions: Tensor, end: int) -> Rotation:
         """[B, S, 1, D] each."""
         length = self._rotary.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -109,10 +110,10 @@ def _croppable(layer: Any) -> bool:
 
 # From the fastest on. The first one that reads as one pass over everything does is used.
 WAYS: tuple[Way, ...] = (
-    lambda model: CachedReading(model, positions=True, crop=True),
-    lambda model: CachedReading(model, positions=False, crop=True),
-    lambda model: CachedReading(model, positions=True, crop=False),
-    lambda model: CachedReading(model, positions=False, crop=False),
+    partial(CachedReading, positions=True, crop=True),
+    partial(CachedReading, positions=False, crop=True),
+    partial(CachedReading, positions=True, crop=False),
+    partial(CachedReading, positions=False, crop=False),
 )
 
 

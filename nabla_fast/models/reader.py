@@ -160,6 +160,12 @@ class PagedReader:
         return self._llama_forward or self._module_passes
 
     @property
+    def held(self) -> tuple[object, ...]:
+        """What a captured pass has addresses of: while all of it is the same, the pass can be replayed."""
+        passes = self.passes
+        return (passes, passes.rotary_table) if isinstance(passes, LlamaForward) else (passes,)
+
+    @property
     def capturable(self) -> bool:
         """Whether the passes are the package's own, of which it is known that nothing waits in them."""
         return isinstance(self.passes, LlamaForward)

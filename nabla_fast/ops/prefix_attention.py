@@ -229,11 +229,14 @@ def _gathered(
     dtype = accumulation_dtype(k)
     blocks = len(key_pool)
     block_tables = block_tables.where(_used(key_pool, block_tables, prefix_lengths), 0)
+    slots = torch.arange(block_tables.shape[1] * key_pool.shape[1], device=key_pool.device)
+    behind = (slots >= prefix_lengths[:, None])[:, None, :, None]
 
     def joined(pool: Tensor, own: Tensor) -> Tensor:
         # Where a pool has no blocks, no prefix has a token.
         taken = pool[block_tables] if blocks else pool.new_zeros(*block_tables.shape, *pool.shape[1:])
-        prefix = taken.flatten(1, 2).transpose(1, 2)
+        # What lies behind a prefix may be NaN of another sequence, which a weight of 0 would let through.
+        prefix = taken.flatten(1, 2).transpose(1, 2).masked_fill(behind, 0)
         return torch.cat([prefix.to(dtype), own.to(dtype)], dim=2)
 
     return joined(key_pool, k), joined(value_pool, v)

@@ -11,7 +11,7 @@ from nabla_fast.ops.checks import expect
 from nabla_fast.ops.limits import triton_backend
 from nabla_fast.ops.limits.refusals import contiguous_refusal
 from nabla_fast.ops.registry import floats, integers, op
-from nabla_fast.ops.rows import report
+from nabla_fast.ops.rows import NO_SLOT, OK, report
 
 _OWN = floats("B", "Hkv", "S", "D")
 _POOL = floats("blocks", "block_size", "Hkv", "D")
@@ -62,8 +62,10 @@ def store_keys_values(k: Tensor, v: Tensor, key_pool: Tensor, value_pool: Tensor
         tensor([[0., 1., 0., 0.],
                 [0., 2., 0., 0.]])
     """
-    has_slot = slots >= 0
     blocks, block_size = key_pool.shape[:2]
+    has_slot = (slots >= 0) & (slots < blocks * block_size)
+    if not slots.is_cpu:  # there it was looked at before
+        report("store_keys_values", torch.where(has_slot | (slots == -1), OK, NO_SLOT).int().flatten())
     if slots.numel() == 0 or blocks * block_size == 0:
         return has_slot
     # Selection by a mask would wait for the device: how many tokens it leaves is data. What has no slot is
@@ -88,10 +90,8 @@ def check_store_keys_values(
     if slots.is_cpu:
         most = key_pool.shape[0] * key_pool.shape[1]
         wrong = (slots < -1) | (slots >= most)
-        expect(
-            not bool(wrong.any()),
-            f"store_keys_values: slots must be −1, or from 0 to {most - 1}, the last of the pool",
-        )
+        places = f", or from 0 to {most - 1}, the last of the pool" if most else ": the pool has no blocks"
+        expect(not bool(wrong.any()), f"store_keys_values: slots must be −1{places}")
 
 
 @store_keys_values.fake

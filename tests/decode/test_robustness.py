@@ -79,6 +79,14 @@ def test_errors_survive_a_pickle(error):
     assert str(copy) == str(error)
 
 
+@pytest.mark.parametrize("loop", ["sequential", "batched"])
+def test_a_decoder_that_has_decoded_survives_a_pickle(loop):
+    used = NablaDecoder(causal_lm("llama"), reward_model("llama"), None, loop=loop)
+    tokens = [result.token_ids for result in used.generate([[4, 5], [6]], max_new_tokens=4)]
+    again = pickle.loads(pickle.dumps(used))
+    assert [result.token_ids for result in again.generate([[4, 5], [6]], max_new_tokens=4)] == tokens
+
+
 def test_eos_changed_between_calls_is_followed(golden_models, decoder):
     (before,) = decoder.generate([PROMPT], max_new_tokens=16)
     config = golden_models["lm"].generation_config

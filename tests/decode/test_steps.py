@@ -14,17 +14,19 @@ import pytest
 import torch
 from recorded import NotInAGraph, Recordings, as_on_a_device
 from test_batched_loop import problems
-from test_decoder import make_case
+from test_decoder import TOKENIZER, make_case
 from tiny_models import VOCABULARY, causal_lm, reward_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from nabla_fast import DTOConfig, RowError, SamplingConfig, VocabularyAlignment
+from nabla_fast.decode.batched.drafting import Drafting
 from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.batched.requests import RollOut
+from nabla_fast.decode.batched.rollout import roll_out
 from nabla_fast.decode.batched.rollout_ahead import roll_out_ahead
 from nabla_fast.decode.batched.steps import ENDED, StepRow, Steps, graphs
-from nabla_fast.decode.draws import PhiloxStream
+from nabla_fast.decode.draws import PhiloxDraws, PhiloxStream
 from nabla_fast.decode.failures import DecodeFailure
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.reference.loop import SequentialLoop
@@ -388,7 +390,55 @@ def test_new_weights_and_a_grown_pool_are_captured_anew():
             captured.append(recordings.captured)
             for sequence, ids in zip(text.sequences, text.ids, strict=True):
                 sequence.truncate(len(ids) - 1)
-    assert captured == [1, 1, 2, 3]
+        assert captured == [1, 1, 2, 3]
+        # A longer sequence needs more of the rotary table, and the former table's memory is given back.
+        longer = text.pool.sequence()
+        reader.read([longer], [1100], ids=torch.full((1, 1100), 5), store=True)
+        steps.run(text.rows(3), 3)
+        assert recordings.captured == 4
+
+
+def test_what_is_read_beyond_a_stop_string_fails_nobody():
+    """The token after the one that completes the string gives NaN, which nobody asks for."""
+    model = causal_lm("llama", eos_token_id=None)
+    lm, config = LanguageModel(model), DTOConfig(draws="philox", max_generations=1, reward_coeff=0.0)
+    config = replace(config, rollout_sampling=SAMPLING)
+    problem = Problem((4, 5), (), (), 0, 12, frozenset(), StopStrings())
+    (first,) = tokens_of(SequentialLoop(lm, None, config), [problem])
+    end = next(
+        n for n in range(1, 10) if first[n] not in first[:n] and first[n + 1] not in (*first[: n + 1], 4, 5)
+    )
+    problem = replace(problem, stop=StopStrings((TOKENIZER.decode([first[end]]),), TOKENIZER))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[first[end + 1]] = float("nan")
+    expected = tokens_of(SequentialLoop(lm, None, config), [problem])
+    for turns in (1, 2, 3, 8):
+        assert tokens_of(BatchedLoop(lm, None, config, turns=turns), [problem]) == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ahead", [False, True])
+def test_forks_are_given_back_where_one_finds_no_block(ahead: bool):
+    lm, config = LanguageModel(causal_lm("llama", eos_token_id=None)), DTOConfig(draws="philox")
+    reader = PagedReader(lm.model)
+    pool = reader.pool(blocks=4, block_size=4, limit=4)
+    _, requests = rollouts(lm, [1, 1])
+    for request in requests:
+        request.base, request.shared = pool.sequence(), 2
+        reader.read([request.base], [3], ids=torch.tensor([[4, 5, 6]]), store=True)
+    pool.sequence().extend(1)  # one block is left for two copies
+    steps = Steps(lm, reader, SAMPLING, pool, 8)
+
+    def answer(some: list[RollOut]) -> None:
+        if ahead:
+            roll_out_ahead(lm, reader, config, steps, some)
+        else:
+            roll_out(lm, reader, config, PhiloxDraws(), Drafting(), some)
+
+    with pytest.raises(PoolExhausted):
+        answer(requests)
+    assert pool.free_blocks == 1
+    answer(requests[:1])
 
 
 def test_graphs_are_captured_on_the_device_and_share_their_memory(monkeypatch: pytest.MonkeyPatch):
@@ -404,18 +454,20 @@ def test_graphs_are_captured_on_the_device_and_share_their_memory(monkeypatch: p
 
     @contextlib.contextmanager
     def entered(*given: Any, **options: Any) -> Iterator[None]:
-        asked.append((*(type(one).__name__ for one in given), options.get("pool")))
+        asked.append((*(type(one).__name__ for one in given), options.get("pool"), options.get("stream")))
         yield
 
     monkeypatch.setattr(torch.version, "hip", "6.4", raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "graph", entered)
     monkeypatch.setattr(torch.cuda, "device", entered)
     capture = graphs(torch.device("cuda", 0))
     for _ in range(2):
         capture(lambda: asked.append(("launched",)))()
-    once = [("device", None), ("Graph", None), ("launched",), ("replay",)]
-    assert asked == [*once, once[0], ("Graph", "memory"), *once[2:]]
+    stream = "stream of cuda:0"
+    once = [("device", None, None), ("Graph", None, stream), ("launched",), ("replay",)]
+    assert asked == [*once, once[0], ("Graph", "memory", stream), *once[2:]]
 
 
 @pytest.mark.gpu

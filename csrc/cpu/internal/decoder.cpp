@@ -18,8 +18,8 @@ namespace {
 constexpr int64_t kProductsPerThread = 1 << 20;
 // Rows of a weight that stay in a cache while all tokens pass over them.
 constexpr int64_t kWeightBlock = 128;
-// Tokens of a suffix from which a block of a weight is transposed for all of them. Shorter ones, a
-// rollout's among them, keep the bits of lm_logits, whatever is beside them.
+// Tokens of a suffix, padding among them, from which a block of a weight is transposed for all of
+// them. A pass over shorter ones, a rollout's step say, has the bits of lm_logits.
 constexpr int64_t kLongSuffix = 16;
 
 // -- element by element ---------------------------------------------------------------------------

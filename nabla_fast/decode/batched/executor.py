@@ -39,6 +39,7 @@ class Executor:
             Philox's; None: ``TURNS`` on a device, 1 on the CPU, where nothing is gained by it.
         capture: as of :class:`Steps`.
     Raises:
+        ValueError: ``turns`` is below 1.
         ModelError: a model cannot read from a paged prefix, or does not score its last token.
     """
 
@@ -55,6 +56,8 @@ class Executor:
             raise ModelError(f"{type(rm.model).__name__} does not score its last token's state")
         self.lm, self.rm, self.config, self.accelerations = lm, rm, config, accelerations
         self.draws = draws_of(config, lm.device)
+        if turns is not None and turns < 1:
+            raise ValueError(f"turns must be at least 1, got {turns}")
         if turns is None:
             turns = 1 if lm.device.type == "cpu" else TURNS
         self.turns, self.capture = turns if isinstance(self.draws, PhiloxDraws) else 1, capture

@@ -98,8 +98,10 @@ def roll_out(
     Raises:
         RequestFailure: a request's logits are not finite; its cause is a RowError.
     """
-    rows = [started(request) for request in requests]
+    rows: list[RolloutRow] = []
     try:
+        for request in requests:
+            rows.append(started(request))
         drawn = _Drawn()
         alive = rows
         while alive:

@@ -8,7 +8,6 @@ ask at each step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +23,7 @@ from nabla_fast.errors import RowError
 from nabla_fast.models import LanguageModel
 from nabla_fast.models.paged_kv import PoolExhausted, extend_all
 from nabla_fast.models.reader import PagedReader
-from nabla_fast.ops import TokenStats, lm_logits, synchronize
+from nabla_fast.ops import TokenStats, lm_logits
 from nabla_fast.ops.rows import report, row_status
 
 
@@ -59,8 +58,10 @@ def roll_out_ahead(
     Raises:
         RequestFailure: a request's logits are not finite; its cause is a RowError.
     """
-    rows = [started(request) for request in requests]
+    rows: list[RolloutRow] = []
     try:
+        for request in requests:
+            rows.append(started(request))
         _read_all_but_the_last(reader, lm, rows)
         log, going = _Log(), rows
         while going:
@@ -101,13 +102,7 @@ def _run(lm: LanguageModel, steps: Steps, rows: list[RolloutRow], log: _Log) -> 
         )
         for row, length, remaining in zip(rows, before, left, strict=True)
     ]
-    try:
-        bucket = steps.run(given, turns)
-    except RowError as error:
-        number, reason = error.rows[0]
-        # Rows beyond copy the first.
-        with attributed_to(rows[number if number < len(rows) else 0].request):
-            raise RowError("rollout", [(0, reason)]) from error
+    bucket = steps.run(given, turns)
     drawn = bucket.drawn[:turns].tolist()  # here the host waits for the device
     place, width = log.add(bucket, turns), bucket.drawn.shape[1]
     going = []
@@ -147,7 +142,6 @@ def _made_room(rows: Sequence[RolloutRow], turns: int) -> tuple[int, list[int]]:
 
 def _refuse(lm: LanguageModel, request: RollOut, state: Tensor) -> None:
     """Raise for a state [H] whose logits are not finite."""
-    with suppress(RowError):
-        synchronize()  # ops found the row bad too
     with attributed_to(request):
         report("rollout", row_status(lm_logits(state[None], lm.head)).cpu())
+        raise RowError("rollout", [(0, "has logits that are not finite beside other rows alone")])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -109,11 +109,7 @@ class Bucket:
 def step(
     lm: LanguageModel, reader: PagedReader, pool: BlockPool, sampling: SamplingConfig, bucket: Bucket
 ) -> None:
-    """One token more in every row of a bucket that has not ended. Nothing waits for the device.
-
-    Raises:
-        RowError: on the CPU, logits are not finite.
-    """
+    """One token more in every row of a bucket that has not ended. Nothing waits for the device."""
     size, going = pool.block_size, bucket.remaining > 0
     entry = (bucket.length // size).clamp(max=bucket.tables.shape[1] - 1)
     slot = bucket.tables.gather(1, entry[:, None])[:, 0] * size + bucket.length % size
@@ -121,6 +117,9 @@ def step(
         pool, bucket.token, bucket.length, bucket.tables, torch.where(going, slot, -1)
     )
     logits = lm_logits(hidden, lm.head)
+    # Whether it matters is seen by the host: a row may have ended before by a stop string.
+    finite = logits.amax(dim=-1).isfinite()
+    logits = logits.masked_fill(~finite[:, None], 0.0)
     stats = token_stats(logits)
     if sampling.temperature <= 0:
         token = logits.argmax(dim=-1)
@@ -132,7 +131,7 @@ def step(
             top_k=sampling.top_k,
             top_p=sampling.top_p,
         )
-    drawn = torch.where(going, torch.where(stats.logsumexp.isfinite(), token, NOT_FINITE), ENDED)
+    drawn = torch.where(going, torch.where(finite, token, NOT_FINITE), ENDED)
     bucket.log(drawn, hidden, stats)
     # A row that has ended stands still: what it reads again has been read before.
     goes_on = going & (bucket.remaining > 1) & (token[:, None] != bucket.ends).all(dim=1)
@@ -167,17 +166,11 @@ class Steps:
         self._lm, self._reader, self._sampling, self._pool = lm, reader, sampling, pool
         self.turns = turns
         self._buckets: dict[tuple[int, int, int], Bucket] = {}
-        self._capture = capture
-        if capture is None and lm.device.type == "cuda":
-            self._capture = graphs(lm.device)
-        self._captured_for: tuple[Any, ...] = ()
+        self._given_capture, self._capture = capture, capture
+        self._captured_for: tuple[object, ...] = ()
 
     def run(self, rows: Sequence[StepRow], turns: int) -> Bucket:
-        """Take ``turns`` steps from these rows; the bucket that holds what they drew, in its first rows.
-
-        Raises:
-            RowError: on the CPU, logits are not finite; its rows are those of the bucket.
-        """
+        """Take ``turns`` steps from these rows; the bucket that holds what they drew, in its first rows."""
         sizes = len(rows), max(len(row.ends) for row in rows), max(len(row.blocks) for row in rows)
         key = tuple(1 << (max(1, size) - 1).bit_length() for size in sizes)
         bucket = self._buckets.get(key)
@@ -199,26 +192,31 @@ class Steps:
         step(self._lm, self._reader, self._pool, self._sampling, bucket)
 
     def _forget_what_moved(self) -> None:
-        """Captured steps hold addresses: of the weights as the reader took them, and of the pool."""
-        holds = (self._reader.passes, self._pool.keys, self._pool.values)
-        if len(holds) != len(self._captured_for) or any(
-            a is not b for a, b in zip(holds, self._captured_for, strict=True)
-        ):
-            self._captured_for = holds
-            for bucket in self._buckets.values():
-                bucket.replay = None
+        """Captured steps hold addresses: of what the reader reads, and of the pool."""
+        holds = (*self._reader.held, self._pool.keys, self._pool.values)
+        if len(holds) == len(self._captured_for) and all(map(is_, holds, self._captured_for)):
+            return
+        self._captured_for = holds
+        for bucket in self._buckets.values():
+            bucket.replay = None
+        if self._given_capture is None and self._lm.device.type == "cuda":
+            self._capture = graphs(self._lm.device)
 
 
 def graphs(device: torch.device) -> Capture:
-    """Captures CUDA graphs, which share their memory: no two of them run at the same time."""
-    memory = None
+    """Captures CUDA graphs on a stream of their own.
+
+    They share their memory, as no two of them run at the same time. Once all of them are dropped, take a
+    new one of these: memory that no graph holds can still be in use by a library.
+    """
+    stream, memory = torch.cuda.Stream(device), None
 
     def captured(function: Callable[[], None]) -> Callable[[], None]:
         nonlocal memory
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.device(device),
-            torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"),
         ):
             function()
         memory = graph.pool()

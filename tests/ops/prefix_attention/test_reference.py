@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from nabla_fast.errors import InputError
-from nabla_fast.ops import prefix_attention
+from nabla_fast.ops import backend_status, prefix_attention, use_backend
 
 from ..contract import BackendContract, LibraryContract
 from ..harness import to_float64
@@ -150,3 +150,18 @@ def test_the_logsumexp_has_no_gradient(compiled: bool, draw: Draw):
     (grad,) = torch.autograd.grad(output.sum() + logsumexp.sum(), a["q"])
     (alone,) = torch.autograd.grad(prefix_attention(**a).output.sum(), a["q"])
     assert torch.equal(grad, alone)
+
+
+BACKENDS = ["torch"] + [name for name in ("cpu", "triton") if backend_status()[name] is None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_lies_behind_a_prefix_may_be_nan(backend: str, draw: Draw):
+    """The rest of its last block, and the block that fills up its table: of sequences whose numbers are."""
+    given = attention_arguments(draw, prefixes=(3, 9), suffix=2)
+    with use_backend(backend):
+        expected = prefix_attention(**given).output
+        for name in ("key_pool", "value_pool"):
+            given[name][given["block_tables"][0, 0], 3] = math.nan
+            given[name][given["block_tables"][0, 1]] = math.nan
+        assert torch.equal(prefix_attention(**given).output, expected)
