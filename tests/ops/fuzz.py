@@ -121,6 +121,7 @@ def _range(name: str, sizes: Sizes, place: int) -> tuple[int, int]:
         "token_maps": lambda: (0, sizes.of("V_t", place)),
         "block_tables": lambda: (0, sizes.of("blocks", 0)),
         "prefix_lengths": lambda: (0, sizes.of("M", 0) * sizes.of("block_size", 0) + 1),
+        "slots": lambda: (-1, sizes.of("blocks", 0) * sizes.of("block_size", 0)),
         "until": lambda: (0, sizes.of("K", 0) + 1),
         "group": lambda: (0, 1),
         "state.step": lambda: (0, 1),
