@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -98,26 +99,28 @@ def roll_out(
     Raises:
         RequestFailure: a request's logits are not finite; its cause is a RowError.
     """
-    rows: list[RolloutRow] = []
-    try:
-        for request in requests:
-            rows.append(started(request))
+    with started(requests) as rows:
         drawn = _Drawn()
         alive = rows
         while alive:
             alive = _step(lm, reader, config, draws, drafting, alive, drawn)
         answer(lm, config, rows, torch.cat(drawn.hidden), drawn.stats())
+
+
+@contextmanager
+def started(requests: Sequence[RollOut]) -> Iterator[list[RolloutRow]]:
+    """Rows that have drawn nothing, on forks of the requests' bases; an error inside gives these back."""
+    rows: list[RolloutRow] = []
+    try:
+        for request in requests:
+            sequence = request.base.fork(request.shared)
+            unread = [*request.problem.prompt_ids, *request.response][sequence.length :]
+            rows.append(RolloutRow(request, sequence, unread))
+        yield rows
     except BaseException:
         for row in rows:
             row.sequence.free()
         raise
-
-
-def started(request: RollOut) -> RolloutRow:
-    """A row that has drawn nothing: its sequence is a fork of the request's base."""
-    sequence = request.base.fork(request.shared)
-    unread = [*request.problem.prompt_ids, *request.response][sequence.length :]
-    return RolloutRow(request, sequence, unread)
 
 
 def answer(

@@ -58,19 +58,12 @@ def roll_out_ahead(
     Raises:
         RequestFailure: a request's logits are not finite; its cause is a RowError.
     """
-    rows: list[RolloutRow] = []
-    try:
-        for request in requests:
-            rows.append(started(request))
+    with started(requests) as rows:
         _read_all_but_the_last(reader, lm, rows)
         log, going = _Log(), rows
         while going:
             going = _run(lm, steps, going, log)
         answer(lm, config, rows, *log.all())
-    except BaseException:
-        for row in rows:
-            row.sequence.free()
-        raise
 
 
 def _read_all_but_the_last(reader: PagedReader, lm: LanguageModel, rows: Sequence[RolloutRow]) -> None:
