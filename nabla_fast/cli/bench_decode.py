@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--repeats must be at least 1, got {arguments.repeats}")
     set_threads(arguments.threads)
     device = torch.device(check_device(arguments.device))
-    results: dict[str, Any] = {"cases": [], "lengths": [], "generate": None, "steps": None}
-    results["prefix"] = None
+    results: dict[str, Any] = {"cases": [], "lengths": []}
+    results |= dict.fromkeys((_GENERATE, _STEPS, _PREFIX))
     steps = _chosen(_steps(device, arguments, results), arguments.cases)
     interrupted = False
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

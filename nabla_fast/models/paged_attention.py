@@ -32,7 +32,7 @@ class PagedPass:
     lengths: Tensor  # [B] int64, of the prefixes
     slots: Tensor | None  # [B, S] int64, where the suffixes' keys and values are put; None: nowhere
     backend: Callable[..., Attention] | None = None  # of the op, chosen in the layer that asks first
-    stores: Callable[..., Tensor] | None = None  # of store_keys_values, likewise
+    store: Callable[..., Tensor] | None = None  # of store_keys_values, likewise
     calls: int = 0  # of attention, by all layers
 
     def attend(
@@ -62,9 +62,9 @@ class PagedPass:
             output, _ = self.backend(*arguments, **options)
         if self.slots is not None:
             stored = (k, v, pool.keys[layer], pool.values[layer], self.slots)
-            if self.stores is None:
-                self.stores = store_keys_values.chosen(*stored)
-            self.stores(*stored)
+            if self.store is None:
+                self.store = store_keys_values.chosen(*stored)
+            self.store(*stored)
         return output
 
 

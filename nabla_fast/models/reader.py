@@ -211,13 +211,18 @@ class PagedReader:
             lengths = list(map(len, parts))
             if not any(lengths):
                 continue
-            batch = pad_sequence(
-                [torch.tensor(part, dtype=torch.int64) for part in parts], batch_first=True
-            )
-            states = self.read(sequences, lengths, ids=batch.to(device), store=True)
+            states = self.read(sequences, lengths, ids=padded_ids(parts, device), store=True)
             for row, length, found in zip(states, lengths, pieces, strict=True):
                 found.append(row[:length])
         return [torch.cat(found) for found in pieces]
+
+
+def padded_ids(parts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Token ids of several sequences, [B, S] int64, filled up with 0 on the right."""
+    if len({len(part) for part in parts}) == 1:
+        return torch.tensor(parts, dtype=torch.int64, device=device)
+    rows = [torch.tensor(part, dtype=torch.int64) for part in parts]
+    return pad_sequence(rows, batch_first=True).to(device)
 
 
 class _ModulePasses:

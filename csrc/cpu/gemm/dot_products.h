@@ -19,10 +19,12 @@ namespace nabla_fast::gemm {
 // Tokens and rows whose inner products are summed at once, in registers where there are 32.
 constexpr int kTokensInRegisters = 4;
 constexpr int kMostRowsInRegisters = 4;
-// Tokens of a block, which stay in the second-level cache while rows pass over it, and rows that
-// stay in the first meanwhile.
+// Tokens of a block, which stay in the second-level cache while rows pass over it, and rows that pass
+// over each of its tiles before the next: fours, or also threes.
 constexpr int64_t kTokensInL2 = 64;
-constexpr int64_t kRowsInL1 = 24;  // threes, or fours
+template <int W>
+constexpr int64_t kRowsTogether = W == kLanes ? 16 : 24;
+// Columns of a pass over a tile that later passes find in the first-level cache.
 constexpr int64_t kColumnsInL1 = 512;
 // Bytes from the weights at work to those being prefetched: the hardware's own prefetcher leaves
 // memory idle during the arithmetic.
@@ -219,8 +221,8 @@ NABLA_FAST_INLINE void dot_column(const HeadProduct& p, int64_t first, int64_t l
 template <int W, typename T>
 NABLA_FAST_INLINE void dot_block(const HeadProduct& p, int64_t first, int64_t last, float* out,
                                  int64_t stride) {
-  for (int64_t row = 0; row < p.rows; row += kRowsInL1) {
-    const int64_t end = std::min(p.rows, row + kRowsInL1);
+  for (int64_t row = 0; row < p.rows; row += kRowsTogether<W>) {
+    const int64_t end = std::min(p.rows, row + kRowsTogether<W>);
     for (int64_t token = first; token < last; token += kTokensInRegisters) {
       const int tokens = static_cast<int>(std::min<int64_t>(kTokensInRegisters, last - token));
       float* to = out + row * stride + token - first;

@@ -23,7 +23,7 @@ from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.errors import ModelError
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.models.paged_kv import BlockPool, PagedSequence
-from nabla_fast.models.reader import PagedReader
+from nabla_fast.models.reader import PagedReader, padded_ids
 from nabla_fast.models.tables import TokenTable
 from nabla_fast.ops import AdamState, GumbelNoise, synchronize
 
@@ -116,7 +116,7 @@ class Executor:
             unread.append([*tokens, *problem.reward_suffix][sequences[-1].length :])
             kept.append(len(tokens))
         lengths = list(map(len, unread))
-        ids = pad_sequence([torch.tensor(part) for part in unread], batch_first=True).to(self.rm.device)
+        ids = padded_ids(unread, self.rm.device)
         for request, length in zip(requests, lengths, strict=True):
             request.count("rm", length, ids.shape[1])
         hidden = self.rm_reader.read(sequences, lengths, ids=ids, store=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched.drafting import Drafting
@@ -18,7 +17,7 @@ from nabla_fast.decode.draws import Draws
 from nabla_fast.decode.failures import attributed_to
 from nabla_fast.models import LanguageModel
 from nabla_fast.models.paged_kv import PagedSequence
-from nabla_fast.models.reader import PagedReader
+from nabla_fast.models.reader import PagedReader, padded_ids
 from nabla_fast.ops import TokenStats, lm_logits, token_stats
 from nabla_fast.ops.rows import report, row_status
 
@@ -168,10 +167,11 @@ def _step(
     ]
     parts = [row.unread + draft for row, draft in zip(rows, drafts, strict=True)]
     lengths = list(map(len, parts))
+    ids = padded_ids(parts, lm.device)
+    hidden = reader.read([row.sequence for row in rows], lengths, ids=ids, store=True)
     if max(lengths) == 1:
-        hidden = reader.read([r.sequence for r in rows], lengths, ids=_ids(parts, lm), store=True)[:, 0]
+        hidden = hidden[:, 0]
     else:
-        hidden = reader.read([r.sequence for r in rows], lengths, ids=_ids(parts, lm), store=True)
         # The last unread token and the draft after it predict.
         wanted = [
             (n, position)
@@ -219,9 +219,3 @@ def _step(
         if not ended:
             going.append(row)
     return going
-
-
-def _ids(parts: list[list[int]], lm: LanguageModel) -> Tensor:
-    if len({len(part) for part in parts}) == 1:
-        return torch.tensor(parts, device=lm.device)
-    return pad_sequence([torch.tensor(part) for part in parts], batch_first=True).to(lm.device)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched.requests import RollOut
@@ -22,7 +21,7 @@ from nabla_fast.decode.failures import attributed_to
 from nabla_fast.errors import RowError
 from nabla_fast.models import LanguageModel
 from nabla_fast.models.paged_kv import PoolExhausted, extend_all
-from nabla_fast.models.reader import PagedReader
+from nabla_fast.models.reader import PagedReader, padded_ids
 from nabla_fast.ops import TokenStats, lm_logits
 from nabla_fast.ops.rows import report, row_status
 
@@ -73,7 +72,7 @@ def _read_all_but_the_last(reader: PagedReader, lm: LanguageModel, rows: Sequenc
         return
     parts = [row.unread[:-1] for row in rows]
     lengths = list(map(len, parts))
-    ids = pad_sequence([torch.tensor(part) for part in parts], batch_first=True).to(lm.device)
+    ids = padded_ids(parts, lm.device)
     reader.read([row.sequence for row in rows], lengths, ids=ids, store=True)
     for row, length in zip(rows, lengths, strict=True):
         row.request.count("lm", length, max(lengths))
