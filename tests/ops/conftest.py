@@ -14,7 +14,7 @@ import torch
 from nabla_fast import _triton
 
 from .inputs import Draw
-from .interpreted import fast_reductions
+from .interpreted import mended
 
 # Inputs are new in every run; a failure prints the number that brings its own back.
 _VARIABLE = "NABLA_FAST_TEST_SEED"
@@ -60,7 +60,7 @@ def threads(one_thread: None) -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture(scope="package", autouse=True)
-def interpreted_reductions() -> Iterator[None]:
-    """Reductions of interpreted kernels, which else take most of the tests' time."""
-    with fast_reductions() if _triton.interpreted() else contextlib.nullcontext():
+def interpreter() -> Iterator[None]:
+    """Interpreted kernels reduce fast and round as a GPU does."""
+    with mended() if _triton.interpreted() else contextlib.nullcontext():
         yield
