@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ from test_decoder import TOKENIZER, make_case
 from tiny_models import VOCABULARY, causal_lm, reward_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nabla_fast import DTOConfig, RowError, SamplingConfig, VocabularyAlignment
 from nabla_fast.decode.batched.drafting import Drafting
+from nabla_fast.decode.batched.executor import Executor
 from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.batched.requests import RollOut
 from nabla_fast.decode.batched.rollout import roll_out
@@ -304,20 +307,56 @@ def test_the_host_looks_once_a_run():
     assert looks[64] - looks[16] == (64 - 16) // 8
 
 
-def test_host_reads_of_a_decode():
-    """Outside of runs of steps: at most ten a problem and round, whatever is rolled out."""
+class _Launches(TorchDispatchMode):
+    """Counts calls that a device would have to be given work for, outside of what is set aside."""
+
+    count = 0
+    aside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (self.aside or func.is_view or "empty" in func.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def set_aside(self, executor: Executor, *names: str) -> None:
+        """Do not count inside these methods."""
+
+        def apart(method: Callable, requests: Any) -> None:
+            self.aside = True
+            method(requests)
+            self.aside = False
+
+        for name in names:
+            setattr(executor, name, partial(apart, getattr(executor, name)))
+
+
+def whole_decode(count: int) -> tuple[BatchedLoop, list[Problem], list[Stats]]:
     lm = LanguageModel(causal_lm("llama", dtype=torch.float32, eos_token_id=None))
     rm = RewardModel(reward_model("llama", dtype=torch.float32), VocabularyAlignment.identity())
     config = DTOConfig(draws="philox", rollout_sampling=SAMPLING, max_generations=4)
-    given = [Problem((4 + n, 5, 6), (4,), (), n, 24, frozenset(), StopStrings()) for n in range(4)]
-    stats = [Stats() for _ in given]
-    loop = BatchedLoop(lm, rm, config, turns=8)
+    given = [Problem((4 + n, 5, 6), (4,), (), n, 24, frozenset(), StopStrings()) for n in range(count)]
+    return BatchedLoop(lm, rm, config, turns=8), given, [Stats() for _ in given]
+
+
+def test_host_reads_of_a_decode():
+    """Outside of runs of steps: at most ten a problem and round, whatever is rolled out."""
+    loop, given, stats = whole_decode(4)
     looks = _Looks()
     with as_on_a_device(), looks:
         list(loop.decode(given, stats))
     rounds = sum(own.rounds for own in stats)
     assert rounds >= 8
     assert looks.count <= 10 * rounds + rounds * 24 // 8
+
+
+def test_launches_of_a_decode():
+    """Choosing positions, rows of G, descents and redraws: at most a hundred a round, all together."""
+    loop, given, stats = whole_decode(1)
+    launches = _Launches()
+    launches.set_aside(loop._executor, "roll_out", "score", "gradient")
+    with as_on_a_device(), torch.no_grad(), launches:
+        list(loop.decode(given, stats))
+    assert stats[0].rounds >= 2
+    assert 30 * stats[0].rounds <= launches.count <= 100 * stats[0].rounds
 
 
 @torch.no_grad()
