@@ -78,7 +78,8 @@ enum {
   NABLA_FAST_TOO_LARGE = 27,           /* a size or stride that no address space has room for */
   NABLA_FAST_INVALID_SIZE = 28,        /* the struct's size, or a field behind what is known here */
   NABLA_FAST_OVERLAP = 29,             /* an output overlaps itself or another argument */
-  NABLA_FAST_INVALID_SOFTCAP = 30      /* softcap is neither 0 nor in [2^-64, 2^64] */
+  NABLA_FAST_INVALID_SOFTCAP = 30,     /* softcap is neither 0 nor in [2^-64, 2^64] */
+  NABLA_FAST_INVALID_FILTER = 31       /* top_k is negative, or top_p not in (0, 1] */
 };
 
 /* One line in English for a status; never null. The string belongs to the library. */
@@ -148,6 +149,42 @@ NABLA_FAST_API nabla_fast_status nabla_fast_token_stats(const nabla_fast_stats_a
 /* Of hidden states; of the logits, 64 x 64 exist at a time. */
 NABLA_FAST_API nabla_fast_status nabla_fast_linear_token_stats(const nabla_fast_stats_args* args);
 NABLA_FAST_API int64_t nabla_fast_linear_token_stats_workspace(const nabla_fast_stats_args* args);
+
+/* -- draws -------------------------------------------------------------------------------------- */
+
+/* One token a row from softmax(top_p(top_k(logits / tau))): the first with the largest log p + g, g
+ * Gumbel noise.
+ *
+ * Top-k keeps what ties with the k-th; top-p drops the least likely of what is left as long as their
+ * mass, rounded to float32, is at most 1 - top_p, of equally likely ones those of lower index first,
+ * and never the last.
+ *
+ * Token v has word v mod 4 of Philox-4x32-10 at counter (v div 4, position, start, 4 visit + domain),
+ * of each the low word, under the key (seed low word, seed high word); the domain is 1, or 2 of
+ * redraws. g = -log(-log((word + 1/2) / 2^32)). All of this is in double precision. */
+typedef struct {
+  int64_t size; /* sizeof(nabla_fast_draw_args) */
+  void* workspace;
+  int64_t workspace_bytes;
+  int32_t num_threads;
+  int64_t rows, vocab;
+  nabla_fast_matrix logits; /* [rows, vocab] */
+  const int64_t* seed;      /* [rows], as the three that follow */
+  const int64_t* start;
+  const int64_t* visit;
+  const int64_t* position;
+  int32_t redraw; /* 0 for domain 1, else 2 */
+  double tau;     /* temperature */
+  int64_t top_k;  /* 0: all */
+  double top_p;
+  int64_t* token;                /* [rows] */
+  nabla_fast_status* row_status; /* [rows] OK or ROW_*; where it is not OK the token is 0 */
+} nabla_fast_draw_args;
+
+/* Logits are read once, or twice with filters; the workspace has room for a row's tokens a thread
+ * then. */
+NABLA_FAST_API nabla_fast_status nabla_fast_draw_tokens(const nabla_fast_draw_args* args);
+NABLA_FAST_API int64_t nabla_fast_draw_tokens_workspace(const nabla_fast_draw_args* args);
 
 /* -- products with a head ----------------------------------------------------------------------- */
 

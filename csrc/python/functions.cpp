@@ -22,6 +22,13 @@ std::vector<Field<nabla_fast_stats_args>> stats_fields() {
           FIELD(confidence), FIELD(entropy), FIELD(argmax), FIELD(row_status)};
 }
 
+std::vector<Field<nabla_fast_draw_args>> draw_fields() {
+  using Args = nabla_fast_draw_args;
+  return {CALL_FIELDS,  FIELD(rows),  FIELD(vocab),    FIELD(logits),    FIELD(seed),
+          FIELD(start), FIELD(visit), FIELD(position), FIELD(redraw),    FIELD(tau),
+          FIELD(top_k), FIELD(top_p), FIELD(token),    FIELD(row_status)};
+}
+
 std::vector<Field<nabla_fast_lm_logits_args>> lm_logits_fields() {
   using Args = nabla_fast_lm_logits_args;
   return {CALL_FIELDS, FIELD(rows), FIELD(vocab), FIELD(hidden), FIELD(head), FIELD(logits)};
@@ -97,6 +104,7 @@ std::vector<Field<nabla_fast_attention_args>> attention_fields() {
 void bind_functions(pybind11::module_& module) {
   BIND_PLAIN(token_stats, stats_fields);
   BIND(linear_token_stats, stats_fields);
+  BIND(draw_tokens, draw_fields);
   BIND_PLAIN(lm_logits, lm_logits_fields);
   BIND(nll_grad, nll_grad_fields);
   BIND(dto_descent, descent_fields);

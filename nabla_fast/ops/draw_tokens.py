@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nabla_fast._native import extension
 from nabla_fast.ops.checks import expect, expect_vocabulary
 from nabla_fast.ops.gumbel_noise import philox_words
-from nabla_fast.ops.limits import triton_backend
+from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.registry import floats, integers, op
 
 MOST_VISITS = 1 << 30
@@ -148,6 +149,34 @@ def check_draw_tokens(
 @draw_tokens.fake
 def fake_draw_tokens(logits: Tensor, key: DrawKey, **_: float) -> Tensor:
     return logits.new_empty(len(logits), dtype=torch.int64)
+
+
+def _cpu_refusal(logits: Tensor, key: DrawKey, *, temperature: float, **_: float) -> str | None:
+    if temperature > 0 and not 2.0**-64 <= temperature <= 2.0**64:
+        return f"temperature is {temperature} (the C++ kernel takes 2^-64 to 2^64)"
+    return native_backend.matrix_refusal("logits", logits)
+
+
+@draw_tokens.backend("cpu", refuses=_cpu_refusal)
+def draw_tokens_cpu(
+    logits: Tensor, key: DrawKey, *, redraw: bool, temperature: float, top_k: int, top_p: float
+) -> Tensor:
+    rows, vocab = logits.shape
+    token = torch.empty(rows, dtype=torch.int64, device="cpu")
+    extension().draw_tokens(
+        num_threads=torch.get_num_threads(),
+        rows=rows,
+        vocab=vocab,
+        logits=logits,
+        **{name: part.contiguous() for name, part in key._asdict().items()},
+        redraw=int(redraw),
+        tau=temperature if temperature > 0 else 1.0,
+        top_k=top_k,
+        top_p=top_p,
+        token=token,
+        row_status=torch.empty(rows, dtype=torch.int32, device="cpu"),
+    )
+    return token
 
 
 def _triton_refusal(logits: Tensor, key: DrawKey, **_: float) -> str | None:

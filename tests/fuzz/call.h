@@ -31,6 +31,7 @@ namespace fuzz {
 
 // sizeof of each struct in the first version that had it: programs compiled then still pass it.
 constexpr int64_t first_size(const nabla_fast_stats_args&) { return 192; }
+constexpr int64_t first_size(const nabla_fast_draw_args&) { return 160; }
 constexpr int64_t first_size(const nabla_fast_lm_logits_args&) { return 144; }
 constexpr int64_t first_size(const nabla_fast_nll_grad_args&) { return 160; }
 constexpr int64_t first_size(const nabla_fast_descent_args&) { return 304; }

@@ -42,6 +42,8 @@ const char* nabla_fast_status_string(nabla_fast_status status) {
       return "an output overlaps itself or another argument";
     case NABLA_FAST_INVALID_SOFTCAP:
       return "softcap must be between 2^-64 and 2^64, or 0 for none";
+    case NABLA_FAST_INVALID_FILTER:
+      return "top_k is negative, or top_p is not in (0, 1]";
     default:
       return "unknown status";
   }

@@ -7,6 +7,7 @@ import torch
 from nabla_fast.bench.kernel_cases.attention import prefix_attention
 from nabla_fast.bench.kernel_cases.case import Case, Versions
 from nabla_fast.bench.kernel_cases.descents import dto_descent, dto_descent_latents
+from nabla_fast.bench.kernel_cases.draws import draw_tokens
 from nabla_fast.bench.kernel_cases.gradients import nll_grad, onehot_grad, onehot_grad_norm
 from nabla_fast.bench.kernel_cases.mixes import embedding_mix, linear_embedding_mix
 from nabla_fast.bench.kernel_cases.products import lm_logits
@@ -48,6 +49,7 @@ def _cpu_cases(device: torch.device, v: int, h: int, h_r: int) -> list[Case]:
         *(lm_logits(n, v, h, f32, device) for n in (1, 16)),
         lm_logits(1, v, h, bf16, device),
         nll_grad(16, v, h, f32, device),
+        draw_tokens(16, v, f32, device),
         # A step of a decode, a draft that is read at once, and a gradient of a trajectory.
         *(
             prefix_attention(batch, 600, suffix, 14, 2, 64, backward=backward, device=device)

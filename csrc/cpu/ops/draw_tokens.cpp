@@ -1,0 +1,375 @@
+// nabla_fast_draw_tokens: the tokens that may be drawn, and the best of them with noise.
+//
+// Scores z / T are in double precision throughout; the largest logit of a block says whether it has
+// to be looked at. Without filters one pass makes the random words of blocks, and noise of those
+// whose words could make a token the best so far. With filters a first pass finds the k-th largest
+// score, a second one lists the tokens from it on; what top-p drops is found by halving that list
+// around one of its scores, as quickselect does, but by the mass below it. Few tokens are left, each
+// with noise of its own.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <limits>
+
+#include "base/args.h"
+#include "base/check.h"
+#include "base/floats.h"
+#include "base/isa.h"
+#include "base/overlap.h"
+#include "base/threads.h"
+#include "nabla_fast.h"
+#include "simd/bf16.h"
+#include "simd/gumbel.h"
+#include "simd/vec.h"
+#include "softmax/row_status.h"
+
+#ifdef _OPENMP
+  #include <omp.h>
+#endif
+
+namespace nabla_fast::draws {
+namespace {
+
+constexpr double kMasked = -std::numeric_limits<double>::infinity();
+// No noise is larger: that of the last word is -log(-log(1 - 2^-33)) = 22.88.
+constexpr double kMostNoise = 23;
+// Tokens that are passed over together where none of them is large enough.
+constexpr int64_t kBlockTokens = 64;
+// Tokens worth another thread.
+constexpr int64_t kTokensPerThread = 1 << 14;
+
+struct Candidate {
+  double score;
+  int64_t token;
+};
+
+// What the noise of a row is a function of, beside the token.
+struct NoiseKey {
+  uint32_t seed_low, seed_high, position, start, last;
+
+  NoiseKey(const nabla_fast_draw_args& call, int64_t row)
+      : seed_low(static_cast<uint32_t>(call.seed[row])),
+        seed_high(static_cast<uint32_t>(call.seed[row] >> 32)),
+        position(static_cast<uint32_t>(call.position[row])),
+        start(static_cast<uint32_t>(call.start[row])),
+        last(4 * static_cast<uint32_t>(call.visit[row]) + (call.redraw ? 2 : 1)) {}
+};
+
+// Words of 4 W tokens from `token` on, a multiple of 4: of token + 4 lane + word.
+template <int W>
+NABLA_FAST_INLINE void draw_words(const NoiseKey& key, int64_t token,
+                                  typename WideTypes<W>::Words (&words)[4]) {
+  using Words = typename WideTypes<W>::Words;
+  Words lane;
+  for (int i = 0; i < W; ++i) lane[i] = static_cast<uint64_t>(i);
+  words[0] = lane + static_cast<uint64_t>(token / 4);
+  words[1] = Words{} + key.position;
+  words[2] = Words{} + key.start;
+  words[3] = Words{} + key.last;
+  philox_4x32_10<W>(words, key.seed_low, key.seed_high);
+}
+
+// Whether a word is at least `least`.
+template <int W>
+NABLA_FAST_INLINE bool any_from(const typename WideTypes<W>::Words (&words)[4], uint64_t least) {
+  typename WideTypes<W>::Longs found = words[0] >= least;
+  for (int word = 1; word < 4; ++word) found |= words[word] >= least;
+  int64_t any = 0;
+  for (int i = 0; i < W; ++i) any |= found[i];
+  return any != 0;
+}
+
+template <int W>
+NABLA_FAST_INLINE void noise_of_words(const typename WideTypes<W>::Words (&words)[4],
+                                      double (&noise)[4][W]) {
+  using Longs = typename WideTypes<W>::Longs;
+  using Doubles = typename WideTypes<W>::Doubles;
+  for (int word = 0; word < 4; ++word) {
+    const Doubles number = __builtin_convertvector((Longs)words[word], Doubles);
+    const Doubles wide = -vec_log<W>(-vec_log<W>((number + 0.5) * 0x1p-32));
+    for (int i = 0; i < W; ++i) noise[word][i] = wide[i];
+  }
+}
+
+double noise_of(const NoiseKey& key, int64_t token) {
+  WideTypes<1>::Words words[4];
+  double noise[4][1];
+  draw_words<1>(key, token / 4 * 4, words);
+  noise_of_words<1>(words, noise);
+  return noise[token % 4][0];
+}
+
+// A row of logits as it is read: the largest logit so far, and whether one was NaN.
+struct Seen {
+  float max = -kInfinity;
+  bool nan = false;
+};
+
+// Largest of `count` logits, NaN left out.
+template <int W, typename T>
+NABLA_FAST_INLINE float block_max(const T* logits, int64_t count, Seen& seen) {
+  Floats<W> top = splat<W>(-kInfinity);
+  auto nan = top != top;
+  int64_t n = 0;
+  for (; n + W <= count; n += W) {
+    const Floats<W> z = load_fp32<W>(logits + n);
+    nan |= z != z;
+    top = z > top ? z : top;
+  }
+  float max = lane_max<W>(top);
+  for (int lane = 0; lane < W; ++lane) seen.nan |= nan[lane] != 0;
+  for (; n < count; ++n) {
+    const float z = to_fp32(logits[n]);
+    seen.nan |= z != z;
+    max = z > max ? z : max;
+  }
+  seen.max = max > seen.max ? max : seen.max;
+  return max;
+}
+
+// z / T; NaN counts as masked.
+template <typename T>
+NABLA_FAST_INLINE double score_of(T logit, double tau) {
+  const double z = to_fp32(logit);
+  return (z == z ? z : kMasked) / tau;
+}
+
+// The least word whose noise is above `least`, or one or two below it: 2^32 exp(-exp(-least)).
+NABLA_FAST_INLINE uint64_t word_above(double least) {
+  const double word = 0x1p32 * std::exp(-std::exp(1e-6 - least)) - 2;
+  return word > 0 ? static_cast<uint64_t>(word) : 0;
+}
+
+// The first token whose score is largest with its noise.
+template <int W, typename T>
+NABLA_FAST_INLINE int64_t best_of_all(const T* logits, int64_t vocab, double tau,
+                                      const NoiseKey& key, Seen& seen) {
+  constexpr int64_t kBlock = 4 * W;
+  alignas(64) double noise[4][W];
+  double best = kMasked;
+  int64_t token = 0;
+  for (int64_t first = 0; first < vocab; first += kBlock) {
+    const int64_t count = std::min(kBlock, vocab - first);
+    const double top = static_cast<double>(block_max<W, T>(logits + first, count, seen)) / tau;
+    if (!(top + kMostNoise > best)) continue;
+    typename WideTypes<W>::Words words[4];
+    draw_words<W>(key, first, words);
+    if (!any_from<W>(words, word_above(best - top))) continue;
+    noise_of_words<W>(words, noise);
+    for (int64_t n = 0; n < count; ++n) {
+      const double score = score_of(logits[first + n], tau) + noise[n % 4][n / 4];
+      if (score > best) {
+        best = score;
+        token = first + n;
+      }
+    }
+  }
+  return token;
+}
+
+NABLA_FAST_FOR_EACH_ISA(fp32_block_max, block_max<W, float>)
+NABLA_FAST_FOR_EACH_ISA(bf16_block_max, block_max<W, uint16_t>)
+NABLA_FAST_FOR_EACH_ISA(fp32_best_of_all, best_of_all<W, float>)
+NABLA_FAST_FOR_EACH_ISA(bf16_best_of_all, best_of_all<W, uint16_t>)
+
+// work(first token, how many) of each block of a row whose largest score is at least least().
+template <typename T, typename Max, typename Least, typename Work>
+void each_block_from(Max* max_of, const T* logits, int64_t vocab, double tau, Seen& seen,
+                     const Least& least, const Work& work) {
+  for (int64_t first = 0; first < vocab; first += kBlockTokens) {
+    const int64_t count = std::min(kBlockTokens, vocab - first);
+    if (static_cast<double>(max_of(logits + first, count, seen)) / tau >= least())
+      work(first, count);
+  }
+}
+
+// The k-th largest score; heap: [k].
+template <typename T, typename Max>
+double kth_largest(Max* max_of, const T* logits, int64_t vocab, double tau, int64_t k, double* heap,
+                   Seen& seen) {
+  int64_t held = 0;
+  each_block_from(
+      max_of, logits, vocab, tau, seen, [&] { return held < k ? kMasked : heap[0]; },
+      [&](int64_t first, int64_t count) {
+        for (int64_t v = first; v < first + count; ++v) {
+          const double score = score_of(logits[v], tau);
+          if (held == k) {
+            if (!(score > heap[0])) continue;
+            std::pop_heap(heap, heap + held--, std::greater<double>());
+          }
+          heap[held++] = score;
+          std::push_heap(heap, heap + held, std::greater<double>());
+        }
+      });
+  return heap[0];
+}
+
+// Tokens whose score is at least `least`, in their order; returns how many.
+template <typename T, typename Max>
+int64_t list_from(Max* max_of, const T* logits, int64_t vocab, double tau, double least,
+                  Candidate* list, Seen& seen) {
+  int64_t listed = 0;
+  each_block_from(
+      max_of, logits, vocab, tau, seen, [&] { return least; },
+      [&](int64_t first, int64_t count) {
+        for (int64_t v = first; v < first + count; ++v) {
+          const double score = score_of(logits[v], tau);
+          if (score >= least) list[listed++] = {score, v};
+        }
+      });
+  return listed;
+}
+
+// The least likely token that top-p leaves: of equal scores those from its index on stay. Reorders
+// the list, of at least one token and a finite largest score.
+Candidate first_to_stay(Candidate* list, int64_t count, double top_p) {
+  const auto limit = static_cast<float>(1 - top_p);
+  double top = kMasked, total = 0, below = 0;
+  for (int64_t n = 0; n < count; ++n) top = std::max(top, list[n].score);
+  for (int64_t n = 0; n < count; ++n) total += std::exp(list[n].score - top);
+  const auto fits = [&](double mass) { return static_cast<float>(mass / total) <= limit; };
+  // Of [low, high) it is not known what stays; below it lies a mass that fits.
+  Candidate *low = list, *high = list + count;
+  for (;;) {
+    const double value = low[(high - low) / 2].score;
+    Candidate* const equal =
+        std::partition(low, high, [&](const Candidate& c) { return c.score < value; });
+    Candidate* const above =
+        std::partition(equal, high, [&](const Candidate& c) { return c.score == value; });
+    double mass = below;
+    for (const Candidate* c = low; c < equal; ++c) mass += std::exp(c->score - top);
+    if (equal > low && !fits(mass)) {
+      high = equal;
+      continue;
+    }
+    const double share = std::exp(value - top);
+    const int64_t ties = above - equal;
+    if (fits(mass + static_cast<double>(ties) * share) && above < high) {
+      below = mass + static_cast<double>(ties) * share;
+      low = above;
+      continue;
+    }
+    std::sort(equal, above,
+              [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+    int64_t dropped = 0;
+    while (dropped + 1 < ties && fits(mass + static_cast<double>(dropped + 1) * share)) ++dropped;
+    return equal[dropped];
+  }
+}
+
+template <typename T, typename Max>
+int64_t best_of_some(Max* max_of, const T* logits, const nabla_fast_draw_args& call,
+                     const NoiseKey& key, Candidate* list, Seen& seen) {
+  const bool cut = call.top_k > 0 && call.top_k < call.vocab;
+  const double least = cut ? kth_largest(max_of, logits, call.vocab, call.tau, call.top_k,
+                                         reinterpret_cast<double*>(list), seen)
+                           : kMasked;
+  const int64_t count = list_from(max_of, logits, call.vocab, call.tau, least, list, seen);
+  if (softmax::row_status(seen.max, seen.nan) != NABLA_FAST_OK) return 0;
+  Candidate first{kMasked, 0};
+  if (call.top_p < 1) first = first_to_stay(list, count, call.top_p);
+  Candidate best{kMasked, call.vocab};
+  for (const Candidate* c = list; c < list + count; ++c) {
+    if (c->score < first.score || (c->score == first.score && c->token < first.token)) continue;
+    const double score = c->score + noise_of(key, c->token);
+    if (score > best.score || (score == best.score && c->token < best.token))
+      best = {score, c->token};
+  }
+  return best.token;
+}
+
+bool filters(const nabla_fast_draw_args& call) {
+  return (call.top_k > 0 && call.top_k < call.vocab) || call.top_p < 1;
+}
+
+int threads_of(const nabla_fast_draw_args& call) {
+  const int threads =
+      threads_for((Size(call.rows) * call.vocab).or_most(), kTokensPerThread, call.num_threads);
+  return static_cast<int>(std::min<int64_t>(threads, call.rows));
+}
+
+// Of the candidates of a thread's row.
+Size list_bytes(const nabla_fast_draw_args& call) {
+  return (Size(call.vocab) * int64_t{sizeof(Candidate)}).rounded_up(kAlignment);
+}
+
+Size workspace_of(const nabla_fast_draw_args& call) {
+  if (call.rows == 0) return 0;
+  return Size(kAlignment) + (filters(call) ? list_bytes(call) * threads_of(call) : Size(0));
+}
+
+nabla_fast_status check(const nabla_fast_draw_args& call) {
+  if (call.rows < 0 || call.vocab < 1) return NABLA_FAST_INVALID_SHAPE;
+  if (!is_tau(call.tau)) return NABLA_FAST_INVALID_TAU;
+  if (call.top_k < 0 || !(call.top_p > 0 && call.top_p <= 1)) return NABLA_FAST_INVALID_FILTER;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (!fits({{call.rows, 1}}, sizeof(int64_t))) return NABLA_FAST_TOO_LARGE;
+  if (!call.seed || !call.start || !call.visit || !call.position) return NABLA_FAST_INVALID_POINTER;
+  return check_matrix(call.logits, call.rows, call.vocab);
+}
+
+template <typename T, typename Max, typename Best>
+void draw_tokens(Max* max_of, Best* best_of, const nabla_fast_draw_args& call) {
+  const auto* const logits = static_cast<const T*>(call.logits.data);
+  const int64_t stride = stride_of(call.logits, call.rows);
+  const int threads = threads_of(call);
+  char* const memory = aligned(call.workspace);
+  const int64_t bytes = list_bytes(call).or_zero();
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < call.rows; ++row) {
+    const T* const z = logits + row * stride;
+    const NoiseKey key(call, row);
+    Seen seen;
+    if (filters(call)) {
+#ifdef _OPENMP
+      const int64_t rank = omp_get_thread_num();
+#else
+      const int64_t rank = 0;
+#endif
+      auto* const list = reinterpret_cast<Candidate*>(memory + rank * bytes);
+      call.token[row] = best_of_some(max_of, z, call, key, list, seen);
+    } else {
+      call.token[row] = best_of(z, call.vocab, call.tau, key, seen);
+    }
+    call.row_status[row] = softmax::row_status(seen.max, seen.nan);
+    if (call.row_status[row] != NABLA_FAST_OK) call.token[row] = 0;
+  }
+}
+
+}  // namespace
+}  // namespace nabla_fast::draws
+
+using namespace nabla_fast;
+using namespace nabla_fast::draws;
+
+int64_t nabla_fast_draw_tokens_workspace(const nabla_fast_draw_args* args) {
+  return workspace_bytes(args, check, workspace_of);
+}
+
+nabla_fast_status nabla_fast_draw_tokens(const nabla_fast_draw_args* args) {
+  nabla_fast_draw_args call;
+  if (const auto refused = read_args(args, call)) return refused;
+  if (const auto refused = check(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (!call.token || !call.row_status) return NABLA_FAST_INVALID_POINTER;
+  const int64_t bytes = workspace_of(call).or_zero();
+  if (const auto refused = check_workspace(call, bytes)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    arrays.writes(array_of(call.token, call.rows));
+    arrays.writes(array_of(call.row_status, call.rows));
+    arrays.writes(array_of_bytes(call.workspace, bytes));
+    arrays.reads(array_of(call.logits, call.rows));
+    arrays.reads(array_of(call.seed, call.rows));
+    arrays.reads(array_of(call.start, call.rows));
+    arrays.reads(array_of(call.visit, call.rows));
+    arrays.reads(array_of(call.position, call.rows));
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
+  if (call.logits.dtype == NABLA_FAST_FLOAT32)
+    draw_tokens<float>(fp32_block_max.select(), fp32_best_of_all.select(), call);
+  else
+    draw_tokens<uint16_t>(bf16_block_max.select(), bf16_best_of_all.select(), call);
+  return NABLA_FAST_OK;
+}
