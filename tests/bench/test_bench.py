@@ -283,6 +283,7 @@ def test_there_is_a_case_for_every_op_and_none_takes_memory_beforehand():
     assert (peak.bytes() or 0) < 50e6
     ops = {case.op.split()[0] for case in cases}
     assert ops == {
+        "draw_tokens",
         "token_stats",
         "embedding_mix",
         "linear_embedding_mix",
