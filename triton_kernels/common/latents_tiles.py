@@ -119,6 +119,8 @@ def tile_logits(
     known = (token < vocabulary)[None, None, :]
     table = head_ptr + token[None, None, :] * head_stride_v + column.to(tl.int64) * head_stride_h
     states = h_ptr + row[None, :, None] * h_stride + of_states
+    # 64 bits: a head's columns may lie far apart.
+    step = tl.full((), DEPTH, tl.int64) * head_stride_h
     low = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
     middle, high = low, low
     for start in range(0, width, DEPTH):
@@ -131,7 +133,7 @@ def tile_logits(
             high = _added(high, own_high, head, UPCAST)
         else:
             high = _added(high, state, head, UPCAST)
-        table += DEPTH * head_stride_h
+        table += step
         states += DEPTH
     return _sum_of_parts((low + middle) + high)
 
@@ -179,11 +181,12 @@ def few_logits(
     states += HELD
     table = head_ptr + token[None, None, :] * head_stride_v
     table += (HELD + column).to(tl.int64) * head_stride_h
+    step = tl.full((), DEPTH, tl.int64) * head_stride_h
     for start in range(HELD, width, DEPTH):
         head = tl.load(table, mask=known & (column < width - start), other=0.0)
         state = tl.load(states, mask=there[None, :, None] & (of_states < width - start), other=0.0)
         acc = _added(acc, state, head, UPCAST)
-        table += DEPTH * head_stride_h
+        table += step
         states += DEPTH
     if TERMS:
         acc = _sum_of_terms(acc)
