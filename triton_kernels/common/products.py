@@ -79,13 +79,15 @@ def vocabulary_tile(
     """A tile of Σ_t states_t·tables_tᵀ: [ROWS, COLUMNS] float32, the sum in the order of the tables."""
     acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     depth = tl.arange(0, DEPTH)
+    far = depth.to(tl.int64)  # columns may lie far apart
+    step = tl.full((), DEPTH, tl.int64)
     for t in tl.static_range(len(states)):
-        state = states[t] + rows[:, None] * state_strides[t][0] + depth[None, :] * state_strides[t][1]
+        state = states[t] + rows[:, None] * state_strides[t][0] + far[None, :] * state_strides[t][1]
         table_row = columns
         if (MAPPED >> t) & 1:
             # Nobody has waited for the device to check a map: what it names must not be a wrong address.
             table_row = tl.minimum(tl.maximum(tl.load(maps[t] + columns), 0), last_rows[t])
-        table = tables[t] + table_row[None, :] * table_strides[t][0] + depth[:, None] * table_strides[t][1]
+        table = tables[t] + table_row[None, :] * table_strides[t][0] + far[:, None] * table_strides[t][1]
         for start in range(0, widths[t], DEPTH):
             there = depth < widths[t] - start
             b = tl.load(table, mask=there[:, None], other=0.0)
@@ -98,8 +100,8 @@ def vocabulary_tile(
             else:
                 a = tl.load(state, mask=there[None, :], other=0.0)
                 acc += product(a, b, UPCAST)
-            state += DEPTH * state_strides[t][1]
-            table += DEPTH * table_strides[t][1]
+            state += step * state_strides[t][1]
+            table += step * table_strides[t][1]
     return acc
 
 

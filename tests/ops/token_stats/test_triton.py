@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -41,6 +43,20 @@ def test_bfloat16_neighbours_are_read_in_pairs_or_alone(vocabulary: int, draw: D
     assert results[-1].tolist()[1:5] == [1, 2, 3, 2]
     for ours, wanted in zip(token_stats(alone, None, 0.7), results, strict=True):
         assert torch.equal(ours.nan_to_num(-9), wanted.nan_to_num(-9))
+
+
+@pytest.mark.skipif(bool(backend_status()["triton"]), reason="needs Triton or its interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="files back no memory of a GPU")
+def test_columns_of_a_head_2_27_elements_apart(tmp_path: Path, draw: Draw):
+    from nabla_fast.triton_kernels.token_stats import token_stats
+
+    hidden, head = draw.normal(2, 140), draw.normal(33, 140)
+    stride = 2**27 + 5
+    storage = torch.UntypedStorage.from_file(str(tmp_path / "head"), shared=True, nbytes=4 * 140 * stride)
+    far = torch.empty(0).set_(storage, 0, head.shape, (1, stride)).copy_(head)
+    results = token_stats(hidden, far, 0.7)
+    for ours, wanted in zip(results, token_stats(hidden, head, 0.7), strict=True):
+        torch.testing.assert_close(ours, wanted)
 
 
 def test_what_does_not_lie_in_pairs():
