@@ -16,6 +16,13 @@
 
 #define NABLA_FAST_DEVICE __device__ __forceinline__
 
+// Before a loop: unrolled, so that arrays which it indexes stay in registers.
+#if defined(__CUDACC__)
+  #define NABLA_FAST_UNROLL _Pragma("unroll")
+#else
+  #define NABLA_FAST_UNROLL
+#endif
+
 // Declares a variable in the block's shared memory, without content. On the host it is a reference:
 // `key` has an address of its own for each declaration.
 #if defined(__CUDACC__)

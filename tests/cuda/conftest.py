@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kernels import Kernels
+from ops.conftest import draw, seed
+
+__all__ = ["draw", "seed"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda"
@@ -35,3 +39,9 @@ def built() -> Callable[[str], Path]:
         return BUILD / name
 
     return build
+
+
+@pytest.fixture(scope="session", params=["kernels.so", "kernels-small.so"])
+def kernels(request: pytest.FixtureRequest, built: Callable[[str], Path]) -> Kernels:
+    """Both builds of the library: a problem in one chunk, and in many."""
+    return Kernels(built(request.param))

@@ -22,6 +22,7 @@ constexpr int kThreads = 64, kBlocks = 4;
 // The caller's memory; registered but for the last 4 of `padded`.
 alignas(16) float data[kThreads * kBlocks];
 alignas(16) float padded[20];
+float constants[4];
 
 bool run(void (*kernel)(float*), Launch how = {}) {
   how.kernel = "kernel";
@@ -234,6 +235,10 @@ __global__ void four_beyond_an_array(float* out) {
   out[0] = four.of[0];
 }
 
+__global__ void constant_memory(float* out) {
+  if (*out == 0) *out = 1;  // <-
+}
+
 __global__ void memory_of_nobody(float* out, const float* nobody) {
   out[0] = *nobody;  // <-
 }
@@ -335,6 +340,8 @@ const Fault kFaults[] = {
     {"beyond_an_array", [] { return launch({"kernel", nullptr, 1, 16}, beyond_an_array, padded); }},
     {"four_beyond_an_array",
      [] { return launch({"kernel", nullptr, 1, 1}, four_beyond_an_array, padded); }},
+    {"constant_memory",
+     [] { return launch({"kernel", nullptr, 1, 1}, constant_memory, constants); }},
     {"memory_of_nobody",
      [] {
        const float nobody = 0;
@@ -383,8 +390,9 @@ int main(int count, char** words) {
   }
   const uint64_t seed = count > 2 ? std::strtoull(words[2], nullptr, 10) : 0;
   if (!nabla_fast_host_configure(seed, count > 3 ? std::atoi(words[3]) : 90)) return 3;
-  nabla_fast_host_register(data, sizeof data, "data");
-  nabla_fast_host_register(padded, 16 * sizeof(float), "padded");
+  nabla_fast_host_register(data, sizeof data, "data", false);
+  nabla_fast_host_register(padded, 16 * sizeof(float), "padded", false);
+  nabla_fast_host_register(constants, sizeof constants, "constants", true);
   for (const Fault& fault : kFaults) {
     if (std::strcmp(fault.name, words[1]) != 0) continue;
     std::puts(fault.run() ? "done" : "stopped");

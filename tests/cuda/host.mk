@@ -4,10 +4,15 @@
 # faults-ucontext   the same with the system's switch of stacks
 # faults-sanitized  the same under AddressSanitizer and UndefinedBehaviorSanitizer, in place of the
 #                   host's own watch over memory
+# kernels.so        the functions of nabla_fast_cuda.h, and those of csrc/cuda/host/control.h
+# kernels-small.so  the same with chunks of one slice and two rows at a time, so that small problems
+#                   have several of both
 
 BUILD ?= build/cuda
 
 HOST := $(sort $(wildcard csrc/cuda/host/*.cpp))
+KERNELS := $(sort $(wildcard csrc/cuda/*.cu))
+SMALL := -DNABLA_FAST_CUDA_CHUNK_BYTES=1 -DNABLA_FAST_CUDA_MOST_ROWS=2
 
 FLAGS := -std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -MMD -MP
 FLAGS += -Icsrc/cuda -Icsrc/cpu -Icsrc/include
@@ -18,7 +23,7 @@ SANITIZED := $(FLAGS) -O1 -ffp-contract=off -fno-omit-frame-pointer -fsanitize=a
 	-fno-sanitize-recover=all
 
 .PHONY: all
-all: $(BUILD)/faults $(BUILD)/faults-ucontext $(BUILD)/faults-sanitized
+all: $(addprefix $(BUILD)/,faults faults-ucontext faults-sanitized kernels.so kernels-small.so)
 
 $(BUILD)/faults: $(HOST:%=$(BUILD)/%.o) $(BUILD)/tests/cuda/faults.cu.o
 	$(CXX) $^ -ldl -o $@
@@ -29,6 +34,14 @@ $(BUILD)/faults-ucontext: $(HOST:%=$(BUILD)/ucontext/%.o) $(BUILD)/tests/cuda/fa
 $(BUILD)/faults-sanitized: $(HOST:%=$(BUILD)/sanitized/%.o) $(BUILD)/sanitized/tests/cuda/faults.cu.o
 	$(CXX) -fsanitize=address,undefined $^ -ldl -o $@
 
+LIBRARY := $(HOST:%=$(BUILD)/%.o) $(BUILD)/csrc/cpu/base/overlap.cpp.o
+
+$(BUILD)/kernels.so: $(KERNELS:%=$(BUILD)/%.o) $(LIBRARY)
+	$(CXX) -shared -Wl,--no-undefined $^ -ldl -o $@
+
+$(BUILD)/kernels-small.so: $(KERNELS:%=$(BUILD)/small/%.o) $(LIBRARY)
+	$(CXX) -shared -Wl,--no-undefined $^ -ldl -o $@
+
 $(BUILD)/%.cpp.o: %.cpp
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) -c $< -o $@
@@ -36,6 +49,10 @@ $(BUILD)/%.cpp.o: %.cpp
 $(BUILD)/%.cu.o: %.cu
 	@mkdir -p $(@D)
 	$(CXX) $(DEVICE_FLAGS) -x c++ -c $< -o $@
+
+$(BUILD)/small/%.cu.o: %.cu
+	@mkdir -p $(@D)
+	$(CXX) $(DEVICE_FLAGS) $(SMALL) -x c++ -c $< -o $@
 
 $(BUILD)/ucontext/%.cpp.o: %.cpp
 	@mkdir -p $(@D)

@@ -39,6 +39,7 @@ FAULTS = {
     "element_at_an_odd_place": "an access of 4 bytes at an address that is no multiple of it",
     "beyond_an_array": "writes 4 bytes at byte 64 of padded, which has 64",
     "four_beyond_an_array": "reads 16 bytes at byte 64 of padded, which has 64",
+    "constant_memory": "writes constants, which is constant",
     "memory_of_nobody": "reads memory that is nobody's",
     "beyond_a_shared_variable": "writes 4 bytes at byte 256 of row, which has 256",
     "shared_memory_without_content": "reads byte 0 of row, which nobody has written",

@@ -15,9 +15,10 @@ extern "C" {
  * limit: 80, 90, 100 or 120. Returns 0 if there is no such target, else 1. */
 NABLA_FAST_HOST_API int32_t nabla_fast_host_configure(uint64_t seed, int32_t target);
 
-/* Device code may touch this memory from now on. Its name stands in reports. */
+/* Device code may read this memory from now on, and write it unless `constant`. Its name stands in
+ * reports. */
 NABLA_FAST_HOST_API void nabla_fast_host_register(const void* memory, int64_t bytes,
-                                                  const char* name);
+                                                  const char* name, int32_t constant);
 /* Device code may touch no memory any more. */
 NABLA_FAST_HOST_API void nabla_fast_host_forget(void);
 

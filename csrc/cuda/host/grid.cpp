@@ -413,11 +413,13 @@ void access(const void* address, size_t bytes, bool writes, bool aligned, Place 
     grid->stop(verb + " " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset) +
                    " of " + region->name + ", which has " + std::to_string(region->bytes),
                place);
+  if (writes && region->kind == Kind::kConstant)
+    grid->stop("writes " + region->name + ", which is constant", place);
   const Access here = access_at(grid->instant(), place);
   bool said = false;
   for (size_t byte = offset; byte < offset + bytes; ++byte) {
     ShadowByte& shadow = region->shadow[byte];
-    const bool empty = region->shared && !writes && shadow.writer.instant == 0;
+    const bool empty = region->kind == Kind::kShared && !writes && shadow.writer.instant == 0;
     const Conflict conflict = record(instants, shadow, here, writes);
     // One line tells of all bytes.
     if (said) continue;
@@ -444,8 +446,9 @@ int32_t nabla_fast_host_configure(uint64_t new_seed, int32_t name) {
   return 0;
 }
 
-void nabla_fast_host_register(const void* memory, int64_t bytes, const char* name) {
-  global.add(memory, static_cast<size_t>(bytes), name);
+void nabla_fast_host_register(const void* memory, int64_t bytes, const char* name,
+                              int32_t constant) {
+  global.add(memory, static_cast<size_t>(bytes), name, constant ? Kind::kConstant : Kind::kGlobal);
 }
 
 void nabla_fast_host_forget(void) { global.clear(); }

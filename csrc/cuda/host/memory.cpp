@@ -5,10 +5,10 @@
 
 namespace nabla_fast::host {
 
-void GlobalMemory::add(const void* memory, size_t bytes, const std::string& name) {
+void GlobalMemory::add(const void* memory, size_t bytes, const std::string& name, Kind kind) {
   auto* const begin = static_cast<char*>(const_cast<void*>(memory));
   regions_.erase(begin);
-  if (bytes > 0) regions_.emplace(begin, Region(name, begin, bytes, false));
+  if (bytes > 0) regions_.emplace(begin, Region(name, begin, bytes, kind));
 }
 
 void GlobalMemory::clear() { regions_.clear(); }
@@ -44,7 +44,7 @@ char* SharedMemory::variable(const void* key, size_t bytes, const std::string& n
   used_ += (bytes + kGap + kGap - 1) / kGap * kGap;
   std::memset(begin, kPoison, bytes);
   keys_.push_back(key);
-  regions_.emplace_back(name, begin, bytes, true);
+  regions_.emplace_back(name, begin, bytes, Kind::kShared);
   return begin;
 }
 

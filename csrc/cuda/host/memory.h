@@ -12,23 +12,26 @@
 
 namespace nabla_fast::host {
 
+// What an array is: shared memory begins without content, constant memory stays as it is.
+enum class Kind { kGlobal, kConstant, kShared };
+
 // An array and its shadow.
 struct Region {
   std::string name;
   char* begin;
   size_t bytes;
-  bool shared;  // of a block: begins without content
+  Kind kind;
   Shadow shadow;
 
-  Region(std::string name, char* begin, size_t bytes, bool shared)
-      : name(std::move(name)), begin(begin), bytes(bytes), shared(shared), shadow(bytes) {}
+  Region(std::string name, char* begin, size_t bytes, Kind kind)
+      : name(std::move(name)), begin(begin), bytes(bytes), kind(kind), shadow(bytes) {}
 };
 
 // The caller's arrays.
 class GlobalMemory {
  public:
   // Device code may touch [memory, memory + bytes) from now on.
-  void add(const void* memory, size_t bytes, const std::string& name);
+  void add(const void* memory, size_t bytes, const std::string& name, Kind kind);
   void clear();
   // The last array that begins at an address or before it, or null.
   Region* before(const char* address);
