@@ -61,7 +61,7 @@ NABLA_FAST_DEVICE float top_of_slices(const RowTops& tops, int64_t row, int slic
 // A chunk's weights; a block has one slice of a row. `mixed` is rescaled by the blocks of its row
 // together, where it is not null.
 template <typename T, typename W, bool kNoise>
-__global__ void __launch_bounds__(kThreads, kNoise ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, kBlocksHeld<kNoise>)
     weights_kernel(Rows<const T> logits, Noise noise, Chunk chunk, Temperature tau, RowTops tops,
                    Rows<W> weights, float* slice_sum, double* slice_power, Rows<float> mixed,
                    int64_t width) {
@@ -104,7 +104,10 @@ __global__ void __launch_bounds__(kThreads)
                 nabla_fast_status* status) {
   const int64_t row = int64_t{blockIdx.x} * kWarps + warp();
   if (row >= rows) return;
-  const RowTop joined = join_tops(scratch.tops, row, slices);
+  const RowTops& tops = scratch.tops;
+  const RowTop joined = top_of_row(slices, [&](int n) {
+    return Top{tops.value[row * slices + n], tops.token[row * slices + n]};
+  });
   if (lane() == 0) {
     scratch.token[row] = joined.top.token;
     status[row] = joined.status;

@@ -14,12 +14,13 @@ struct RowTops {
   int* token;    // [rows, slices] the first of equal ones
 };
 
-// Fills the slices of a chunk; a block has one of them.
-template <typename T, bool kNoise>
-__global__ void __launch_bounds__(kThreads)
-    tops_kernel(Rows<const T> logits, Noise noise, Chunk chunk, RowTops tops) {
-  const SliceOfRow at(chunk);
-  const Elements z = load_logits<kNoise>(logits, noise, at);
+struct SliceTop {
+  Top top;   // among numbers
+  bool nan;  // whether there is one among the logits
+};
+
+// Of a slice, for every thread of its block.
+NABLA_FAST_DEVICE SliceTop top_of_slice(const Elements& z, const SliceOfRow& at) {
   Top top = no_top();
   bool nan = false;
   NABLA_FAST_UNROLL
@@ -28,11 +29,18 @@ __global__ void __launch_bounds__(kThreads)
     // A thread's tokens come in order.
     if (z.of[n] > top.value) top = {z.of[n], at.token(n / 4) + n % 4};
   }
-  top = join_block(top, Largest{});
-  nan = any_of_block(nan);
+  return {join_block(top, Largest{}), any_of_block(nan)};
+}
+
+// Fills the slices of a chunk; a block has one of them.
+template <typename T, bool kNoise>
+__global__ void __launch_bounds__(kThreads, kBlocksHeld<kNoise>)
+    tops_kernel(Rows<const T> logits, Noise noise, Chunk chunk, RowTops tops) {
+  const SliceOfRow at(chunk);
+  const SliceTop found = top_of_slice(load_logits<kNoise>(logits, noise, at), at);
   if (threadIdx.x != 0) return;
-  tops.value[at.row * chunk.slices + at.slice] = nan ? kNaN : top.value;
-  tops.token[at.row * chunk.slices + at.slice] = top.token;
+  tops.value[at.row * chunk.slices + at.slice] = found.nan ? kNaN : found.top.value;
+  tops.token[at.row * chunk.slices + at.slice] = found.top.token;
 }
 
 struct RowTop {
@@ -40,12 +48,13 @@ struct RowTop {
   nabla_fast_status status;
 };
 
-// Of a row, by one warp.
-NABLA_FAST_DEVICE RowTop join_tops(const RowTops& tops, int64_t row, int slices) {
+// Of a row, for every lane of a warp. `slice(n)`: what tops_kernel has found in slice n.
+template <typename Slice>
+NABLA_FAST_DEVICE RowTop top_of_row(int slices, const Slice& slice) {
   Top top = no_top();
   bool nan = false;
-  for (int slice = lane(); slice < slices; slice += static_cast<int>(kWarpThreads)) {
-    const Top here = {tops.value[row * slices + slice], tops.token[row * slices + slice]};
+  for (int n = lane(); n < slices; n += static_cast<int>(kWarpThreads)) {
+    const Top here = slice(n);
     nan = nan || here.value != here.value;
     top = Largest{}(top, here);
   }

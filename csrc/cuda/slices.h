@@ -91,6 +91,11 @@ NABLA_FAST_DEVICE void store_slice(const Elements& elements, const SliceOfRow& a
   }
 }
 
+// Blocks of such a kernel that a multiprocessor holds at least. Noise is computed in double, for which
+// it takes twice the registers.
+template <bool kNoise>
+constexpr int kBlocksHeld = kNoise ? 2 : 4;
+
 // Rows of a matrix whose rows lie `stride` elements apart.
 template <typename T>
 struct Rows {

@@ -44,6 +44,13 @@ NABLA_FAST_API nabla_fast_status nabla_fast_cuda_embedding_mix(const nabla_fast_
                                                                nabla_fast_cuda_stream stream);
 NABLA_FAST_API int64_t nabla_fast_cuda_embedding_mix_workspace(const nabla_fast_mix_args* args);
 
+/* For float32 logits G waits in `grad`; for others in the workspace, for as many rows at once as 64 MiB
+ * hold. */
+NABLA_FAST_API nabla_fast_status nabla_fast_cuda_embedding_mix_backward(
+    const nabla_fast_mix_args* args, nabla_fast_cuda_stream stream);
+NABLA_FAST_API int64_t
+nabla_fast_cuda_embedding_mix_backward_workspace(const nabla_fast_mix_args* args);
+
 #ifdef __cplusplus
 }
 #endif

@@ -119,6 +119,32 @@ class Kernels:
         assert all((gaps(mix) == POISON).all() for mix in mixes)
         return mixes, status
 
+    def embedding_mix_backward(
+        self,
+        cotangents: Sequence[Tensor],
+        logits: Tensor,
+        tables: Sequence[Tensor],
+        *,
+        tau: float = 1.0,
+        noise: GumbelNoise | None = None,
+        direct: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """∂ℒ/∂logits and the rows' status."""
+        rows = logits.shape[0]
+        grad = poisoned(*logits.shape, dtype=logits.dtype)
+        status = torch.full((rows,), -1, dtype=torch.int32)
+        args, given = _mix_args(logits, tables, tau, noise, status)
+        cotangents = [rows_contiguous(cotangent) for cotangent in cotangents]
+        states = (Matrix * len(cotangents))(*map(matrix, cotangents))
+        args.cotangents, args.grad = ctypes.addressof(states), output(grad)
+        given |= {f"cotangents[{t}]": cotangent for t, cotangent in enumerate(cotangents)}
+        if direct is not None:
+            given["direct"] = rows_contiguous(direct)
+            args.direct = matrix(given["direct"])
+        self._run("embedding_mix_backward", args, given, status=status, grad=grad)
+        assert (gaps(grad) == POISON).all()
+        return grad, status
+
 
 def matrix(tensor: Tensor) -> Matrix:
     return Matrix(tensor.data_ptr(), tensor.shape[1], tensor.stride(0), DTYPES[tensor.dtype])
