@@ -112,7 +112,7 @@ NABLA_FAST_DEVICE T shuffle_xor(T value, unsigned lanes) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t word = 0;
   std::memcpy(&word, &value, sizeof value);
-  word = host::exchange(kAllLanes, threadIdx.x % kWarpThreads ^ lanes, word);
+  word = host::exchange(threadIdx.x % kWarpThreads ^ lanes, word);
   std::memcpy(&value, &word, sizeof value);
   return value;
 #endif

@@ -187,6 +187,11 @@ __global__ void block_ends_in_cluster(float*) {
   sync_cluster();  // <-
 }
 
+__global__ void block_ends_in_grid(float*) {
+  if (blockIdx.x == 1) return;
+  sync_grid();  // <-
+}
+
 __global__ void warps_wait_apart(float*) {
   if (threadIdx.x < kWarpThreads)
     sync_block();  // <-
@@ -325,6 +330,7 @@ const Fault kFaults[] = {
     {"one_lane_ends", [] { return run(one_lane_ends); }},
     {"block_ends_in_cluster", [] { return run(block_ends_in_cluster, of_cluster(2)); }},
     {"grid_that_is_not_cooperative", [] { return run(across_a_grid_sound, of_blocks(kBlocks)); }},
+    {"block_ends_in_grid", [] { return run(block_ends_in_grid, cooperative()); }},
     {"warps_wait_apart", [] { return run(warps_wait_apart); }},
     {"lane_outside_its_mask", [] { return run(lane_outside_its_mask); }},
     {"masks_that_differ", [] { return run(masks_that_differ); }},

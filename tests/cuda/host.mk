@@ -4,15 +4,16 @@
 # faults-ucontext   the same with the system's switch of stacks
 # faults-sanitized  the same under AddressSanitizer and UndefinedBehaviorSanitizer, in place of the
 #                   host's own watch over memory
+# calls-sanitized   calls of the kernels under the same sanitizers
 # kernels.so        the functions of nabla_fast_cuda.h, and those of csrc/cuda/host/control.h
-# kernels-small.so  the same with chunks of one slice and two rows at a time, so that small problems
-#                   have several of both
+# kernels-small.so  the same with two rows at a time and chunks of one slice, or two for a single row, so
+#                   that small problems have several of all
 
 BUILD ?= build/cuda
 
 HOST := $(sort $(wildcard csrc/cuda/host/*.cpp))
 KERNELS := $(sort $(wildcard csrc/cuda/*.cu))
-SMALL := -DNABLA_FAST_CUDA_CHUNK_BYTES=1 -DNABLA_FAST_CUDA_MOST_ROWS=2
+SMALL := -DNABLA_FAST_CUDA_CHUNK_BYTES=32768 -DNABLA_FAST_CUDA_MOST_ROWS=2
 
 FLAGS := -std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -MMD -MP
 FLAGS += -Icsrc/cuda -Icsrc/cpu -Icsrc/include
@@ -23,7 +24,7 @@ SANITIZED := $(FLAGS) -O1 -ffp-contract=off -fno-omit-frame-pointer -fsanitize=a
 	-fno-sanitize-recover=all
 
 .PHONY: all
-all: $(addprefix $(BUILD)/,faults faults-ucontext faults-sanitized kernels.so kernels-small.so)
+all: $(addprefix $(BUILD)/,faults faults-ucontext faults-sanitized calls-sanitized kernels.so kernels-small.so)
 
 $(BUILD)/faults: $(HOST:%=$(BUILD)/%.o) $(BUILD)/tests/cuda/faults.cu.o
 	$(CXX) $^ -ldl -o $@
@@ -32,6 +33,10 @@ $(BUILD)/faults-ucontext: $(HOST:%=$(BUILD)/ucontext/%.o) $(BUILD)/tests/cuda/fa
 	$(CXX) $^ -ldl -o $@
 
 $(BUILD)/faults-sanitized: $(HOST:%=$(BUILD)/sanitized/%.o) $(BUILD)/sanitized/tests/cuda/faults.cu.o
+	$(CXX) -fsanitize=address,undefined $^ -ldl -o $@
+
+$(BUILD)/calls-sanitized: $(addprefix $(BUILD)/sanitized/,$(addsuffix .o,$(HOST) $(KERNELS) \
+		csrc/cpu/base/overlap.cpp tests/cuda/calls.cpp))
 	$(CXX) -fsanitize=address,undefined $^ -ldl -o $@
 
 LIBRARY := $(HOST:%=$(BUILD)/%.o) $(BUILD)/csrc/cpu/base/overlap.cpp.o

@@ -30,7 +30,8 @@ FAULTS = {
     "one_thread_ends": "waits at a barrier of its block that not all threads reach .*; thread 5 has ended",
     "one_lane_ends": "waits at a barrier of its warp that not all threads reach .*; thread 5 has ended",
     "block_ends_in_cluster": "waits at a barrier of its cluster that not all threads reach",
-    "grid_that_is_not_cooperative": "waits at a barrier of its grid that not all threads reach",
+    "block_ends_in_grid": "waits at a barrier of its grid that not all threads reach",
+    "grid_that_is_not_cooperative": "a barrier of a grid whose launch is not cooperative",
     "warps_wait_apart": "waits at a barrier of its block that not all threads reach .*; thread 32 ",
     "lane_outside_its_mask": "a lane that is not in the mask it names",
     "masks_that_differ": "lanes of a warp meet with different masks or operations",
@@ -171,3 +172,8 @@ def test_sanitizers_know_fibers(built: Callable[[str], Path]):
         result = sanitized(program, name)
         assert result.returncode != 0
         assert message in result.stderr
+
+
+def test_kernels_are_clean_under_sanitizers(built: Callable[[str], Path]):
+    result = subprocess.run([built("calls-sanitized")], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

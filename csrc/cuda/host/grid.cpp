@@ -228,6 +228,8 @@ void Grid::report_waiting() {
 }
 
 void Grid::barrier(Level level, Place place) {
+  if (level == kGrid && !shape_.cooperative)
+    stop("a barrier of a grid whose launch is not cooperative", place);
   Group& waited = group(level);
   running->waits = kLevelNames[level];
   running->place = place;
@@ -263,21 +265,12 @@ void Grid::meet(Place place) {
                " is at " + line_of(other.place),
            place);
   }
+  const uint32_t mask = running->mask;
   uint32_t votes = 0;
   for (unsigned n = 0; n < lanes; ++n)
-    if (running->mask >> n & 1 && warp[n].value) votes |= 1u << n;
-  const uint32_t mask = running->mask;
-  for (unsigned n = 0; n < lanes; ++n) {
-    if (!(mask >> n & 1)) continue;
-    Thread& other = warp[n];
-    if (other.votes) {
-      other.result = votes;
-    } else if (other.source >= lanes || !(mask >> other.source & 1)) {
-      stop("reads lane " + std::to_string(other.source) + ", which takes no part", place);
-    } else {
-      other.result = warp[other.source].value;
-    }
-  }
+    if (mask >> n & 1 && warp[n].value) votes |= 1u << n;
+  for (unsigned n = 0; n < lanes; ++n)
+    if (mask >> n & 1) warp[n].result = warp[n].votes ? votes : warp[warp[n].source].value;
   for (unsigned n = 0; n < lanes; ++n) {
     if (!(mask >> n & 1)) continue;
     warp[n].mask = 0;
@@ -327,9 +320,9 @@ Position position() {
 
 void barrier(Level level) { grid->barrier(level, __builtin_return_address(0)); }
 
-uint64_t exchange(uint32_t mask, unsigned source, uint64_t value) {
+uint64_t exchange(unsigned source, uint64_t value) {
   Thread* const self = running;
-  self->mask = mask;
+  self->mask = ~uint32_t{0};
   self->source = source;
   self->value = value;
   self->votes = false;

@@ -38,10 +38,9 @@ Position position();
 // Waits for all threads of a level.
 void barrier(Level level);
 
-// What a thread of a warp shows to others and reads of them, together with all lanes of `mask`.
-// Returns the value of lane `source`.
-uint64_t exchange(uint32_t mask, unsigned source, uint64_t value);
-// The bit of each lane of `mask`: whether its value is not 0.
+// Shows a value to all lanes of the warp; returns that of lane `source`.
+uint64_t exchange(unsigned source, uint64_t value);
+// The lanes of `mask`, this one among them, whose value is true.
 uint32_t ballot(uint32_t mask, bool value);
 
 // A variable in the shared memory of this block, which `key` tells from others.
