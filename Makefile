@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
-C_TESTS := $(shell find tests examples -name '*.cpp' -o -name '*.c' -o -name '*.h')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+C_TESTS := $(shell find tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.c' -o -name '*.h')
 
 # One thread for numpy's BLAS beside torch's own. Threads that spin while they wait make every parallel
 # loop milliseconds slower on cores that are shared with other programs.

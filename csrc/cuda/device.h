@@ -1,0 +1,261 @@
+// What kernels ask of the device in other words than C++: barriers, shuffles, shared memory,
+// conversions, wide loads. Every function has two bodies: the device's, which holds all PTX there is,
+// and the host's, for kernels that run on the CPU (host/).
+#ifndef NABLA_FAST_CUDA_DEVICE_H_
+#define NABLA_FAST_CUDA_DEVICE_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+  #include <cooperative_groups.h>
+#else
+  #include "host/cuda.h"
+#endif
+
+#define NABLA_FAST_DEVICE __device__ __forceinline__
+
+// Before a loop: unrolled, so that arrays which it indexes stay in registers.
+#if defined(__CUDACC__)
+  #define NABLA_FAST_UNROLL _Pragma("unroll")
+#else
+  #define NABLA_FAST_UNROLL
+#endif
+
+// Declares a variable in the block's shared memory, without content. On the host it is a reference:
+// `key` has an address of its own for each declaration.
+#if defined(__CUDACC__)
+  #define NABLA_FAST_SHARED(type, name) __shared__ type name
+#else
+  #define NABLA_FAST_SHARED(type, name) \
+    static char name##_key;             \
+    type& name =                        \
+        *static_cast<type*>(::nabla_fast::host::shared_variable(&name##_key, sizeof(type), #name))
+#endif
+
+namespace nabla_fast::cuda {
+
+constexpr unsigned kWarpThreads = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// -- barriers -------------------------------------------------------------------------------------
+
+NABLA_FAST_DEVICE void sync_warp() {
+#if defined(__CUDACC__)
+  __syncwarp();
+#else
+  host::barrier(host::kWarp);
+#endif
+}
+
+NABLA_FAST_DEVICE void sync_block() {
+#if defined(__CUDACC__)
+  __syncthreads();
+#else
+  host::barrier(host::kBlock);
+#endif
+}
+
+// Of all threads of a thread-block cluster; sm_90 and later.
+NABLA_FAST_DEVICE void sync_cluster() {
+#if !defined(__CUDACC__)
+  host::barrier(host::kCluster);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// Of all threads of a cooperative grid.
+NABLA_FAST_DEVICE void sync_grid() {
+#if defined(__CUDACC__)
+  cooperative_groups::this_grid().sync();
+#else
+  host::barrier(host::kGrid);
+#endif
+}
+
+// -- shared memory --------------------------------------------------------------------------------
+
+// The dynamic shared memory of the launch.
+NABLA_FAST_DEVICE void* dynamic_shared() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(128) unsigned char nabla_fast_dynamic_shared[];
+  return nabla_fast_dynamic_shared;
+#else
+  return host::dynamic_shared();
+#endif
+}
+
+// The same variable in the shared memory of another block of the cluster; sm_90 and later.
+template <typename T>
+NABLA_FAST_DEVICE T* shared_of(T* variable, unsigned rank) {
+#if !defined(__CUDACC__)
+  return static_cast<T*>(host::shared_of(variable, rank));
+#elif __CUDA_ARCH__ >= 900
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(variable), "r"(rank));
+  return reinterpret_cast<T*>(there);
+#else
+  return variable;
+#endif
+}
+
+// -- lanes of a warp ------------------------------------------------------------------------------
+
+// The value of the lane whose number differs from this one's in the bits of `lanes`.
+template <typename T>
+NABLA_FAST_DEVICE T shuffle_xor(T value, unsigned lanes) {
+#if defined(__CUDACC__)
+  return __shfl_xor_sync(kAllLanes, value, lanes);
+#else
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t word = 0;
+  std::memcpy(&word, &value, sizeof value);
+  word = host::exchange(threadIdx.x % kWarpThreads ^ lanes, word);
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+#endif
+}
+
+// The lanes of `mask`, this one among them, in which `value` is true.
+NABLA_FAST_DEVICE unsigned ballot(unsigned mask, bool value) {
+#if defined(__CUDACC__)
+  return __ballot_sync(mask, value);
+#else
+  return host::ballot(mask, value);
+#endif
+}
+
+// -- numbers --------------------------------------------------------------------------------------
+
+NABLA_FAST_DEVICE uint32_t bits_of(float x) {
+#if defined(__CUDACC__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+#endif
+}
+
+NABLA_FAST_DEVICE float float_of(uint32_t bits) {
+#if defined(__CUDACC__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+// 2^x within 2 ulp; results below 2^-126 are 0.
+NABLA_FAST_DEVICE float exp2_approx(float x) {
+#if defined(__CUDACC__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#else
+  const float power = std::exp2(x);
+  return power < 0x1p-126f ? 0 : power;
+#endif
+}
+
+// bfloat16: the upper half of a float32.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// IEEE 754 half precision.
+struct float16 {
+  uint16_t bits;
+};
+
+NABLA_FAST_DEVICE float to_float(float x) { return x; }
+NABLA_FAST_DEVICE float to_float(bfloat16 x) { return float_of(uint32_t{x.bits} << 16); }
+NABLA_FAST_DEVICE float to_float(float16 x) {
+#if defined(__CUDACC__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
+  // The exponent of a float32 is larger by 112 (by 224 for infinities and NaN); a product with 2^-24
+  // takes subnormal numbers as they are.
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, rest = x.bits & 0x7FFFu;
+  if (rest < 0x0400) return float_of(sign | bits_of(static_cast<float>(rest) * 0x1p-24f));
+  return float_of(sign | ((rest << 13) + ((rest < 0x7C00 ? 112u : 224u) << 23)));
+#endif
+}
+
+// A float32 rounded to nearest, ties to even.
+template <typename T>
+NABLA_FAST_DEVICE T rounded(float x);
+
+template <>
+NABLA_FAST_DEVICE float rounded<float>(float x) {
+  return x;
+}
+
+template <>
+NABLA_FAST_DEVICE bfloat16 rounded<bfloat16>(float x) {
+#if defined(__CUDACC__)
+  bfloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+#else
+  const uint32_t bits = bits_of(x);
+  if (x != x) return {0x7FFF};
+  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+#endif
+}
+
+template <>
+NABLA_FAST_DEVICE float16 rounded<float16>(float x) {
+#if defined(__CUDACC__)
+  float16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+#else
+  const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7FFFFFFF;
+  if (x != x) return {0x7FFF};
+  if (rest >= 0x477FF000) return {static_cast<uint16_t>(sign | 0x7C00)};  // 65520 and more
+  // Where float16 is subnormal, adding 2^-1 leaves its digits at the end of the sum.
+  if (rest < 0x38800000)
+    return {static_cast<uint16_t>(sign | (bits_of(float_of(rest) + 0.5f) - 0x3F000000))};
+  return {static_cast<uint16_t>(sign | ((rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13))};
+#endif
+}
+
+// -- four elements at once ------------------------------------------------------------------------
+
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  T of[4];
+};
+
+// `from` and `to` are multiples of the size of four elements.
+template <typename T>
+NABLA_FAST_DEVICE Four<T> load_four(const T* from) {
+#if defined(__CUDACC__)
+  return *reinterpret_cast<const Four<T>*>(from);
+#else
+  host::expect_aligned(from, sizeof(Four<T>));
+  Four<T> four;
+  std::memcpy(&four, from, sizeof four);
+  return four;
+#endif
+}
+
+template <typename T>
+NABLA_FAST_DEVICE void store_four(T* to, const Four<T>& four) {
+#if defined(__CUDACC__)
+  *reinterpret_cast<Four<T>*>(to) = four;
+#else
+  host::expect_aligned(to, sizeof(Four<T>));
+  std::memcpy(to, &four, sizeof four);
+#endif
+}
+
+}  // namespace nabla_fast::cuda
+
+#endif  // NABLA_FAST_CUDA_DEVICE_H_

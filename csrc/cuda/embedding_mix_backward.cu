@@ -1,0 +1,328 @@
+// nabla_fast_cuda_embedding_mix_backward: dz = (1 / tau) p (G - <p, G>), G = sum_t <table_t, cotangent_t>
+// + direct.
+//
+// <p, G> is known when all of G has been seen. So G is kept in float32: in the result, if that is
+// float32, else in the workspace. Chunk by chunk it is computed by products and, while it is still in
+// the L2 cache, surveyed together with the logits for what the softmax's Jacobian needs: the largest z
+// with its token, S = sum exp((z - max) / tau), and T = sum exp((z - max) / tau) (G - G[token]). A slice
+// takes its sums relative to its own largest z and to the G found there; both move to the row's by
+// arithmetic on a few numbers. A last pass reads z and G and writes dz.
+
+#include "call.h"
+#include "exponential.h"
+#include "joins.h"
+#include "launch.h"
+#include "products.h"
+#include "row_tops.h"
+#include "slices.h"
+
+namespace nabla_fast::cuda {
+namespace {
+
+// Most bytes of G in a workspace.
+constexpr int64_t kGradBytes = int64_t{64} << 20;
+
+struct SliceSums {
+  float top;   // the largest z, NaN if a logit is
+  int token;   // of the largest z, the first of equal ones
+  float sum;   // S
+  float tilt;  // T, where G is finite
+  float grad;  // G of the token; 0 where that is not finite
+  float lost;  // the largest z at which G is not finite
+};
+
+struct RowSums {
+  float top;     // the largest z
+  float grad;    // G of its token
+  float weight;  // 1 / (S tau)
+  float
+      mean;  // T / S = <p, G> - G[token]; NaN where G is not finite at a token of some probability
+};
+
+struct Scratch {
+  SliceSums* slices;  // [rows, slices]
+  RowSums* sums;      // [rows]
+  float* grad;        // [rows, vocab], unless the result is float32
+};
+
+// -- kernels --------------------------------------------------------------------------------------
+
+// Begins G: with `direct`, or with zeros where it has no data.
+template <typename D>
+__global__ void __launch_bounds__(kThreads)
+    begin_kernel(Rows<const D> direct, Chunk chunk, Rows<float> grad) {
+  const SliceOfRow at(chunk);
+  Elements elements = {};
+  if (direct.data) elements = load_slice(direct.row(at.row), at, 0);
+  store_slice(elements, at, grad.row(at.row));
+}
+
+template <typename T, bool kNoise>
+__global__ void __launch_bounds__(kThreads, kBlocksHeld<kNoise>)
+    survey_kernel(Rows<const T> logits, Noise noise, Chunk chunk, Temperature tau,
+                  Rows<const float> grad, SliceSums* sums) {
+  const SliceOfRow at(chunk);
+  const Elements z = load_logits<kNoise>(logits, noise, at);
+  const Elements g = load_slice(grad.row(at.row), at, 0);
+  const SliceTop found = top_of_slice(z, at);
+  const float reference = fabsf(found.top.value) < kInfinity ? found.top.value : 0;
+  float here = 0, lost = -kInfinity;
+  NABLA_FAST_UNROLL
+  for (int n = 0; n < kThreadTokens; ++n) {
+    const bool finite = fabsf(g.of[n]) < kInfinity;
+    if (finite && at.token(n / 4) + n % 4 == found.top.token) here = g.of[n];
+    if (!finite) lost = fmaxf(lost, z.of[n]);
+  }
+  // One thread has the token, if any.
+  here = join_block(here, Sum{});
+  lost = join_block(lost, Largest{});
+  float sum = 0, tilt = 0;
+  NABLA_FAST_UNROLL
+  for (int n = 0; n < kThreadTokens; ++n) {
+    const float e = tempered_exp(z.of[n] - reference, tau);
+    sum += e;
+    if (fabsf(g.of[n]) < kInfinity) tilt += e * (g.of[n] - here);
+  }
+  sum = join_block(sum, Sum{});
+  tilt = join_block(tilt, Sum{});
+  if (threadIdx.x == 0)
+    sums[at.row * chunk.slices + at.slice] = {
+        found.nan ? kNaN : found.top.value, found.top.token, sum, tilt, here, lost};
+}
+
+// Joins the slices of each row; a warp has a row.
+__global__ void __launch_bounds__(kThreads)
+    join_kernel(Scratch scratch, int64_t rows, int slices, Temperature tau,
+                nabla_fast_status* status) {
+  const int64_t row = int64_t{blockIdx.x} * kWarps + warp();
+  if (row >= rows) return;
+  const SliceSums* const parts = scratch.slices + row * slices;
+  const int step = static_cast<int>(kWarpThreads);
+  const RowTop found = top_of_row(slices, [&](int n) { return Top{parts[n].top, parts[n].token}; });
+  const float reference = found.status == NABLA_FAST_OK ? found.top.value : 0;
+  float grad = 0;
+  for (int n = lane(); n < slices; n += step)
+    if (parts[n].token == found.top.token) grad = parts[n].grad;
+  grad = join_warp(grad, Sum{});
+  double sum = 0, tilt = 0;
+  bool spoiled = false;
+  for (int n = lane(); n < slices; n += step) {
+    const SliceSums part = parts[n];
+    const float share = tempered_exp(part.top - reference, tau);
+    sum += double{share} * part.sum;
+    if (share > 0) tilt += double{share} * (part.tilt + part.sum * (part.grad - grad));
+    spoiled = spoiled || tempered_exp(part.lost - reference, tau) > 0;
+  }
+  sum = join_warp(sum, Sum{});
+  tilt = join_warp(tilt, Sum{});
+  spoiled = any_of_warp(spoiled);
+  if (lane() != 0) return;
+  status[row] = found.status;
+  scratch.sums[row] = {reference, grad, static_cast<float>(tau.inverse / sum),
+                       spoiled ? kNaN : static_cast<float>(tilt / sum)};
+}
+
+// `result` may be the memory of `grad`.
+template <typename T, bool kNoise>
+__global__ void __launch_bounds__(kThreads, kBlocksHeld<kNoise>)
+    jacobian_kernel(Rows<const T> logits, Noise noise, Chunk chunk, Temperature tau,
+                    Rows<const float> grad, const RowSums* sums, const nabla_fast_status* status,
+                    Rows<T> result) {
+  const SliceOfRow at(chunk);
+  const Elements z = load_logits<kNoise>(logits, noise, at);
+  Elements g = load_slice(grad.row(at.row), at, 0);
+  const RowSums row = sums[at.row];
+  const bool good = status[at.row] == NABLA_FAST_OK;
+  NABLA_FAST_UNROLL
+  for (int n = 0; n < kThreadTokens; ++n) {
+    const float e = tempered_exp(z.of[n] - row.top, tau);
+    // G may be infinite where p is 0.
+    const float dz = e > 0 ? e * row.weight * (g.of[n] - row.grad - row.mean) : 0;
+    g.of[n] = good ? dz : kNaN;
+  }
+  store_slice(g, at, result.row(at.row));
+}
+
+// -- launches -------------------------------------------------------------------------------------
+
+// Whether the result holds G until the last pass.
+bool grad_in_result(const nabla_fast_mix_args& call) {
+  return call.logits.dtype == NABLA_FAST_FLOAT32;
+}
+
+int64_t rows_at_once(const nabla_fast_mix_args& call) {
+  int64_t most = kMostRows;
+  if (!grad_in_result(call))
+    most = std::clamp<int64_t>(kGradBytes / (call.vocab * int64_t{sizeof(float)}), 1, most);
+  return std::min(call.rows, most);
+}
+
+Size lay_out(const nabla_fast_mix_args& call, char* memory, Scratch& scratch) {
+  const int64_t rows = rows_at_once(call);
+  Layout layout(memory);
+  scratch.slices = layout.array<SliceSums>(Size(slices_of(call.vocab)) * rows);
+  scratch.sums = layout.array<RowSums>(rows);
+  scratch.grad = nullptr;
+  if (!grad_in_result(call)) scratch.grad = layout.array<float>(Size(call.vocab) * rows);
+  return layout.bytes() + kAlignment;
+}
+
+Size workspace_of(const nabla_fast_mix_args& call) {
+  if (call.rows == 0) return 0;
+  Scratch none;
+  return lay_out(call, nullptr, none);
+}
+
+// A part of a call's rows.
+struct Part {
+  const nabla_fast_mix_args& call;
+  nabla_fast_cuda_stream stream;
+  Scratch scratch;
+  int64_t first, rows;
+
+  Rows<float> grad() const {
+    if (grad_in_result(call)) return rows_from<float>(call.grad, call.rows, first);
+    return {scratch.grad, call.vocab};
+  }
+  Rows<const float> known_grad() const { return {grad().data, grad().stride}; }
+
+  bool begin(const Chunk& chunk) const {
+    // Products write G where it does not begin with anything.
+    if (!call.direct.data && call.table_count > 0) return true;
+    const nabla_fast_matrix none = {nullptr, 0, 0, NABLA_FAST_FLOAT32};
+    const nabla_fast_matrix& direct = call.direct.data ? call.direct : none;
+    return with_element(direct.dtype, [&](auto element) {
+      using D = decltype(element);
+      const Rows<const D> from =
+          direct.data ? rows_from<D>(direct, call.rows, first) : Rows<const D>{nullptr, 0};
+      return launch({"begin_kernel", stream, rows * chunk.count, kThreads}, begin_kernel<D>, from,
+                    chunk, grad());
+    });
+  }
+
+  bool multiply(const Chunk& chunk) const {
+    bool keep = call.direct.data != nullptr;
+    for (int64_t t = 0; t < call.table_count; ++t) {
+      const nabla_fast_matrix &states = call.cotangents[t], &table = call.tables[t];
+      const int64_t state_stride = stride_of(states, call.rows);
+      const int64_t table_stride = stride_of(table, call.vocab);
+      const auto from = [](const nabla_fast_matrix& matrix, int64_t elements) {
+        return static_cast<const char*>(matrix.data) + elements * bytes_of(matrix.dtype);
+      };
+      if (!add_product({rows,
+                        chunk.tokens(),
+                        table.width,
+                        {from(states, first * state_stride), state_stride, states.dtype},
+                        {from(table, chunk.begin() * table_stride), table_stride, table.dtype},
+                        true,
+                        grad().data + chunk.begin(),
+                        grad().stride,
+                        keep},
+                       stream))
+        return false;
+      keep = true;
+    }
+    return true;
+  }
+
+  bool survey(const Chunk& chunk) const {
+    return with_logits([&](auto element, auto noise) {
+      using T = decltype(element);
+      return launch({"survey_kernel", stream, rows * chunk.count, kThreads},
+                    survey_kernel<T, decltype(noise)::value>,
+                    rows_from<T>(call.logits, call.rows, first), noise_from(call, first), chunk,
+                    Temperature(call.tau), known_grad(), scratch.slices);
+    });
+  }
+
+  bool join() const {
+    return launch({"join_kernel", stream, (rows + kWarps - 1) / kWarps, kThreads}, join_kernel,
+                  scratch, rows, static_cast<int>(slices_of(call.vocab)), Temperature(call.tau),
+                  call.row_status + first);
+  }
+
+  bool finish(const Chunk& chunk) const {
+    return with_logits([&](auto element, auto noise) {
+      using T = decltype(element);
+      return launch({"jacobian_kernel", stream, rows * chunk.count, kThreads},
+                    jacobian_kernel<T, decltype(noise)::value>,
+                    rows_from<T>(call.logits, call.rows, first), noise_from(call, first), chunk,
+                    Temperature(call.tau), known_grad(), scratch.sums, call.row_status + first,
+                    rows_from<T>(call.grad, call.rows, first));
+    });
+  }
+
+  bool run() const {
+    const int64_t each = slices_of_chunk(rows_at_once(call), call.vocab, sizeof(float));
+    const auto take = [&](const Chunk& chunk) {
+      return begin(chunk) && multiply(chunk) && survey(chunk);
+    };
+    return for_each_chunk(call.vocab, each, take) && join() &&
+           for_each_chunk(call.vocab, slices_of(call.vocab),
+                          [&](const Chunk& chunk) { return finish(chunk); });
+  }
+
+ private:
+  template <typename Visit>
+  bool with_logits(const Visit& visit) const {
+    return with_element(call.logits.dtype, [&](auto element) {
+      return with_flag(call.noise_seed != nullptr,
+                       [&](auto noise) { return visit(element, noise); });
+    });
+  }
+};
+
+// OK, or why what the backward reads is refused.
+nabla_fast_status check(const nabla_fast_mix_args& call) {
+  if (const auto refused = check_mix(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (call.table_count > 0 && !call.cotangents) return NABLA_FAST_INVALID_POINTER;
+  for (int64_t t = 0; t < call.table_count; ++t)
+    if (const auto refused =
+            check_device_matrix(call.cotangents[t], call.rows, call.tables[t].width))
+      return refused;
+  return call.direct.data ? check_device_matrix(call.direct, call.rows, call.vocab) : NABLA_FAST_OK;
+}
+
+nabla_fast_status check_grad(const nabla_fast_mix_args& call) {
+  if (const auto refused = check_device_matrix(call.grad, call.rows, call.vocab)) return refused;
+  if (call.grad.dtype != call.logits.dtype) return NABLA_FAST_UNKNOWN_DTYPE;
+  return call.row_status ? NABLA_FAST_OK : NABLA_FAST_INVALID_POINTER;
+}
+
+}  // namespace
+}  // namespace nabla_fast::cuda
+
+using namespace nabla_fast;
+using namespace nabla_fast::cuda;
+
+int64_t nabla_fast_cuda_embedding_mix_backward_workspace(const nabla_fast_mix_args* args) {
+  return workspace_bytes(args, check, workspace_of);
+}
+
+nabla_fast_status nabla_fast_cuda_embedding_mix_backward(const nabla_fast_mix_args* args,
+                                                         nabla_fast_cuda_stream stream) {
+  nabla_fast_mix_args call;
+  if (const auto refused = read_args(args, call)) return refused;
+  if (const auto refused = check(call)) return refused;
+  if (call.rows == 0) return NABLA_FAST_OK;
+  if (const auto refused = check_grad(call)) return refused;
+  const int64_t bytes = workspace_of(call).or_zero();
+  if (const auto refused = check_workspace(call, bytes)) return refused;
+  const bool overlap = any_overlap([&](auto& arrays) {
+    arrays.writes(array_of(call.grad, call.rows));
+    arrays.writes(array_of(call.row_status, call.rows));
+    arrays.writes(array_of_bytes(call.workspace, bytes));
+    list_mix_inputs(call, arrays);
+    for (int64_t t = 0; t < call.table_count; ++t)
+      arrays.reads(array_of(call.cotangents[t], call.rows));
+    if (call.direct.data) arrays.reads(array_of(call.direct, call.rows));
+  });
+  if (overlap) return NABLA_FAST_OVERLAP;
+  Scratch scratch;
+  lay_out(call, aligned(call.workspace), scratch);
+  const bool done = for_each_part(call.rows, rows_at_once(call), [&](int64_t first, int64_t rows) {
+    return Part{call, stream, scratch, first, rows}.run();
+  });
+  return answer(done);
+}

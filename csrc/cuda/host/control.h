@@ -1,0 +1,33 @@
+/* What a test says to the host that runs device code, and what it is told. For one thread of the
+ * system at a time. */
+#ifndef NABLA_FAST_CUDA_HOST_CONTROL_H_
+#define NABLA_FAST_CUDA_HOST_CONTROL_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define NABLA_FAST_HOST_API __attribute__((visibility("default")))
+
+/* The order of threads is drawn from `seed`; `target` is the device whose shared memory is the
+ * limit: 80, 90, 100 or 120. Returns 0 if there is no such target, else 1. */
+NABLA_FAST_HOST_API int32_t nabla_fast_host_configure(uint64_t seed, int32_t target);
+
+/* Device code may read this memory from now on, and write it unless `constant`. Its name stands in
+ * reports. */
+NABLA_FAST_HOST_API void nabla_fast_host_register(const void* memory, int64_t bytes,
+                                                  const char* name, int32_t constant);
+/* Device code may touch no memory any more. */
+NABLA_FAST_HOST_API void nabla_fast_host_forget(void);
+
+/* What device code has done wrong, a line each; "" for nothing. Valid until the next launch. */
+NABLA_FAST_HOST_API const char* nabla_fast_host_reports(void);
+NABLA_FAST_HOST_API void nabla_fast_host_clear_reports(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* NABLA_FAST_CUDA_HOST_CONTROL_H_ */

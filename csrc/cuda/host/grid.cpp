@@ -1,0 +1,451 @@
+#include "host/grid.h"
+
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "host/control.h"
+#include "host/fiber.h"
+#include "host/memory.h"
+
+namespace nabla_fast::host {
+namespace {
+
+// Threads that a barrier waits for.
+struct Group {
+  unsigned members = 0, passed = 0;
+  std::vector<struct Thread*> waiting;
+};
+
+struct Block {
+  unsigned index;
+  unsigned live;  // threads that have not ended
+  Group group;
+  std::vector<Group> warps;
+  SharedMemory* shared;
+  struct Cluster* cluster;
+};
+
+struct Cluster {
+  Group group;
+  std::vector<Block*> blocks;
+};
+
+struct Thread {
+  Fiber* fiber;
+  Block* block;
+  unsigned index;
+  // Where it waits, and what for: a level, or the lanes of `mask`.
+  Place place;
+  const char* waits;
+  uint32_t mask;
+  unsigned source;
+  uint64_t value, result;
+  bool votes;
+  uint32_t instant;
+  unsigned passed;  // barriers of all levels, when `instant` was made
+};
+
+struct Target {
+  int name;
+  size_t shared_bytes;
+};
+// Shared memory that a block may have on each target.
+constexpr Target kTargets[] = {{80, 166912}, {90, 232448}, {100, 232448}, {120, 101376}};
+
+constexpr unsigned kMostThreads = 1024, kMostCluster = 16;
+// Blocks that run together have a fiber a thread.
+constexpr unsigned kMostTogether = 32768;
+
+// An access so many bytes behind an array is told as one of that array.
+constexpr size_t kNear = 1 << 16;
+
+constexpr const char* kLevelNames[] = {"warp", "block", "cluster", "grid"};
+
+GlobalMemory global;
+Instants instants;
+uint64_t seed = 0;
+const Target* target = &kTargets[1];
+
+// The launch that runs, and its thread that runs.
+class Grid;
+Grid* grid = nullptr;
+Thread* running = nullptr;
+
+class Grid {
+ public:
+  Grid(const Shape& shape, void (*body)(void*), void* arguments)
+      : shape_(shape), body_(body), arguments_(arguments), random_(seed) {}
+
+  bool run();
+
+  const Shape& shape() const { return shape_; }
+  Group& group(Level level) {
+    Block& block = *running->block;
+    if (level == kWarp) return block.warps[running->index / kWarpThreads];
+    if (level == kBlock) return block.group;
+    return level == kCluster ? block.cluster->group : everyone_;
+  }
+
+  void release(Thread* thread) {
+    thread->waits = nullptr;
+    ready_.push_back(thread);
+  }
+  void barrier(Level level, Place place);
+  void meet(Place place);
+
+  // The thread and where it is, then what is wrong.
+  void say(const std::string& what, Place place) { report(where(*running) + what + at(place)); }
+  // The same, and nothing runs any more.
+  [[noreturn]] void stop(const std::string& what, Place place) {
+    say(what, place);
+    stopped_ = true;
+    for (;;) running->fiber->suspend();
+  }
+  void race(const Conflict& conflict, const Region& region, size_t byte, bool writes, Place place);
+
+  uint32_t instant();
+
+ private:
+  void run_together(unsigned first, unsigned count);
+  void report_waiting();
+  std::string where(const Thread& thread) const {
+    return std::string(shape_.kernel) + ", block " + std::to_string(thread.block->index) +
+           ", thread " + std::to_string(thread.index) + ": ";
+  }
+  static std::string at(Place place) { return " (" + line_of(place) + ")"; }
+
+  const Shape shape_;
+  void (*body_)(void*);
+  void* arguments_;
+  std::mt19937_64 random_;
+  bool stopped_ = false;
+  Group everyone_;
+  std::vector<Thread> threads_;
+  std::vector<Thread*> ready_;
+};
+
+bool is_possible(const Shape& shape) {
+  const auto refuse = [&](const char* why) {
+    report(std::string(shape.kernel) + ": " + why);
+    return false;
+  };
+  if (shape.blocks == 0) return refuse("a grid of no blocks");
+  if (shape.threads == 0 || shape.threads > kMostThreads)
+    return refuse("a block of no threads, or of more than 1024");
+  if (shape.cluster == 0 || shape.cluster > kMostCluster || shape.blocks % shape.cluster != 0)
+    return refuse(
+        "a cluster of no blocks, of more than 16, or of a number that does not divide the grid");
+  if (shape.cluster > 1 && (target->name == 80))
+    return refuse("a cluster on a target that has none");
+  if (shape.cooperative && shape.blocks > kMostTogether / shape.threads)
+    return refuse("a cooperative grid of more threads than a device holds at once");
+  if (shape.shared > target->shared_bytes)
+    return refuse("more dynamic shared memory than the target has");
+  return true;
+}
+
+bool Grid::run() {
+  if (!is_possible(shape_)) return false;
+  instants.begin(shape_.cluster);
+  const unsigned together = shape_.cooperative ? shape_.blocks : shape_.cluster;
+  everyone_.members = shape_.blocks * shape_.threads;
+  // Blocks that do not run together come in any order.
+  std::vector<unsigned> order(shape_.blocks / together);
+  for (unsigned n = 0; n < order.size(); ++n) order[n] = n * together;
+  std::shuffle(order.begin(), order.end(), random_);
+  for (const unsigned first : order)
+    if (!stopped_) run_together(first, together);
+  return !stopped_;
+}
+
+// Memory that launches share: to make it costs more than most launches.
+std::deque<Fiber> fibers;
+std::deque<SharedMemory> shared_memories;
+
+void Grid::run_together(unsigned first, unsigned count) {
+  const unsigned warps = (shape_.threads + kWarpThreads - 1) / kWarpThreads;
+  while (fibers.size() < size_t{count} * shape_.threads) fibers.emplace_back();
+  while (shared_memories.size() < count) shared_memories.emplace_back();
+  std::vector<Cluster> clusters(count / shape_.cluster);
+  std::vector<Block> blocks(count);
+  threads_.assign(size_t{count} * shape_.threads, {});
+  ready_.clear();
+  for (unsigned b = 0; b < count; ++b) {
+    Block& block = blocks[b];
+    block.index = first + b;
+    block.live = block.group.members = shape_.threads;
+    block.warps.resize(warps);
+    block.cluster = &clusters[b / shape_.cluster];
+    block.cluster->group.members = shape_.cluster * shape_.threads;
+    block.cluster->blocks.push_back(&block);
+    block.shared = &shared_memories[b];
+    block.shared->clear();
+    if (shape_.shared > 0) block.shared->variable(nullptr, shape_.shared, "dynamic shared memory");
+    for (unsigned t = 0; t < shape_.threads; ++t) {
+      ++block.warps[t / kWarpThreads].members;
+      Thread& thread = threads_[size_t{b} * shape_.threads + t];
+      thread.fiber = &fibers[size_t{b} * shape_.threads + t];
+      thread.block = &block;
+      thread.index = t;
+      thread.fiber->start([](void* self) { static_cast<Grid*>(self)->body_(grid->arguments_); },
+                          this);
+      ready_.push_back(&thread);
+    }
+  }
+  while (!ready_.empty() && !stopped_) {
+    std::swap(ready_[random_() % ready_.size()], ready_.back());
+    running = ready_.back();
+    ready_.pop_back();
+    running->fiber->resume();
+    if (running->fiber->ended()) --running->block->live;
+  }
+  running = nullptr;
+  if (!stopped_) report_waiting();
+}
+
+// Nothing can go on: whoever has not ended waits for threads that will not come.
+void Grid::report_waiting() {
+  for (const Thread& thread : threads_) {
+    if (thread.fiber->ended()) continue;
+    stopped_ = true;
+    std::string line = where(thread) + "waits at a barrier of its " + thread.waits +
+                       " that not all threads reach" + at(thread.place);
+    // An example of those that are missed: one that has ended, or waits elsewhere.
+    for (const Thread& other : threads_) {
+      const bool mate = other.block == thread.block && &other != &thread;
+      if (!mate || (!other.fiber->ended() && other.place == thread.place)) continue;
+      line += "; thread " + std::to_string(other.index);
+      line += other.fiber->ended() ? " has ended" : " waits elsewhere" + at(other.place);
+      break;
+    }
+    report(line);
+    return;
+  }
+}
+
+void Grid::barrier(Level level, Place place) {
+  if (level == kGrid && !shape_.cooperative)
+    stop("a barrier of a grid whose launch is not cooperative", place);
+  Group& waited = group(level);
+  running->waits = kLevelNames[level];
+  running->place = place;
+  waited.waiting.push_back(running);
+  if (waited.waiting.size() == waited.members) {
+    ++waited.passed;
+    for (Thread* thread : waited.waiting) release(thread);
+    waited.waiting.clear();
+  }
+  running->fiber->suspend();
+}
+
+// A thread shows its value to the lanes of its mask and, when the last of them has come, all read.
+void Grid::meet(Place place) {
+  const unsigned lane = running->index % kWarpThreads;
+  if (!(running->mask >> lane & 1)) stop("a lane that is not in the mask it names", place);
+  Thread* const warp = running - lane;
+  const unsigned lanes = std::min(kWarpThreads, shape_.threads - (running->index - lane));
+  if (lanes < kWarpThreads && running->mask >> lanes)
+    stop("a mask of lanes that are not there", place);
+  running->waits = "warp";
+  running->place = place;
+  for (unsigned n = 0; n < lanes; ++n) {
+    if (!(running->mask >> n & 1)) continue;
+    // `waits` of those that have come to such a meeting; barriers leave no mask.
+    const Thread& other = warp[n];
+    if (!other.waits || other.mask == 0) {
+      running->fiber->suspend();
+      return;
+    }
+    if (other.mask != running->mask || other.votes != running->votes)
+      stop("lanes of a warp meet with different masks or operations; lane " + std::to_string(n) +
+               " is at " + line_of(other.place),
+           place);
+  }
+  const uint32_t mask = running->mask;
+  uint32_t votes = 0;
+  for (unsigned n = 0; n < lanes; ++n)
+    if (mask >> n & 1 && warp[n].value) votes |= 1u << n;
+  for (unsigned n = 0; n < lanes; ++n)
+    if (mask >> n & 1) warp[n].result = warp[n].votes ? votes : warp[warp[n].source].value;
+  for (unsigned n = 0; n < lanes; ++n) {
+    if (!(mask >> n & 1)) continue;
+    warp[n].mask = 0;
+    release(&warp[n]);
+  }
+  running->fiber->suspend();
+}
+
+uint32_t Grid::instant() {
+  const unsigned passed[] = {group(kWarp).passed, group(kBlock).passed, group(kCluster).passed,
+                             group(kGrid).passed};
+  const unsigned sum = passed[0] + passed[1] + passed[2] + passed[3];
+  if (running->instant == 0 || running->passed != sum) {
+    running->passed = sum;
+    running->instant = instants.add(
+        {running->block->index, running->index, {passed[0], passed[1], passed[2], passed[3]}});
+  }
+  return running->instant;
+}
+
+void Grid::race(const Conflict& conflict, const Region& region, size_t byte, bool writes,
+                Place place) {
+  const Instant& other = instants[conflict.with.instant];
+  say(std::string("race: ") + (writes ? "writes" : "reads") + " byte " + std::to_string(byte) +
+          " of " + region.name + ", which block " + std::to_string(other.block) + ", thread " +
+          std::to_string(other.thread) +
+          (conflict.kind == Conflict::kWritten ? " has written" : " has read") + " at " +
+          line_of(place_of(conflict.with)) + " without a barrier between",
+      place);
+}
+
+}  // namespace
+
+bool run_grid(const Shape& shape, void (*body)(void*), void* arguments) {
+  Grid here(shape, body, arguments);
+  grid = &here;
+  const bool done = here.run();
+  grid = nullptr;
+  running = nullptr;
+  return done;
+}
+
+Position position() {
+  const Shape& shape = grid->shape();
+  return {running->block->index, shape.blocks, running->index, shape.threads};
+}
+
+void barrier(Level level) { grid->barrier(level, __builtin_return_address(0)); }
+
+uint64_t exchange(unsigned source, uint64_t value) {
+  Thread* const self = running;
+  self->mask = ~uint32_t{0};
+  self->source = source;
+  self->value = value;
+  self->votes = false;
+  grid->meet(__builtin_return_address(0));
+  return self->result;
+}
+
+uint32_t ballot(uint32_t mask, bool value) {
+  Thread* const self = running;
+  self->mask = mask;
+  self->value = value;
+  self->votes = true;
+  grid->meet(__builtin_return_address(0));
+  return static_cast<uint32_t>(self->result);
+}
+
+namespace {
+
+void* variable_of_block(const void* key, size_t bytes, const char* name, Place place) {
+  SharedMemory& shared = *running->block->shared;
+  char* const variable = shared.variable(key, bytes, name);
+  if (shared.bytes() > target->shared_bytes || !variable)
+    grid->stop("more shared memory than sm_" + std::to_string(target->name) +
+                   " has: " + std::to_string(shared.bytes()) + " bytes of " +
+                   std::to_string(target->shared_bytes),
+               place);
+  return variable;
+}
+
+void check_alignment(const void* address, size_t bytes, Place place) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+    grid->stop(
+        "an access of " + std::to_string(bytes) + " bytes at an address that is no multiple of it",
+        place);
+}
+
+}  // namespace
+
+void* shared_variable(const void* key, size_t bytes, const char* name) {
+  return variable_of_block(key, bytes, name, __builtin_return_address(0));
+}
+
+void* dynamic_shared() {
+  const size_t bytes = grid->shape().shared;
+  if (bytes == 0)
+    grid->stop("dynamic shared memory that the launch has not asked for",
+               __builtin_return_address(0));
+  return variable_of_block(nullptr, bytes, "", __builtin_return_address(0));
+}
+
+void* shared_of(const void* address, unsigned rank) {
+  const std::vector<Block*>& blocks = running->block->cluster->blocks;
+  const auto* byte = static_cast<const char*>(address);
+  if (rank >= blocks.size())
+    grid->stop("shared memory of a block that its cluster does not have",
+               __builtin_return_address(0));
+  if (!running->block->shared->owns(byte))
+    grid->stop("an address that is not in this block's shared memory", __builtin_return_address(0));
+  return blocks[rank]->shared->of(*running->block->shared, byte);
+}
+
+void expect_aligned(const void* address, size_t bytes) {
+  check_alignment(address, bytes, __builtin_return_address(0));
+}
+
+void access(const void* address, size_t bytes, bool writes, bool aligned, Place place) {
+  if (!running || running->fiber->owns(address)) return;
+  if (aligned) check_alignment(address, bytes, place);
+  const auto* first = static_cast<const char*>(address);
+  Region* region = global.before(first);
+  for (const Block* block : running->block->cluster->blocks) {
+    if (!block->shared->owns(first)) continue;
+    region = block->shared->before(first);
+    if (block->live == 0) grid->stop("uses shared memory of a block that has ended", place);
+  }
+  const std::string verb = writes ? "writes" : "reads";
+  const auto offset = region ? static_cast<size_t>(first - region->begin) : 0;
+  if (!region || offset > region->bytes + kNear)
+    grid->stop(verb + " memory that is nobody's", place);
+  if (offset + bytes > region->bytes)
+    grid->stop(verb + " " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset) +
+                   " of " + region->name + ", which has " + std::to_string(region->bytes),
+               place);
+  if (writes && region->kind == Kind::kConstant)
+    grid->stop("writes " + region->name + ", which is constant", place);
+  const Access here = access_at(grid->instant(), place);
+  bool said = false;
+  for (size_t byte = offset; byte < offset + bytes; ++byte) {
+    ShadowByte& shadow = region->shadow[byte];
+    const bool empty = region->kind == Kind::kShared && !writes && shadow.writer.instant == 0;
+    const Conflict conflict = record(instants, shadow, here, writes);
+    // One line tells of all bytes.
+    if (said) continue;
+    if (empty)
+      grid->say("reads byte " + std::to_string(byte) + " of " + region->name +
+                    ", which nobody has written",
+                place);
+    if (conflict.kind != Conflict::kNone) grid->race(conflict, *region, byte, writes, place);
+    said = empty || conflict.kind != Conflict::kNone;
+  }
+}
+
+}  // namespace nabla_fast::host
+
+using namespace nabla_fast::host;
+
+int32_t nabla_fast_host_configure(uint64_t new_seed, int32_t name) {
+  for (const Target& known : kTargets) {
+    if (known.name != name) continue;
+    seed = new_seed;
+    target = &known;
+    return 1;
+  }
+  return 0;
+}
+
+void nabla_fast_host_register(const void* memory, int64_t bytes, const char* name,
+                              int32_t constant) {
+  global.add(memory, static_cast<size_t>(bytes), name, constant ? Kind::kConstant : Kind::kGlobal);
+}
+
+void nabla_fast_host_forget(void) { global.clear(); }
+
+const char* nabla_fast_host_reports(void) { return reports().c_str(); }
+
+void nabla_fast_host_clear_reports(void) { clear_reports(); }

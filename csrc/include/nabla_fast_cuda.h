@@ -1,0 +1,58 @@
+/* C interface of nabla_fast for CUDA devices: the structs of nabla_fast.h, and a stream.
+ *
+ * What nabla_fast.h says of every function holds here too, but for this:
+ *
+ *   memory      What a struct's matrices and arrays point to is the device's, the workspace and
+ *               row_status too. The structs themselves, and the arrays of matrices that they point
+ *               to (tables, mixes, cotangents), are the host's and are copied before a function
+ *               returns.
+ *   streams     Functions put kernels into a stream and return; they wait for nothing and allocate
+ *               nothing. Results are there when the stream has come so far.
+ *   rows        A row that is not OK has its status in row_status; its results are NaN. No function
+ *               answers NABLA_FAST_BAD_ROWS.
+ *   elements    May be float16 as well. Those below 2^-126 count as what they are.
+ *   dtypes      Mixes may have any dtype.
+ *   results     The same call on the same device has the same bits. A row's may depend in the last
+ *               bits on how many rows are in the call.
+ *   threads     num_threads is not read.
+ *   sizes       A vocabulary has at most 2^30 tokens.
+ *
+ * No library of the package holds these functions yet: docs/cuda.md says what to compile.
+ */
+#ifndef NABLA_FAST_CUDA_H_
+#define NABLA_FAST_CUDA_H_
+
+#include "nabla_fast.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Beside the dtypes of nabla_fast.h: IEEE 754 half precision, held in a uint16_t. */
+enum { NABLA_FAST_FLOAT16 = 2 };
+
+/* Beside the statuses of nabla_fast.h: the driver has refused a launch, and cudaGetLastError() says
+ * why. What was put into the stream before runs. */
+enum { NABLA_FAST_DEVICE_REFUSED = 64 };
+
+/* A cudaStream_t; null is the default stream. */
+typedef void* nabla_fast_cuda_stream;
+
+/* Mixes of logits; hidden and head are not read. Soft, weights are rounded to the dtype of their table
+ * and take part in the division as they were rounded. */
+NABLA_FAST_API nabla_fast_status nabla_fast_cuda_embedding_mix(const nabla_fast_mix_args* args,
+                                                               nabla_fast_cuda_stream stream);
+NABLA_FAST_API int64_t nabla_fast_cuda_embedding_mix_workspace(const nabla_fast_mix_args* args);
+
+/* For float32 logits G waits in `grad`; for others in the workspace, for as many rows at once as 64 MiB
+ * hold. */
+NABLA_FAST_API nabla_fast_status nabla_fast_cuda_embedding_mix_backward(
+    const nabla_fast_mix_args* args, nabla_fast_cuda_stream stream);
+NABLA_FAST_API int64_t
+nabla_fast_cuda_embedding_mix_backward_workspace(const nabla_fast_mix_args* args);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* NABLA_FAST_CUDA_H_ */

@@ -1,0 +1,176 @@
+"""The functions of nabla_fast_cuda.h on tensors of the CPU, by the host that runs device code."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from c_structs import I32, I64, POINTER, Matrix, MixArgs, Output
+from torch import Tensor
+
+from nabla_fast.ops import GumbelNoise
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+OK, NAN, INFINITE, ALL_MASKED = range(4)
+POISON = 0xFF  # bytes of NaN, in every dtype
+GAP = 3  # elements after each row of a result
+
+
+class Refused(Exception):
+    """A call was answered by this status."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status
+
+
+def span(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    if tensor.numel() == 0:
+        return 0
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (reach + 1) * tensor.element_size()
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of bytes that nobody has written, with a gap after each row."""
+    *outer, columns = shape
+    element = torch.empty(0, dtype=dtype).element_size()
+    memory = torch.full((*outer, (columns + GAP) * element), POISON, dtype=torch.uint8)
+    return memory.view(dtype)[..., :columns]
+
+
+def gaps(tensor: Tensor) -> Tensor:
+    """The bytes between the rows of a tensor of :func:`poisoned`."""
+    rows, columns = tensor.shape
+    whole = tensor.as_strided((rows, columns + GAP), (columns + GAP, 1))
+    return whole[:, columns:].contiguous().view(torch.uint8)
+
+
+class Kernels:
+    """A library that host.mk has built.
+
+    Args:
+        path: of the library.
+        seed: of the order in which threads run.
+    """
+
+    def __init__(self, path: Path, seed: int = 0):
+        self.path = path
+        self.library = ctypes.CDLL(str(path))
+        self.library.nabla_fast_host_reports.restype = ctypes.c_char_p
+        self.library.nabla_fast_host_register.argtypes = [POINTER, I64, ctypes.c_char_p, I32]
+        self.seed = seed
+
+    @contextlib.contextmanager
+    def _memory(self, given: dict[str, Tensor | None], written: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, device code may use these tensors; nothing may be reported."""
+        library = self.library
+        assert library.nabla_fast_host_configure(ctypes.c_uint64(self.seed), 90)
+        library.nabla_fast_host_clear_reports()
+        for name, tensor in {**given, **written}.items():
+            if tensor is not None:
+                constant = name in given
+                library.nabla_fast_host_register(tensor.data_ptr(), span(tensor), name.encode(), constant)
+        try:
+            yield
+        finally:
+            library.nabla_fast_host_forget()
+        reports = library.nabla_fast_host_reports().decode()
+        assert not reports, reports
+
+    def _run(self, name: str, args: MixArgs, given: dict[str, Tensor | None], **written: Tensor) -> None:
+        """Call a function with a workspace of poison, as large as it asks for."""
+        args.size = ctypes.sizeof(args)
+        function = getattr(self.library, f"nabla_fast_cuda_{name}")
+        query = getattr(self.library, f"nabla_fast_cuda_{name}_workspace")
+        query.restype = I64
+        workspace = torch.full((query(ctypes.byref(args)),), POISON, dtype=torch.uint8)
+        args.workspace, args.workspace_bytes = workspace.data_ptr(), len(workspace)
+        with self._memory(given, {"workspace": workspace, **written}):
+            status = function(ctypes.byref(args), None)
+        if status:
+            raise Refused(status)
+
+    def embedding_mix(
+        self,
+        logits: Tensor,
+        tables: Sequence[Tensor],
+        *,
+        tau: float = 1.0,
+        hard: bool = True,
+        noise: GumbelNoise | None = None,
+        direct: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """The mixes, in ``dtype`` or the tables' own, and the rows' status."""
+        del direct  # of the backward
+        rows = logits.shape[0]
+        mixes = [poisoned(rows, table.shape[1], dtype=dtype or table.dtype) for table in tables]
+        status = torch.full((rows,), -1, dtype=torch.int32)
+        args, given = _mix_args(logits, tables, tau, noise, status)
+        outputs = (Output * len(mixes))(*map(output, mixes))
+        args.hard, args.mixes = hard, ctypes.addressof(outputs)
+        written = {f"mixes[{t}]": mix for t, mix in enumerate(mixes)}
+        self._run("embedding_mix", args, given, status=status, **written)
+        assert all((gaps(mix) == POISON).all() for mix in mixes)
+        return mixes, status
+
+    def embedding_mix_backward(
+        self,
+        cotangents: Sequence[Tensor],
+        logits: Tensor,
+        tables: Sequence[Tensor],
+        *,
+        tau: float = 1.0,
+        noise: GumbelNoise | None = None,
+        direct: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """∂ℒ/∂logits and the rows' status."""
+        rows = logits.shape[0]
+        grad = poisoned(*logits.shape, dtype=logits.dtype)
+        status = torch.full((rows,), -1, dtype=torch.int32)
+        args, given = _mix_args(logits, tables, tau, noise, status)
+        cotangents = [rows_contiguous(cotangent) for cotangent in cotangents]
+        states = (Matrix * len(cotangents))(*map(matrix, cotangents))
+        args.cotangents, args.grad = ctypes.addressof(states), output(grad)
+        given |= {f"cotangents[{t}]": cotangent for t, cotangent in enumerate(cotangents)}
+        if direct is not None:
+            given["direct"] = rows_contiguous(direct)
+            args.direct = matrix(given["direct"])
+        self._run("embedding_mix_backward", args, given, status=status, grad=grad)
+        assert (gaps(grad) == POISON).all()
+        return grad, status
+
+
+def matrix(tensor: Tensor) -> Matrix:
+    return Matrix(tensor.data_ptr(), tensor.shape[1], tensor.stride(0), DTYPES[tensor.dtype])
+
+
+def output(tensor: Tensor) -> Output:
+    return Output(tensor.data_ptr(), tensor.shape[1], tensor.stride(0), DTYPES[tensor.dtype])
+
+
+def _mix_args(
+    logits: Tensor, tables: Sequence[Tensor], tau: float, noise: GumbelNoise | None, status: Tensor
+) -> tuple[MixArgs, dict[str, Tensor | None]]:
+    """What forward and backward read, and its tensors by name, which must outlive the call."""
+    logits, tables = rows_contiguous(logits), [rows_contiguous(table) for table in tables]
+    seed, position = (key.contiguous() for key in noise) if noise else (None, None)
+    args = MixArgs(rows=logits.shape[0], vocab=logits.shape[1], tau=tau, table_count=len(tables))
+    args.logits = matrix(logits)
+    args.row_status = status.data_ptr()
+    args.kept = (Matrix * len(tables))(*map(matrix, tables))
+    args.tables = ctypes.addressof(args.kept)
+    if noise:
+        args.noise_seed, args.noise_position = seed.data_ptr(), position.data_ptr()
+    given = {"logits": logits, "noise_seed": seed, "noise_position": position}
+    return args, given | {f"tables[{t}]": table for t, table in enumerate(tables)}
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it whose rows have unit stride."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] < 2 else tensor.contiguous()
