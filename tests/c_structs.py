@@ -35,6 +35,17 @@ StatsArgs = call_struct(
     (F64, "tau"),
     (POINTER, "logsumexp confidence entropy argmax row_status"),
 )
+DrawArgs = call_struct(
+    "nabla_fast_draw_args",
+    (I64, "rows vocab"),
+    (Matrix, "logits"),
+    (POINTER, "seed start visit position"),
+    (I32, "redraw"),
+    (F64, "tau"),
+    (I64, "top_k"),
+    (F64, "top_p"),
+    (POINTER, "token row_status"),
+)
 LmLogitsArgs = call_struct(
     "nabla_fast_lm_logits_args", (I64, "rows vocab"), (Matrix, "hidden head"), (Output, "logits")
 )
@@ -97,5 +108,5 @@ AttentionArgs = call_struct(
     (F64, "softcap"),
     (POINTER, "sinks"),
 )
-STRUCTS = [Matrix, Output, Heads, HeadsOutput, Pool, StatsArgs, LmLogitsArgs, NllGradArgs]
+STRUCTS = [Matrix, Output, Heads, HeadsOutput, Pool, StatsArgs, DrawArgs, LmLogitsArgs, NllGradArgs]
 STRUCTS += [DescentArgs, MixArgs, OnehotArgs, AttentionArgs]

@@ -40,9 +40,10 @@ NABLA_FAST_DEVICE float tempered_exp(float difference, const Temperature& tau) {
   return exp2_approx(rest) * float_of(bits_of(shifted) << 23);
 }
 
-// 2^whole of whole numbers of at most 0; 0 below 2^-126.
+// 2^whole of whole numbers of at most 0; 0 below 2^-126. What is above 0, in a row that has met +inf,
+// counts as 0.
 NABLA_FAST_DEVICE float power_of_two(double whole) {
-  const int bounded = static_cast<int>(fmax(whole, -127.0));
+  const int bounded = static_cast<int>(fmin(fmax(whole, -127.0), 0.0));
   return float_of(static_cast<uint32_t>(bounded + 127) << 23);
 }
 

@@ -10,7 +10,9 @@
  *               nothing. Results are there when the stream has come so far.
  *   rows        A row that is not OK has its status in row_status; its results are NaN. No function
  *               answers NABLA_FAST_BAD_ROWS.
- *   elements    May be float16 as well. Those below 2^-126 count as what they are.
+ *   elements    May be float16 as well. Soft mixes multiply tables in float32 or bf16 by weights of
+ *               at most 2^-20: entries below 2^-106 lose digits, and sums stay finite whatever the
+ *               entries are in vocabularies of up to 2^20 tokens.
  *   dtypes      Mixes may have any dtype.
  *   results     The same call on the same device has the same bits. A row's may depend in the last
  *               bits on how many rows are in the call.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from ops.conftest import draw, seed
 __all__ = ["draw", "seed"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "cuda"
+BUILD = "build/cuda"  # below it, which make is given as it is in host.mk
 
 
 @pytest.fixture(scope="session")
@@ -29,14 +28,17 @@ def built() -> Callable[[str], Path]:
             pytest.skip(f"needs {tool}")
 
     def build(name: str) -> Path:
-        BUILD.mkdir(parents=True, exist_ok=True)
-        command = ["make", "-s", "-f", "tests/cuda/host.mk", "CXX=g++", f"BUILD={BUILD}", BUILD / name]
+        import fcntl
+
+        folder = ROOT / BUILD
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["make", "-s", "-f", "tests/cuda/host.mk", "CXX=g++", f"BUILD={BUILD}", f"{BUILD}/{name}"]
         # Several test processes may build at once.
-        with (BUILD / ".lock").open("w") as lock:
+        with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
-        return BUILD / name
+        return folder / name
 
     return build
 

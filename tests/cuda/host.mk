@@ -15,13 +15,13 @@ HOST := $(sort $(wildcard csrc/cuda/host/*.cpp))
 KERNELS := $(sort $(wildcard csrc/cuda/*.cu))
 SMALL := -DNABLA_FAST_CUDA_CHUNK_BYTES=32768 -DNABLA_FAST_CUDA_MOST_ROWS=2
 
-FLAGS := -std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -MMD -MP
+FLAGS := -std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -MMD -MP
 FLAGS += -Icsrc/cuda -Icsrc/cpu -Icsrc/include
 # Sums are contracted where the source says so. Device code announces its accesses to memory; the
 # functions that it calls for that are the host's, not the sanitizer's.
 DEVICE_FLAGS := $(FLAGS) -ffp-contract=off -fsanitize=thread
 SANITIZED := $(FLAGS) -O1 -ffp-contract=off -fno-omit-frame-pointer -fsanitize=address,undefined \
-	-fno-sanitize-recover=all
+	-fsanitize=float-cast-overflow -fno-sanitize-recover=all
 
 .PHONY: all
 all: $(addprefix $(BUILD)/,faults faults-ucontext faults-sanitized calls-sanitized kernels.so kernels-small.so)
@@ -47,23 +47,23 @@ $(BUILD)/kernels.so: $(KERNELS:%=$(BUILD)/%.o) $(LIBRARY)
 $(BUILD)/kernels-small.so: $(KERNELS:%=$(BUILD)/small/%.o) $(LIBRARY)
 	$(CXX) -shared -Wl,--no-undefined $^ -ldl -o $@
 
-$(BUILD)/%.cpp.o: %.cpp
+$(BUILD)/%.cpp.o: %.cpp tests/cuda/host.mk
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) -c $< -o $@
 
-$(BUILD)/%.cu.o: %.cu
+$(BUILD)/%.cu.o: %.cu tests/cuda/host.mk
 	@mkdir -p $(@D)
 	$(CXX) $(DEVICE_FLAGS) -x c++ -c $< -o $@
 
-$(BUILD)/small/%.cu.o: %.cu
+$(BUILD)/small/%.cu.o: %.cu tests/cuda/host.mk
 	@mkdir -p $(@D)
 	$(CXX) $(DEVICE_FLAGS) $(SMALL) -x c++ -c $< -o $@
 
-$(BUILD)/ucontext/%.cpp.o: %.cpp
+$(BUILD)/ucontext/%.cpp.o: %.cpp tests/cuda/host.mk
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) -DNABLA_FAST_HOST_UCONTEXT -c $< -o $@
 
-$(BUILD)/sanitized/%.o: %
+$(BUILD)/sanitized/%.o: % tests/cuda/host.mk
 	@mkdir -p $(@D)
 	$(CXX) $(SANITIZED) -x c++ -c $< -o $@
 

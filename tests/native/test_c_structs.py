@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -31,6 +32,13 @@ def library() -> ctypes.CDLL:
 
 def layout(kind: type[ctypes.Structure]) -> list[int]:
     return [ctypes.sizeof(kind), *(getattr(kind, name).offset for name, _ in kind._fields_)]
+
+
+def test_every_struct_is_laid_out_here():
+    header = (Path(nabla_fast.get_include()) / "nabla_fast.h").read_text()
+    assert set(re.findall(r"^\} (nabla_fast_\w+);$", header, re.MULTILINE)) == {
+        kind.__name__ for kind in STRUCTS
+    }
 
 
 def test_structs_are_laid_out_as_the_compiler_has_them(tmp_path: Path):

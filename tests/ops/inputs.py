@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -92,3 +94,15 @@ def masked_by_head(draw: Draw, hidden: Tensor, head: Tensor, share: float) -> tu
     mask[-1] = False
     head[:, 0].masked_fill_(mask, -torch.inf)
     return hidden, head
+
+
+def far_columns(path: Path, table: Tensor, stride: int) -> Tensor:
+    """``table`` [V, H] on the CPU, its columns ``stride`` elements apart, in a file without a name."""
+    size = table.shape[1] * stride * table.itemsize
+    try:
+        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
+    except RuntimeError as error:
+        pytest.skip(f"needs a sparse file of {size} bytes: {error}")
+    finally:
+        path.unlink(missing_ok=True)
+    return table.new_empty(0).set_(storage, 0, table.shape, (1, stride)).copy_(table)

@@ -232,8 +232,10 @@ Candidate first_to_stay(Candidate* list, int64_t count, double top_p) {
   const auto fits = [&](double mass) { return static_cast<float>(mass / total) <= limit; };
   // Of [low, high) it is not known what stays; below it lies a mass that fits.
   Candidate *low = list, *high = list + count;
+  uint64_t place = 0;  // pseudo-random, so that no order of scores makes halves uneven for long
   for (;;) {
-    const double value = low[(high - low) / 2].score;
+    place = place * 6364136223846793005u + 1442695040888963407u;
+    const double value = low[(place >> 33) % static_cast<uint64_t>(high - low)].score;
     Candidate* const equal =
         std::partition(low, high, [&](const Candidate& c) { return c.score < value; });
     Candidate* const above =

@@ -58,7 +58,7 @@ constexpr Target kTargets[] = {{80, 166912}, {90, 232448}, {100, 232448}, {120, 
 
 constexpr unsigned kMostThreads = 1024, kMostCluster = 16;
 // Blocks that run together have a fiber a thread.
-constexpr unsigned kMostTogether = 32768;
+constexpr unsigned kMostTogether = 16384;
 
 // An access so many bytes behind an array is told as one of that array.
 constexpr size_t kNear = 1 << 16;

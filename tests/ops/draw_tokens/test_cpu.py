@@ -52,6 +52,15 @@ def test_a_whole_vocabulary(isa: str, options: dict, draw: Draw):
     assert torch.equal(found, expected)
 
 
+def test_rows_in_an_order(draw: Draw):
+    """Ramps, twice and down again: an order in which a list could be cut off an end at a time."""
+    place = torch.arange(WHOLE)
+    logits = torch.stack([place, place % (WHOLE // 2), -torch.minimum(place, WHOLE - 1 - place)])
+    for top_p in (0.1, 0.9):
+        expected, found = by_both(logits * (8 / WHOLE), draw_key(draw, 3), top_p=top_p)
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_tokens_do_not_depend_on_threads(threads, top_k: int, draw: Draw):
     logits, key = draw.normal(5, 70_001, scale=3.0), draw_key(draw, 5)

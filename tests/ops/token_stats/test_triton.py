@@ -11,7 +11,7 @@ from nabla_fast.ops import backend_status
 
 from ..contract import BackendContract
 from ..harness import DEVICES
-from ..inputs import BF16, Draw
+from ..inputs import BF16, Draw, far_columns
 from ..shared.products import unaligned
 from .cases import TOKEN_STATS
 from .properties import StatisticsOnBackend
@@ -50,10 +50,8 @@ def test_bfloat16_neighbours_are_read_in_pairs_or_alone(vocabulary: int, draw: D
 def test_columns_of_a_head_2_27_elements_apart(tmp_path: Path, draw: Draw):
     from nabla_fast.triton_kernels.token_stats import token_stats
 
-    hidden, head = draw.normal(2, 140), draw.normal(33, 140)
-    stride = 2**27 + 5
-    storage = torch.UntypedStorage.from_file(str(tmp_path / "head"), shared=True, nbytes=4 * 140 * stride)
-    far = torch.empty(0).set_(storage, 0, head.shape, (1, stride)).copy_(head)
+    hidden, head = draw.normal(2, 40), draw.normal(33, 40)
+    far = far_columns(tmp_path / "head", head, 2**27 + 5)
     results = token_stats(hidden, far, 0.7)
     for ours, wanted in zip(results, token_stats(hidden, head, 0.7), strict=True):
         torch.testing.assert_close(ours, wanted)
