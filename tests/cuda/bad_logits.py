@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from kernels import ALL_MASKED, INFINITE, NAN, OK
+from cuda_kernels import ALL_MASKED, INFINITE, NAN, OK
 from ops.inputs import Draw
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kernels import Kernels
+from cuda_kernels import Kernels
 from ops.conftest import draw, seed
 
 __all__ = ["draw", "seed"]  # fixtures

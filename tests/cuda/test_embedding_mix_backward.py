@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bad_logits import BAD_STATUS, bad_logits
-from kernels import OK, Kernels, Refused
+from cuda_kernels import OK, Kernels, Refused
 from ops.harness import Arguments, Results, check
 from ops.inputs import BF16, F16, F32, Case, Draw
 from ops.shared.mixes import backward_arguments, mix_cases

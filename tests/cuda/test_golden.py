@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels import OK, Kernels
+from cuda_kernels import OK, Kernels
 from ops.embedding_mix.golden import CASES, GOLDEN, assert_close
 from safetensors.torch import load_file
 
