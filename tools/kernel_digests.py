@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nabla_fast import _native, ops
 from nabla_fast.models.reader import PagedReader
@@ -101,6 +101,10 @@ def rows_of_products(rows: int, vocabulary: int, dtype: torch.dtype) -> Iterator
     logits = masked(normal(rows, vocabulary, dtype=dtype, scale=3.0))
     tokens = torch.randint(0, vocabulary, (rows,))
     one_hot = (small, tables, hidden, head)
+    zero = torch.zeros(rows, dtype=torch.int64)
+    key = ops.DrawKey(zero + 42, zero, zero, torch.arange(rows))
+    yield "draw_tokens", lambda: ops.draw_tokens(logits, key, temperature=0.7)
+    yield "draw_tokens filtered", lambda: ops.draw_tokens(logits, key, top_k=20, top_p=0.8)
     yield "token_stats", lambda: ops.token_stats(logits, tau=0.7)
     yield "token_stats of hidden", lambda: ops.token_stats(hidden, head, tau=0.7)
     yield "lm_logits", lambda: ops.lm_logits(hidden, head)
@@ -128,7 +132,7 @@ def decoder_pass() -> Iterator[tuple[str, Run]]:
     """The pass of a Llama-type decoder, and its gradient."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 50}
     config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
-    reader = PagedReader(LlamaModel(config).eval().requires_grad_(False))
+    reader = PagedReader(LlamaForCausalLM(config).eval().requires_grad_(False))
     embeddings = normal(2, 7, 64)
 
     def run() -> list[Tensor]:

@@ -43,33 +43,25 @@ constexpr int64_t kTokensPerThread = 1 << 14;
 struct Candidate {
   double score;
   int64_t token;
+  double share;  // exp(score - the largest), where there is a top-p
 };
 
 // What the noise of a row is a function of, beside the token.
 struct NoiseKey {
-  uint32_t seed_low, seed_high, position, start, last;
+  int64_t seed;
+  uint32_t position, start, last;
 
   NoiseKey(const nabla_fast_draw_args& call, int64_t row)
-      : seed_low(static_cast<uint32_t>(call.seed[row])),
-        seed_high(static_cast<uint32_t>(call.seed[row] >> 32)),
+      : seed(call.seed[row]),
         position(static_cast<uint32_t>(call.position[row])),
         start(static_cast<uint32_t>(call.start[row])),
         last(4 * static_cast<uint32_t>(call.visit[row]) + (call.redraw ? 2 : 1)) {}
-};
 
-// Words of 4 W tokens from `token` on, a multiple of 4: of token + 4 lane + word.
-template <int W>
-NABLA_FAST_INLINE void draw_words(const NoiseKey& key, int64_t token,
-                                  typename WideTypes<W>::Words (&words)[4]) {
-  using Words = typename WideTypes<W>::Words;
-  Words lane;
-  for (int i = 0; i < W; ++i) lane[i] = static_cast<uint64_t>(i);
-  words[0] = lane + static_cast<uint64_t>(token / 4);
-  words[1] = Words{} + key.position;
-  words[2] = Words{} + key.start;
-  words[3] = Words{} + key.last;
-  philox_4x32_10<W>(words, key.seed_low, key.seed_high);
-}
+  template <int W>
+  NABLA_FAST_INLINE void words_from(int64_t token, typename WideTypes<W>::Words (&words)[4]) const {
+    token_words<W>(seed, token, position, start, last, words);
+  }
+};
 
 // Whether a word is at least `least`.
 template <int W>
@@ -81,24 +73,10 @@ NABLA_FAST_INLINE bool any_from(const typename WideTypes<W>::Words (&words)[4], 
   return any != 0;
 }
 
-template <int W>
-NABLA_FAST_INLINE void noise_of_words(const typename WideTypes<W>::Words (&words)[4],
-                                      double (&noise)[4][W]) {
-  using Longs = typename WideTypes<W>::Longs;
-  using Doubles = typename WideTypes<W>::Doubles;
-  for (int word = 0; word < 4; ++word) {
-    const Doubles number = __builtin_convertvector((Longs)words[word], Doubles);
-    const Doubles wide = -vec_log<W>(-vec_log<W>((number + 0.5) * 0x1p-32));
-    for (int i = 0; i < W; ++i) noise[word][i] = wide[i];
-  }
-}
-
 double noise_of(const NoiseKey& key, int64_t token) {
   WideTypes<1>::Words words[4];
-  double noise[4][1];
-  draw_words<1>(key, token / 4 * 4, words);
-  noise_of_words<1>(words, noise);
-  return noise[token % 4][0];
+  key.words_from<1>(token / 4 * 4, words);
+  return gumbel_of<1>(words[token % 4], 0x1p-32)[0];
 }
 
 // A row of logits as it is read: the largest logit so far, and whether one was NaN.
@@ -155,9 +133,12 @@ NABLA_FAST_INLINE int64_t best_of_all(const T* logits, int64_t vocab, double tau
     const double top = static_cast<double>(block_max<W, T>(logits + first, count, seen)) / tau;
     if (!(top + kMostNoise > best)) continue;
     typename WideTypes<W>::Words words[4];
-    draw_words<W>(key, first, words);
+    key.template words_from<W>(first, words);
     if (!any_from<W>(words, word_above(best - top))) continue;
-    noise_of_words<W>(words, noise);
+    for (int word = 0; word < 4; ++word) {
+      const auto wide = gumbel_of<W>(words[word], 0x1p-32);
+      for (int i = 0; i < W; ++i) noise[word][i] = wide[i];
+    }
     for (int64_t n = 0; n < count; ++n) {
       const double score = score_of(logits[first + n], tau) + noise[n % 4][n / 4];
       if (score > best) {
@@ -216,7 +197,7 @@ int64_t list_from(Max* max_of, const T* logits, int64_t vocab, double tau, doubl
       [&](int64_t first, int64_t count) {
         for (int64_t v = first; v < first + count; ++v) {
           const double score = score_of(logits[v], tau);
-          if (score >= least) list[listed++] = {score, v};
+          if (score >= least) list[listed++] = {score, v, 0};
         }
       });
   return listed;
@@ -228,7 +209,7 @@ Candidate first_to_stay(Candidate* list, int64_t count, double top_p) {
   const auto limit = static_cast<float>(1 - top_p);
   double top = kMasked, total = 0, below = 0;
   for (int64_t n = 0; n < count; ++n) top = std::max(top, list[n].score);
-  for (int64_t n = 0; n < count; ++n) total += std::exp(list[n].score - top);
+  for (int64_t n = 0; n < count; ++n) total += list[n].share = std::exp(list[n].score - top);
   const auto fits = [&](double mass) { return static_cast<float>(mass / total) <= limit; };
   // Of [low, high) it is not known what stays; below it lies a mass that fits.
   Candidate *low = list, *high = list + count;
@@ -241,12 +222,12 @@ Candidate first_to_stay(Candidate* list, int64_t count, double top_p) {
     Candidate* const above =
         std::partition(equal, high, [&](const Candidate& c) { return c.score == value; });
     double mass = below;
-    for (const Candidate* c = low; c < equal; ++c) mass += std::exp(c->score - top);
+    for (const Candidate* c = low; c < equal; ++c) mass += c->share;
     if (equal > low && !fits(mass)) {
       high = equal;
       continue;
     }
-    const double share = std::exp(value - top);
+    const double share = equal->share;
     const int64_t ties = above - equal;
     if (fits(mass + static_cast<double>(ties) * share) && above < high) {
       below = mass + static_cast<double>(ties) * share;
@@ -270,14 +251,15 @@ int64_t best_of_some(Max* max_of, const T* logits, const nabla_fast_draw_args& c
                            : kMasked;
   const int64_t count = list_from(max_of, logits, call.vocab, call.tau, least, list, seen);
   if (softmax::row_status(seen.max, seen.nan) != NABLA_FAST_OK) return 0;
-  Candidate first{kMasked, 0};
+  Candidate first{kMasked, 0, 0};
   if (call.top_p < 1) first = first_to_stay(list, count, call.top_p);
-  Candidate best{kMasked, call.vocab};
+  Candidate best{kMasked, call.vocab, 0};
   for (const Candidate* c = list; c < list + count; ++c) {
     if (c->score < first.score || (c->score == first.score && c->token < first.token)) continue;
+    if (c->score + kMostNoise < best.score) continue;
     const double score = c->score + noise_of(key, c->token);
     if (score > best.score || (score == best.score && c->token < best.token))
-      best = {score, c->token};
+      best = {score, c->token, 0};
   }
   return best.token;
 }

@@ -61,25 +61,43 @@ NABLA_FAST_INLINE typename WideTypes<W>::Doubles vec_log(typename WideTypes<W>::
   return __builtin_convertvector(n, Doubles) * 0.6931471805599453 + log_m;
 }
 
+// Words of 4 W tokens from `token` on, a multiple of 4, under one seed: of token + 4 lane + word. The
+// counter is (token div 4, second, third, fourth).
+template <int W>
+NABLA_FAST_INLINE void token_words(int64_t seed, int64_t token, uint32_t second, uint32_t third,
+                                   uint32_t fourth, typename WideTypes<W>::Words (&words)[4]) {
+  using Words = typename WideTypes<W>::Words;
+  Words lane;
+  for (int i = 0; i < W; ++i) lane[i] = static_cast<uint64_t>(i);
+  words[0] = lane + static_cast<uint64_t>(token / 4);
+  words[1] = Words{} + second;
+  words[2] = Words{} + third;
+  words[3] = Words{} + fourth;
+  philox_4x32_10<W>(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
+// -log(-log((number + 1/2) unit)), `unit` being 1 over how many numbers there are.
+template <int W>
+NABLA_FAST_INLINE typename WideTypes<W>::Doubles gumbel_of(typename WideTypes<W>::Words number,
+                                                           double unit) {
+  using Longs = typename WideTypes<W>::Longs;
+  using Doubles = typename WideTypes<W>::Doubles;
+  const Doubles wide = __builtin_convertvector((Longs)number, Doubles);
+  return -vec_log<W>(-vec_log<W>((wide + 0.5) * unit));
+}
+
 // noise: [n] of the tokens from `token` on, a multiple of 4, under one seed at one position.
 template <int W>
 NABLA_FAST_INLINE void gumbel_noise(int64_t seed, int64_t position, int64_t token, int64_t n,
                                     float* noise) {
-  using Words = typename WideTypes<W>::Words;
-  using Longs = typename WideTypes<W>::Longs;
-  using Doubles = typename WideTypes<W>::Doubles;
-  Words lane;
-  for (int i = 0; i < W; ++i) lane[i] = static_cast<uint64_t>(i);
   // A lane has a block of 4 tokens.
   for (int64_t begin = 0; begin < n; begin += 4 * W) {
-    Words words[4] = {lane + static_cast<uint64_t>((token + begin) / 4),
-                      Words{} + static_cast<uint32_t>(position),
-                      Words{} + static_cast<uint32_t>(position >> 32), Words{}};
-    philox_4x32_10<W>(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    typename WideTypes<W>::Words words[4];
+    token_words<W>(seed, token + begin, static_cast<uint32_t>(position),
+                   static_cast<uint32_t>(position >> 32), 0, words);
     alignas(64) float g[4][W];
     for (int word = 0; word < 4; ++word) {
-      const Doubles number = __builtin_convertvector((Longs)(words[word] >> 9), Doubles);
-      const Doubles wide = -vec_log<W>(-vec_log<W>((number + 0.5) * 0x1p-23));
+      const auto wide = gumbel_of<W>(words[word] >> 9, 0x1p-23);
       for (int i = 0; i < W; ++i) g[word][i] = static_cast<float>(wide[i]);
     }
     const int64_t count = n - begin < 4 * W ? n - begin : 4 * W;

@@ -49,6 +49,8 @@ def _cpu_cases(device: torch.device, v: int, h: int, h_r: int) -> list[Case]:
         *(lm_logits(n, v, h, f32, device) for n in (1, 16)),
         lm_logits(1, v, h, bf16, device),
         nll_grad(16, v, h, f32, device),
+        draw_tokens(16, v, f32, device, top_k=20, top_p=0.8),
+        draw_tokens(16, v, f32, device, top_p=0.8),
         draw_tokens(16, v, f32, device),
         # A step of a decode, a draft that is read at once, and a gradient of a trajectory.
         *(

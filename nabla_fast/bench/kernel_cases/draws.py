@@ -12,9 +12,11 @@ from nabla_fast.ops.gumbel_noise import philox_4x32_10
 _LOW = 0xFFFFFFFF
 
 
-def draw_tokens(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Draws from logits [N, V] by the settings of a rollout."""
-    temperature, top_k, top_p = 0.7, 20, 0.8
+def draw_tokens(
+    n: int, v: int, dtype: torch.dtype, device: torch.device, *, top_k: int = 0, top_p: float = 1.0
+) -> Case:
+    """Draws from logits [N, V] at a rollout's temperature."""
+    temperature = 0.7
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     def prepare() -> Versions:
@@ -22,28 +24,31 @@ def draw_tokens(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Cas
         zero = torch.zeros(n, dtype=torch.int64, device=device)
         key = ops.DrawKey(zero + 42, zero + 7, zero, torch.arange(n, device=device) + 7)
 
-        def eager() -> Outputs:
-            """The k largest by torch.topk, and noise of these alone; no more of what ties with the k-th."""
-            values, tokens = logits.topk(top_k, dim=1)
+        def filtered() -> Outputs:
+            """By torch.topk or sort, and noise of what is left alone; of ties some may be left out."""
+            values, tokens = logits.topk(top_k, dim=1) if top_k else logits.sort(dim=1, descending=True)
             scores = values.double() / temperature
             mass = scores.softmax(dim=1).flip(1).cumsum(dim=1).flip(1)
-            scores.masked_fill_(mass.float() <= torch.tensor(1 - top_p, dtype=torch.float32), -torch.inf)
-            best = (scores + _noise(key, tokens)).argmax(dim=1, keepdim=True)
+            stay = mass.float() > torch.tensor(1 - top_p, dtype=torch.float32)
+            most = int(stay.sum(dim=1).max())
+            scores = scores[:, :most].masked_fill(~stay[:, :most], -torch.inf)
+            best = (scores + _noise(key, tokens[:, :most])).argmax(dim=1, keepdim=True)
             return [tokens.gather(1, best)[:, 0].double()]
+
+        def body() -> Outputs:
+            with ops.use_backend("torch"):
+                return [ops.draw_tokens(logits, key, **options).double()]
 
         return Versions(
             lambda: [ops.draw_tokens(logits, key, **options).double()],
-            lambda: [_by_body(logits, key, options)],
-            eager,
+            body,
+            filtered if top_k or top_p < 1 else body,
             lambda: [ops.draw_tokens(logits.double(), key, **options).double()],
         )
 
-    return Case("draw_tokens", f"N={n} V={v}", name_of(dtype), n * v * dtype.itemsize, 0, prepare)
-
-
-def _by_body(logits: Tensor, key: ops.DrawKey, options: dict[str, float]) -> Tensor:
-    with ops.use_backend("torch"):
-        return ops.draw_tokens(logits, key, **options).double()
+    names = [f"k={top_k}"] * (top_k > 0) + [f"p={top_p}"] * (top_p < 1)
+    shape = " ".join([f"N={n} V={v}", *names])
+    return Case("draw_tokens", shape, name_of(dtype), n * v * dtype.itemsize, 0, prepare)
 
 
 def _noise(key: ops.DrawKey, tokens: Tensor) -> Tensor:
