@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import zlib
@@ -10,8 +9,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-
-from nabla_fast import _triton
 
 from .inputs import Draw
 from .interpreted import mended
@@ -62,5 +59,5 @@ def threads(one_thread: None) -> Iterator[Callable[[int], None]]:
 @pytest.fixture(scope="package", autouse=True)
 def interpreter() -> Iterator[None]:
     """Interpreted kernels reduce fast and round as a GPU does."""
-    with mended() if _triton.interpreted() else contextlib.nullcontext():
+    with mended():
         yield

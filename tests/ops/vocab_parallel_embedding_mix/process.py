@@ -18,6 +18,7 @@ from nabla_fast.ops.vocab_parallel import vocab_parallel_embedding_mix
 
 from ..harness import to_float64
 from ..inputs import BF16, F16, F32, F64, Draw
+from ..interpreted import mended
 
 ROWS, VOCABULARY = 5, 47
 BOUNDS = {2: (0, 31, VOCABULARY), 3: (0, 1, 29, VOCABULARY)}
@@ -91,7 +92,7 @@ def work(rank: int, size: int, rendezvous: str, seed: int) -> None:
         from nabla_fast.triton_kernels.vocab_parallel import VocabularySlice
 
         kernels = mock.patch.object(VocabularySlice, "mix", autospec=True, side_effect=VocabularySlice.mix)
-        with use_backend("triton", "torch"), kernels as mixed_by_kernels:
+        with mended(), use_backend("triton", "torch"), kernels as mixed_by_kernels:
             triton_slices(size, rank, draw)
             assert mixed_by_kernels.call_count == 8
             refusals(columns, draw, F32)
