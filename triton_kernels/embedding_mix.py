@@ -15,7 +15,7 @@ from .common.row_tops import Noise, RowTops
 from .common.scratch import row_blocks, share
 from .common.sizes import cdiv, next_power_of_2
 from .common.soft_mix import SoftMix, scratch_bytes
-from .common.vocabulary_chunks import SLICE, WARPS, logits_slice, partition
+from .common.vocabulary_chunks import CHUNK_SHARE, SLICE, WARPS, logits_slice, partition
 
 
 def embedding_mix(
@@ -50,8 +50,12 @@ def embedding_mix(
     mix = SoftMix(logits, cut.most_rows, vocabulary, tables, tau, cut.tokens)
     with float32_products():
         for part in cut.rows:
+            own, key = logits[part], part_of(noise, part)
+            beforehand = len(own) * cut.tokens * own.element_size() > share(CHUNK_SHARE)
+            if beforehand:
+                mix.row_tops.measure(own, key, 0, vocabulary, 0)
             for first, end in cut.chunks(vocabulary):
-                mix.add(logits[part], part_of(noise, part), first, end, 0)
+                mix.add(own, key, first, end, 0, measured=beforehand)
             mix.finish([of_table[part] for of_table in mixes], status[part])
     return mixes, status
 

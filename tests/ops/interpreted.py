@@ -1,7 +1,9 @@
 """What Triton's interpreter does otherwise in these tests.
 
 Its reductions take Python's time for each element: here they work on whole arrays. It cuts float32 off to
-bfloat16, where GPUs round to the nearest: twice the error, and all to one side.
+bfloat16, where GPUs round to the nearest: twice the error, and all to one side. Its exp2 has numbers below
+2⁻¹²⁶, where the kernels' (``ex2.approx.ftz``) is 0. Before Triton 3.9 its fma rounds twice, and the larger
+of NaN and a number is NaN.
 """
 
 from __future__ import annotations
@@ -54,9 +56,22 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
+def _exp2(values: np.ndarray) -> np.ndarray:
+    """2 to these powers, 0 where that is no normal float32."""
+    with np.errstate(all="ignore"):
+        powers = np.exp2(values)
+    return np.where(powers < np.finfo(np.float32).tiny, np.float32(0), powers)
+
+
+def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a·b + c of float32, whose products float64 holds."""
+    with np.errstate(all="ignore"):
+        return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
 @contextlib.contextmanager
 def mended() -> Iterator[None]:
-    """Inside, reductions with a kernel's own combination and rounding to bfloat16 are these.
+    """Inside, reductions with a kernel's own combination and what else is named above are these.
 
     Nothing is changed where kernels are compiled. A process that a test starts has to enter it itself.
     """
@@ -66,15 +81,27 @@ def mended() -> Iterator[None]:
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
-    cut_off = InterpreterBuilder.cast_impl
+    cut_off, fma_twice_rounded = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fma
 
     def cast(builder: Any, value: Any, to: Any) -> Any:
         if value.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
             return TensorHandle(_to_bfloat16(value.data), tl.bfloat16)
         return cut_off(builder, value, to)
 
+    def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+        if c.dtype.scalar == tl.float32:
+            return builder.ternary_op(a, b, c, _fma)
+        return fma_twice_rounded(builder, a, b, c)
+
+    replaced = {
+        "cast_impl": cast,
+        "create_fma": fma,
+        "create_exp2": lambda builder, x: builder.unary_op(x, _exp2),
+        "create_maxnumf": lambda builder, a, b: builder.binary_op(a, b, np.fmax),
+        "create_minnumf": lambda builder, a, b: builder.binary_op(a, b, np.fmin),
+    }
     with (
         mock.patch.object(ReduceOps, "generic_reduce", _reduced),
-        mock.patch.object(InterpreterBuilder, "cast_impl", cast),
+        mock.patch.multiple(InterpreterBuilder, **replaced),
     ):
         yield

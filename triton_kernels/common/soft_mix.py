@@ -7,8 +7,9 @@ power of two, which is exact. The mix is divided by the sum of the weights as th
 then shifts a mix inside the span of the table's rows and does not scale it. (The form of quack's cross
 entropy with scaled exponentials.)
 
-The alternative, a pass over all logits for their maxima and a second one for the weights, reads N·V logits
-from memory once more; here the second reading of a chunk finds it in the L2 cache.
+Before a chunk's weights come the maxima of its slices: where logits are made chunk by chunk, or a chunk of
+them lies in the L2 cache, the second reading finds them there. Where they lie in memory, too many for the
+cache, one launch takes the maxima of all chunks beforehand.
 """
 
 from __future__ import annotations
@@ -182,10 +183,17 @@ class SoftMix:
         self.widths = [table.shape[1] for table in tables]
         self.sums = like.new_empty(rows, sum(self.widths), dtype=torch.float32)
 
-    def add(self, logits: Tensor, noise: Noise, first: int, end: int, origin: int) -> None:
-        """The tokens first..end − 1; arguments as of :meth:`RowTops.measure`."""
+    def add(
+        self, logits: Tensor, noise: Noise, first: int, end: int, origin: int, *, measured: bool = False
+    ) -> None:
+        """The tokens first..end − 1; arguments as of :meth:`RowTops.measure`.
+
+        Args:
+            measured: whether ``row_tops`` has these rows' slices already.
+        """
         rows, size, tops = len(logits), end - first, self.row_tops
-        tops.measure(logits, noise, first, end, origin)
+        if not measured:
+            tops.measure(logits, noise, first, end, origin)
         weights = [memory[: rows * size].view(rows, size) for memory in self.memory]
         of_chunk = cdiv(size, SLICE)
         with torch.cuda.device_of(logits):
