@@ -26,10 +26,10 @@ def tempered_exp(difference, base):
     scale, scale_low, lowest, _inverse = base
     bounded = tl.maximum(difference, lowest)
     power = bounded * scale
-    # −r: to negate a number takes an instruction, to negate the scale one a thread.
-    excess = tl.fma(bounded, -scale_low, tl.fma(bounded, -scale, power))
+    # A product with −1 is the sign of an operand; Triton's negation is an instruction of its own.
+    rest = tl.fma(bounded, scale_low, tl.fma(bounded, scale, power * -1.0))
     e = tl.exp2(power)
-    return tl.fma(e, excess * -0.6931471805599453, e)
+    return tl.fma(e, rest * 0.6931471805599453, e)
 
 
 @triton.jit
