@@ -191,7 +191,8 @@ class DescentOverlaps(OnBackend):
             found = self.op(**(arguments | beside))
             wanted = self.op(**arguments)
         assert torch.equal(found.token, wanted.token)
-        assert torch.equal(parts[0], parameter)
+        # A library's product may sum in another order where rows lie apart.
+        torch.testing.assert_close(parts[0], parameter)
 
 
 # -- against Adam ------------------------------------------------------------------------------------
