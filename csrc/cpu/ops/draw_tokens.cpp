@@ -2,10 +2,10 @@
 //
 // Scores z / T are in double precision throughout; the largest logit of a block says whether it has
 // to be looked at. Without filters one pass makes the random words of blocks, and noise of those
-// whose words could make a token the best so far. With filters a first pass finds the k-th largest
-// score, a second one lists the tokens from it on; what top-p drops is found by halving that list
-// around one of its scores, as quickselect does, but by the mass below it. Few tokens are left, each
-// with noise of its own.
+// whose words could make a token the best so far. With filters one pass lists the tokens that are
+// among the k largest so far, of which those from the k-th largest on stay; what top-p drops is
+// found by halving that list around one of its scores, as quickselect does, but by the mass below
+// it. Few tokens are left, each with noise of its own.
 
 #include <algorithm>
 #include <cmath>
@@ -150,57 +150,65 @@ NABLA_FAST_INLINE int64_t best_of_all(const T* logits, int64_t vocab, double tau
   return token;
 }
 
-NABLA_FAST_FOR_EACH_ISA(fp32_block_max, block_max<W, float>)
-NABLA_FAST_FOR_EACH_ISA(bf16_block_max, block_max<W, uint16_t>)
+// First token of the first block from `first` on whose largest score is at least `least`, or vocab.
+template <int W, typename T>
+NABLA_FAST_INLINE int64_t next_block(const T* logits, int64_t first, int64_t vocab, double tau,
+                                     double least, Seen& seen) {
+  for (; first < vocab; first += kBlockTokens) {
+    const int64_t count = std::min(kBlockTokens, vocab - first);
+    if (static_cast<double>(block_max<W, T>(logits + first, count, seen)) / tau >= least)
+      return first;
+  }
+  return vocab;
+}
+
+NABLA_FAST_FOR_EACH_ISA(fp32_next_block, next_block<W, float>)
+NABLA_FAST_FOR_EACH_ISA(bf16_next_block, next_block<W, uint16_t>)
 NABLA_FAST_FOR_EACH_ISA(fp32_best_of_all, best_of_all<W, float>)
 NABLA_FAST_FOR_EACH_ISA(bf16_best_of_all, best_of_all<W, uint16_t>)
 
-// work(first token, how many) of each block of a row whose largest score is at least least().
-template <typename T, typename Max, typename Least, typename Work>
-void each_block_from(Max* max_of, const T* logits, int64_t vocab, double tau, Seen& seen,
-                     const Least& least, const Work& work) {
-  for (int64_t first = 0; first < vocab; first += kBlockTokens) {
-    const int64_t count = std::min(kBlockTokens, vocab - first);
-    if (static_cast<double>(max_of(logits + first, count, seen)) / tau >= least())
-      work(first, count);
+// Scores of the k largest so far. heap: [k], the least of them first once there are k.
+class Largest {
+ public:
+  Largest(double* heap, int64_t k) : heap_(heap), k_(k) {}
+
+  double least() const { return k_ > 0 && held_ == k_ ? heap_[0] : kMasked; }
+
+  void add(double score) {
+    if (held_ == k_) {
+      if (!(score > heap_[0])) return;
+      std::pop_heap(heap_, heap_ + held_--, std::greater<double>());
+    }
+    heap_[held_++] = score;
+    std::push_heap(heap_, heap_ + held_, std::greater<double>());
   }
-}
 
-// The k-th largest score; heap: [k].
-template <typename T, typename Max>
-double kth_largest(Max* max_of, const T* logits, int64_t vocab, double tau, int64_t k, double* heap,
-                   Seen& seen) {
-  int64_t held = 0;
-  each_block_from(
-      max_of, logits, vocab, tau, seen, [&] { return held < k ? kMasked : heap[0]; },
-      [&](int64_t first, int64_t count) {
-        for (int64_t v = first; v < first + count; ++v) {
-          const double score = score_of(logits[v], tau);
-          if (held == k) {
-            if (!(score > heap[0])) continue;
-            std::pop_heap(heap, heap + held--, std::greater<double>());
-          }
-          heap[held++] = score;
-          std::push_heap(heap, heap + held, std::greater<double>());
-        }
-      });
-  return heap[0];
-}
+ private:
+  double* heap_;
+  int64_t k_, held_ = 0;
+};
 
-// Tokens whose score is at least `least`, in their order; returns how many.
-template <typename T, typename Max>
-int64_t list_from(Max* max_of, const T* logits, int64_t vocab, double tau, double least,
-                  Candidate* list, Seen& seen) {
+// Tokens among the k largest and those that tie with the k-th, in their order, all of them where
+// k is 0; returns how many. list: [vocab], heap: [k].
+template <typename T, typename Next>
+int64_t list_largest(Next* next_of, const T* logits, int64_t vocab, double tau, int64_t k,
+                     Candidate* list, double* heap, Seen& seen) {
+  Largest largest(heap, k);
   int64_t listed = 0;
-  each_block_from(
-      max_of, logits, vocab, tau, seen, [&] { return least; },
-      [&](int64_t first, int64_t count) {
-        for (int64_t v = first; v < first + count; ++v) {
-          const double score = score_of(logits[v], tau);
-          if (score >= least) list[listed++] = {score, v, 0};
-        }
-      });
-  return listed;
+  for (int64_t first = 0;; first += kBlockTokens) {
+    first = next_of(logits, first, vocab, tau, largest.least(), seen);
+    if (first >= vocab) break;
+    const int64_t count = std::min(kBlockTokens, vocab - first);
+    for (int64_t v = first; v < first + count; ++v) {
+      const double score = score_of(logits[v], tau);
+      if (!(score >= largest.least())) continue;
+      list[listed++] = {score, v, 0};
+      if (k > 0) largest.add(score);
+    }
+  }
+  const double least = largest.least();
+  const auto drops = [&](const Candidate& c) { return c.score < least; };
+  return k > 0 ? std::remove_if(list, list + listed, drops) - list : listed;
 }
 
 // The least likely token that top-p leaves: of equal scores those from its index on stay. Reorders
@@ -242,14 +250,18 @@ Candidate first_to_stay(Candidate* list, int64_t count, double top_p) {
   }
 }
 
-template <typename T, typename Max>
-int64_t best_of_some(Max* max_of, const T* logits, const nabla_fast_draw_args& call,
+// top_k, or 0 where it drops nothing.
+int64_t kept_of(const nabla_fast_draw_args& call) {
+  return call.top_k < call.vocab ? call.top_k : 0;
+}
+
+// list: [vocab] candidates and [top_k] scores.
+template <typename T, typename Next>
+int64_t best_of_some(Next* next_of, const T* logits, const nabla_fast_draw_args& call,
                      const NoiseKey& key, Candidate* list, Seen& seen) {
-  const bool cut = call.top_k > 0 && call.top_k < call.vocab;
-  const double least = cut ? kth_largest(max_of, logits, call.vocab, call.tau, call.top_k,
-                                         reinterpret_cast<double*>(list), seen)
-                           : kMasked;
-  const int64_t count = list_from(max_of, logits, call.vocab, call.tau, least, list, seen);
+  auto* const heap = reinterpret_cast<double*>(list + call.vocab);
+  const int64_t count =
+      list_largest(next_of, logits, call.vocab, call.tau, kept_of(call), list, heap, seen);
   if (softmax::row_status(seen.max, seen.nan) != NABLA_FAST_OK) return 0;
   Candidate first{kMasked, 0, 0};
   if (call.top_p < 1) first = first_to_stay(list, count, call.top_p);
@@ -264,9 +276,7 @@ int64_t best_of_some(Max* max_of, const T* logits, const nabla_fast_draw_args& c
   return best.token;
 }
 
-bool filters(const nabla_fast_draw_args& call) {
-  return (call.top_k > 0 && call.top_k < call.vocab) || call.top_p < 1;
-}
+bool filters(const nabla_fast_draw_args& call) { return kept_of(call) > 0 || call.top_p < 1; }
 
 int threads_of(const nabla_fast_draw_args& call) {
   const int threads =
@@ -274,9 +284,10 @@ int threads_of(const nabla_fast_draw_args& call) {
   return static_cast<int>(std::min<int64_t>(threads, call.rows));
 }
 
-// Of the candidates of a thread's row.
+// Of the candidates of a thread's row and the scores of the k largest.
 Size list_bytes(const nabla_fast_draw_args& call) {
-  return (Size(call.vocab) * int64_t{sizeof(Candidate)}).rounded_up(kAlignment);
+  const Size scores = Size(kept_of(call)) * int64_t{sizeof(double)};
+  return (Size(call.vocab) * int64_t{sizeof(Candidate)} + scores).rounded_up(kAlignment);
 }
 
 Size workspace_of(const nabla_fast_draw_args& call) {
@@ -294,8 +305,8 @@ nabla_fast_status check(const nabla_fast_draw_args& call) {
   return check_matrix(call.logits, call.rows, call.vocab);
 }
 
-template <typename T, typename Max, typename Best>
-void draw_tokens(Max* max_of, Best* best_of, const nabla_fast_draw_args& call) {
+template <typename T, typename Next, typename Best>
+void draw_tokens(Next* next_of, Best* best_of, const nabla_fast_draw_args& call) {
   const auto* const logits = static_cast<const T*>(call.logits.data);
   const int64_t stride = stride_of(call.logits, call.rows);
   const int threads = threads_of(call);
@@ -313,7 +324,7 @@ void draw_tokens(Max* max_of, Best* best_of, const nabla_fast_draw_args& call) {
       const int64_t rank = 0;
 #endif
       auto* const list = reinterpret_cast<Candidate*>(memory + rank * bytes);
-      call.token[row] = best_of_some(max_of, z, call, key, list, seen);
+      call.token[row] = best_of_some(next_of, z, call, key, list, seen);
     } else {
       call.token[row] = best_of(z, call.vocab, call.tau, key, seen);
     }
@@ -352,8 +363,8 @@ nabla_fast_status nabla_fast_draw_tokens(const nabla_fast_draw_args* args) {
   });
   if (overlap) return NABLA_FAST_OVERLAP;
   if (call.logits.dtype == NABLA_FAST_FLOAT32)
-    draw_tokens<float>(fp32_block_max.select(), fp32_best_of_all.select(), call);
+    draw_tokens<float>(fp32_next_block.select(), fp32_best_of_all.select(), call);
   else
-    draw_tokens<uint16_t>(bf16_block_max.select(), bf16_best_of_all.select(), call);
+    draw_tokens<uint16_t>(bf16_next_block.select(), bf16_best_of_all.select(), call);
   return NABLA_FAST_OK;
 }
