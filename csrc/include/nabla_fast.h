@@ -181,8 +181,7 @@ typedef struct {
   nabla_fast_status* row_status; /* [rows] OK or ROW_*; where it is not OK the token is 0 */
 } nabla_fast_draw_args;
 
-/* Logits are read once, or twice with filters; the workspace has room for a row's tokens a thread
- * then. */
+/* Logits are read once. With filters the workspace has room for a row's tokens a thread. */
 NABLA_FAST_API nabla_fast_status nabla_fast_draw_tokens(const nabla_fast_draw_args* args);
 NABLA_FAST_API int64_t nabla_fast_draw_tokens_workspace(const nabla_fast_draw_args* args);
 

@@ -428,8 +428,10 @@ NABLA_FAST_INLINE void few_rows(const PackedRows& rows, const Table& table, int6
 template <int W, typename T>
 NABLA_FAST_INLINE void product_tile(const PackedRows& rows, const Table& table, int tokens,
                                     bool add, float* z) {
+  // Two units shuffle vectors of 8, one those of 16.
+  constexpr int kFewW = W == 16 ? 8 : W;
   if (rows.rows <= kMaxFewRows)
-    few_rows<W, Words<W, T>>(rows, table, table.width, tokens, add, z);
+    few_rows<kFewW, Words<kFewW, T>>(rows, table, table.width, tokens, add, z);
   else
     many_rows<W, T>(rows, table, tokens, add, z);
 }
