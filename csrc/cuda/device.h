@@ -39,6 +39,13 @@ namespace nabla_fast::cuda {
 constexpr unsigned kWarpThreads = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
+// Whether the code that is compiled now is for devices with thread-block clusters.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
 // -- barriers -------------------------------------------------------------------------------------
 
 NABLA_FAST_DEVICE void sync_warp() {
@@ -158,6 +165,41 @@ NABLA_FAST_DEVICE float exp2_approx(float x) {
 #else
   const float power = std::exp2(x);
   return power < 0x1p-126f ? 0 : power;
+#endif
+}
+
+// sqrt(x) within 1 ulp or so; of what is below 2^-126 it is 0.
+NABLA_FAST_DEVICE float sqrt_approx(float x) {
+#if defined(__CUDACC__)
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return x < 0x1p-126f ? 0 : std::sqrt(x);
+#endif
+}
+
+// a / b within 2 ulp, for b of 2^-126 to 2^126; what is below 2^-126 counts as 0.
+NABLA_FAST_DEVICE float divide_approx(float a, float b) {
+#if defined(__CUDACC__)
+  float quotient;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
+  return quotient;
+#else
+  const float quotient = a / b;
+  return std::fabs(quotient) < 0x1p-126f ? 0 : quotient;
+#endif
+}
+
+// The larger of two numbers; NaN if one of them is.
+NABLA_FAST_DEVICE float max_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float max;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));
+  return max;
+#else
+  if (a != a || b != b) return __builtin_nanf("");
+  return a > b ? a : b;
 #endif
 }
 

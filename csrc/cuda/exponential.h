@@ -25,8 +25,8 @@ struct Temperature {
         inverse(static_cast<float>(1 / tau)) {}
 };
 
-// exp(difference / tau) of a difference of at most 0: exactly 1 at 0; 0 below 2^-126, for -inf and for
-// NaN.
+// exp(difference / tau) of a difference below 88 tau: exactly 1 at 0; 0 below 2^-126, for -inf and for
+// NaN. Above it is any number.
 //
 // difference / (tau ln 2) is split into a whole number, which becomes the bits of an exponent, and a
 // rest for the device's exp2.

@@ -21,11 +21,69 @@ struct Launch {
 
 constexpr int64_t kMostBlocks = 0x7FFFFFFF;
 
+// Blocks of a cluster that every device with clusters takes. More have to be asked for.
+constexpr unsigned kPortableCluster = 8;
+
 // A parameter from which no type is deduced.
 template <typename T>
 struct As {
   using type = T;
 };
+
+#if defined(__CUDACC__)
+// A launch in the runtime's words. Whether the kernel may have what it asks for.
+class Configuration {
+ public:
+  template <typename... Parameters>
+  Configuration(const Launch& how, void (*kernel)(Parameters...)) {
+    config.gridDim = static_cast<unsigned>(how.blocks);
+    config.blockDim = how.threads;
+    config.dynamicSmemBytes = how.shared;
+    config.stream = static_cast<cudaStream_t>(how.stream);
+    config.attrs = attributes_;
+    if (how.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes_[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {how.cluster, 1, 1};
+    }
+    if (how.cooperative) {
+      cudaLaunchAttribute& cooperative = attributes_[config.numAttrs++];
+      cooperative.id = cudaLaunchAttributeCooperative;
+      cooperative.val.cooperative = 1;
+    }
+    const auto* const function = reinterpret_cast<const void*>(kernel);
+    possible = (how.shared == 0 ||
+                cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(how.shared)) == cudaSuccess) &&
+               (how.cluster <= kPortableCluster ||
+                cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+                    cudaSuccess);
+  }
+
+  cudaLaunchConfig_t config = {};
+  bool possible;
+
+ private:
+  cudaLaunchAttribute attributes_[2] = {};
+};
+#endif
+
+// Whether the device holds one of the launch's clusters at least.
+template <typename... Parameters>
+bool takes_clusters(const Launch& how, void (*kernel)(Parameters...)) {
+#if defined(__CUDACC__)
+  Configuration configuration(how, kernel);
+  int clusters = 0;
+  const bool asked = configuration.possible && cudaOccupancyMaxActiveClusters(
+                                                   &clusters, reinterpret_cast<const void*>(kernel),
+                                                   &configuration.config) == cudaSuccess;
+  if (!asked) cudaGetLastError();
+  return asked && clusters > 0;
+#else
+  static_cast<void>(kernel);
+  return how.cluster <= host::limit_of(host::Limit::kCluster);
+#endif
+}
 
 // Runs a kernel; true if it was started. A grid of no blocks has nothing to do.
 template <typename... Parameters>
@@ -34,28 +92,9 @@ bool launch(const Launch& how, void (*kernel)(Parameters...),
   if (how.blocks == 0) return true;
   if (how.blocks > kMostBlocks) return false;
 #if defined(__CUDACC__)
-  cudaLaunchAttribute attributes[2] = {};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(how.blocks);
-  config.blockDim = how.threads;
-  config.dynamicSmemBytes = how.shared;
-  config.stream = static_cast<cudaStream_t>(how.stream);
-  config.attrs = attributes;
-  if (how.cluster > 1) {
-    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {how.cluster, 1, 1};
-  }
-  if (how.cooperative) {
-    cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
-    cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = 1;
-  }
-  if (how.shared > 0 && cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(how.shared)) != cudaSuccess)
-    return false;
-  return cudaLaunchKernelEx(&config, kernel, arguments...) == cudaSuccess;
+  Configuration configuration(how, kernel);
+  return configuration.possible &&
+         cudaLaunchKernelEx(&configuration.config, kernel, arguments...) == cudaSuccess;
 #else
   // The arguments are the launch's own memory, not device code's: their reading is not announced.
   auto call = [&]() __attribute__((no_sanitize_thread)) { kernel(arguments...); };

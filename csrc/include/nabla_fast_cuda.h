@@ -53,6 +53,13 @@ NABLA_FAST_API nabla_fast_status nabla_fast_cuda_embedding_mix_backward(
 NABLA_FAST_API int64_t
 nabla_fast_cuda_embedding_mix_backward_workspace(const nabla_fast_mix_args* args);
 
+/* A row stays on the chip for all its steps. A row that is not OK stays as it is, with token -1. Steps are
+ * the device's: a negative count takes none, and `until` beyond the schedule counts as its length. The
+ * workspace depends on the device that is current, which both functions ask for its limits. */
+NABLA_FAST_API nabla_fast_status nabla_fast_cuda_dto_descent(const nabla_fast_descent_args* args,
+                                                             nabla_fast_cuda_stream stream);
+NABLA_FAST_API int64_t nabla_fast_cuda_dto_descent_workspace(const nabla_fast_descent_args* args);
+
 #ifdef __cplusplus
 }
 #endif

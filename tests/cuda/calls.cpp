@@ -1,5 +1,6 @@
 // Calls of the CUDA kernels whose arrays have their own allocations, for sanitizers: small mixes and
-// their backward, with every dtype of logits, tables and results, and rows that lie apart.
+// their backward, with every dtype of logits, tables and results, and rows that lie apart; descents of
+// rows that blocks share in every way.
 
 #include <cstdint>
 #include <cstdio>
@@ -19,6 +20,17 @@ std::mt19937_64 numbers(1);
 [[noreturn]] void fail(const char* what, int status) {
   std::fprintf(stderr, "%s: %d\n%s", what, status, nabla_fast_host_reports());
   std::exit(1);
+}
+
+// Calls a function with a workspace of its own; all rows have to be good.
+template <typename Args, typename Function>
+void run(const char* name, Args& args, int64_t bytes, Function* function) {
+  const auto workspace = std::make_unique<char[]>(static_cast<size_t>(bytes));
+  args.workspace = workspace.get();
+  args.workspace_bytes = bytes;
+  if (const auto answer = function(&args, nullptr)) fail(name, answer);
+  for (int64_t row = 0; row < args.rows; ++row)
+    if (args.row_status[row] != NABLA_FAST_OK) fail(name, args.row_status[row]);
 }
 
 // Rows with a gap of some elements between them, and nothing behind the last.
@@ -45,8 +57,8 @@ class Matrix {
   nabla_fast_dtype dtype_;
 };
 
-void call(int64_t rows, int64_t vocab, nabla_fast_dtype logits, nabla_fast_dtype tables,
-          nabla_fast_dtype results, bool noise) {
+void mix(int64_t rows, int64_t vocab, nabla_fast_dtype logits, nabla_fast_dtype tables,
+         nabla_fast_dtype results, bool noise) {
   const int64_t gap = static_cast<int64_t>(numbers() % 3);
   const int64_t widths[] = {5, 67};
   std::vector<int64_t> seed(static_cast<size_t>(rows), -7), position(seed);
@@ -77,20 +89,45 @@ void call(int64_t rows, int64_t vocab, nabla_fast_dtype logits, nabla_fast_dtype
   args.cotangents = all_states;
   args.direct = direct.read();
   args.grad = grad.written();
-  using Function = nabla_fast_status (*)(const nabla_fast_mix_args*, nabla_fast_cuda_stream);
-  const auto run = [&](const char* name, int64_t bytes, Function function) {
-    const auto workspace = std::make_unique<char[]>(static_cast<size_t>(bytes));
-    args.workspace = workspace.get();
-    args.workspace_bytes = bytes;
-    if (const auto answer = function(&args, nullptr)) fail(name, answer);
-    for (const nabla_fast_status row : status)
-      if (row != NABLA_FAST_OK) fail(name, row);
-  };
   for (args.hard = 0; args.hard < 2; ++args.hard)
-    run("embedding_mix", nabla_fast_cuda_embedding_mix_workspace(&args),
+    run("embedding_mix", args, nabla_fast_cuda_embedding_mix_workspace(&args),
         nabla_fast_cuda_embedding_mix);
-  run("embedding_mix_backward", nabla_fast_cuda_embedding_mix_backward_workspace(&args),
+  run("embedding_mix_backward", args, nabla_fast_cuda_embedding_mix_backward_workspace(&args),
       nabla_fast_cuda_embedding_mix_backward);
+}
+
+void descend(int64_t rows, int64_t vocab, bool noise, bool groups) {
+  const int64_t gap = static_cast<int64_t>(numbers() % 3);
+  const auto count = static_cast<size_t>(rows);
+  Matrix z(rows, vocab, gap, NABLA_FAST_FLOAT32), m(rows, vocab, gap, NABLA_FAST_FLOAT32);
+  // Of zeros: second moments are not negative.
+  std::vector<float> v(static_cast<size_t>(rows * vocab));
+  const Matrix grad(rows, vocab, gap, NABLA_FAST_FLOAT32);
+  std::vector<int64_t> key(count, 5), step(count, 1), until(count, 3), group(count), token(count);
+  std::vector<uint8_t> flipped(count);
+  std::vector<nabla_fast_status> status(count);
+  const std::vector<double> schedule(4, 0.01);
+
+  nabla_fast_descent_args args = {};
+  args.size = sizeof args;
+  args.rows = rows;
+  args.vocab = vocab;
+  args.parameter = z.written();
+  args.exp_avg = m.written();
+  args.exp_avg_sq = {v.data(), vocab, vocab, NABLA_FAST_FLOAT32};
+  args.step = step.data();
+  args.grad = grad.read();
+  args.schedule = schedule.data();
+  args.iters = static_cast<int64_t>(schedule.size());
+  args.until = until.data();
+  args.group = groups ? group.data() : nullptr;
+  args.tau = 0.7;
+  args.noise_seed = args.noise_position = noise ? key.data() : nullptr;
+  args.token = token.data();
+  args.flipped = flipped.data();
+  args.row_status = status.data();
+  run("dto_descent", args, nabla_fast_cuda_dto_descent_workspace(&args),
+      nabla_fast_cuda_dto_descent);
 }
 
 }  // namespace
@@ -100,7 +137,14 @@ int main() {
   const nabla_fast_dtype dtypes[] = {NABLA_FAST_FLOAT32, NABLA_FAST_BFLOAT16, NABLA_FAST_FLOAT16};
   for (const auto logits : dtypes)
     for (const auto tables : dtypes)
-      for (const auto results : dtypes) call(2, 131, logits, tables, results, tables == results);
-  for (const int64_t vocab : {1, 3, 4096, 4099}) call(3, vocab, NABLA_FAST_BFLOAT16, 0, 2, true);
+      for (const auto results : dtypes) mix(2, 131, logits, tables, results, tables == results);
+  for (const int64_t vocab : {1, 3, 4096, 4099}) mix(3, vocab, NABLA_FAST_BFLOAT16, 0, 2, true);
+  for (const int32_t cluster : {1, 16}) {
+    nabla_fast_host_limit(4, 0, cluster);
+    for (const int64_t vocab : {1, 3, 4099}) descend(4, vocab, vocab > 1, vocab > 3);
+  }
+  // A block without room for tiles in shared memory.
+  nabla_fast_host_limit(1, 50000, 1);
+  descend(1, 12293, false, false);
   return 0;
 }

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from c_structs import I32, I64, POINTER, Matrix, MixArgs, Output
@@ -82,7 +83,11 @@ class Kernels:
         reports = library.nabla_fast_host_reports().decode()
         assert not reports, reports
 
-    def _run(self, name: str, args: MixArgs, given: dict[str, Tensor | None], **written: Tensor) -> None:
+    def limit(self, multiprocessors: int, shared_bytes: int, most_cluster: int) -> None:
+        """What launchers are told of the device from now on; 0: what the target has."""
+        self.library.nabla_fast_host_limit(multiprocessors, ctypes.c_int64(shared_bytes), most_cluster)
+
+    def run(self, name: str, args: Any, given: dict[str, Tensor | None], **written: Tensor) -> None:
         """Call a function with a workspace of poison, as large as it asks for."""
         args.size = ctypes.sizeof(args)
         function = getattr(self.library, f"nabla_fast_cuda_{name}")
@@ -115,7 +120,7 @@ class Kernels:
         outputs = (Output * len(mixes))(*map(output, mixes))
         args.hard, args.mixes = hard, ctypes.addressof(outputs)
         written = {f"mixes[{t}]": mix for t, mix in enumerate(mixes)}
-        self._run("embedding_mix", args, given, status=status, **written)
+        self.run("embedding_mix", args, given, status=status, **written)
         assert all((gaps(mix) == POISON).all() for mix in mixes)
         return mixes, status
 
@@ -141,7 +146,7 @@ class Kernels:
         if direct is not None:
             given["direct"] = rows_contiguous(direct)
             args.direct = matrix(given["direct"])
-        self._run("embedding_mix_backward", args, given, status=status, grad=grad)
+        self.run("embedding_mix_backward", args, given, status=status, grad=grad)
         assert (gaps(grad) == POISON).all()
         return grad, status
 

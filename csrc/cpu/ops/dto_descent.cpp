@@ -423,6 +423,7 @@ nabla_fast_status nabla_fast_dto_descent(const nabla_fast_descent_args* args) {
   if (call.rows == 0) return NABLA_FAST_OK;
   const Layout layout(call);
   if (const auto refused = check_outputs(call, call.vocab, nullptr, layout.bytes)) return refused;
+  if (const auto refused = check_steps(call)) return refused;
   if (!waits(call)) call.group = nullptr;
   return run(call, layout, aligned(call.workspace));
 }

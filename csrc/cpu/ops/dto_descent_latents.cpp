@@ -306,6 +306,7 @@ nabla_fast_status nabla_fast_dto_descent_latents(const nabla_fast_descent_args* 
   if (call.rows == 0) return NABLA_FAST_OK;
   const int64_t bytes = workspace_of(call);
   if (const auto refused = check_outputs(call, call.head.width, &call.head, bytes)) return refused;
+  if (const auto refused = check_steps(call)) return refused;
   if (!waits(call)) call.group = nullptr;
   Workspace workspace;
   Workspace::lay_out(call, aligned(call.workspace), &workspace);

@@ -15,6 +15,11 @@ extern "C" {
  * limit: 80, 90, 100 or 120. Returns 0 if there is no such target, else 1. */
 NABLA_FAST_HOST_API int32_t nabla_fast_host_configure(uint64_t seed, int32_t target);
 
+/* What launchers are told of the device: multiprocessors, bytes of shared memory of a block, and blocks
+ * of a cluster, 1 for none. 0: 8 of the first, and what the target has. */
+NABLA_FAST_HOST_API void nabla_fast_host_limit(int32_t multiprocessors, int64_t shared_bytes,
+                                               int32_t most_cluster);
+
 /* Device code may read this memory from now on, and write it unless `constant`. Its name stands in
  * reports. */
 NABLA_FAST_HOST_API void nabla_fast_host_register(const void* memory, int64_t bytes,

@@ -56,7 +56,7 @@ struct Target {
 // Shared memory that a block may have on each target.
 constexpr Target kTargets[] = {{80, 166912}, {90, 232448}, {100, 232448}, {120, 101376}};
 
-constexpr unsigned kMostThreads = 1024, kMostCluster = 16;
+constexpr unsigned kMostThreads = 1024, kMostCluster = 16, kPortableCluster = 8;
 // Blocks that run together have a fiber a thread.
 constexpr unsigned kMostTogether = 16384;
 
@@ -69,6 +69,8 @@ GlobalMemory global;
 Instants instants;
 uint64_t seed = 0;
 const Target* target = &kTargets[1];
+// As a test says; 0 for nothing.
+int64_t limits[3] = {};
 
 // The launch that runs, and its thread that runs.
 class Grid;
@@ -304,6 +306,14 @@ void Grid::race(const Conflict& conflict, const Region& region, size_t byte, boo
 
 }  // namespace
 
+int64_t limit_of(Limit limit) {
+  const int64_t said = limits[static_cast<int>(limit)];
+  if (said > 0) return said;
+  if (limit == Limit::kMultiprocessors) return 8;
+  if (limit == Limit::kShared) return static_cast<int64_t>(target->shared_bytes);
+  return target->name == 80 ? 1 : target->name == 120 ? kPortableCluster : kMostCluster;
+}
+
 bool run_grid(const Shape& shape, void (*body)(void*), void* arguments) {
   Grid here(shape, body, arguments);
   grid = &here;
@@ -437,6 +447,12 @@ int32_t nabla_fast_host_configure(uint64_t new_seed, int32_t name) {
     return 1;
   }
   return 0;
+}
+
+void nabla_fast_host_limit(int32_t multiprocessors, int64_t shared_bytes, int32_t most_cluster) {
+  limits[static_cast<int>(Limit::kMultiprocessors)] = multiprocessors;
+  limits[static_cast<int>(Limit::kShared)] = shared_bytes;
+  limits[static_cast<int>(Limit::kCluster)] = most_cluster;
 }
 
 void nabla_fast_host_register(const void* memory, int64_t bytes, const char* name,

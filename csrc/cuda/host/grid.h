@@ -22,6 +22,10 @@ struct Shape {
   size_t shared;     // bytes of dynamic shared memory
 };
 
+// What launchers ask the device for.
+enum class Limit { kMultiprocessors, kShared, kCluster };
+int64_t limit_of(Limit limit);
+
 // Runs body(arguments) in every thread. False if it was stopped by what reports() say.
 bool run_grid(const Shape& shape, void (*body)(void*), void* arguments);
 
