@@ -12,7 +12,8 @@ C_TESTS := $(shell find tests examples -name '*.cpp' -o -name '*.cu' -o -name '*
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow test-newest test-oldest emulate lint bench compile-check format gpu gpu-wheels sanitize odr clean
+.PHONY: demo test test-slow test-newest test-oldest emulate lint bench compile-check cuda format gpu gpu-wheels \
+	sanitize odr clean
 
 demo: $(INSTALLED)
 	$(BIN)/nabla-fast demo
@@ -68,6 +69,10 @@ bench: $(INSTALLED)
 sanitize:
 	$(MAKE) -f tests/fuzz/sanitize.mk -j$(shell nproc) build
 	$(MAKE) -f tests/fuzz/sanitize.mk
+
+# The library of the CUDA kernels, for programs; nvcc 13 takes two minutes on two cores, a GPU is not needed.
+cuda:
+	$(MAKE) -f csrc/cuda/library.mk -j$(shell nproc)
 
 # Every Triton kernel for GPUs that are not there; a spill, too much shared memory or more instructions
 # than are committed fail. After a change of kernels: COMPILE_ARGS=--write. All that is compiled for, kept

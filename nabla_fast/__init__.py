@@ -4,7 +4,13 @@
 token logits through the language model and a reward model. This package computes the same tokens.
 """
 
-from nabla_fast._native.library import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
+from nabla_fast._native.library import (
+    get_cmake_dir,
+    get_cuda_library,
+    get_include,
+    get_library,
+    get_pkgconfig_dir,
+)
 from nabla_fast._version import __version__
 from nabla_fast.config import DTOConfig, SamplingConfig
 from nabla_fast.decode.special_tokens import neutralize_special_tokens
@@ -39,6 +45,7 @@ __all__ = [
     "VocabularyAlignment",
     "__version__",
     "get_cmake_dir",
+    "get_cuda_library",
     "get_include",
     "get_library",
     "get_pkgconfig_dir",

@@ -1,4 +1,5 @@
-# find_package(nabla_fast): the target nabla_fast::nabla_fast, a shared library with a C interface.
+# find_package(nabla_fast): the target nabla_fast::nabla_fast, a shared library with a C interface, and where
+# `make cuda` has built it nabla_fast::nabla_fast_cuda, the same for CUDA devices.
 #
 # Everything is found from where this file lies, so the package may be moved as a whole; the relative
 # paths are the same ones in an installed package and in a source tree.
@@ -23,6 +24,18 @@ elseif(NOT TARGET nabla_fast::nabla_fast)
                INTERFACE_INCLUDE_DIRECTORIES "${_nabla_fast_include}")
 endif()
 
+get_filename_component(_nabla_fast_cuda_library
+                       "${CMAKE_CURRENT_LIST_DIR}/../../nabla_fast/libnabla_fast_cuda.so" REALPATH)
+if(EXISTS "${_nabla_fast_cuda_library}" AND NOT TARGET nabla_fast::nabla_fast_cuda)
+  add_library(nabla_fast::nabla_fast_cuda SHARED IMPORTED)
+  set_target_properties(
+    nabla_fast::nabla_fast_cuda
+    PROPERTIES IMPORTED_LOCATION "${_nabla_fast_cuda_library}"
+               IMPORTED_SONAME libnabla_fast_cuda.so
+               INTERFACE_INCLUDE_DIRECTORIES "${_nabla_fast_include}")
+endif()
+
+unset(_nabla_fast_cuda_library)
 unset(_nabla_fast_include)
 unset(_nabla_fast_library)
 cmake_policy(POP)

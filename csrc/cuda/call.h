@@ -10,6 +10,7 @@
 #include "base/overlap.h"
 #include "device.h"
 #include "nabla_fast_cuda.h"
+#include "products.h"
 #include "slices.h"
 
 namespace nabla_fast::cuda {
@@ -65,6 +66,14 @@ class Layout {
     const Size begin = bytes_;
     bytes_ = (bytes_ + count * int64_t{sizeof(T)}).rounded_up(kAlignment);
     return memory_ ? reinterpret_cast<T*>(memory_ + begin.or_zero()) : nullptr;
+  }
+  // The workspace of products, null where they have none.
+  void* product_workspace() {
+    constexpr int64_t kUnit = 256;
+    const int64_t bytes = product_workspace_bytes();
+    if (bytes == 0) return nullptr;
+    const auto begin = reinterpret_cast<uintptr_t>(array<char>(bytes + kUnit));
+    return reinterpret_cast<void*>((begin + kUnit - 1) / kUnit * kUnit);
   }
   Size bytes() const { return bytes_; }
 

@@ -14,11 +14,21 @@ struct Limits {
   int64_t most_cluster;  // blocks of a cluster that every such device takes; 1: it has none
 };
 
+// The number of the current device; false where there is none.
+inline bool read_device(int& device) {
+#if defined(__CUDACC__)
+  return cudaGetDevice(&device) == cudaSuccess;
+#else
+  device = 0;
+  return true;
+#endif
+}
+
 // Of the current device; false where there is none.
 inline bool read_limits(Limits& limits) {
 #if defined(__CUDACC__)
   int device, multiprocessors, shared_bytes, major;
-  if (cudaGetDevice(&device) != cudaSuccess ||
+  if (!read_device(device) ||
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
           cudaSuccess ||
       cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=

@@ -35,6 +35,7 @@ struct Scratch {
   float* sum;        // [kDtypes, rows] of the same, times 2^(k - the row's last k)
   float* mixed;      // [rows, width of all tables]
   void* weights;     // [rows, tokens of a chunk]
+  void* products;    // workspace of products
 };
 
 // -- kernels --------------------------------------------------------------------------------------
@@ -195,6 +196,7 @@ Size lay_out(const nabla_fast_mix_args& call, char* memory, Scratch& scratch) {
     scratch.sum = layout.array<float>(Size(rows) * kDtypes);
     scratch.mixed = layout.array<float>(width * rows);
     scratch.weights = layout.array<float>(Size(weights_stride(call)) * rows);
+    scratch.products = layout.product_workspace();
   }
   return layout.bytes() + kAlignment;
 }
@@ -261,7 +263,9 @@ struct Part {
                         false,
                         scratch.mixed + column,
                         tables_width(call),
-                        chunk.first > 0},
+                        chunk.first > 0,
+                        scratch.products,
+                        product_workspace_bytes()},
                        stream))
         return false;
       column += table.width;

@@ -43,6 +43,7 @@ struct Scratch {
   SliceSums* slices;  // [rows, slices]
   RowSums* sums;      // [rows]
   float* grad;        // [rows, vocab], unless the result is float32
+  void* products;     // workspace of products
 };
 
 // -- kernels --------------------------------------------------------------------------------------
@@ -164,6 +165,7 @@ Size lay_out(const nabla_fast_mix_args& call, char* memory, Scratch& scratch) {
   scratch.sums = layout.array<RowSums>(rows);
   scratch.grad = nullptr;
   if (!grad_in_result(call)) scratch.grad = layout.array<float>(Size(call.vocab) * rows);
+  scratch.products = layout.product_workspace();
   return layout.bytes() + kAlignment;
 }
 
@@ -217,7 +219,9 @@ struct Part {
                         true,
                         grad().data + chunk.begin(),
                         grad().stride,
-                        keep},
+                        keep,
+                        scratch.products,
+                        product_workspace_bytes()},
                        stream))
         return false;
       keep = true;

@@ -1,7 +1,9 @@
-// Products by float32 multiply-adds on tiles in shared memory: for every dtype and shape, without the
-// device's matrix units.
+// Products by the vendor's library where it is there. Else, and for factors of two dtypes, by float32
+// multiply-adds on tiles in shared memory: for every dtype and shape, without the device's matrix units.
+// The order of a sum depends on its length alone then.
 
 #include "call.h"
+#include "cublas_lt.h"
 #include "device.h"
 #include "joins.h"
 #include "launch.h"
@@ -96,7 +98,10 @@ bool launch_product(const Product& product, L, R, nabla_fast_cuda_stream stream)
 
 }  // namespace
 
+int64_t product_workspace_bytes() { return cublas_lt_is_there() ? int64_t{32} << 20 : 0; }
+
 bool add_product(const Product& product, nabla_fast_cuda_stream stream) {
+  if (product.left.dtype == product.right.dtype && cublas_lt_product(product, stream)) return true;
   return with_element(product.left.dtype, [&](auto left) {
     return with_element(product.right.dtype, [&](auto right) {
       return with_flag(product.transposed, [&](auto transposed) {

@@ -24,10 +24,15 @@ struct Product {
   float* out;
   int64_t out_stride;
   bool keep;
+  void* workspace;  // at a multiple of 256 bytes
+  int64_t workspace_bytes;
 };
 
-// Puts the product into the stream; false if the device has refused it. A sum's order depends on its
-// length alone.
+// Bytes of a workspace that products are given: as many as the vendor's library makes use of on today's
+// devices, for few rows above all, whose long sums it shares out over the device; none where it is absent.
+int64_t product_workspace_bytes();
+
+// Puts the product into the stream; false if the device has refused it.
 bool add_product(const Product& product, nabla_fast_cuda_stream stream);
 
 }  // namespace nabla_fast::cuda

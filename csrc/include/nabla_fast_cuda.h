@@ -7,7 +7,9 @@
  *               to (tables, mixes, cotangents), are the host's and are copied before a function
  *               returns.
  *   streams     Functions put kernels into a stream and return; they wait for nothing and allocate
- *               nothing. Results are there when the stream has come so far.
+ *               nothing. Results are there when the stream has come so far. (Where cuBLASLt is there,
+ *               it makes products, and keeps a handle for each device and what it has chosen for each
+ *               shape; the first call of a device is not for a stream that is captured.)
  *   rows        A row that is not OK has its status in row_status; its results are NaN. No function
  *               answers NABLA_FAST_BAD_ROWS.
  *   elements    May be float16 as well. Soft mixes multiply tables in float32 or bf16 by weights of
@@ -19,7 +21,7 @@
  *   threads     num_threads is not read.
  *   sizes       A vocabulary has at most 2^30 tokens.
  *
- * No library of the package holds these functions yet: docs/cuda.md says what to compile.
+ * They are in libnabla_fast_cuda.so, which `make cuda` builds: docs/cuda.md. No GPU has run them yet.
  */
 #ifndef NABLA_FAST_CUDA_H_
 #define NABLA_FAST_CUDA_H_

@@ -7,6 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARY = PACKAGE / "libnabla_fast.so"
+CUDA_LIBRARY = PACKAGE / "libnabla_fast_cuda.so"
 
 
 def get_include() -> str:
@@ -31,14 +32,28 @@ def get_library() -> str:
     return str(LIBRARY)
 
 
+def get_cuda_library() -> str:
+    """The path of ``libnabla_fast_cuda.so``, which has the functions of ``nabla_fast_cuda.h``.
+
+    It loads where there is no driver. No GPU has run it yet.
+
+    Raises RuntimeError with one line where it was not built: installing does not build it.
+    """
+    if not CUDA_LIBRARY.is_file():
+        raise RuntimeError(
+            f"{CUDA_LIBRARY.name} is not built: `make cuda` does, in the sources, with nvcc 13"
+        )
+    return str(CUDA_LIBRARY)
+
+
 def get_cmake_dir() -> str:
-    """The directory that ``find_package(nabla_fast)`` wants as ``nabla_fast_DIR``; the target is
-    ``nabla_fast::nabla_fast``."""
+    """The directory that ``find_package(nabla_fast)`` wants as ``nabla_fast_DIR``; the targets are
+    ``nabla_fast::nabla_fast`` and, where it was built, ``nabla_fast::nabla_fast_cuda``."""
     return _directory("cmake")
 
 
 def get_pkgconfig_dir() -> str:
-    """The directory of ``nabla_fast.pc``, for ``PKG_CONFIG_PATH``."""
+    """The directory of ``nabla_fast.pc`` and ``nabla_fast_cuda.pc``, for ``PKG_CONFIG_PATH``."""
     return _directory("pkgconfig")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.table import Table
@@ -90,23 +90,32 @@ def _sections(environment: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
         "C interface",
         [
             ("library", native["library"] or f"no: {native['why']}"),
+            ("CUDA library", native["cuda_library"] or f"no: {native['why_no_cuda']}"),
             *((name, native[name]) for name in ("include", "cmake", "pkgconfig")),
         ],
     )
 
 
 def _native() -> dict[str, str | None]:
-    """Paths that other programs build with; without the library, ``library`` is null and ``why`` a line."""
+    """Paths that other programs build with; where a library is missing it is null, and a line says why."""
     from nabla_fast._native import library as files
 
-    try:
-        library, why = files.get_library(), None
-    except RuntimeError as error:
-        library, why = None, str(error)
+    library, why = _path(files.get_library)
+    cuda_library, why_no_cuda = _path(files.get_cuda_library)
     return {
         "library": library,
         "why": why,
+        "cuda_library": cuda_library,
+        "why_no_cuda": why_no_cuda,
         "include": files.get_include(),
         "cmake": files.get_cmake_dir(),
         "pkgconfig": files.get_pkgconfig_dir(),
     }
+
+
+def _path(library: Callable[[], str]) -> tuple[str | None, str | None]:
+    """A library's path, or why there is none."""
+    try:
+        return library(), None
+    except RuntimeError as error:
+        return None, str(error)

@@ -48,7 +48,10 @@ def test_the_table_says_what_is_missing(capsys):
             "threads": 2,
             "gpus": [{"name": "a GPU", "memory_bytes": 3 * 2**30, "architecture": "sm_90"}],
             "backends": {"cuda": backend},
-            "native": {"library": None, "why": "not built", "include": "i", "cmake": "c", "pkgconfig": "p"},
+            "native": {
+                **{"library": None, "why": "not built", "cuda_library": None, "why_no_cuda": "no nvcc"},
+                **{"include": "i", "cmake": "c", "pkgconfig": "p"},
+            },
         }
     )
     out = " ".join(capsys.readouterr().out.split())
@@ -60,5 +63,6 @@ def test_the_table_says_what_is_missing(capsys):
         "GPU 0 a GPU, 3.0 GiB, sm_90",
         "cuda no: no [CUDA] device was found",
         "library no: not built",
+        "CUDA library no: no nvcc",
     ):
         assert part in out

@@ -31,11 +31,16 @@ CLUSTERS = Device(8, 0, 16)
 def descend(
     kernels: Kernels, arguments: Arguments, device: Device = CLUSTERS, *, copy: bool = True
 ) -> tuple[Results, Tensor]:
-    """The op's results by name, with what it changed, in a copy of the arguments or in them; rows' status."""
+    """The op's results by name and what it changed, in a copy of the arguments or in them; rows' status."""
     given: dict[str, Any] = map_tensors(copied, arguments) if copy else arguments
     state, schedule, noise = given["state"], given["schedule"], given.get("noise")
     rows, vocabulary = given["z"].shape
-    changed = {"z": given["z"], "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq, "step": state.step}
+    changed = {
+        "z": given["z"],
+        "exp_avg": state.exp_avg,
+        "exp_avg_sq": state.exp_avg_sq,
+        "step": state.step,
+    }
     results = {
         "token": torch.full((rows,), -7),
         "flipped": torch.full((rows,), 7, dtype=torch.uint8),
@@ -65,5 +70,3 @@ def descend(
     results["flipped"] = results["flipped"].bool()
     flat = flatten(dto_descent, given)
     return results | {name: flat[name] for name in mutated(dto_descent)}, status
-
-

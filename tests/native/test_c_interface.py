@@ -72,6 +72,12 @@ def test_example_with_pkg_config(library, tmp_path):
     check_output(run(program))
 
 
+def test_pkg_config_of_the_cuda_library():
+    package = ("nabla_fast_cuda", f"--with-path={nabla_fast.get_pkgconfig_dir()}")
+    assert run(tool("pkg-config"), *package, "--modversion").strip() == nabla_fast.__version__
+    assert "-lnabla_fast_cuda" in run(tool("pkg-config"), *package, "--libs").split()
+
+
 def test_example_with_cmake(library, tmp_path):
     cmake = tool("cmake")
     run(cmake, "-S", EXAMPLE, "-B", tmp_path, f"-Dnabla_fast_DIR={nabla_fast.get_cmake_dir()}")
@@ -174,9 +180,12 @@ def test_env_names_the_files(library, capsys):
     assert native == {
         "library": library,
         "why": None,
+        "cuda_library": native["cuda_library"],
+        "why_no_cuda": native["why_no_cuda"],
         "include": nabla_fast.get_include(),
         "cmake": nabla_fast.get_cmake_dir(),
         "pkgconfig": nabla_fast.get_pkgconfig_dir(),
     }
+    assert (native["cuda_library"] is None) == bool(native["why_no_cuda"])
     assert Path(native["cmake"], "nabla_fast-config.cmake").is_file()
     assert Path(native["pkgconfig"], "nabla_fast.pc").is_file()

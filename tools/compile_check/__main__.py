@@ -27,12 +27,17 @@ DTYPES = ("bfloat16", "float32", "float16")
 
 
 def run(targets: Sequence[str], ops: Sequence[str], dtypes: Sequence[str], workers: int) -> Iterator[Row]:
-    """Rows as they are done."""
-    tasks = [(target, op, dtype) for target in targets for op in ops for dtype in dtypes]
+    """Rows as they are done.
+
+    Each target has processes of its own: a compiler keeps memory, 12 GB in a process that has compiled
+    for four.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for future in as_completed([pool.submit(check, *task) for task in tasks]):
-            yield from future.result()
+    for target in targets:
+        tasks = [(target, op, dtype) for op in ops for dtype in dtypes]
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            for future in as_completed([pool.submit(check, *task) for task in tasks]):
+                yield from future.result()
 
 
 def show(row: Row) -> str:

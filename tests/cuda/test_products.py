@@ -1,0 +1,90 @@
+"""Mixes whose products are a vendor's library's: by one that stands for it and holds us to its rules."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from cuda_kernels import OK, Kernels
+from ops.harness import check
+from ops.inputs import BF16, F16, F32, Case, Draw
+from ops.shared.mixes import mix_arguments
+
+from nabla_fast.ops import embedding_mix
+
+
+@pytest.fixture(scope="session")
+def kernels(built) -> Kernels:
+    return Kernels(built("kernels-products.so"))
+
+
+@pytest.fixture(scope="session")
+def own(built) -> Kernels:
+    return Kernels(built("kernels.so"))
+
+
+@pytest.fixture
+def library(built) -> ctypes.CDLL:
+    built("kernels-products.so")
+    library = ctypes.CDLL(str(built("libcublas_lt.so")))
+    library.fake_products.restype = library.fake_heuristics.restype = ctypes.c_int64
+    return library
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_mixes_by_the_library(dtype: torch.dtype, kernels: Kernels, library: ctypes.CDLL, draw: Draw):
+    def mixed(arguments):
+        mixes, status = kernels.embedding_mix(**arguments)
+        assert (status == OK).all()
+        return {f"result[{t}]": mix for t, mix in enumerate(mixes)}
+
+    def make(draw: Draw):
+        return mix_arguments(draw, 3, 4099, ((8, dtype), (70, dtype)), hard=False)
+
+    before = library.fake_products()
+    check(embedding_mix, Case("by the library", make), draw, "cpu", mixed)
+    assert library.fake_products() >= before + 2
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_gradients_by_the_library(
+    dtype: torch.dtype, kernels: Kernels, own: Kernels, library: ctypes.CDLL, draw: Draw
+):
+    z, tables = draw.logits(3, 300, dtype), draw.tables(300, [(8, dtype), (6, dtype)])
+    cotangents = [draw.normal(3, table.shape[1], dtype=dtype) for table in tables]
+    before = library.fake_products()
+    grad, status = kernels.embedding_mix_backward(cotangents, z, tables, tau=0.7)
+    assert (status == OK).all()
+    assert library.fake_products() == before + 2
+    expected, _ = own.embedding_mix_backward(cotangents, z, tables, tau=0.7)
+    torch.testing.assert_close(grad, expected, rtol=2e-2 if dtype != F32 else 1e-5, atol=1e-5)
+
+
+def test_what_the_library_does_not_take_is_ours(
+    kernels: Kernels, own: Kernels, library: ctypes.CDLL, draw: Draw
+):
+    """An odd number of columns, and two dtypes."""
+    z = draw.logits(2, 300)
+    before = library.fake_products()
+    odd = draw.tables(300, [(7, F32)])
+    assert torch.equal(
+        kernels.embedding_mix(z, odd, hard=False)[0][0], own.embedding_mix(z, odd, hard=False)[0][0]
+    )
+    table = draw.tables(300, [(8, BF16)])
+    cotangent = draw.normal(2, 8)
+    assert torch.equal(
+        kernels.embedding_mix_backward([cotangent], z, table)[0],
+        own.embedding_mix_backward([cotangent], z, table)[0],
+    )
+    assert library.fake_products() == before
+
+
+def test_an_algorithm_is_asked_for_once(kernels: Kernels, library: ctypes.CDLL, draw: Draw):
+    z, tables = draw.logits(2, 311), draw.tables(311, [(24, F32)])
+    kernels.embedding_mix(z, tables, hard=False)
+    asked, before = library.fake_heuristics(), library.fake_products()
+    kernels.embedding_mix(z, tables, hard=False)
+    assert library.fake_products() == before + 1
+    # Memory may be aligned otherwise at another time.
+    assert library.fake_heuristics() <= asked + 1
