@@ -1,5 +1,7 @@
 // nabla_fast_cuda_embedding_mix: products of relaxed one-hot rows with tables.
 //
+// Logits are given, or a product of hidden states with a head makes a chunk of them at a time.
+//
 // Hard: the largest logit of each slice, joined over a row, and rows of the tables gathered. Soft, for
 // chunks of the vocabulary that stay in the L2 cache: a chunk's weights exp(z / tau) 2^-k are written
 // once, in the dtype of a table and times a constant power of two, and a product takes them to the
@@ -11,6 +13,7 @@
 #include "exponential.h"
 #include "joins.h"
 #include "launch.h"
+#include "mix_logits.h"
 #include "products.h"
 #include "row_tops.h"
 #include "slices.h"
@@ -35,6 +38,7 @@ struct Scratch {
   float* sum;        // [kDtypes, rows] of the same, times 2^(k - the row's last k)
   float* mixed;      // [rows, width of all tables]
   void* weights;     // [rows, tokens of a chunk]
+  float* logits;     // [rows, tokens of a chunk], of hidden states
   void* products;    // workspace of products
 };
 
@@ -171,13 +175,15 @@ unsigned dtypes_of_weights(const nabla_fast_mix_args& call) {
 int64_t rows_at_once(const nabla_fast_mix_args& call) { return std::min(call.rows, kMostRows); }
 
 int64_t chunk_slices(const nabla_fast_mix_args& call) {
-  return slices_of_chunk(rows_at_once(call), call.vocab, sizeof(float));
+  const int64_t token_bytes =
+      (call.hard ? 0 : sizeof(float)) + (is_linear(call) ? sizeof(float) : 0);
+  // Of given logits a hard mix has nothing but their tops.
+  if (token_bytes == 0) return slices_of(call.vocab);
+  return slices_of_chunk(rows_at_once(call), call.vocab, token_bytes);
 }
 
-// Elements that a chunk's weights of one row lie apart, so that each row begins at a multiple of 16
-// bytes.
-int64_t weights_stride(const nabla_fast_mix_args& call) {
-  return Size(std::min(chunk_slices(call) * kSliceTokens, call.vocab)).rounded_up(8).or_zero();
+int64_t stride_of_chunk(const nabla_fast_mix_args& call) {
+  return chunk_stride(call, chunk_slices(call));
 }
 
 // Sums of widths beyond any address space are no size.
@@ -195,9 +201,10 @@ Size lay_out(const nabla_fast_mix_args& call, char* memory, Scratch& scratch) {
     scratch.slice_sum = layout.array<float>(of_slices * kDtypes);
     scratch.sum = layout.array<float>(Size(rows) * kDtypes);
     scratch.mixed = layout.array<float>(width * rows);
-    scratch.weights = layout.array<float>(Size(weights_stride(call)) * rows);
-    scratch.products = layout.product_workspace();
+    scratch.weights = layout.array<float>(Size(stride_of_chunk(call)) * rows);
   }
+  if (is_linear(call)) scratch.logits = layout.array<float>(Size(stride_of_chunk(call)) * rows);
+  if (is_linear(call) || !call.hard) scratch.products = layout.product_workspace();
   return layout.bytes() + kAlignment;
 }
 
@@ -214,15 +221,16 @@ struct Part {
   Scratch scratch;
   int64_t first, rows;
 
+  MixLogits logits() const {
+    return {call, first, rows, scratch.logits, stride_of_chunk(call), scratch.products};
+  }
+
   bool measure(const Chunk& chunk) const {
-    return with_element(call.logits.dtype, [&](auto element) {
-      return with_flag(call.noise_seed != nullptr, [&](auto noise) {
-        using T = decltype(element);
-        return launch({"tops_kernel", stream, rows * chunk.count, kThreads},
-                      tops_kernel<T, decltype(noise)::value>,
-                      rows_from<T>(call.logits, call.rows, first), noise_from(call, first), chunk,
-                      scratch.tops);
-      });
+    return logits().prepare(chunk, stream) && logits().with_types([&](auto element, auto noise) {
+      using T = decltype(element);
+      return launch({"tops_kernel", stream, rows * chunk.count, kThreads},
+                    tops_kernel<T, decltype(noise)::value>, logits().of<T>(chunk),
+                    noise_from(call, first), chunk, scratch.tops);
     });
   }
 
@@ -230,19 +238,15 @@ struct Part {
   bool weigh(const Chunk& chunk, nabla_fast_dtype dtype, bool rescale) const {
     const int64_t width = tables_width(call);
     const Rows<float> mixed = {rescale ? scratch.mixed : nullptr, width};
-    return with_element(call.logits.dtype, [&](auto element) {
+    return logits().with_types([&](auto element, auto noise) {
       return with_element(dtype, [&](auto weight) {
-        return with_flag(call.noise_seed != nullptr, [&](auto noise) {
-          using T = decltype(element);
-          using W = decltype(weight);
-          return launch({"weights_kernel", stream, rows * chunk.count, kThreads},
-                        weights_kernel<T, W, decltype(noise)::value>,
-                        rows_from<T>(call.logits, call.rows, first), noise_from(call, first), chunk,
-                        Temperature(call.tau), scratch.tops,
-                        {static_cast<W*>(scratch.weights), weights_stride(call)},
-                        scratch.slice_sum + dtype * rows * chunk.slices, scratch.power, mixed,
-                        width);
-        });
+        using T = decltype(element);
+        using W = decltype(weight);
+        return launch({"weights_kernel", stream, rows * chunk.count, kThreads},
+                      weights_kernel<T, W, decltype(noise)::value>, logits().of<T>(chunk),
+                      noise_from(call, first), chunk, Temperature(call.tau), scratch.tops,
+                      {static_cast<W*>(scratch.weights), stride_of_chunk(call)},
+                      scratch.slice_sum + dtype * rows * chunk.slices, scratch.power, mixed, width);
       });
     });
   }
@@ -252,21 +256,18 @@ struct Part {
     int64_t column = 0;
     for (int64_t t = 0; t < call.table_count; ++t) {
       const nabla_fast_matrix& table = call.tables[t];
-      const int64_t stride = stride_of(table, call.vocab);
-      const int64_t bytes = chunk.begin() * stride * bytes_of(dtype);
-      if (table.dtype == dtype &&
-          !add_product({rows,
-                        table.width,
-                        chunk.tokens(),
-                        {scratch.weights, weights_stride(call), dtype},
-                        {static_cast<const char*>(table.data) + bytes, stride, dtype},
-                        false,
-                        scratch.mixed + column,
-                        tables_width(call),
-                        chunk.first > 0,
-                        scratch.products,
-                        product_workspace_bytes()},
-                       stream))
+      if (table.dtype == dtype && !add_product({rows,
+                                                table.width,
+                                                chunk.tokens(),
+                                                {scratch.weights, stride_of_chunk(call), dtype},
+                                                factor_of(table, call.vocab, chunk.begin()),
+                                                false,
+                                                scratch.mixed + column,
+                                                tables_width(call),
+                                                chunk.first > 0,
+                                                scratch.products,
+                                                product_workspace_bytes()},
+                                               stream))
         return false;
       column += table.width;
     }
@@ -317,9 +318,8 @@ struct Part {
   }
 
   bool run() const {
-    const int64_t each = call.hard ? slices_of(call.vocab) : chunk_slices(call);
     const auto take = [&](const Chunk& chunk) { return call.hard ? measure(chunk) : add(chunk); };
-    if (!for_each_chunk(call.vocab, each, take) || !finish_rows()) return false;
+    if (!for_each_chunk(call.vocab, chunk_slices(call), take) || !finish_rows()) return false;
     int64_t column = 0;
     for (int64_t t = 0; t < call.table_count; ++t) {
       const nabla_fast_matrix& table = call.tables[t];

@@ -7,11 +7,16 @@
 // with its token, S = sum exp((z - max) / tau), and T = sum exp((z - max) / tau) (G - G[token]). A slice
 // takes its sums relative to its own largest z and to the G found there; both move to the row's by
 // arithmetic on a few numbers. A last pass reads z and G and writes dz.
+//
+// Of hidden states nothing of [rows, vocabulary] exists: a chunk of z and of G is made by products in both
+// passes, and dz times the head is added up in the second. Before a bf16 head dz is split into bf16 terms, for
+// the matrix units: two, whose sum is it to 2^-17, where hidden states are rounded more, else three.
 
 #include "call.h"
 #include "exponential.h"
 #include "joins.h"
 #include "launch.h"
+#include "mix_logits.h"
 #include "products.h"
 #include "row_tops.h"
 #include "slices.h"
@@ -42,8 +47,10 @@ struct RowSums {
 struct Scratch {
   SliceSums* slices;  // [rows, slices]
   RowSums* sums;      // [rows]
-  float* grad;        // [rows, vocab], unless the result is float32
-  void* products;     // workspace of products
+  float* grad;    // [rows, vocab], unless the result is float32; of hidden states a chunk's tokens
+  float* logits;  // [rows, tokens of a chunk], of hidden states
+  bfloat16* terms;  // [2, rows, tokens of a chunk] dz, before a bf16 head
+  void* products;   // workspace of products
 };
 
 // -- kernels --------------------------------------------------------------------------------------
@@ -144,27 +151,63 @@ __global__ void __launch_bounds__(kThreads, kBlocksHeld<kNoise>)
   store_slice(g, at, result.row(at.row));
 }
 
+// The bf16 terms of a chunk's dz, the largest first; `next`: elements from one to the next.
+__global__ void __launch_bounds__(kThreads)
+    split_kernel(Rows<const float> dz, Chunk chunk, Rows<bfloat16> terms, int64_t next, int count) {
+  const SliceOfRow at(chunk);
+  Elements elements = load_slice(dz.row(at.row), at, 0);
+  for (int term = 0; term < count; ++term) {
+    store_slice(elements, at, terms.row(at.row) + term * next);
+    NABLA_FAST_UNROLL
+    for (int n = 0; n < kThreadTokens; ++n)
+      elements.of[n] -= to_float(rounded<bfloat16>(elements.of[n]));
+  }
+}
+
 // -- launches -------------------------------------------------------------------------------------
 
 // Whether the result holds G until the last pass.
 bool grad_in_result(const nabla_fast_mix_args& call) {
-  return call.logits.dtype == NABLA_FAST_FLOAT32;
+  return !is_linear(call) && call.logits.dtype == NABLA_FAST_FLOAT32;
+}
+
+// bf16 terms of dz; 0: it stays as it is.
+int terms_of(const nabla_fast_mix_args& call) {
+  if (!is_linear(call) || call.head.dtype != NABLA_FAST_BFLOAT16) return 0;
+  return call.hidden.dtype == NABLA_FAST_FLOAT32 ? 3 : 2;
 }
 
 int64_t rows_at_once(const nabla_fast_mix_args& call) {
   int64_t most = kMostRows;
-  if (!grad_in_result(call))
+  if (!grad_in_result(call) && !is_linear(call))
     most = std::clamp<int64_t>(kGradBytes / (call.vocab * int64_t{sizeof(float)}), 1, most);
   return std::min(call.rows, most);
 }
 
+int64_t chunk_slices(const nabla_fast_mix_args& call) {
+  const int64_t token_bytes =
+      (1 + is_linear(call)) * int64_t{sizeof(float)} + terms_of(call) * int64_t{sizeof(bfloat16)};
+  return slices_of_chunk(rows_at_once(call), call.vocab, token_bytes);
+}
+
+int64_t stride_of_chunk(const nabla_fast_mix_args& call) {
+  return chunk_stride(call, chunk_slices(call));
+}
+
 Size lay_out(const nabla_fast_mix_args& call, char* memory, Scratch& scratch) {
   const int64_t rows = rows_at_once(call);
+  const Size of_chunk = Size(stride_of_chunk(call)) * rows;
   Layout layout(memory);
+  scratch = {};
   scratch.slices = layout.array<SliceSums>(Size(slices_of(call.vocab)) * rows);
   scratch.sums = layout.array<RowSums>(rows);
-  scratch.grad = nullptr;
-  if (!grad_in_result(call)) scratch.grad = layout.array<float>(Size(call.vocab) * rows);
+  if (is_linear(call)) {
+    scratch.grad = layout.array<float>(of_chunk);
+    scratch.logits = layout.array<float>(of_chunk);
+  } else if (!grad_in_result(call)) {
+    scratch.grad = layout.array<float>(Size(call.vocab) * rows);
+  }
+  scratch.terms = layout.array<bfloat16>(of_chunk * terms_of(call));
   scratch.products = layout.product_workspace();
   return layout.bytes() + kAlignment;
 }
@@ -182,11 +225,19 @@ struct Part {
   Scratch scratch;
   int64_t first, rows;
 
-  Rows<float> grad() const {
+  MixLogits logits() const {
+    return {call, first, rows, scratch.logits, stride_of_chunk(call), scratch.products};
+  }
+
+  // G, as rows of the vocabulary, of which a chunk is there.
+  Rows<float> grad(const Chunk& chunk) const {
     if (grad_in_result(call)) return rows_from<float>(call.grad, call.rows, first);
+    if (is_linear(call)) return from_token_0(scratch.grad, stride_of_chunk(call), chunk);
     return {scratch.grad, call.vocab};
   }
-  Rows<const float> known_grad() const { return {grad().data, grad().stride}; }
+  Rows<const float> known_grad(const Chunk& chunk) const {
+    return {grad(chunk).data, grad(chunk).stride};
+  }
 
   bool begin(const Chunk& chunk) const {
     // Products write G where it does not begin with anything.
@@ -198,31 +249,19 @@ struct Part {
       const Rows<const D> from =
           direct.data ? rows_from<D>(direct, call.rows, first) : Rows<const D>{nullptr, 0};
       return launch({"begin_kernel", stream, rows * chunk.count, kThreads}, begin_kernel<D>, from,
-                    chunk, grad());
+                    chunk, grad(chunk));
     });
   }
 
   bool multiply(const Chunk& chunk) const {
     bool keep = call.direct.data != nullptr;
     for (int64_t t = 0; t < call.table_count; ++t) {
-      const nabla_fast_matrix &states = call.cotangents[t], &table = call.tables[t];
-      const int64_t state_stride = stride_of(states, call.rows);
-      const int64_t table_stride = stride_of(table, call.vocab);
-      const auto from = [](const nabla_fast_matrix& matrix, int64_t elements) {
-        return static_cast<const char*>(matrix.data) + elements * bytes_of(matrix.dtype);
-      };
-      if (!add_product({rows,
-                        chunk.tokens(),
-                        table.width,
-                        {from(states, first * state_stride), state_stride, states.dtype},
-                        {from(table, chunk.begin() * table_stride), table_stride, table.dtype},
-                        true,
-                        grad().data + chunk.begin(),
-                        grad().stride,
-                        keep,
-                        scratch.products,
-                        product_workspace_bytes()},
-                       stream))
+      const nabla_fast_matrix& table = call.tables[t];
+      if (!add_product(
+              {rows, chunk.tokens(), table.width, factor_of(call.cotangents[t], call.rows, first),
+               factor_of(table, call.vocab, chunk.begin()), true, grad(chunk).data + chunk.begin(),
+               grad(chunk).stride, keep, scratch.products, product_workspace_bytes()},
+              stream))
         return false;
       keep = true;
     }
@@ -230,12 +269,12 @@ struct Part {
   }
 
   bool survey(const Chunk& chunk) const {
-    return with_logits([&](auto element, auto noise) {
+    return logits().with_types([&](auto element, auto noise) {
       using T = decltype(element);
       return launch({"survey_kernel", stream, rows * chunk.count, kThreads},
-                    survey_kernel<T, decltype(noise)::value>,
-                    rows_from<T>(call.logits, call.rows, first), noise_from(call, first), chunk,
-                    Temperature(call.tau), known_grad(), scratch.slices);
+                    survey_kernel<T, decltype(noise)::value>, logits().of<T>(chunk),
+                    noise_from(call, first), chunk, Temperature(call.tau), known_grad(chunk),
+                    scratch.slices);
     });
   }
 
@@ -245,34 +284,61 @@ struct Part {
                   call.row_status + first);
   }
 
+  // dz of a chunk: of given logits the result, else in the place of G.
   bool finish(const Chunk& chunk) const {
-    return with_logits([&](auto element, auto noise) {
+    return logits().with_types([&](auto element, auto noise) {
       using T = decltype(element);
+      const Rows<float> own = grad(chunk);
+      const Rows<T> result = is_linear(call) ? Rows<T>{reinterpret_cast<T*>(own.data), own.stride}
+                                             : rows_from<T>(call.grad, call.rows, first);
       return launch({"jacobian_kernel", stream, rows * chunk.count, kThreads},
-                    jacobian_kernel<T, decltype(noise)::value>,
-                    rows_from<T>(call.logits, call.rows, first), noise_from(call, first), chunk,
-                    Temperature(call.tau), known_grad(), scratch.sums, call.row_status + first,
-                    rows_from<T>(call.grad, call.rows, first));
+                    jacobian_kernel<T, decltype(noise)::value>, logits().of<T>(chunk),
+                    noise_from(call, first), chunk, Temperature(call.tau), known_grad(chunk),
+                    scratch.sums, call.row_status + first, result);
     });
+  }
+
+  // Adds a chunk's dz times the head to the result.
+  bool pull(const Chunk& chunk) const {
+    const int64_t stride = stride_of_chunk(call);
+    const Rows<float> result = rows_from<float>(call.grad, call.rows, first);
+    const auto add = [&](const void* left, nabla_fast_dtype dtype, bool keep) {
+      return add_product({rows,
+                          call.head.width,
+                          chunk.tokens(),
+                          {left, stride, dtype},
+                          factor_of(call.head, call.vocab, chunk.begin()),
+                          false,
+                          result.data,
+                          result.stride,
+                          keep,
+                          scratch.products,
+                          product_workspace_bytes()},
+                         stream);
+    };
+    bool keep = chunk.first > 0;
+    const int terms = terms_of(call);
+    if (terms == 0) return add(scratch.grad, NABLA_FAST_FLOAT32, keep);
+    if (!launch({"split_kernel", stream, rows * chunk.count, kThreads}, split_kernel,
+                known_grad(chunk), chunk, from_token_0(scratch.terms, stride, chunk), rows * stride,
+                terms))
+      return false;
+    for (int term = 0; term < terms; ++term, keep = true)
+      if (!add(scratch.terms + term * rows * stride, NABLA_FAST_BFLOAT16, keep)) return false;
+    return true;
   }
 
   bool run() const {
-    const int64_t each = slices_of_chunk(rows_at_once(call), call.vocab, sizeof(float));
-    const auto take = [&](const Chunk& chunk) {
-      return begin(chunk) && multiply(chunk) && survey(chunk);
+    const auto gradient = [&](const Chunk& chunk) {
+      return logits().prepare(chunk, stream) && begin(chunk) && multiply(chunk);
     };
-    return for_each_chunk(call.vocab, each, take) && join() &&
-           for_each_chunk(call.vocab, slices_of(call.vocab),
-                          [&](const Chunk& chunk) { return finish(chunk); });
-  }
-
- private:
-  template <typename Visit>
-  bool with_logits(const Visit& visit) const {
-    return with_element(call.logits.dtype, [&](auto element) {
-      return with_flag(call.noise_seed != nullptr,
-                       [&](auto noise) { return visit(element, noise); });
-    });
+    const auto measure = [&](const Chunk& chunk) { return gradient(chunk) && survey(chunk); };
+    const auto write = [&](const Chunk& chunk) {
+      return is_linear(call) ? gradient(chunk) && finish(chunk) && pull(chunk) : finish(chunk);
+    };
+    const int64_t each = chunk_slices(call), all = slices_of(call.vocab);
+    return for_each_chunk(call.vocab, each, measure) && join() &&
+           for_each_chunk(call.vocab, is_linear(call) ? each : all, write);
   }
 };
 
@@ -289,9 +355,10 @@ nabla_fast_status check(const nabla_fast_mix_args& call) {
 }
 
 nabla_fast_status check_grad(const nabla_fast_mix_args& call) {
+  if (!call.row_status) return NABLA_FAST_INVALID_POINTER;
+  if (is_linear(call)) return check_float32(call.grad, call.rows, call.head.width);
   if (const auto refused = check_device_matrix(call.grad, call.rows, call.vocab)) return refused;
-  if (call.grad.dtype != call.logits.dtype) return NABLA_FAST_UNKNOWN_DTYPE;
-  return call.row_status ? NABLA_FAST_OK : NABLA_FAST_INVALID_POINTER;
+  return call.grad.dtype == call.logits.dtype ? NABLA_FAST_OK : NABLA_FAST_UNKNOWN_DTYPE;
 }
 
 }  // namespace

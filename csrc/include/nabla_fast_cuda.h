@@ -42,14 +42,15 @@ enum { NABLA_FAST_DEVICE_REFUSED = 64 };
 /* A cudaStream_t; null is the default stream. */
 typedef void* nabla_fast_cuda_stream;
 
-/* Mixes of logits; hidden and head are not read. Soft, weights are rounded to the dtype of their table
- * and take part in the division as they were rounded. */
+/* Of logits, or of hidden states, of whose logits a chunk exists at a time. Soft, weights are rounded to the
+ * dtype of their table and take part in the division as they were rounded. */
 NABLA_FAST_API nabla_fast_status nabla_fast_cuda_embedding_mix(const nabla_fast_mix_args* args,
                                                                nabla_fast_cuda_stream stream);
 NABLA_FAST_API int64_t nabla_fast_cuda_embedding_mix_workspace(const nabla_fast_mix_args* args);
 
 /* For float32 logits G waits in `grad`; for others in the workspace, for as many rows at once as 64 MiB
- * hold. */
+ * hold. Of hidden states, logits and G are computed twice, a chunk at a time; dz goes to a bf16 head as two
+ * bf16 terms, or as three of float32 hidden states. */
 NABLA_FAST_API nabla_fast_status nabla_fast_cuda_embedding_mix_backward(
     const nabla_fast_mix_args* args, nabla_fast_cuda_stream stream);
 NABLA_FAST_API int64_t

@@ -58,7 +58,7 @@ class Matrix {
 };
 
 void mix(int64_t rows, int64_t vocab, nabla_fast_dtype logits, nabla_fast_dtype tables,
-         nabla_fast_dtype results, bool noise) {
+         nabla_fast_dtype results, bool noise, bool linear) {
   const int64_t gap = static_cast<int64_t>(numbers() % 3);
   const int64_t widths[] = {5, 67};
   std::vector<int64_t> seed(static_cast<size_t>(rows), -7), position(seed);
@@ -67,7 +67,8 @@ void mix(int64_t rows, int64_t vocab, nabla_fast_dtype logits, nabla_fast_dtype 
   const Matrix table0(vocab, widths[0], gap, tables), table1(vocab, widths[1], gap, results);
   const Matrix state0(rows, widths[0], gap, results), state1(rows, widths[1], gap, tables);
   Matrix mix0(rows, widths[0], gap, results), mix1(rows, widths[1], gap, results);
-  Matrix grad(rows, vocab, gap, logits);
+  const Matrix hidden(rows, 9, gap, logits), head(vocab, 9, gap, tables);
+  Matrix grad(rows, linear ? 9 : vocab, gap, linear ? 0 : logits);
   const nabla_fast_matrix all_tables[] = {table0.read(), table1.read()};
   const nabla_fast_matrix all_states[] = {state0.read(), state1.read()};
   const nabla_fast_output all_mixes[] = {mix0.written(), mix1.written()};
@@ -76,7 +77,12 @@ void mix(int64_t rows, int64_t vocab, nabla_fast_dtype logits, nabla_fast_dtype 
   args.size = sizeof args;
   args.rows = rows;
   args.vocab = vocab;
-  args.logits = z.read();
+  if (linear) {
+    args.hidden = hidden.read();
+    args.head = head.read();
+  } else {
+    args.logits = z.read();
+  }
   args.tau = 0.7;
   if (noise) {
     args.noise_seed = seed.data();
@@ -137,8 +143,11 @@ int main() {
   const nabla_fast_dtype dtypes[] = {NABLA_FAST_FLOAT32, NABLA_FAST_BFLOAT16, NABLA_FAST_FLOAT16};
   for (const auto logits : dtypes)
     for (const auto tables : dtypes)
-      for (const auto results : dtypes) mix(2, 131, logits, tables, results, tables == results);
-  for (const int64_t vocab : {1, 3, 4096, 4099}) mix(3, vocab, NABLA_FAST_BFLOAT16, 0, 2, true);
+      for (const auto results : dtypes)
+        for (const bool linear : {false, true})
+          mix(2, 131, logits, tables, results, tables == results, linear);
+  for (const int64_t vocab : {1, 3, 4096, 4099})
+    mix(3, vocab, NABLA_FAST_BFLOAT16, 0, 2, true, vocab > 4096);
   for (const int32_t cluster : {1, 16}) {
     nabla_fast_host_limit(4, 0, cluster);
     for (const int64_t vocab : {1, 3, 4099}) descend(4, vocab, vocab > 1, vocab > 3);

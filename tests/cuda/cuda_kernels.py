@@ -113,10 +113,36 @@ class Kernels:
     ) -> tuple[list[Tensor], Tensor]:
         """The mixes, in ``dtype`` or the tables' own, and the rows' status."""
         del direct  # of the backward
-        rows = logits.shape[0]
+        return self._mix({"logits": logits}, tables, tau, hard, noise, dtype)
+
+    def linear_embedding_mix(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        tables: Sequence[Tensor],
+        *,
+        tau: float = 1.0,
+        hard: bool = True,
+        noise: GumbelNoise | None = None,
+        direct: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """The same of hidden states under a head."""
+        del direct  # of the backward
+        return self._mix({"hidden": hidden, "head": head}, tables, tau, hard, noise, None)
+
+    def _mix(
+        self,
+        source: dict[str, Tensor],
+        tables: Sequence[Tensor],
+        tau: float,
+        hard: bool,
+        noise: GumbelNoise | None,
+        dtype: torch.dtype | None,
+    ) -> tuple[list[Tensor], Tensor]:
+        rows = len(next(iter(source.values())))
         mixes = [poisoned(rows, table.shape[1], dtype=dtype or table.dtype) for table in tables]
         status = torch.full((rows,), -1, dtype=torch.int32)
-        args, given = _mix_args(logits, tables, tau, noise, status)
+        args, given = _mix_args(source, tables, tau, noise, status)
         outputs = (Output * len(mixes))(*map(output, mixes))
         args.hard, args.mixes = hard, ctypes.addressof(outputs)
         written = {f"mixes[{t}]": mix for t, mix in enumerate(mixes)}
@@ -135,10 +161,36 @@ class Kernels:
         direct: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """∂ℒ/∂logits and the rows' status."""
-        rows = logits.shape[0]
         grad = poisoned(*logits.shape, dtype=logits.dtype)
-        status = torch.full((rows,), -1, dtype=torch.int32)
-        args, given = _mix_args(logits, tables, tau, noise, status)
+        return self._backward({"logits": logits}, grad, cotangents, tables, tau, noise, direct)
+
+    def linear_embedding_mix_backward(
+        self,
+        cotangents: Sequence[Tensor],
+        hidden: Tensor,
+        head: Tensor,
+        tables: Sequence[Tensor],
+        *,
+        tau: float = 1.0,
+        noise: GumbelNoise | None = None,
+        direct: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """∂ℒ/∂hidden in float32 and the rows' status."""
+        source, grad = {"hidden": hidden, "head": head}, poisoned(*hidden.shape, dtype=torch.float32)
+        return self._backward(source, grad, cotangents, tables, tau, noise, direct)
+
+    def _backward(
+        self,
+        source: dict[str, Tensor],
+        grad: Tensor,
+        cotangents: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        tau: float,
+        noise: GumbelNoise | None,
+        direct: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        status = torch.full((len(grad),), -1, dtype=torch.int32)
+        args, given = _mix_args(source, tables, tau, noise, status)
         cotangents = [rows_contiguous(cotangent) for cotangent in cotangents]
         states = (Matrix * len(cotangents))(*map(matrix, cotangents))
         args.cotangents, args.grad = ctypes.addressof(states), output(grad)
@@ -160,19 +212,31 @@ def output(tensor: Tensor) -> Output:
 
 
 def _mix_args(
-    logits: Tensor, tables: Sequence[Tensor], tau: float, noise: GumbelNoise | None, status: Tensor
+    source: dict[str, Tensor],
+    tables: Sequence[Tensor],
+    tau: float,
+    noise: GumbelNoise | None,
+    status: Tensor,
 ) -> tuple[MixArgs, dict[str, Tensor | None]]:
-    """What forward and backward read, and its tensors by name, which must outlive the call."""
-    logits, tables = rows_contiguous(logits), [rows_contiguous(table) for table in tables]
+    """What forward and backward read, and its tensors by name, which must outlive the call.
+
+    Args:
+        source: ``logits``, or ``hidden`` and ``head``.
+    """
+    given: dict[str, Tensor | None] = {name: rows_contiguous(tensor) for name, tensor in source.items()}
+    tables = [rows_contiguous(table) for table in tables]
     seed, position = (key.contiguous() for key in noise) if noise else (None, None)
-    args = MixArgs(rows=logits.shape[0], vocab=logits.shape[1], tau=tau, table_count=len(tables))
-    args.logits = matrix(logits)
+    rows = len(next(iter(source.values())))
+    vocab = len(source["head"]) if "head" in source else source["logits"].shape[1]
+    args = MixArgs(rows=rows, vocab=vocab, tau=tau, table_count=len(tables))
+    for name, tensor in given.items():
+        setattr(args, name, matrix(tensor))
     args.row_status = status.data_ptr()
     args.kept = (Matrix * len(tables))(*map(matrix, tables))
     args.tables = ctypes.addressof(args.kept)
     if noise:
         args.noise_seed, args.noise_position = seed.data_ptr(), position.data_ptr()
-    given = {"logits": logits, "noise_seed": seed, "noise_position": position}
+    given |= {"noise_seed": seed, "noise_position": position}
     return args, given | {f"tables[{t}]": table for t, table in enumerate(tables)}
 
 

@@ -61,6 +61,25 @@ def test_gradients_by_the_library(
     torch.testing.assert_close(grad, expected, rtol=2e-2 if dtype != F32 else 1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_hidden_states_by_the_library(
+    dtype: torch.dtype, kernels: Kernels, own: Kernels, library: ctypes.CDLL, draw: Draw
+):
+    hidden, head = draw.normal(3, 24, dtype=dtype), draw.normal(300, 24, dtype=dtype)
+    tables, cotangent = draw.tables(300, [(8, dtype)]), draw.normal(3, 8, dtype=dtype)
+    before = library.fake_products()
+    found = kernels.linear_embedding_mix(hidden, head, tables, hard=False)[0]
+    assert library.fake_products() == before + 2
+    expected = own.linear_embedding_mix(hidden, head, tables, hard=False)[0]
+    torch.testing.assert_close(found, expected)
+    grad, _ = kernels.linear_embedding_mix_backward([cotangent], hidden, head, tables)
+    # Logits and G twice, and dz in terms; float32 as it is.
+    assert library.fake_products() == before + 2 + 4 + (1 if dtype == F32 else 2)
+    torch.testing.assert_close(
+        grad, own.linear_embedding_mix_backward([cotangent], hidden, head, tables)[0], rtol=1e-4, atol=1e-5
+    )
+
+
 def test_what_the_library_does_not_take_is_ours(
     kernels: Kernels, own: Kernels, library: ctypes.CDLL, draw: Draw
 ):
