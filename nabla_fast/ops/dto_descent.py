@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nabla_fast.ops.adam import AdamState
 from nabla_fast.ops.checks import expect_vocabulary
+from nabla_fast.ops.cuda_calls import descend_by_cuda
 from nabla_fast.ops.descent_loop import (
     PARAMETER_DTYPES,
     Descent,
@@ -19,7 +20,7 @@ from nabla_fast.ops.descent_loop import (
     reported,
 )
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
-from nabla_fast.ops.limits import native_backend, triton_backend
+from nabla_fast.ops.limits import cuda_backend, native_backend, triton_backend
 from nabla_fast.ops.registry import floats, op, tensors
 from nabla_fast.ops.rows import report, row_status
 from nabla_fast.ops.softmax import softmax_gradient, tempered
@@ -128,3 +129,13 @@ def dto_descent_triton(
     from nabla_fast.triton_kernels import dto_descent as kernels
 
     return reported("dto_descent", *kernels.dto_descent(z, grad, *state, schedule, **options))
+
+
+@dto_descent.backend(
+    "cuda",
+    refuses=lambda z, grad, state, *_, **__: cuda_backend.descent_refusal(z, grad, state),
+)
+def dto_descent_cuda(
+    z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any
+) -> Descent:
+    return descend_by_cuda(z, grad, state, schedule, **options)

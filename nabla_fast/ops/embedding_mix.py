@@ -10,8 +10,9 @@ from torch import Tensor
 
 from nabla_fast._native import extension
 from nabla_fast.ops.checks import expect_mix
+from nabla_fast.ops.cuda_calls import mix_backward_by_cuda, mix_by_cuda
 from nabla_fast.ops.gumbel_noise import NOISE_RULE, GumbelNoise, contiguous, perturbed
-from nabla_fast.ops.limits import native_backend, triton_backend
+from nabla_fast.ops.limits import cuda_backend, native_backend, triton_backend
 from nabla_fast.ops.registry import floats, op
 from nabla_fast.ops.rows import accumulation_dtype, report, row_status
 from nabla_fast.ops.softmax import onehot_gradient, softmax_gradient, tempered
@@ -262,3 +263,37 @@ def embedding_mix_backward_triton(
     return kernels.embedding_mix_backward(
         list(cotangents), logits, list(tables), noise=contiguous(noise), **options
     )
+
+
+@embedding_mix.backend(
+    "cuda",
+    refuses=lambda logits, tables, **_: cuda_backend.refusal(logits.shape[1], logits=logits, tables=tables),
+)
+def embedding_mix_cuda(
+    logits: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    hard: bool,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> list[Tensor]:
+    return mix_by_cuda("embedding_mix", logits, None, tables, tau, contiguous(noise), hard)
+
+
+@embedding_mix_backward.backend(
+    "cuda",
+    refuses=lambda cotangents, logits, tables, *, direct, **_: cuda_backend.refusal(
+        logits.shape[1], cotangents=cotangents, logits=logits, tables=tables, direct=direct
+    ),
+)
+def embedding_mix_backward_cuda(
+    cotangents: Sequence[Tensor],
+    logits: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> Tensor:
+    return mix_backward_by_cuda(cotangents, logits, None, tables, tau, contiguous(noise), direct)

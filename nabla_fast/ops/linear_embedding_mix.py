@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from nabla_fast.ops.checks import expect, expect_mix
+from nabla_fast.ops.cuda_calls import mix_backward_by_cuda, mix_by_cuda
 from nabla_fast.ops.embedding_mix import (
     COTANGENT_RULES,
     MIX_RULES,
@@ -17,7 +18,7 @@ from nabla_fast.ops.embedding_mix import (
     mix_native,
 )
 from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous
-from nabla_fast.ops.limits import native_backend, triton_backend
+from nabla_fast.ops.limits import cuda_backend, native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import floats, op
 from nabla_fast.ops.rows import report, row_status
@@ -216,3 +217,42 @@ def linear_embedding_mix_backward_triton(
     return kernels.linear_embedding_mix_backward(
         list(cotangents), hidden, head, list(tables), noise=contiguous(noise), **options
     )
+
+
+@linear_embedding_mix.backend(
+    "cuda",
+    refuses=lambda hidden, head, tables, **_: cuda_backend.refusal(
+        len(head), hidden=hidden, head=head, tables=tables
+    ),
+)
+def linear_embedding_mix_cuda(
+    hidden: Tensor,
+    head: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    hard: bool,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> list[Tensor]:
+    return mix_by_cuda("linear_embedding_mix", hidden, head, tables, tau, contiguous(noise), hard)
+
+
+@linear_embedding_mix_backward.backend(
+    "cuda",
+    refuses=lambda cotangents, hidden, head, tables, *, direct, **_: cuda_backend.refusal(
+        len(head), cotangents=cotangents, hidden=hidden, head=head, tables=tables, direct=direct
+    ),
+)
+def linear_embedding_mix_backward_cuda(
+    cotangents: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    tables: Sequence[Tensor],
+    *,
+    tau: float,
+    noise: GumbelNoise | None,
+    direct: Tensor | None,
+) -> Tensor:
+    grad = mix_backward_by_cuda(cotangents, hidden, head, tables, tau, contiguous(noise), direct)
+    return grad.to(hidden.dtype)

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cuda_build import build
+
+from nabla_fast._native import cuda_library
 
 from .inputs import Draw
 from .interpreted import mended
@@ -20,10 +23,10 @@ _SEED = int(os.environ.get(_VARIABLE) or secrets.randbelow(2**31))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a machine with a GPU all tests of Triton kernels are run there, whatever class they come from."""
+    """On a machine with a GPU all tests of its kernels are run there, whatever class they come from."""
     if torch.cuda.is_available():
         for item in items:
-            if item.path.name == "test_triton.py":
+            if item.path.name in ("test_triton.py", "test_cuda.py"):
                 item.add_marker(pytest.mark.gpu)
 
 
@@ -38,6 +41,22 @@ def seed(request: pytest.FixtureRequest) -> int:
 def draw(seed: int) -> Draw:
     """The test's source of random inputs."""
     return Draw(seed)
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels() -> Iterator[None]:
+    """The backend "cuda" is there: on a GPU, if its library is built, else on the host of device code."""
+    if torch.cuda.is_available():
+        if why := cuda_library.why_missing():
+            pytest.skip(why)
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cuda_library.HOST_VARIABLE, str(build("kernels.so")))
+        cuda_library._load.cache_clear()
+        assert cuda_library.why_missing() is None
+        yield
+    cuda_library._load.cache_clear()
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -80,7 +80,9 @@ def cases_for(backend: str, cases: Sequence[Case]) -> list[Case]:
 
 
 def interpreted(backend: str) -> bool:
-    """Whether this backend's kernels run in an interpreter."""
+    """Whether this backend's kernels run in an interpreter, or on a host of device code."""
+    if backend == "cuda":
+        return not torch.cuda.is_available()
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from nabla_fast.ops import backend_status
 from nabla_fast.ops.registry import all_ops
 
 from .contract import BackendContract, LibraryContract
@@ -49,9 +48,3 @@ def test_every_op_has_cases():
         names = [case.name for case in test.tested.cases]
         assert names, test.tested.op.name
         assert len(set(names)) == len(names), test.tested.op.name
-
-
-def test_no_op_has_kernels_of_a_backend_that_never_runs():
-    never = {name for name, why in backend_status().items() if why and "no such kernels yet" in why}
-    for op in all_ops().values():
-        assert not never & set(op.backends()), op.name

@@ -87,7 +87,7 @@ def test_missing_backends_are_passed_over(toy: registry.Op, monkeypatch: pytest.
 
 
 def test_preference_is_declared():
-    assert registry.PREFERENCE == ("cuda", "triton", "cpu", "torch")
+    assert registry.PREFERENCE == ("triton", "cuda", "cpu", "torch")
     assert sorted(registry.PREFERENCE) == sorted(registry.BACKENDS)
 
 
