@@ -75,11 +75,12 @@ cuda:
 	$(MAKE) -f csrc/cuda/library.mk -j$(shell nproc)
 
 # Every Triton kernel for GPUs that are not there; a spill, too much shared memory or more instructions
-# than are committed fail. After a change of kernels: COMPILE_ARGS=--write. All that is compiled for, kept
+# than are committed fail. Where there is nvcc, the CUDA kernels for sm_90a too: a spill fails. After a change of kernels: COMPILE_ARGS=--write. All that is compiled for, kept
 # under benchmarks/results: COMPILE_ARGS="--targets sm_80 sm_90 sm_100 sm_120 gfx942
 # --triton pin 3.6.0 newest --store".
 compile-check: $(INSTALLED)
 	$(BIN)/python -m tools.compile_check --targets sm_90 gfx942 $(COMPILE_ARGS)
+	$(if $(shell command -v nvcc 2>/dev/null),$(PYTEST) -m slow tests/cuda/test_nvcc.py -k sm_90a)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
