@@ -2,9 +2,8 @@
 
 Its reductions take Python's time for each element: here they work on whole arrays. It cuts float32 off to
 bfloat16, where GPUs round to the nearest: twice the error, and all to one side. Its exp2 has numbers below
-2⁻¹²⁶, where the kernels' (``ex2.approx.ftz``) is 0, and is half an ulp further off where the CPU has AVX-512.
-Before Triton 3.9 its fma rounds twice, and the larger
-of NaN and a number is NaN.
+2⁻¹²⁶, where the kernels' (``ex2.approx.ftz``) is 0, and is an ulp further off where the CPU has AVX-512.
+Before Triton 3.9 its fma rounds twice, and the larger of NaN and a number is NaN.
 """
 
 from __future__ import annotations
