@@ -10,7 +10,7 @@
 #include "cublas_lt.h"
 #include "device_limits.h"
 
-// Names that the library is looked for by, in order; a program that has loaded one of them has that one.
+// Names that the library is looked for by, in order, first among what the program has loaded.
 #if !defined(NABLA_FAST_CUDA_CUBLAS_LT)
   #define NABLA_FAST_CUDA_CUBLAS_LT "libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"
 #endif
@@ -72,8 +72,8 @@ bool find(void* library, const char* name, Function*& function) {
 bool load(Functions& f) {
   const char* const names[] = {NABLA_FAST_CUDA_CUBLAS_LT, nullptr};
   void* library = nullptr;
-  for (const char* const* name = names; *name && !library; ++name)
-    library = dlopen(*name, RTLD_NOW | RTLD_LOCAL);
+  for (const int flags : {RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD, RTLD_NOW | RTLD_LOCAL})
+    for (const char* const* name = names; *name && !library; ++name) library = dlopen(*name, flags);
   return library && find(library, "cublasLtCreate", f.create) &&
          find(library, "cublasLtMatmulDescCreate", f.desc_create) &&
          find(library, "cublasLtMatmulDescSetAttribute", f.desc_set) &&
@@ -228,15 +228,21 @@ class Matmul {
 
 bool cublas_lt_is_there() { return functions() != nullptr; }
 
-bool cublas_lt_product(const Product& product, nabla_fast_cuda_stream stream) {
+bool cublas_lt_product(const Product& given, nabla_fast_cuda_stream stream) {
   const Functions* const f = functions();
+  if (!f || given.rows <= 0 || given.columns <= 0 || given.inner <= 0) return false;
+  Product product = given;
+  // Of one row no stride is used, and callers may pass any; the library wants one as wide as the row.
+  const int64_t right_width = product.transposed ? product.inner : product.columns;
+  const int64_t right_rows = product.transposed ? product.columns : product.inner;
+  if (product.rows == 1) product.left.stride = product.inner;
+  if (product.rows == 1) product.out_stride = product.columns;
+  if (right_rows == 1) product.right.stride = right_width;
+  // Rows that overlap are not for the library.
+  const bool apart = product.out_stride >= product.columns &&
+                     product.left.stride >= product.inner && product.right.stride >= right_width;
   int device;
-  // Rows that overlap, or nothing to add, is not for the library.
-  const bool plain = product.rows > 0 && product.columns > 0 && product.inner > 0 &&
-                     product.out_stride >= product.columns &&
-                     product.left.stride >= product.inner &&
-                     product.right.stride >= (product.transposed ? product.inner : product.columns);
-  return f && plain && read_device(device) && Matmul(*f, product).run(device, stream);
+  return apart && read_device(device) && Matmul(*f, product).run(device, stream);
 }
 
 }  // namespace nabla_fast::cuda

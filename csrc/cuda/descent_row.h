@@ -294,8 +294,11 @@ class TokensOfBlock {
   NABLA_FAST_DEVICE void move(const Step& step, const float* tile, int token, const float (&e)[4],
                               float (&z)[4], float (&m)[4], float (&v)[4]) const {
     const Four<float> g = load_four(place(tile, kGradArray));
-    for (int k = 0; k < 4; ++k)
-      adam_step(e[k] * fmaf(g.of[k], step.weight, -step.mean), step.adam, z[k], m[k], v[k]);
+    for (int k = 0; k < 4; ++k) {
+      // G may be so large where p is 0 that the rest overflows.
+      const float gradient = e[k] > 0 ? e[k] * fmaf(g.of[k], step.weight, -step.mean) : 0;
+      adam_step(gradient, step.adam, z[k], m[k], v[k]);
+    }
     // An infinite rate makes NaN of what does not move.
     if (fabsf(step.adam.rate) < kInfinity) return;
     for (int k = 0; k < 4; ++k)

@@ -186,6 +186,7 @@ NABLA_FAST_DEVICE float divide_approx(float a, float b) {
   asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
   return quotient;
 #else
+  if (std::fabs(a) < 0x1p-126f) return 0;
   const float quotient = a / b;
   return std::fabs(quotient) < 0x1p-126f ? 0 : quotient;
 #endif

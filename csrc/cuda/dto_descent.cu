@@ -109,6 +109,11 @@ NABLA_FAST_DEVICE nabla_fast_status status_of(float top) {
   return top == -kInfinity ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
 }
 
+// T / S times the weight of a step.
+NABLA_FAST_DEVICE float mean_of(const RowPart& part, const Temperature& tau) {
+  return part.tilt / part.sum * (tau.inverse / part.sum);
+}
+
 NABLA_FAST_DEVICE int within(int64_t token, int vocab) {
   return token < vocab ? static_cast<int>(token) : vocab;
 }
@@ -164,8 +169,8 @@ __global__ void __launch_bounds__(kDescentThreads, 1)
         prepared += kRates;
         sync_block();
       }
-      const float weight = call.tau.inverse / part.sum;
-      const Step step = {weight, part.tilt / part.sum * weight, rates.of[outcome.taken % kRates]};
+      const Step step = {call.tau.inverse / part.sum, mean_of(part, call.tau),
+                         rates.of[outcome.taken % kRates]};
       mine = tokens.step(step, reference, call.tau);
     }
     mine.finished = finished;
@@ -183,7 +188,7 @@ __global__ void __launch_bounds__(kDescentThreads, 1)
     stale = number && !(fabsf(part.top - reference) <= kDrift * call.tau_value);
     // The next step makes NaN of the whole row, whose token is the first then.
     outcome.spoiled = !finished && !stale &&
-                      (!number || part.spoiled || !(fabsf(part.tilt / part.sum) < kInfinity));
+                      (!number || part.spoiled || !(fabsf(mean_of(part, call.tau)) < kInfinity));
     if (outcome.spoiled) {
       outcome.flipped = outcome.token != 0;
       outcome.taken = outcome.flipped ? outcome.taken + 1 : most;
@@ -264,6 +269,7 @@ bool plan(const nabla_fast_descent_args& call, Sharing& sharing) {
   if (!read_limits(limits)) return false;
   with_flag(call.noise_seed != nullptr, [&](auto noise) {
     constexpr bool kNoise = decltype(noise)::value;
+    if (!knows_clusters(descent_kernel<false, kNoise>)) limits.most_cluster = 1;
     sharing = sharing_of<kNoise>(call, limits);
     if (sharing.grid || sharing.team <= kPortableCluster) return;
     const Launch one = launch_of<false, kNoise>(sharing, 1, nullptr);

@@ -52,9 +52,7 @@ class Configuration {
       cooperative.val.cooperative = 1;
     }
     const auto* const function = reinterpret_cast<const void*>(kernel);
-    possible = (how.shared == 0 ||
-                cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(how.shared)) == cudaSuccess) &&
+    possible = (how.shared == 0 || allow_all_shared(function)) &&
                (how.cluster <= kPortableCluster ||
                 cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
                     cudaSuccess);
@@ -64,9 +62,36 @@ class Configuration {
   bool possible;
 
  private:
+  // As much as there is, whatever this launch takes: the attribute is one for all threads of a program.
+  static bool allow_all_shared(const void* function) {
+    cudaFuncAttributes of_function;
+    int device, most;
+    return cudaFuncGetAttributes(&of_function, function) == cudaSuccess &&
+           cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
+               cudaSuccess &&
+           cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                most - static_cast<int>(of_function.sharedSizeBytes)) ==
+               cudaSuccess;
+  }
+
   cudaLaunchAttribute attributes_[2] = {};
 };
 #endif
+
+// Whether the code of a kernel that this device runs was compiled with clusters, for 9.0 and later: code
+// that a driver translates from older PTX was not, whatever the device has.
+template <typename... Parameters>
+bool knows_clusters(void (*kernel)(Parameters...)) {
+#if defined(__CUDACC__)
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
+         attributes.ptxVersion >= 90;
+#else
+  static_cast<void>(kernel);
+  return true;
+#endif
+}
 
 // Whether the device holds one of the launch's clusters at least.
 template <typename... Parameters>

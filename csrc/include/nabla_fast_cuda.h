@@ -9,7 +9,7 @@
  *   streams     Functions put kernels into a stream and return; they wait for nothing and allocate
  *               nothing. Results are there when the stream has come so far. (Where cuBLASLt is there,
  *               it makes products, and keeps a handle for each device and what it has chosen for each
- *               shape; the first call of a device is not for a stream that is captured.)
+ *               shape; the first call of a device is not for a time at which a stream is captured.)
  *   rows        A row that is not OK has its status in row_status; its results are NaN. No function
  *               answers NABLA_FAST_BAD_ROWS.
  *   elements    May be float16 as well. Soft mixes multiply tables in float32 or bf16 by weights of
@@ -35,9 +35,13 @@ extern "C" {
 /* Beside the dtypes of nabla_fast.h: IEEE 754 half precision, held in a uint16_t. */
 enum { NABLA_FAST_FLOAT16 = 2 };
 
-/* Beside the statuses of nabla_fast.h: the driver has refused a launch, and cudaGetLastError() says
- * why. What was put into the stream before runs. */
+/* Beside the statuses of nabla_fast.h: there is no device that can run the kernels, or a launch was
+ * refused. What was put into the stream before runs. */
 enum { NABLA_FAST_DEVICE_REFUSED = 64 };
+
+/* Why the current device cannot run the kernels, in one line: no driver, one older than the library's
+ * runtime, or no code for the device; null where it can. The string belongs to the library. */
+NABLA_FAST_API const char* nabla_fast_cuda_why_no_device(void);
 
 /* A cudaStream_t; null is the default stream. */
 typedef void* nabla_fast_cuda_stream;
@@ -56,7 +60,8 @@ NABLA_FAST_API nabla_fast_status nabla_fast_cuda_embedding_mix_backward(
 NABLA_FAST_API int64_t
 nabla_fast_cuda_embedding_mix_backward_workspace(const nabla_fast_mix_args* args);
 
-/* A row stays on the chip for all its steps. A row that is not OK stays as it is, with token -1. Steps are
+/* A row is read and written once, whatever the number of steps; what has no room on the chip waits in the
+ * workspace meanwhile. A row that is not OK stays as it is, with token -1. Steps are
  * the device's: a negative count takes none, and `until` beyond the schedule counts as its length. The
  * workspace depends on the device that is current, which both functions ask for its limits. */
 NABLA_FAST_API nabla_fast_status nabla_fast_cuda_dto_descent(const nabla_fast_descent_args* args,

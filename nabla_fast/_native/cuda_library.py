@@ -80,6 +80,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if library.nabla_fast_abi_version() != ABI_VERSION:
         return None, f"{path} is stale: `make cuda` builds it anew"
     library.nabla_fast_status_string.restype = ctypes.c_char_p
+    library.nabla_fast_cuda_why_no_device.restype = ctypes.c_char_p
+    if reason := library.nabla_fast_cuda_why_no_device():
+        return None, f"the device does not run {path}: {reason.decode()}"
     if host:
         library.nabla_fast_host_reports.restype = ctypes.c_char_p
         library.nabla_fast_host_register.argtypes = [c_void_p, c_int64, ctypes.c_char_p, c_int32]

@@ -170,6 +170,17 @@ def test_the_gradient_of_tokens_without_probability_does_not_matter(kernels: Ker
         assert (results["state_exp_avg"][without] == 0).all()
 
 
+def test_the_largest_gradient_does_not_matter_where_there_is_no_probability(kernels: Kernels):
+    z = torch.tensor([[0.0, -1000.0, -1.0, -torch.inf]]).repeat(4, 1)
+    grad = torch.tensor([[0.0, torch.finfo(F32).max, 1.0, torch.finfo(F32).max]]).repeat(4, 1)
+    arguments = {"z": z, "grad": grad, "state": AdamState.zeros(z), "tau": 0.5}
+    for device in DEVICES.values():
+        results = compute(kernels, device, arguments | {"schedule": cosine_schedule(2, 0.01)})
+        assert torch.equal(results["z"][:, [1, 3]], z[:, [1, 3]])
+        assert results["token"].tolist() == [0] * 4
+        assert (results["z"][:, 0] > 0).all()
+
+
 @pytest.mark.parametrize("rate", [torch.inf, torch.nan, 1e30, 300.0])
 def test_a_learning_rate_may_move_logits_anywhere(rate: float, kernels: Kernels, draw: Draw):
     """Beyond the reference of the sums, and beyond all numbers."""

@@ -54,7 +54,7 @@ def test_a_missing_library_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch,
 def test_the_library_for_one_target(tmp_path: Path):
     """It shows its functions and nothing else, loads without a driver and answers in one line there."""
     path = tmp_path / "libnabla_fast_cuda.so"
-    make = ["make", "-s", "-j2", "-f", "csrc/cuda/library.mk", "TARGETS=90a"]
+    make = ["make", "-s", "-j2", "-f", "csrc/cuda/library.mk", "TARGETS=90"]
     run(*make, f"LIBRARY={path}", f"BUILD={tmp_path}/objects", cwd=ROOT)
     shown = {line.split()[-1] for line in run("nm", "-D", "--defined-only", path).splitlines()}
     declared = set(re.findall(r"\b(nabla_fast_cuda_\w+)\(", HEADER.read_text()))
@@ -62,5 +62,8 @@ def test_the_library_for_one_target(tmp_path: Path):
     library = ctypes.CDLL(str(path))
     assert library.nabla_fast_abi_version() == nabla_fast._native.ABI_VERSION
     library.nabla_fast_status_string.restype = ctypes.c_char_p
+    library.nabla_fast_cuda_why_no_device.restype = ctypes.c_char_p
+    reason = library.nabla_fast_cuda_why_no_device()
+    assert reason is None or b"\n" not in reason
     refused = 64  # NABLA_FAST_DEVICE_REFUSED
     assert b"device" in library.nabla_fast_status_string(refused)

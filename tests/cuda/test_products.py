@@ -61,12 +61,13 @@ def test_gradients_by_the_library(
     torch.testing.assert_close(grad, expected, rtol=2e-2 if dtype != F32 else 1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_hidden_states_by_the_library(
-    dtype: torch.dtype, kernels: Kernels, own: Kernels, library: ctypes.CDLL, draw: Draw
+    dtype: torch.dtype, rows: int, kernels: Kernels, own: Kernels, library: ctypes.CDLL, draw: Draw
 ):
-    hidden, head = draw.normal(3, 24, dtype=dtype), draw.normal(300, 24, dtype=dtype)
-    tables, cotangent = draw.tables(300, [(8, dtype)]), draw.normal(3, 8, dtype=dtype)
+    hidden, head = draw.normal(rows, 24, dtype=dtype), draw.normal(300, 24, dtype=dtype)
+    tables, cotangent = draw.tables(300, [(8, dtype)]), draw.normal(rows, 8, dtype=dtype)
     before = library.fake_products()
     found = kernels.linear_embedding_mix(hidden, head, tables, hard=False)[0]
     assert library.fake_products() == before + 2
