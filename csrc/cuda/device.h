@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
   #include <cooperative_groups.h>
@@ -227,6 +228,69 @@ NABLA_FAST_DEVICE float to_float(float16 x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, rest = x.bits & 0x7FFFu;
   if (rest < 0x0400) return float_of(sign | bits_of(static_cast<float>(rest) * 0x1p-24f));
   return float_of(sign | ((rest << 13) + ((rest < 0x7C00 ? 112u : 224u) << 23)));
+#endif
+}
+
+// Two elements side by side, the first in the lower half. `from` is a multiple of their size.
+template <typename T>
+NABLA_FAST_DEVICE uint32_t load_pair(const T* from) {
+  static_assert(sizeof(T) == 2);
+#if defined(__CUDACC__)
+  return *reinterpret_cast<const uint32_t*>(from);
+#else
+  host::expect_aligned(from, sizeof(uint32_t));
+  uint32_t pair;
+  std::memcpy(&pair, from, sizeof pair);
+  return pair;
+#endif
+}
+
+#if !defined(__CUDACC__)
+// The sum over k of the products that one element of mma_16x8x16() has: with row `row` of a and column
+// `column` of b, where lanes 4 n to 4 n + 3 hold row n and column n.
+template <typename T>
+float product_of_pairs(const uint64_t (&a)[4], const uint64_t (&b)[4]) {
+  double sum = 0;
+  for (int lane = 0; lane < 4; ++lane)
+    for (int part = 0; part < 4; ++part)
+      sum += double{to_float(T{static_cast<uint16_t>(a[lane] >> 16 * part)})} *
+             to_float(T{static_cast<uint16_t>(b[lane] >> 16 * part)});
+  return static_cast<float>(sum);
+}
+#endif
+
+// c += a b of a warp's matrix unit, [16, 8] += [16, 16] [16, 8]. With g = lane / 4 and t = lane % 4 a lane
+// holds, as pairs along k, a[0], a[2]: row g, k = 2 t and 2 t + 8; a[1], a[3]: row g + 8, the same; b[0],
+// b[1]: column g, the same; and of c rows g (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2 t and 2 t + 1.
+// How a unit rounds its sums is the device's matter; sums of few products are for it.
+template <typename T>
+NABLA_FAST_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDACC__)
+  if constexpr (std::is_same_v<T, bfloat16>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  const unsigned lane = threadIdx.x % kWarpThreads, group = lane / 4, place = lane % 4;
+  const uint64_t upper = a[0] | uint64_t{a[2]} << 32, lower = a[1] | uint64_t{a[3]} << 32;
+  const uint64_t column = b[0] | uint64_t{b[1]} << 32;
+  uint64_t row[2][4], columns[2][4];
+  for (unsigned n = 0; n < 4; ++n) {
+    row[0][n] = host::exchange(4 * group + n, upper);
+    row[1][n] = host::exchange(4 * group + n, lower);
+    for (unsigned k = 0; k < 2; ++k)
+      columns[k][n] = host::exchange(4 * (2 * place + k) + n, column);
+  }
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < 2; ++k) c[2 * half + k] += product_of_pairs<T>(row[half], columns[k]);
 #endif
 }
 

@@ -1,6 +1,8 @@
-// Products by the vendor's library where it is there. Else, and for factors of two dtypes, by float32
-// multiply-adds on tiles in shared memory: for every dtype and shape, without the device's matrix units.
-// The order of a sum depends on its length alone then.
+// Products by the vendor's library where it is there. Else on tiles in shared memory, by the matrix units
+// for factors of one half-precision dtype and by float32 multiply-adds for all others: for every shape, and
+// slower. The order of a sum depends on its length alone then.
+
+#include <type_traits>
 
 #include "call.h"
 #include "cublas_lt.h"
@@ -85,15 +87,94 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Tiles of half-precision elements, k along their rows. Two elements more keep neighbours' loads in
+// different banks.
+template <typename T>
+struct HalfTiles {
+  T left[kTile][kDepth + 2], right[kTile][kDepth + 2];
+};
+
+// Fills tile[n][k] with element (n, k), as load_tile() does.
+template <typename T>
+NABLA_FAST_DEVICE void load_half_tile(const T* from, int64_t n_stride, int64_t k_stride,
+                                      int64_t n_count, int64_t k_count, bool across_k,
+                                      T (&tile)[kTile][kDepth + 2]) {
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int place = thread; place < kTile * kDepth; place += kThreads) {
+    const int n = across_k ? place / kDepth : place % kTile;
+    const int k = across_k ? place % kDepth : place / kTile;
+    tile[n][k] = n < n_count && k < k_count ? from[n * n_stride + k * k_stride] : T{0};
+  }
+}
+
+// A warp has 16 rows and 32 columns of a block's tile. A matrix unit cuts sums off rather than rounding
+// them: it takes kDepth products, which are added to the others outside.
+template <typename T, bool kTransposed>
+__global__ void __launch_bounds__(kThreads)
+    half_product_kernel(Rows<const T> left, Rows<const T> right, Rows<float> out, int64_t rows,
+                        int64_t columns, int64_t inner, bool keep) {
+  constexpr int kUnit = 16, kUnitColumns = 8, kUnits = 4, kWarpsDown = kTile / kUnit;
+  NABLA_FAST_SHARED(HalfTiles<T>, tiles);
+  const int64_t column_tiles = (columns + kTile - 1) / kTile;
+  const int64_t row0 = blockIdx.x / column_tiles * kTile;
+  const int64_t column0 = blockIdx.x % column_tiles * kTile;
+  const int group = lane() / 4, place = lane() % 4;
+  const int down = warp() % kWarpsDown * kUnit + group;
+  const int along = warp() / kWarpsDown * kUnits * kUnitColumns;
+  float total[kUnits][4] = {};
+  for (int64_t k = 0; k < inner; k += kDepth) {
+    sync_block();
+    load_half_tile(left.row(row0) + k, left.stride, 1, rows - row0, inner - k, true, tiles.left);
+    if (kTransposed)
+      load_half_tile(right.row(column0) + k, right.stride, 1, columns - column0, inner - k, true,
+                     tiles.right);
+    else
+      load_half_tile(right.row(k) + column0, 1, right.stride, columns - column0, inner - k, false,
+                     tiles.right);
+    sync_block();
+    float part[kUnits][4] = {};
+    NABLA_FAST_UNROLL
+    for (int d = 0; d < kDepth; d += kUnit) {
+      const int first = d + 2 * place;
+      const uint32_t a[4] = {
+          load_pair(&tiles.left[down][first]), load_pair(&tiles.left[down + 8][first]),
+          load_pair(&tiles.left[down][first + 8]), load_pair(&tiles.left[down + 8][first + 8])};
+      NABLA_FAST_UNROLL
+      for (int unit = 0; unit < kUnits; ++unit) {
+        const T* const column = tiles.right[along + unit * kUnitColumns + group];
+        const uint32_t b[2] = {load_pair(column + first), load_pair(column + first + 8)};
+        mma_16x8x16<T>(part[unit], a, b);
+      }
+    }
+    NABLA_FAST_UNROLL
+    for (int unit = 0; unit < kUnits; ++unit) NABLA_FAST_UNROLL
+    for (int n = 0; n < 4; ++n) total[unit][n] += part[unit][n];
+  }
+  NABLA_FAST_UNROLL
+  for (int unit = 0; unit < kUnits; ++unit) NABLA_FAST_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    const int64_t row = row0 + down + n / 2 * 8;
+    const int64_t column = column0 + along + unit * kUnitColumns + 2 * place + n % 2;
+    if (row >= rows || column >= columns) continue;
+    float& result = out.row(row)[column];
+    result = keep ? result + total[unit][n] : total[unit][n];
+  }
+}
+
 template <bool kTransposed, typename L, typename R>
 bool launch_product(const Product& product, L, R, nabla_fast_cuda_stream stream) {
   const int64_t tiles =
       (product.rows + kTile - 1) / kTile * ((product.columns + kTile - 1) / kTile);
-  return launch({"product_kernel", stream, tiles, kThreads}, product_kernel<L, R, kTransposed>,
-                {static_cast<const L*>(product.left.data), product.left.stride},
-                {static_cast<const R*>(product.right.data), product.right.stride},
-                {product.out, product.out_stride}, product.rows, product.columns, product.inner,
-                product.keep);
+  const Rows<const L> left = {static_cast<const L*>(product.left.data), product.left.stride};
+  const Rows<const R> right = {static_cast<const R*>(product.right.data), product.right.stride};
+  const Rows<float> out = {product.out, product.out_stride};
+  if constexpr (std::is_same_v<L, R> && sizeof(L) == 2)
+    return launch({"half_product_kernel", stream, tiles, kThreads},
+                  half_product_kernel<L, kTransposed>, left, right, out, product.rows,
+                  product.columns, product.inner, product.keep);
+  else
+    return launch({"product_kernel", stream, tiles, kThreads}, product_kernel<L, R, kTransposed>,
+                  left, right, out, product.rows, product.columns, product.inner, product.keep);
 }
 
 }  // namespace

@@ -121,6 +121,19 @@ def test_large_entries_do_not_overflow(dtype: torch.dtype, kernels: Kernels):
     torch.testing.assert_close(mix, table[:1].float(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (17, 65), (65, 9)])
+def test_products_of_half_precision_fill_their_tiles(
+    rows: int, width: int, dtype: torch.dtype, kernels: Kernels, draw: Draw
+):
+    """Sizes around those of the matrix units and of a block's tile."""
+    z, (table,) = draw.logits(rows, 131), draw.tables(131, [(width, dtype)])
+    (mix,), status = kernels.embedding_mix(z, [table], hard=False, dtype=F32)
+    assert (status == OK).all()
+    exact = torch.softmax(z.double(), dim=1) @ table.double()
+    assert (mix - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
+
+
 # -- refusals ----------------------------------------------------------------------------------------
 
 
