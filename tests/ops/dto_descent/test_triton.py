@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import nabla_fast.decode.descent
 from nabla_fast.errors import RowError
-from nabla_fast.ops import AdamState, Descent, backend_status, cosine_schedule, dto_descent, use_backend
+from nabla_fast.ops import AdamState, backend_status, cosine_schedule, dto_descent
 
 from ..contract import BackendContract
 from ..harness import map_tensors, to_device, to_float64
 from ..inputs import F64, Draw
 from ..shared.descents import DescentOverlaps, descent_arguments
+from ..shared.golden_descents import check_golden_descent
 from ..shared.triton_descents import (
     DEVICE,
     ON_DEVICE,
@@ -25,7 +24,6 @@ from ..shared.triton_descents import (
     descend_,
     descended,
     follows,
-    golden_test,
     same,
 )
 from .cases import DTO_DESCENT
@@ -54,20 +52,7 @@ class TestDescent(TritonDescent):
     "n", [0, pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(6, marks=pytest.mark.slow)]
 )
 def test_golden_descent(n: int, golden_models, golden_models_64, monkeypatch: pytest.MonkeyPatch):
-    golden, calls = golden_test(), []
-    assert golden.CASES[n]["param"] == "logits"
-
-    def by_triton(parameter: Tensor, *args: Any, **kwargs: Any) -> Descent:
-        if parameter.dtype == torch.float64:
-            return dto_descent(parameter, *args, **kwargs)
-        calls.append(n)
-        with use_backend("triton"):
-            return dto_descent(parameter, *args, **kwargs)
-
-    monkeypatch.setattr(nabla_fast.decode.descent, "dto_descent", by_triton)
-    numbers = golden.load_file(golden.GOLDEN / "descent.safetensors")
-    golden.test_descent(n, golden_models, golden_models_64, numbers)
-    assert len(calls) == golden.CASES[n]["grad_steps"]
+    check_golden_descent(dto_descent, "triton", n, golden_models, golden_models_64, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import nabla_fast.decode.descent
 from nabla_fast.errors import RowError
-from nabla_fast.ops import AdamState, Descent, backend_status, dto_descent_latents, use_backend
+from nabla_fast.ops import AdamState, Descent, backend_status, dto_descent_latents
 
 from ..contract import BackendContract
 from ..harness import interpreted, map_tensors, to_float64
 from ..inputs import BF16, F32, Draw, far_columns
 from ..shared.descents import DescentOverlaps, descent_arguments
+from ..shared.golden_descents import check_golden_descent
 from ..shared.triton_descents import (
     DEVICE,
     ON_DEVICE,
@@ -28,7 +28,6 @@ from ..shared.triton_descents import (
     descend_,
     descended,
     follows,
-    golden_test,
     same,
 )
 from .cases import DTO_DESCENT_LATENTS
@@ -57,20 +56,7 @@ class TestDescent(TritonDescent):
 @pytest.mark.skipif(DEVICE == "cuda", reason="the golden models are on the CPU")
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow), 5])
 def test_golden_descent(n: int, golden_models, golden_models_64, monkeypatch: pytest.MonkeyPatch):
-    golden, calls = golden_test(), []
-    assert golden.CASES[n]["param"] == "latents"
-
-    def by_triton(parameter: Tensor, *args: Any, **kwargs: Any) -> Descent:
-        if parameter.dtype == torch.float64:
-            return dto_descent_latents(parameter, *args, **kwargs)
-        calls.append(n)
-        with use_backend("triton"):
-            return dto_descent_latents(parameter, *args, **kwargs)
-
-    monkeypatch.setattr(nabla_fast.decode.descent, "dto_descent_latents", by_triton)
-    numbers = golden.load_file(golden.GOLDEN / "descent.safetensors")
-    golden.test_descent(n, golden_models, golden_models_64, numbers)
-    assert len(calls) == golden.CASES[n]["grad_steps"]
+    check_golden_descent(dto_descent_latents, "triton", n, golden_models, golden_models_64, monkeypatch)
 
 
 def test_latents_of_several_slices_and_splits(draw: Draw):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -79,16 +77,3 @@ class TritonDescent:
 
         given = map_tensors(shifted, map_tensors(lambda tensor: tensor.to(DEVICE), arguments))
         assert same(descended(arguments), descend_(given))
-
-
-# -- golden numbers ----------------------------------------------------------------------------------
-
-
-def golden_test() -> Any:
-    """The module of tests of the descent's golden numbers."""
-    directory = str(Path(__file__).parents[2] / "decode")
-    if directory not in sys.path:
-        sys.path.append(directory)
-    import test_golden_descent
-
-    return test_golden_descent
