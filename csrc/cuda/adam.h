@@ -7,6 +7,8 @@
 namespace nabla_fast::cuda {
 
 constexpr double kBeta1 = 0.9, kBeta2 = 0.999;
+// Their logarithms.
+constexpr double kLogBeta1 = -0.10536051565782628, kLogBeta2 = -0.0010005003335835344;
 constexpr float kEpsilon = 1e-8f;
 
 struct AdamRate {
@@ -16,8 +18,8 @@ struct AdamRate {
 
 // Rate of the step number `count`, from 1 on.
 NABLA_FAST_DEVICE AdamRate adam_rate(double learning_rate, double count) {
-  return {static_cast<float>(learning_rate / (1 - pow(kBeta1, count))),
-          static_cast<float>(1 / sqrt(1 - pow(kBeta2, count)))};
+  return {static_cast<float>(learning_rate / -expm1(count * kLogBeta1)),
+          static_cast<float>(1 / sqrt(-expm1(count * kLogBeta2)))};
 }
 
 // Kingma & Ba's step of `x` along a gradient. The root and the quotient are the device's approximations,
