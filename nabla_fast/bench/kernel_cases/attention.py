@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,23 +67,22 @@ def _versions(
     cotangent = normal(batch, suffix, heads, dim, dtype=dtype, device=device).transpose(1, 2)
     seen = torch.ones(suffix, prefix + suffix, dtype=torch.bool, device=device).tril(prefix)
 
-    def differentiated(
-        attend: Callable[[list[Tensor], Tensor, Tensor], Tensor], kind: torch.dtype
+    def attended(
+        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, given: Tensor | None
     ) -> Outputs:
-        leaves = [part.detach().to(kind).requires_grad_(backward) for part in inputs]
-        output = attend(leaves, key_pool.to(kind), value_pool.to(kind))
-        gradients = torch.autograd.grad(output, leaves, cotangent.to(kind)) if backward else ()
-        return [output.detach(), *gradients]
+        """By the op; gradients, where there is a cotangent."""
+        leaves = [part.detach().requires_grad_(given is not None) for part in (q, k, v)]
+        output = ops.prefix_attention(
+            *leaves, keys, values, block_tables, lengths, scale=dim**-0.5, window=None
+        ).output
+        return [output.detach(), *(torch.autograd.grad(output, leaves, given) if backward else ())]
 
-    def ours(kind: torch.dtype = dtype) -> Outputs:
-        return differentiated(
-            lambda qkv, keys, values: (
-                ops.prefix_attention(
-                    *qkv, keys, values, block_tables, lengths, scale=dim**-0.5, window=None
-                ).output
-            ),
-            kind,
-        )
+    def ours() -> Outputs:
+        return attended(*inputs, key_pool, value_pool, cotangent if backward else None)
+
+    def in_float64() -> Outputs:
+        given = (*inputs, key_pool, value_pool)
+        return attended(*(each.double() for each in given), cotangent.double() if backward else None)
 
     def naive() -> Outputs:
         # Blocks are gathered into one tensor, which torch's attention then reads.
@@ -93,12 +90,12 @@ def _versions(
             before = pool[block_tables].flatten(1, 2)[:, :prefix].transpose(1, 2)
             return torch.cat([before, own], dim=2)
 
-        return differentiated(
-            lambda qkv, keys, values: F.scaled_dot_product_attention(
-                qkv[0], joined(keys, qkv[1]), joined(values, qkv[2]), seen, enable_gqa=True
-            ),
-            dtype,
+        leaves = [part.detach().requires_grad_(backward) for part in inputs]
+        q, k, v = leaves
+        output = F.scaled_dot_product_attention(
+            q, joined(key_pool, k), joined(value_pool, v), seen, enable_gqa=True
         )
+        return [output.detach(), *(torch.autograd.grad(output, leaves, cotangent) if backward else ())]
 
     # Room for the suffix after each prefix, so that one gather brings every prefix to its place.
     width = -(-(prefix + suffix) // _BLOCK_SIZE)
@@ -121,4 +118,4 @@ def _versions(
         dq, dk, dv = torch.autograd.grad(output, [q, *joined], cotangent)
         return [output.detach(), dq, dk[:, :, prefix:], dv[:, :, prefix:]]
 
-    return Versions(ours, naive, eager, lambda: ours(torch.float64))
+    return Versions(ours, naive, eager, in_float64)
