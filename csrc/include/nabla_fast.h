@@ -424,7 +424,7 @@ typedef struct {
  * what the softmax is over where these are given. No workspace.
  *
  * A NaN or an infinity among the values makes NaN of any query of its sequence that has it in its
- * tile, seen or not. Threads are woken for work of some 50 microseconds each. */
+ * tile, seen or not. Threads are woken for work of some 25 microseconds each. */
 NABLA_FAST_API nabla_fast_status nabla_fast_prefix_attention(const nabla_fast_attention_args* args);
 
 /* Gradients of what the suffix gives to nabla_fast_prefix_attention; the prefix is constant. */

@@ -18,7 +18,7 @@ namespace nabla_fast::attention {
 namespace {
 
 // Multiplications worth another thread.
-constexpr int64_t kWorkPerThread = int64_t{1} << 20;
+constexpr int64_t kWorkPerThread = int64_t{1} << 19;
 constexpr int64_t kMaxSingleRows = 16;
 
 struct Call {
