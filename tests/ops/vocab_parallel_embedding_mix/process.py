@@ -6,6 +6,9 @@ Its import is all that a new process has to import.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,15 +16,20 @@ import torch
 import torch.distributed as dist
 
 from nabla_fast.errors import RowError
-from nabla_fast.ops import backend_status, embedding_mix, use_backend
+from nabla_fast.ops import GumbelNoise, backend_status, embedding_mix, use_backend
+from nabla_fast.ops.embedding_mix import embedding_mix_backward
 from nabla_fast.ops.vocab_parallel import vocab_parallel_embedding_mix
 
-from ..harness import to_float64
-from ..inputs import BF16, F16, F32, F64, Draw
+from ..harness import Arguments, Results, check
+from ..inputs import BF16, F16, F32, F64, Case, Draw
 from ..interpreted import mended
 
 ROWS, VOCABULARY = 5, 47
+MANY = 2 * 4096 + 131
 BOUNDS = {2: (0, 31, VOCABULARY), 3: (0, 1, 29, VOCABULARY)}
+
+Tables = tuple[tuple[int, torch.dtype], ...]
+Options = dict[str, Callable[[Draw], Any]]
 
 
 def calls(draw: Draw) -> dict[str, dict]:
@@ -94,46 +102,74 @@ def work(rank: int, size: int, rendezvous: str, seed: int) -> None:
         kernels = mock.patch.object(VocabularySlice, "mix", autospec=True, side_effect=VocabularySlice.mix)
         with mended(), use_backend("triton", "torch"), kernels as mixed_by_kernels:
             triton_slices(size, rank, draw)
-            assert mixed_by_kernels.call_count == 8
+            assert mixed_by_kernels.call_count >= 12
             refusals(columns, draw, F32)
     dist.destroy_process_group()
 
 
 def triton_slices(size: int, rank: int, draw: Draw) -> None:
-    """The Triton kernels, on slices of more than one of their own, against float64."""
-    vocabulary = 2 * 4096 + 131
-    first = (0, 4102)[rank] if size == 2 else (0, 1, 4102)[rank]
-    end = (4102, vocabulary)[rank] if size == 2 else (1, 4102, vocabulary)[rank]
-    for dtype, tables, options in (
-        (F32, ((7, F32), (4, F32)), {"tau": 0.7}),
-        (F32, ((7, F32),), {"noise": draw.noise(ROWS), "direct": draw.normal(ROWS, vocabulary)}),
-        (BF16, ((7, BF16), (4, F16)), {"direct": draw.normal(ROWS, vocabulary)}),
-        (BF16, ((7, BF16),), {"noise": draw.noise(ROWS), "tau": 1.7}),
-    ):
-        logits = draw.logits(ROWS, vocabulary, dtype, masked=0.3)
-        logits[1, :first] = -torch.inf
-        dist.broadcast(logits, size - 1)
-        whole = {"logits": logits, "tables": draw.tables(vocabulary, tables), **options}
+    """The Triton kernels, on slices of more than one of their own, by the rule for the ops of a whole."""
+    bounds = ((0, 4102), (4102, MANY)) if size == 2 else ((0, 1), (1, 4102), (4102, MANY))
+    first, end = bounds[rank]
+
+    def part_of(whole: Arguments) -> Arguments:
         part = whole | {
-            "logits": logits[:, first:end],
+            "logits": whole["logits"][:, first:end],
             "tables": [table[first:end] for table in whole["tables"]],
             "first": first,
         }
-        if "direct" in whole:
+        if whole.get("direct") is not None:
             part["direct"] = whole["direct"][:, first:end]
-        exact = to_float64(whole)
-        cotangents = [draw.normal(ROWS, width, dtype=kind).double() for width, kind in tables]
+        return part
+
+    def forward(hard: bool, whole: Arguments) -> Results:
+        mixes = vocab_parallel_embedding_mix(**part_of(whole) | {"hard": hard})
+        for mix in mixes:
+            of_first = mix.clone()
+            dist.broadcast(of_first, 0)
+            assert torch.equal(mix, of_first), "a mix differs between processes"
+        return {f"result[{n}]": mix for n, mix in enumerate(mixes)}
+
+    def backward(whole: Arguments) -> Results:
+        given = {name: value for name, value in whole.items() if name != "cotangents"}
+        _, grad = mixed(vocab_parallel_embedding_mix, part_of(given), whole["cotangents"], hard=True)
+        grads = [grad.new_empty(ROWS, last - start) for start, last in bounds]
+        for source, of_slice in enumerate(grads):
+            dist.broadcast(grad if source == rank else of_slice, source)
+        grads[rank] = grad
+        return {"result": torch.cat(grads, dim=1)}
+
+    def arguments(dtype: torch.dtype, tables: Tables, options: Options, draw: Draw) -> Arguments:
+        logits = draw.logits(ROWS, MANY, dtype, masked=0.3)
+        logits[1, :4102] = -torch.inf
+        made = {name: make(draw) for name, make in options.items()}
+        return {"logits": logits, "tables": draw.tables(MANY, tables), **made}
+
+    def with_cotangents(dtype: torch.dtype, tables: Tables, options: Options, draw: Draw) -> Arguments:
+        made = {"tau": 1.0, "noise": None, "direct": None} | arguments(dtype, tables, options, draw)
+        return made | {"cotangents": [draw.normal(ROWS, width, dtype=kind) for width, kind in tables]}
+
+    # Numbers are drawn alike in all processes, results are the same in all: so is what the rule says.
+    for dtype, tables, options in (
+        (F32, ((7, F32), (4, F32)), {"tau": lambda draw: 0.7}),
+        (F32, ((7, F32),), {"noise": noise_of, "direct": direct_of}),
+        (BF16, ((7, BF16), (4, F16)), {"direct": direct_of}),
+        (BF16, ((7, BF16),), {"noise": noise_of, "tau": lambda draw: 1.7}),
+    ):
         for hard in (True, False):
-            ours, our_grad = mixed(vocab_parallel_embedding_mix, part, cotangents, hard)
-            with use_backend("torch"):
-                mixes, grad = mixed(embedding_mix, exact, cotangents, hard)
-            for mix, wanted in zip(ours, mixes, strict=True):
-                bounds = {F32: 1e-5, F16: 2**-9, BF16: 2**-7}[mix.dtype]
-                error = (mix.double() - wanted).abs().amax(dim=1)
-                assert (error <= bounds * wanted.abs().amax(dim=1)).all(), (dtype, hard)
-            bounds = {F32: 1e-5, BF16: 2**-7}[our_grad.dtype]
-            error = (our_grad.double() - grad[:, first:end]).abs().amax(dim=1)
-            assert (error <= bounds * grad.abs().amax(dim=1)).all(), (dtype, hard)
+            made = {"hard": lambda draw, hard=hard: hard}
+            case = Case(f"{dtype}", partial(arguments, dtype, tables, options | made))
+            check(embedding_mix, case, draw, "cpu", partial(forward, hard))
+        case = Case(f"{dtype}", partial(with_cotangents, dtype, tables, options))
+        check(embedding_mix_backward, case, draw, "cpu", backward)
+
+
+def noise_of(draw: Draw) -> GumbelNoise:
+    return draw.noise(ROWS)
+
+
+def direct_of(draw: Draw) -> torch.Tensor:
+    return draw.normal(ROWS, MANY)
 
 
 def refusals(columns: slice, draw: Draw, dtype: torch.dtype = F64) -> None:
