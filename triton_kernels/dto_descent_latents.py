@@ -429,6 +429,7 @@ def dto_descent_latents(
                 temper,
                 PART=_PART,
                 SPLITS=_SPLITS,
+                num_warps=8,
                 **plain,
             )
 

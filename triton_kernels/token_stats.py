@@ -90,12 +90,10 @@ def _slice_sums(
 
 @triton.jit
 def _measure(
-    parts_ptr,  # [_FIELDS, slices] float32 of a row, at a slice
     row_ptr,
     column_stride,
     start,
     vocabulary,
-    slices,
     base,
     LANES: tl.constexpr,
     TILES: tl.constexpr,
@@ -103,15 +101,14 @@ def _measure(
     PAIRS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
+    """The largest logit of a slice, and its sums."""
     if PAIRS:
         tiles = load_pairs(row_ptr, start, vocabulary, LANES, TILES, MASKED)
     else:
         tiles = load_tiles(row_ptr, column_stride, start, vocabulary, -float("inf"), LANES, TILES, MASKED)
     top = top_of(tiles)
     total, total_x = _slice_sums(tiles, top, 0, base, False, VECTOR, PAIRS)
-    tl.store(parts_ptr + _TOP * slices, top)
-    tl.store(parts_ptr + _SUM * slices, total)
-    tl.store(parts_ptr + _SUM_X * slices, total_x)
+    return top, total, total_x
 
 
 @launched
@@ -133,37 +130,19 @@ def _logits_kernel(
     slice = tl.program_id(1)
     start = slice * (LANES * TILES)
     row_ptr = logits_ptr + row * row_stride
-    parts_ptr += row * (_FIELDS * slices) + slice
     if start + LANES * TILES <= vocabulary:
-        _measure(
-            parts_ptr,
-            row_ptr,
-            column_stride,
-            start,
-            vocabulary,
-            slices,
-            base,
-            LANES,
-            TILES,
-            VECTOR,
-            PAIRS,
-            False,
+        top, total, total_x = _measure(
+            row_ptr, column_stride, start, vocabulary, base, LANES, TILES, VECTOR, PAIRS, False
         )
     else:
-        _measure(
-            parts_ptr,
-            row_ptr,
-            column_stride,
-            start,
-            vocabulary,
-            slices,
-            base,
-            LANES,
-            TILES,
-            VECTOR,
-            PAIRS,
-            True,
+        top, total, total_x = _measure(
+            row_ptr, column_stride, start, vocabulary, base, LANES, TILES, VECTOR, PAIRS, True
         )
+    # Made here, and not twice above: a compiler would hold it in registers through the sums.
+    parts_ptr += row * (_FIELDS * slices) + slice
+    tl.store(parts_ptr + _TOP * slices, top)
+    tl.store(parts_ptr + _SUM * slices, total)
+    tl.store(parts_ptr + _SUM_X * slices, total_x)
 
 
 @launched

@@ -33,9 +33,13 @@ constexpr int kMaxFewRows = 4;
 constexpr int64_t kBlockBytes = 256 << 10;
 // Tokens that several vectors of rows pass over, or that are converted, one chain's columns at a
 // time.
-constexpr int kTokensInL1 = 16;
-// Columns between two prefetches.
-constexpr int kColumnsPerPrefetch = 4;
+template <int W>
+constexpr int kTokensInL1 = W == 8 ? 24 : 16;
+// Tokens side by side where rows are few, as many streams as the hardware's prefetcher follows well,
+// and behind the last whole group of tokens where they are many.
+constexpr int kFewTokens = 4;
+// Columns between two prefetches of whole lines, of so many tokens' bytes a column.
+constexpr int columns_per_prefetch(int bytes) { return 4 * bytes % 64 == 0 ? 4 : 8; }
 
 template <int W>
 using Bits = typename VecTypes<W>::Bits;
@@ -90,13 +94,14 @@ template <int W, int C, int kTokens, typename Column>
 NABLA_FAST_INLINE void chain(const typename Column::Element* w, int64_t stride, const float* x,
                              int lanes, int64_t columns, bool add, float* z,
                              Prefetcher& prefetcher) {
-  constexpr int kElements = Column::kElements;
+  constexpr int kElements = Column::kElements, kBytes = kTokens * kElements * sizeof(*w);
+  constexpr int kColumns = columns_per_prefetch(kBytes);
   Floats<W> total[kTokens * C] = {};
   int64_t k = 0;
-  for (; k + kColumnsPerPrefetch <= columns; k += kColumnsPerPrefetch) {
-    prefetcher.advance<kTokens * kColumnsPerPrefetch * kElements * sizeof(*w)>();
-#pragma GCC unroll 4
-    for (int u = 0; u < kColumnsPerPrefetch; ++u)
+  for (; k + kColumns <= columns; k += kColumns) {
+    prefetcher.advance<kColumns * kBytes>();
+#pragma GCC unroll 8
+    for (int u = 0; u < kColumns; ++u)
       add_column<C, kTokens, W, Column>(w + (k + u) * kElements, stride, x + (k + u) * lanes,
                                         total);
   }
@@ -122,6 +127,9 @@ NABLA_FAST_INLINE void chains(const typename Column::Element* w, int64_t stride,
   for (; t + kTokens <= tokens; t += kTokens)
     chain<W, C, kTokens, Column>(w + t * stride, stride, x, lanes, columns, add, z + t * lanes,
                                  prefetcher);
+  for (; t + kFewTokens <= tokens; t += kFewTokens)
+    chain<W, C, kFewTokens, Column>(w + t * stride, stride, x, lanes, columns, add, z + t * lanes,
+                                    prefetcher);
   for (; t < tokens; ++t)
     chain<W, C, 1, Column>(w + t * stride, stride, x, lanes, columns, add, z + t * lanes,
                            prefetcher);
@@ -143,12 +151,14 @@ NABLA_FAST_INLINE void all_lanes(const typename Column::Element* w, int64_t stri
     else
       chains<W, 4, 4, Column>(w, stride, tokens, x, lanes, columns, add, z, prefetcher);
   } else {
-    for (int t = 0; t < tokens; t += kTokensInL1) {
-      const int some = std::min(kTokensInL1, tokens - t);
+    // Of AVX2's 16 registers twelve are sums, four more than two multiply-adds a cycle wait for.
+    constexpr int kTokens = W == 8 ? 6 : 4;
+    for (int t = 0; t < tokens; t += kTokensInL1<W>) {
+      const int some = std::min(kTokensInL1<W>, tokens - t);
       Prefetcher none{prefetcher.next};
       for (int lane = 0; lane < lanes; lane += 2 * W)
-        chains<W, 2, 4, Column>(w + t * stride, stride, some, x + lane, lanes, columns, add,
-                                z + t * lanes + lane, lane == 0 ? prefetcher : none);
+        chains<W, 2, kTokens, Column>(w + t * stride, stride, some, x + lane, lanes, columns, add,
+                                      z + t * lanes + lane, lane == 0 ? prefetcher : none);
     }
   }
 }
@@ -163,7 +173,7 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
   if (width == 0 && add) return;  // a sum that is -0 stays
   const int block = static_cast<int>(
       std::clamp<int64_t>(kBlockBytes / (token_bytes + 1) / 16 * 16, 16, kVocabTileTokens));
-  float fp32[sizeof(T) == 2 ? kTokensInL1 * kChainColumns : 1];
+  float fp32[sizeof(T) == 2 ? kTokensInL1<W> * kChainColumns : 1];
   for (int first = 0; first < tokens; first += block) {
     const int some = std::min(block, tokens - first);
     Prefetcher prefetcher{reinterpret_cast<const char*>(w + (first + some) * stride)};
@@ -174,8 +184,8 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
         all_lanes<W, Fp32Column<W>>(w + first * stride + k, stride, some, x + k * lanes, lanes,
                                     columns, onto, z + first * lanes, prefetcher);
       } else {
-        for (int t = 0; t < some; t += kTokensInL1) {
-          const int now = std::min(kTokensInL1, some - t);
+        for (int t = 0; t < some; t += kTokensInL1<W>) {
+          const int now = std::min(kTokensInL1<W>, some - t);
           for (int n = 0; n < now; ++n) {
             prefetcher.advance<2 * kChainColumns>();
             nabla_fast::copy_to_fp32<W>(w + (first + t + n) * stride + k, columns,
@@ -192,8 +202,6 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
 
 // -- few rows -------------------------------------------------------------------------------------
 
-// Tokens side by side: as many streams as the hardware's prefetcher follows well.
-constexpr int kFewTokens = 4;
 // Chains of a row that lie word by word behind one another: enough for vectors of 16.
 constexpr int kChainsTogether = 4;
 constexpr int64_t kColumnsTogether = kChainColumns * kChainsTogether;

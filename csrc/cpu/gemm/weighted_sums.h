@@ -15,6 +15,14 @@
 
 namespace nabla_fast::gemm {
 
+// Vectors of columns of R rows at once: as many sums as registers hold beside the factors. Of AVX2's
+// 16 twelve are sums of four rows: two multiply-adds a cycle wait for eight, and are held up by any
+// delay of one.
+template <int W, int R>
+constexpr int kVectorsOfRow = W == 16            ? 16 / R
+                              : W == 8 && R == 4 ? 3
+                                                 : 8 / R;
+
 // `C` vectors of columns of `R` rows.
 template <int W, int R, int C, int kTokensPerPrefetch, typename T, typename P>
 NABLA_FAST_INLINE void add_register_tile(const float* weights, int lanes, const T* columns,
@@ -46,8 +54,7 @@ NABLA_FAST_INLINE void add_register_tile(const float* weights, int lanes, const 
 template <int W, int R, int kTokensPerPrefetch, typename T, typename P>
 NABLA_FAST_INLINE void add_row_block(const float* weights, int lanes, const Table& table,
                                      int tokens, float* sums, int64_t sums_stride, P& prefetcher) {
-  // R * C sums: as many as registers hold beside the factors.
-  constexpr int C = (W == 16 ? 16 : 8) / R;
+  constexpr int C = kVectorsOfRow<W, R>;
   const auto* const data = static_cast<const T*>(table.data);
   int64_t k = 0;
   for (; k + C * W <= table.width; k += C * W)

@@ -12,7 +12,9 @@
 
 namespace nabla_fast::gemm {
 
-constexpr int kStripColumns = 32;
+// Columns of a strip: twice what a register tile has, or four times.
+template <int W>
+constexpr int kStripColumns = W == 8 ? 48 : 32;
 
 // Copies the next strip of a tile, and prefetches the next tile, while sums of a strip are formed: a
 // copy on its own would wait for the second-level cache, the prefetches for memory.
@@ -28,17 +30,17 @@ struct StripCopier {
   NABLA_FAST_INLINE void begin(int64_t first, float* strip) {
     to = strip;
     column = first;
-    columns = std::min<int64_t>(kStripColumns, table.width - first);
+    columns = std::min<int64_t>(kStripColumns<W>, table.width - first);
     token = columns > 0 ? 0 : tokens;
   }
   NABLA_FAST_INLINE void copy_token() {
     const T* const from = static_cast<const T*>(table.data) + token * table.stride + column;
-    nabla_fast::copy_to_fp32<W>(from, columns, to + token * kStripColumns);
+    nabla_fast::copy_to_fp32<W>(from, columns, to + token * kStripColumns<W>);
     ++token;
   }
   template <int kBytes>
   NABLA_FAST_INLINE void advance() {
-    prefetcher.advance<kStripColumns * sizeof(T)>();
+    prefetcher.advance<kStripColumns<W> * sizeof(T)>();
     if (token < tokens) copy_token();
   }
   NABLA_FAST_INLINE void end() {
@@ -54,16 +56,17 @@ NABLA_FAST_INLINE void add_weighted_sums_copied(const float* weights, int lanes,
                                                 Prefetcher prefetcher) {
   constexpr int kRows = W == 16 ? 8 : 4;
   // A token is copied as often as kRowsPerGroup rows pass over as many multiply-adds.
-  constexpr int kTokensPerCopy = kRowsPerGroup * kStripColumns / (W == 16 ? 16 : 8) / W;
-  alignas(64) float strips[2][kVocabTileTokens * kStripColumns];
+  constexpr int kTokensPerCopy =
+      kRowsPerGroup / kRows * kStripColumns<W> / (kVectorsOfRow<W, kRows> * W);
+  alignas(64) float strips[2][kVocabTileTokens * kStripColumns<W>];
   StripCopier<W, T> copier{table, tokens, prefetcher};
   copier.begin(0, strips[0]);
   copier.end();
-  for (int64_t k = 0; k < table.width; k += kStripColumns) {
-    const int64_t strip = k / kStripColumns % 2;
-    copier.begin(k + kStripColumns, strips[1 - strip]);
+  for (int64_t k = 0; k < table.width; k += kStripColumns<W>) {
+    const int64_t strip = k / kStripColumns<W> % 2;
+    copier.begin(k + kStripColumns<W>, strips[1 - strip]);
     const Table copied{strips[strip], NABLA_FAST_FLOAT32,
-                       std::min<int64_t>(kStripColumns, table.width - k), kStripColumns};
+                       std::min<int64_t>(kStripColumns<W>, table.width - k), kStripColumns<W>};
     add_all_rows<W, kRows, kTokensPerCopy, float>(weights, lanes, rows, copied, tokens, sums + k,
                                                   padded(table.width), copier);
     copier.end();

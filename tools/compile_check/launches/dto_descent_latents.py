@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from nabla_fast.triton_kernels.common import presets
 from nabla_fast.triton_kernels.dto_descent_latents import dto_descent_latents
 from tools.compile_check.recording import Launch
 from tools.compile_check.work import JOINED, Memory, Product, Work, size
@@ -18,10 +19,13 @@ ROWS, FEW, VOCABULARY, HIDDEN, ITERS = 16, 2, 151_936, 4096, 2
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     if dtype == torch.float16:
         return
-    head = torch.empty(VOCABULARY, HIDDEN, dtype=dtype, device="meta")
+    kind = "half" if dtype == torch.bfloat16 else "float32"
+    # The widest rows that the target reads once.
+    few_width = presets.config("dto_descent_latents", kind, torch.device("meta"))["FEW_WIDTH"]
     schedule = torch.empty(ITERS, dtype=torch.float64, device="meta")
-    for rows, how in ((ROWS, "two passes"), (FEW, "one pass")):
-        h, first, second = (torch.empty(rows, HIDDEN, device="meta") for _ in range(3))
+    for rows, hidden, how in ((ROWS, HIDDEN, "two passes"), (FEW, few_width, "one pass")):
+        head = torch.empty(VOCABULARY, hidden, dtype=dtype, device="meta")
+        h, first, second = (torch.empty(rows, hidden, device="meta") for _ in range(3))
         grad = torch.empty(rows, VOCABULARY, device="meta")
         step = torch.empty(rows, dtype=torch.int64, device="meta")
         arguments = (h, head, grad, first, second, step, schedule)
