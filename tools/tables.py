@@ -122,7 +122,9 @@ def cpu_kernels_tables(*results: dict[str, Any]) -> str:
         levels = whole["levels"] if "levels" in whole else {whole["environment"]["isa"]: whole}
         for level, one in levels.items():
             rows = [row for row in whole["rows"] if row["isa"] == level]
-            parts.append(f"**{one['environment']['cpu']['name']}, level `{level}`**")
+            cpu = one["environment"]["cpu"]
+            # Virtual machines call different CPUs alike.
+            parts.append(f"**{cpu['name']} with {', '.join(cpu['flags'])}, level `{level}`**")
             parts.append(kernels_table({**one, "rows": rows}, explained=not parts[1:]))
     return "\n\n".join(parts) or NO_FIGURES
 
