@@ -57,7 +57,7 @@ _DESCENT = (
     "num_warps",
     "num_stages",
 )
-# A warp takes a part, or two do where registers are short. FEW 0 reads the head twice for all rows.
+# A warp takes a part, so there are as many of one as of the other. FEW 0 reads the head twice for all rows.
 _HALF_DESCENTS = (
     (32, 64, 256, 8, 128, 1, 4, 4096, 2, 8, 2),
     (32, 64, 256, 8, 128, 1, 4, 4096, 0, 8, 2),
@@ -71,7 +71,8 @@ _SINGLE_DESCENTS = (
     (16, 64, 128, 8, 64, 1, 4, 4096, 0, 8, 2),
     (16, 64, 128, 8, 64, 1, 0, 4096, 0, 8, 2),
     (16, 64, 64, 4, 64, 1, 0, 4096, 0, 4, 2),
-    (16, 64, 128, 4, 64, 1, 4, 1024, 0, 8, 2),
+    (16, 64, 128, 8, 64, 1, 4, 1024, 0, 8, 2),
+    (16, 64, 256, 8, 64, 1, 0, 4096, 0, 8, 2),
 )
 
 

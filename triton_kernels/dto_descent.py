@@ -104,6 +104,11 @@ def _survey_kernel(
     """The sums before the first step, and what does not change from step to step."""
     row = (tl.program_id(0) // slices).to(tl.int64)
     slice = tl.program_id(0) % slices
+    if slice == 0:
+        if group_ptr is not None:
+            store_team(group_ptr, team_ptr, stopped_ptr, row, rows)
+        if row == 0:
+            store_corrections(corrections_ptr, iters)
     start = slice * (LANES * TILES)
     z = load_tiles(z_ptr + row * z_stride, 1, start, vocabulary, -float("inf"), LANES, TILES, True)
     noise = None
@@ -113,11 +118,6 @@ def _survey_kernel(
     grad = load_tiles(grad_ptr, 1, start, vocabulary, 0.0, LANES, TILES, True)
     sums_ptr = row_sums(sums_ptr, row, rows, slices, 0)
     store_sums(sums_ptr, slices, slice, _perturbed(z, noise), grad, grad_ptr, base, VECTOR)
-    if slice == 0:
-        if group_ptr is not None:
-            store_team(group_ptr, team_ptr, stopped_ptr, row, rows)
-        if row == 0:
-            store_corrections(corrections_ptr, iters)
 
 
 @triton.jit

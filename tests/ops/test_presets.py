@@ -27,7 +27,9 @@ def test_no_entry_has_what_the_default_lacks():
                 assert config.keys() == default.keys(), f"{name}: {kernel}, {operands}"
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "sm_75 of no entry"])
+@pytest.mark.parametrize(
+    "architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "sm_75 of no entry"]
+)
 def test_an_architecture(architecture: str):
     entry = ENTRIES.get(architecture, ENTRIES["default"])["kernels"]
     with presets.assumed(architecture):
