@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,20 +25,19 @@ from tools.compile_check.launches import ops
 from tools.compile_check.targets import TARGETS
 
 DTYPES = ("bfloat16", "float32", "float16")
-_TASKS = 4  # of a process: more keep too much memory, and each one imports torch
 
 
 def run(targets: Sequence[str], ops: Sequence[str], dtypes: Sequence[str], workers: int) -> Iterator[Row]:
     """Rows as they are done.
 
-    No process compiles much: a compiler keeps memory, 12 GB in a process that has compiled for four
-    targets, or by Triton 3.6.0 for gfx942 alone.
+    Each target and dtype has processes of its own: a compiler keeps memory, 12 GB in a process that has
+    compiled for four targets, or by Triton 3.6.0 for gfx942 alone. (``max_tasks_per_child`` would say it,
+    and hangs in Python 3.11.)
     """
     context = multiprocessing.get_context("spawn")
-    for target in targets:
-        tasks = [(target, op, dtype) for op in ops for dtype in dtypes]
-        with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=_TASKS) as pool:
-            for future in as_completed([pool.submit(check, *task) for task in tasks]):
+    for target, dtype in itertools.product(targets, dtypes):
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            for future in as_completed([pool.submit(check, target, op, dtype) for op in ops]):
                 yield from future.result()
 
 
