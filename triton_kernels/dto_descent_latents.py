@@ -429,6 +429,7 @@ def dto_descent_latents(
                 temper,
                 PART=_PART,
                 SPLITS=_SPLITS,
+                # A tile of splits and columns in four warps spilled on sm_120.
                 num_warps=8,
                 **plain,
             )
