@@ -81,6 +81,7 @@ MixArgs = call_struct(
     (POINTER, "mixes cotangents"),
     (Matrix, "direct"),
     (Output, "grad"),
+    (POINTER, "perturbed"),
 )
 OnehotArgs = call_struct(
     "nabla_fast_onehot_args",

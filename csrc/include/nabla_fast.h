@@ -314,6 +314,10 @@ typedef struct {
   nabla_fast_matrix direct;            /* [rows, vocab]; data null: none */
   nabla_fast_output grad;              /* [rows, vocab] dz in the dtype of the logits; where hidden
                                           states are given, dz head [rows, width] float32 */
+  /* Null, or y = z + g where hidden states are given, which the forward writes and the backward of the
+   * same call reads instead of multiplying anew: of every 64 rows [vocab, their number rounded up to
+   * 16] floats. CUDA functions leave it alone. */
+  float* perturbed;
 } nabla_fast_mix_args;
 
 /* Tables and head are read once for 64 rows; of the logits of a head 64 x 64 exist at a time. */

@@ -54,7 +54,8 @@ std::vector<Field<nabla_fast_mix_args>> mix_fields() {
   return {CALL_FIELDS,           FIELD(rows),       FIELD(vocab),      FIELD(logits),
           FIELD(hidden),         FIELD(head),       FIELD(tau),        FIELD(noise_seed),
           FIELD(noise_position), ARRAY(tables),     FIELD(row_status), FIELD(hard),
-          ARRAY(mixes),          ARRAY(cotangents), FIELD(direct),     FIELD(grad)};
+          ARRAY(mixes),          ARRAY(cotangents), FIELD(direct),     FIELD(grad),
+          FIELD(perturbed)};
 }
 
 std::vector<Field<nabla_fast_onehot_args>> onehot_fields() {

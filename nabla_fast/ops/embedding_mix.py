@@ -155,13 +155,17 @@ def mix_native(
     tau: float,
     noise: GumbelNoise | None,
     hard: bool,
+    perturbed: Tensor | None = None,
 ) -> list[Tensor]:
-    """The mixes by the C++ kernel: ``rows`` are logits, or with a head [V, H] hidden states."""
+    """The mixes by the C++ kernel: ``rows`` are logits, or with a head [V, H] hidden states.
+
+    ``perturbed``: where hidden states' z + g go, for the backward.
+    """
     n = rows.shape[0]
     mixes = [torch.empty(n, table.shape[1], dtype=torch.float32, device="cpu") for table in tables]
     status = torch.empty(n, dtype=torch.int32, device="cpu")
     fields = _mix_fields(rows, head, tables, tau, noise)
-    extension().embedding_mix(**fields, row_status=status, hard=hard, mixes=mixes)
+    extension().embedding_mix(**fields, row_status=status, hard=hard, mixes=mixes, perturbed=perturbed)
     report(name, status)
     return [mix.to(table.dtype) for mix, table in zip(mixes, tables, strict=True)]
 
@@ -215,15 +219,24 @@ def mix_backward_native(
     tau: float,
     noise: GumbelNoise | None,
     direct: Tensor | None,
+    perturbed: Tensor | None = None,
 ) -> Tensor:
-    """∂ℒ/∂rows by the C++ kernel, of logits in their dtype, of hidden states in float32."""
+    """∂ℒ/∂rows by the C++ kernel, of logits in their dtype, of hidden states in float32.
+
+    ``perturbed``: hidden states' z + g as the forward left them.
+    """
     cotangents = [native_backend.as_native(cotangent) for cotangent in cotangents]
     direct = None if direct is None else native_backend.as_native(direct)
     grad = native_backend.empty_matrix(*rows.shape, rows.dtype if head is None else torch.float32)
     status = torch.empty(rows.shape[0], dtype=torch.int32, device="cpu")
     fields = _mix_fields(rows, head, tables, tau, noise)
     extension().embedding_mix_backward(
-        **fields, row_status=status, cotangents=cotangents, direct=direct, grad=grad
+        **fields,
+        row_status=status,
+        cotangents=cotangents,
+        direct=direct,
+        grad=grad,
+        perturbed=perturbed,
     )
     return grad
 

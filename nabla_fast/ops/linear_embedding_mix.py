@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nabla_fast.ops.checks import expect, expect_mix
@@ -21,7 +22,12 @@ from nabla_fast.ops.gumbel_noise import GumbelNoise, contiguous
 from nabla_fast.ops.limits import cuda_backend, native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import floats, op
+from nabla_fast.ops.registry.gradients import is_recorded, keep, kept
 from nabla_fast.ops.rows import report, row_status
+
+# Bytes of z + g that the C++ kernel keeps from a forward to its backward, at most: of 64 rows, V up to
+# 262,144. A product of hidden states and head is a third of what the backward multiplies.
+_MOST_KEPT_BYTES = 64 << 20
 
 _HIDDEN_RULES = {"hidden": floats("N", "H"), "head": floats("V", "H")}
 
@@ -39,7 +45,9 @@ def linear_embedding_mix(
 ) -> list[Tensor]:
     """:func:`~nabla_fast.ops.embedding_mix` of z = hidden·headᵀ, differentiable once, in ``hidden``.
 
-    ∂ℒ/∂h = Wᵀ ∂ℒ/∂z, with W the lm_head.
+    ∂ℒ/∂h = Wᵀ ∂ℒ/∂z, with W the lm_head. The C++ kernel keeps z + g in float32 from a forward with a
+    gradient to its backward where they take at most 64 MiB, as of 64 rows of 151,936 logits; larger ones,
+    and those of other backends, are computed again.
 
     Args:
         hidden: h [N, H], floating point.
@@ -149,7 +157,12 @@ def linear_embedding_mix_cpu(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> list[Tensor]:
-    return mix_native("linear_embedding_mix", hidden, head, tables, tau, contiguous(noise), hard)
+    perturbed = None
+    elements = len(head) * (-(-len(hidden) // 16) * 16)
+    if is_recorded("linear_embedding_mix") and 4 * elements <= _MOST_KEPT_BYTES:
+        perturbed = torch.empty(elements, dtype=torch.float32, device="cpu")
+        keep(perturbed)
+    return mix_native("linear_embedding_mix", hidden, head, tables, tau, contiguous(noise), hard, perturbed)
 
 
 @linear_embedding_mix_backward.backend(
@@ -168,7 +181,8 @@ def linear_embedding_mix_backward_cpu(
     noise: GumbelNoise | None,
     direct: Tensor | None,
 ) -> Tensor:
-    grad = mix_backward_native(cotangents, hidden, head, tables, tau, contiguous(noise), direct)
+    perturbed = kept("linear_embedding_mix")
+    grad = mix_backward_native(cotangents, hidden, head, tables, tau, contiguous(noise), direct, perturbed)
     return grad.to(hidden.dtype)
 
 

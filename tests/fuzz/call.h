@@ -159,7 +159,7 @@ class Call {
   }
   // A pointer, and fields of the strides of the tensor's axes.
   template <typename T>
-  Array& reads(By by, const T*& field, AnyTensor& tensor, std::vector<int64_t*> strides = {}) {
+  Array& reads(By by, T*& field, AnyTensor& tensor, std::vector<int64_t*> strides = {}) {
     return add(tensor, by, false, &field, std::move(strides));
   }
   template <typename T>

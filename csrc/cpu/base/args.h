@@ -6,6 +6,7 @@
 #define NABLA_FAST_CPU_BASE_ARGS_H_
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -14,10 +15,16 @@
 
 namespace nabla_fast {
 
-// Size of the first version of a struct. Where one has grown, a specialization says the offset of
-// the first field that the first version did not have.
+// Size of the first version of a struct: where one has grown, the offset of the first field that the
+// first version did not have.
 template <typename Args>
 constexpr int64_t kFirstVersionBytes = sizeof(Args);
+template <>
+inline constexpr int64_t kFirstVersionBytes<nabla_fast_mix_args> =
+    offsetof(nabla_fast_mix_args, perturbed);
+template <>
+inline constexpr int64_t kFirstVersionBytes<nabla_fast_attention_args> =
+    offsetof(nabla_fast_attention_args, logsumexp);
 
 // More bytes than a struct of any version has.
 constexpr int64_t kMaxArgsBytes = 4096;

@@ -2,8 +2,8 @@
 // width: for lm_logits, nll_grad and the decoder.
 //
 // An element is summed in 16 lanes over the width, and the lanes in a tree: in one order at every
-// instruction set. products() of vocab_tiles.h has rows or tokens in its lanes and chains of 32
-// columns, which is faster for many rows, and has other bits.
+// instruction set. products() of vocab_tiles.h has many rows in its lanes, which is faster for them, and
+// has other bits.
 #ifndef NABLA_FAST_CPU_GEMM_DOT_PRODUCTS_H_
 #define NABLA_FAST_CPU_GEMM_DOT_PRODUCTS_H_
 

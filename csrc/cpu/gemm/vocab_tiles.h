@@ -7,10 +7,9 @@
 // during the arithmetic on one: both products run at the rate of the arithmetic from some 16 rows
 // on, and at that of memory below.
 //
-// An element is one chain of multiply-adds over 32 columns (64 tokens) at a time, and these sums
-// are added in order: it has the same bits whatever rows are beside it, few or many. lm_logits,
-// nll_grad and the decoder promise the bits of another order, that of dot_products.h and
-// add_weighted_rows.h.
+// An element is a sum of chains of multiply-adds, added in order: over every eighth of 256 columns, or
+// 64 tokens. It has the same bits whatever rows are beside it, few or many. lm_logits, nll_grad and
+// the decoder promise the bits of another order, that of dot_products.h and add_weighted_rows.h.
 #ifndef NABLA_FAST_CPU_GEMM_VOCAB_TILES_H_
 #define NABLA_FAST_CPU_GEMM_VOCAB_TILES_H_
 
@@ -68,9 +67,9 @@ inline Table table_of(const nabla_fast_matrix& t, int64_t count) {
   return {t.data, t.dtype, t.width, stride_of(t, count)};
 }
 
-// Rows as products() reads them: [width, lanes] of float; where they and the table are bf16 and the
-// CPU has a dot product for it, [(width + 1) / 2, lanes] of pairs of bf16; a few rows in the order
-// of products.cpp; and where the table is bf16 and there is a matrix unit, as amx.h says.
+// Rows as products() reads them: [width, lanes] of float, or [rows, width] of a few rows; where they
+// and the table are bf16 and the CPU has a dot product for it, of pairs of bf16 in place of floats; in
+// the order of products.cpp; and where the table is bf16 and there is a matrix unit, as amx.h says.
 struct PackedRows {
   const void* data;
   int rows;

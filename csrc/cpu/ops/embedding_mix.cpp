@@ -92,7 +92,7 @@ void add_segment(const RowGroup& group, Weights weights, int64_t segment, int64_
   for (int64_t token = begin; token < end; token += gemm::kMostSumTokens) {
     const int tokens = static_cast<int>(std::min<int64_t>(gemm::kMostSumTokens, end - token));
     for (int t = 0; t < tokens; t += gemm::kVocabTileTokens)
-      group.load(token + t, std::min(gemm::kVocabTileTokens, tokens - t), y + t * lanes);
+      group.load_and_keep(token + t, std::min(gemm::kVocabTileTokens, tokens - t), y + t * lanes);
     if (softmax::update_max(y, group.rows, token, tokens, call.tau, part.tops, factor)) {
       float* mixed = part.mixes();
       for (int r = 0; r < group.rows; ++r) part.sums.e[r] *= factor[r];
@@ -206,7 +206,7 @@ void hard_group(const RowGroup& group, int threads, char* memory) {
         float factor[gemm::kRowsPerGroup];
         total[n + 1].clear();
         for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
-          group.load(token, tokens, y);
+          group.load_and_keep(token, tokens, y);
           softmax::update_max(y, group.rows, token, tokens, call.tau, total[n + 1], factor);
         });
       },
@@ -275,6 +275,8 @@ nabla_fast_status nabla_fast_embedding_mix(const nabla_fast_mix_args* args) {
     arrays.writes(array_of_bytes(call.workspace, bytes));
     for (int64_t t = 0; t < call.table_count; ++t)
       arrays.writes(array_of(call.mixes[t], call.rows));
+    if (perturbed_of(call))
+      arrays.writes(array_of_bytes(call.perturbed, perturbed_bytes(call).or_zero()));
     arrays.reads(array_of(call.mixes, call.table_count));
     list_inputs(call, arrays);
   });

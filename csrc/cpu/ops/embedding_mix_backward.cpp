@@ -8,7 +8,8 @@
 // it is computed twice.
 //
 // To hidden states: dz head = sum e (G - c - mean) w / (tau sum e) over rows w of the head. y and G
-// are kept between the passes: a product more would take longer than their memory. Where the sums
+// are kept between the passes: a product more would take longer than their memory. y is the forward's
+// where the caller has kept it. Where the sums
 // overflow all is done again, with kSmallScale.
 
 #include <algorithm>
@@ -213,7 +214,7 @@ void multiply(const RowGroup& group, const Cotangents& cotangents, float scale, 
     for_each_segment_tile(segment, call.vocab, [&](int64_t token, int tokens) {
       float* const y = kept.y + token * lanes;
       float* const grad = kept.grad + token * lanes;
-      group.load(token, tokens, y);
+      group.load_kept(token, tokens, y);
       cotangents.gradient(token, tokens, grad);
       scale_tile(grad, rows, tokens, scale);
       softmax::update_max(y, rows, token, tokens, call.tau, kept.tops[segment], factor);
@@ -378,6 +379,8 @@ nabla_fast_status nabla_fast_embedding_mix_backward(const nabla_fast_mix_args* a
     arrays.writes(array_of(call.row_status, call.rows));
     arrays.writes(array_of_bytes(call.workspace, bytes));
     list_inputs(call, arrays);
+    if (perturbed_of(call))
+      arrays.reads(array_of_bytes(call.perturbed, perturbed_bytes(call).or_zero()));
     arrays.reads(array_of(call.cotangents, call.table_count));
     for (int64_t t = 0; t < call.table_count; ++t)
       arrays.reads(array_of(call.cotangents[t], call.rows));

@@ -30,6 +30,14 @@ void list_inputs(const nabla_fast_mix_args& call, Arrays& arrays);
 
 inline bool is_linear(const nabla_fast_mix_args& call) { return call.logits.data == nullptr; }
 
+// `perturbed` where a call has it, and its bytes.
+inline float* perturbed_of(const nabla_fast_mix_args& call) {
+  return is_linear(call) ? call.perturbed : nullptr;
+}
+inline Size perturbed_bytes(const nabla_fast_mix_args& call) {
+  return Size(call.vocab) * 4 * Size(call.rows).rounded_up(16);
+}
+
 inline softmax::NoiseKeys keys_from(const nabla_fast_mix_args& call, int64_t row) {
   if (!call.noise_seed) return {nullptr, nullptr};
   return {call.noise_seed + row, call.noise_position + row};
@@ -64,13 +72,15 @@ struct RowGroup {
   int64_t first;
   int rows;
   gemm::PackedRows hidden;  // where the logits are products
+  float* kept;              // y of the group, [vocab, lanes], or null
 
   // `memory`: hidden_bytes(call) of it, aligned.
   RowGroup(const nabla_fast_mix_args& call, int64_t first, char* memory)
       : call(call),
         first(first),
         rows(static_cast<int>(std::min<int64_t>(gemm::kRowsPerGroup, call.rows - first))),
-        hidden{} {
+        hidden{},
+        kept(perturbed_of(call) ? perturbed_of(call) + first * call.vocab : nullptr) {
     if (is_linear(call))
       hidden = gemm::pack_rows(gemm::table_of(call.hidden, call.rows).from(first), rows,
                                call.head.dtype, memory);
@@ -93,6 +103,18 @@ struct RowGroup {
                          y);
     const softmax::NoiseKeys keys = keys_from(call, first);
     if (keys.seed) softmax::add_noise(keys, rows, token, tokens, y);
+  }
+  void load_and_keep(int64_t token, int tokens, float* y) const {
+    load(token, tokens, y);
+    const int lanes = gemm::lanes_of(rows);
+    if (kept) std::copy_n(y, tokens * lanes, kept + token * lanes);
+  }
+  void load_kept(int64_t token, int tokens, float* y) const {
+    const int lanes = gemm::lanes_of(rows);
+    if (kept)
+      std::copy_n(kept + token * lanes, tokens * lanes, y);
+    else
+      load(token, tokens, y);
   }
 };
 

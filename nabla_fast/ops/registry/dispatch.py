@@ -177,7 +177,8 @@ class Op:
                 return tuple(gradients)
 
             self._library_op.register_autograd(backward, setup_context=setup_context)
-            self._gradient = Gradient(tuple(p.name for p in self.parameters), wrt, constants, function)
+            names = tuple(p.name for p in self.parameters)
+            self._gradient = Gradient(self.name, names, wrt, constants, function)
             return function
 
         return register

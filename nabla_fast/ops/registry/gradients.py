@@ -6,7 +6,9 @@ function. Where torch traces or transforms a call, the custom op stands for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ class Gradient:
     """The backward of an op.
 
     Attributes:
+        op: name of the op.
         names: of the op's parameters, in order.
         wrt: of those that have a gradient, each a tensor.
         constant: places, among the tensors of the result, of those that have none.
@@ -28,6 +31,7 @@ class Gradient:
             of several ``wrt``.
     """
 
+    op: str
     names: tuple[str, ...]
     wrt: tuple[str, ...]
     constant: tuple[int, ...]
@@ -46,6 +50,41 @@ def mark_constant(ctx: Any, places: Sequence[int], result: Any) -> None:
         ctx.mark_non_differentiable(*(result[place] for place in places))
 
 
+class _Recording(threading.local):
+    """The call that this thread is recording, or taking the gradient of."""
+
+    op: str | None = None
+    kept: Tensor | None = None
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def _recording_of(op: str, kept: Tensor | None = None) -> Iterator[None]:
+    before = _recording.op, _recording.kept
+    _recording.op, _recording.kept = op, kept
+    try:
+        yield
+    finally:
+        _recording.op, _recording.kept = before
+
+
+def is_recorded(op: str) -> bool:
+    """Whether the call of ``op`` at work has its backward recorded, so that :func:`keep` is of use."""
+    return _recording.op == op
+
+
+def keep(tensor: Tensor) -> None:
+    """Keep a tensor for the backward of the call at work, which finds it by :func:`kept`."""
+    _recording.kept = tensor
+
+
+def kept(op: str) -> Tensor | None:
+    """What the forward of ``op`` has kept for the backward at work."""
+    return _recording.kept if _recording.op == op else None
+
+
 class _Recorded(torch.autograd.Function):
     """An op whose gradient is a function of its arguments."""
 
@@ -53,20 +92,26 @@ class _Recorded(torch.autograd.Function):
     def forward(
         ctx: Any, gradient: Gradient, compute: Callable[[list[Any]], Any], others: list, *tensors: Tensor
     ) -> Any:
-        result = compute(with_tensors(others, iter(tensors)))
+        with _recording_of(gradient.op):
+            result = compute(with_tensors(others, iter(tensors)))
+            ctx.keeps = _recording.kept is not None
+            kept = [_recording.kept] if ctx.keeps else []
         ctx.gradient, ctx.inputs = gradient, others
         ctx.output = without_tensors(result)
-        ctx.save_for_backward(*tensors, *tensors_in(result))
+        ctx.save_for_backward(*kept, *tensors, *tensors_in(result))
         mark_constant(ctx, gradient.constant, result)
         return result if isinstance(result, Tensor) else tuple(result)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        values, output = with_tensors([ctx.inputs, ctx.output], iter(ctx.saved_tensors))
+        saved = iter(ctx.saved_tensors)
+        kept = next(saved) if ctx.keeps else None
+        values, output = with_tensors([ctx.inputs, ctx.output], saved)
         gradient: Gradient = ctx.gradient
-        results = gradient.function(
-            dict(zip(gradient.names, values, strict=True)), output, list(cotangents)
-        )
+        with _recording_of(gradient.op, kept):
+            results = gradient.function(
+                dict(zip(gradient.names, values, strict=True)), output, list(cotangents)
+            )
         by_name = dict(zip(gradient.wrt, results if len(gradient.wrt) > 1 else (results,), strict=True))
         flat: list[Tensor | None] = []
         for name, value in zip(gradient.names, values, strict=True):
