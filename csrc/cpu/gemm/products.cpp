@@ -193,7 +193,7 @@ NABLA_FAST_INLINE void many_rows(const PackedRows& rows, const Table& table, int
   const int in_l2 = static_cast<int>(std::clamp<int64_t>(
       kBytesInL2 / (table.width * table.bytes() + 1) / 16 * 16, 16, kVocabTileTokens));
   // Rows that lie 4 KiB apart would drive each other out of the first-level cache.
-  const bool copies = !std::is_same_v<T, float> || row_bytes % 4096 == 0;
+  const bool copies = words > 0 && (!std::is_same_v<T, float> || row_bytes % 4096 == 0);
   alignas(64) float tile[kTileTokens<W> * kBlockWords];
   for (int first = 0; first < tokens; first += in_l2) {
     const int end = std::min(first + in_l2, tokens);
