@@ -15,7 +15,9 @@ import pytest
 SOURCE = Path(__file__).with_name("faults.cu").read_text().splitlines()
 SEEDS = range(1, 9)
 RACE = r".* race: (reads|writes) byte \d+ of (row|data), which block \d+, thread \d+ has (read|written)"
-NOT_WAITED = r".* race: reads byte \d+ of row, which a copy brings at .* that this thread has not waited for"
+NOT_WAITED = (
+    r".* race: reads byte \d+ of row, which a copy brings at .* that this thread has not waited for"
+)
 
 # What is reported of each kernel, whose names are faults.cu's.
 FAULTS = {

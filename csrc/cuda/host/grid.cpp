@@ -477,6 +477,11 @@ namespace {
 constexpr size_t kCopyUnit = 16;
 constexpr size_t kBarrierBytes = 8;
 
+// Where no array of the caller's is known, sanitizers watch in place of the host.
+void watch(const void* address, size_t bytes, bool writes, bool aligned, Place place) {
+  if (!global.empty()) access(address, bytes, writes, aligned, place);
+}
+
 // What a copy of this thread writes is there for those who wait for so many arrivals.
 uint32_t arrival(unsigned source, unsigned arrivals) {
   Instant instant = instants[grid->instant()];
@@ -487,8 +492,8 @@ uint32_t arrival(unsigned source, unsigned arrivals) {
 
 // Writes what comes at an instant, as its thread may when it begins the copy.
 void bring(void* to, const void* from, size_t bytes, uint32_t instant, Place place) {
-  access(from, bytes, false, false, place);
-  access(to, bytes, true, false, place);
+  watch(from, bytes, false, false, place);
+  watch(to, bytes, true, false, place);
   if (!running->block->shared->owns(static_cast<char*>(to)))
     grid->stop("a copy to what is not this block's shared memory", place);
   Region& region = *running->block->shared->before(static_cast<char*>(to));
@@ -502,7 +507,7 @@ void bring(void* to, const void* from, size_t bytes, uint32_t instant, Place pla
 void init_copies(void* barrier) {
   const Place place = __builtin_return_address(0);
   check_alignment(barrier, kBarrierBytes, place);
-  access(barrier, kBarrierBytes, true, true, place);
+  watch(barrier, kBarrierBytes, true, true, place);
   running->block->copies.emplace_back(barrier, CopyBarrier{});
 }
 
@@ -510,7 +515,7 @@ void expect_copies(void* address, size_t bytes) {
   const Place place = __builtin_return_address(0);
   unsigned source = 0;
   CopyBarrier& barrier = grid->copies_of(address, place, source);
-  access(address, kBarrierBytes, false, true, place);
+  watch(address, kBarrierBytes, false, true, place);
   if (barrier.expecting) grid->stop("expects copies twice before the first ones have come", place);
   barrier.expecting = true;
   barrier.missing += static_cast<int64_t>(bytes);
@@ -521,7 +526,7 @@ void bulk_copy(void* to, const void* from, size_t bytes, void* address) {
   const Place place = __builtin_return_address(0);
   unsigned source = 0;
   CopyBarrier& barrier = grid->copies_of(address, place, source);
-  access(address, kBarrierBytes, false, true, place);
+  watch(address, kBarrierBytes, false, true, place);
   for (const void* place_in_memory : {static_cast<const void*>(to), from})
     check_alignment(place_in_memory, kCopyUnit, place);
   if (bytes % kCopyUnit != 0) grid->stop("a bulk copy of no multiple of 16 bytes", place);
@@ -534,7 +539,7 @@ void bulk_copy(void* to, const void* from, size_t bytes, void* address) {
 
 void wait_for_copies(void* barrier, unsigned parity) {
   const Place place = __builtin_return_address(0);
-  access(barrier, kBarrierBytes, false, true, place);
+  watch(barrier, kBarrierBytes, false, true, place);
   grid->wait_for_copies(barrier, parity, place);
 }
 
