@@ -24,6 +24,13 @@
   #define NABLA_FAST_UNROLL
 #endif
 
+// Before a loop: kept as it is, where registers have no room for several turns at once.
+#if defined(__CUDACC__)
+  #define NABLA_FAST_KEEP_LOOP _Pragma("unroll 1")
+#else
+  #define NABLA_FAST_KEEP_LOOP
+#endif
+
 // Declares a variable in the block's shared memory, without content. On the host it is a reference:
 // `key` has an address of its own for each declaration.
 #if defined(__CUDACC__)
@@ -46,6 +53,17 @@ constexpr bool kHasClusters = false;
 #else
 constexpr bool kHasClusters = true;
 #endif
+
+// threadIdx.x, read again wherever it stands: what is computed from it is not kept in registers meanwhile.
+NABLA_FAST_DEVICE int thread_anew() {
+#if defined(__CUDACC__)
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
 
 // -- barriers -------------------------------------------------------------------------------------
 
@@ -461,12 +479,12 @@ NABLA_FAST_DEVICE void store_four(T* to, const Four<T>& four) {
 #endif
 }
 
-// As many elements as 16 bytes hold.
+// As many elements as 16 bytes hold, side by side in words, the first in the lower half of one.
 template <typename T>
 constexpr int kWide = 16 / sizeof(T);
 template <typename T>
 struct alignas(16) Wide {
-  T of[kWide<T>];
+  uint32_t words[4];
 };
 
 // `from` is a multiple of 16.
@@ -480,6 +498,32 @@ NABLA_FAST_DEVICE Wide<T> load_wide(const T* from) {
   std::memcpy(&wide, from, sizeof wide);
   return wide;
 #endif
+}
+
+NABLA_FAST_DEVICE void to_floats(const Wide<float>& wide, float (&floats)[kWide<float>]) {
+  NABLA_FAST_UNROLL
+  for (int n = 0; n < 4; ++n) floats[n] = float_of(wide.words[n]);
+}
+NABLA_FAST_DEVICE void to_floats(const Wide<bfloat16>& wide, float (&floats)[kWide<bfloat16>]) {
+  NABLA_FAST_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    floats[2 * n] = float_of(wide.words[n] << 16);
+    floats[2 * n + 1] = float_of(wide.words[n] & 0xFFFF0000u);
+  }
+}
+NABLA_FAST_DEVICE void to_floats(const Wide<float16>& wide, float (&floats)[kWide<float16>]) {
+  NABLA_FAST_UNROLL
+  for (int n = 0; n < 4; ++n) {
+#if defined(__CUDACC__)
+    asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\t"
+        "cvt.f32.f16 %1, high;\n\t}"
+        : "=f"(floats[2 * n]), "=f"(floats[2 * n + 1])
+        : "r"(wide.words[n]));
+#else
+    floats[2 * n] = to_float(float16{static_cast<uint16_t>(wide.words[n])});
+    floats[2 * n + 1] = to_float(float16{static_cast<uint16_t>(wide.words[n] >> 16)});
+#endif
+  }
 }
 
 }  // namespace nabla_fast::cuda
