@@ -70,7 +70,7 @@ sanitize:
 	$(MAKE) -f tests/fuzz/sanitize.mk -j$(shell nproc) build
 	$(MAKE) -f tests/fuzz/sanitize.mk
 
-# The library of the CUDA kernels, for programs; nvcc 13 takes two minutes on two cores, a GPU is not needed.
+# The library of the CUDA kernels, for programs; nvcc 13 takes three minutes on two cores, a GPU is not needed.
 cuda:
 	$(MAKE) -f csrc/cuda/library.mk -j$(shell nproc)
 

@@ -24,6 +24,13 @@
   #define NABLA_FAST_UNROLL
 #endif
 
+// Before a loop: kept as it is, where registers have no room for several turns at once.
+#if defined(__CUDACC__)
+  #define NABLA_FAST_KEEP_LOOP _Pragma("unroll 1")
+#else
+  #define NABLA_FAST_KEEP_LOOP
+#endif
+
 // Declares a variable in the block's shared memory, without content. On the host it is a reference:
 // `key` has an address of its own for each declaration.
 #if defined(__CUDACC__)
@@ -46,6 +53,17 @@ constexpr bool kHasClusters = false;
 #else
 constexpr bool kHasClusters = true;
 #endif
+
+// threadIdx.x, read again wherever it stands: what is computed from it is not kept in registers meanwhile.
+NABLA_FAST_DEVICE int thread_anew() {
+#if defined(__CUDACC__)
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
 
 // -- barriers -------------------------------------------------------------------------------------
 
@@ -106,6 +124,104 @@ NABLA_FAST_DEVICE T* shared_of(T* variable, unsigned rank) {
   return reinterpret_cast<T*>(there);
 #else
   return variable;
+#endif
+}
+
+// -- copies into shared memory --------------------------------------------------------------------
+
+// Counts bytes that bulk copies bring, of one thread that expects them. It passes when all have come,
+// again and again. sm_90 and later.
+struct alignas(8) CopyBarrier {
+  uint64_t word;
+};
+
+#if defined(__CUDACC__)
+NABLA_FAST_DEVICE uint32_t shared_address(const void* variable) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(variable));
+}
+#endif
+
+// By one thread; the others of its block may use the barrier after one of the block.
+NABLA_FAST_DEVICE void init_copies(CopyBarrier* barrier) {
+#if !defined(__CUDACC__)
+  host::init_copies(barrier);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.proxy.async.shared::cta;" ::"r"(
+                   shared_address(barrier))
+               : "memory");
+#endif
+}
+
+// The barrier passes when so many bytes have come.
+NABLA_FAST_DEVICE void expect_copies(CopyBarrier* barrier, uint32_t bytes) {
+#if !defined(__CUDACC__)
+  host::expect_copies(barrier, bytes);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+
+// Starts a copy from global to shared memory. Addresses and bytes are multiples of 16.
+NABLA_FAST_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, CopyBarrier* barrier) {
+#if !defined(__CUDACC__)
+  host::bulk_copy(to, from, bytes, barrier);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
+// Waits until the barrier has passed: the first time for parity 0, then in turns. Every thread that reads
+// what has come has to wait itself.
+NABLA_FAST_DEVICE void wait_for_copies(CopyBarrier* barrier, uint32_t parity) {
+#if !defined(__CUDACC__)
+  host::wait_for_copies(barrier, parity);
+#elif __CUDA_ARCH__ >= 900
+  uint32_t passed;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(passed)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!passed);
+#endif
+}
+
+// Starts a copy of 16 bytes from global to shared memory, of a group that its thread waits for. Addresses
+// are multiples of 16.
+NABLA_FAST_DEVICE void copy_16(void* to, const void* from) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+#else
+  host::copy_16(to, from);
+#endif
+}
+
+NABLA_FAST_DEVICE void end_copy_group() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  host::end_copy_group();
+#endif
+}
+
+// Waits until at most so many groups of this thread are under way.
+template <int kLeft>
+NABLA_FAST_DEVICE void wait_for_copy_groups() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#else
+  host::wait_for_copy_groups(kLeft);
 #endif
 }
 
@@ -361,6 +477,53 @@ NABLA_FAST_DEVICE void store_four(T* to, const Four<T>& four) {
   host::expect_aligned(to, sizeof(Four<T>));
   std::memcpy(to, &four, sizeof four);
 #endif
+}
+
+// As many elements as 16 bytes hold, side by side in words, the first in the lower half of one.
+template <typename T>
+constexpr int kWide = 16 / sizeof(T);
+template <typename T>
+struct alignas(16) Wide {
+  uint32_t words[4];
+};
+
+// `from` is a multiple of 16.
+template <typename T>
+NABLA_FAST_DEVICE Wide<T> load_wide(const T* from) {
+#if defined(__CUDACC__)
+  return *reinterpret_cast<const Wide<T>*>(from);
+#else
+  host::expect_aligned(from, sizeof(Wide<T>));
+  Wide<T> wide;
+  std::memcpy(&wide, from, sizeof wide);
+  return wide;
+#endif
+}
+
+NABLA_FAST_DEVICE void to_floats(const Wide<float>& wide, float (&floats)[kWide<float>]) {
+  NABLA_FAST_UNROLL
+  for (int n = 0; n < 4; ++n) floats[n] = float_of(wide.words[n]);
+}
+NABLA_FAST_DEVICE void to_floats(const Wide<bfloat16>& wide, float (&floats)[kWide<bfloat16>]) {
+  NABLA_FAST_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    floats[2 * n] = float_of(wide.words[n] << 16);
+    floats[2 * n + 1] = float_of(wide.words[n] & 0xFFFF0000u);
+  }
+}
+NABLA_FAST_DEVICE void to_floats(const Wide<float16>& wide, float (&floats)[kWide<float16>]) {
+  NABLA_FAST_UNROLL
+  for (int n = 0; n < 4; ++n) {
+#if defined(__CUDACC__)
+    asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\t"
+        "cvt.f32.f16 %1, high;\n\t}"
+        : "=f"(floats[2 * n]), "=f"(floats[2 * n + 1])
+        : "r"(wide.words[n]));
+#else
+    floats[2 * n] = to_float(float16{static_cast<uint16_t>(wide.words[n])});
+    floats[2 * n + 1] = to_float(float16{static_cast<uint16_t>(wide.words[n] >> 16)});
+#endif
+  }
 }
 
 }  // namespace nabla_fast::cuda

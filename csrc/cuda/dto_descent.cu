@@ -18,13 +18,13 @@
 #include "adam.h"
 #include "call.h"
 #include "descent_row.h"
+#include "descent_rows.h"
 #include "descent_team.h"
 #include "device_limits.h"
 #include "exponential.h"
 #include "joins.h"
 #include "launch.h"
 #include "nabla_fast_cuda.h"
-#include "ops/dto_descent_call.h"
 #include "slices.h"
 
 namespace nabla_fast::cuda {
@@ -41,24 +41,14 @@ constexpr int64_t kSpilledBytes = int64_t{64} << 20;
 
 // Arguments of all rows.
 struct Descent {
+  DescentRows rows;
   Rows<float> z, exp_avg, exp_avg_sq;
   Rows<const float> grad;
-  int64_t* step;
-  const double* schedule;
-  int64_t iters, schedule_stride;
-  const int64_t *until, *group;
   Noise noise;
-  int64_t* token;
-  uint8_t* flipped;
-  nabla_fast_status* status;
-  int64_t rows;
   int vocab;
   Temperature tau;
   float tau_value;
-  int64_t* flip_after;  // [rows] steps after which a row's token moves; null without groups
 };
-
-constexpr int64_t kNever = INT64_MAX;
 
 // How blocks share the rows of a launch.
 struct Sharing {
@@ -74,40 +64,7 @@ struct Rates {
   AdamRate of[kRates];
 };
 
-struct Outcome {
-  int64_t taken;  // steps
-  int token;
-  bool flipped;
-  bool spoiled;  // the row became NaN
-};
-
 // -- kernel ---------------------------------------------------------------------------------------
-
-struct Least {
-  NABLA_FAST_DEVICE int64_t operator()(int64_t a, int64_t b) const { return a < b ? a : b; }
-};
-
-struct LeastOfWarps {
-  int64_t of[kDescentWarps];
-};
-
-// After how many steps the first row of a row's group moves its token.
-NABLA_FAST_DEVICE int64_t steps_of_group(const Descent& call, int64_t row) {
-  NABLA_FAST_SHARED(LeastOfWarps, warps);
-  int64_t least = kNever;
-  for (int64_t other = threadIdx.x; other < call.rows; other += kDescentThreads)
-    if (call.group[other] == call.group[row]) least = Least{}(least, call.flip_after[other]);
-  least = join_warp(least, Least{});
-  if (lane() == 0) warps.of[warp()] = least;
-  sync_block();
-  return join_warp(lane() < kDescentWarps ? warps.of[lane()] : kNever, Least{});
-}
-
-NABLA_FAST_DEVICE nabla_fast_status status_of(float top) {
-  if (top != top) return NABLA_FAST_ROW_NAN;
-  if (top == kInfinity) return NABLA_FAST_ROW_INFINITE;
-  return top == -kInfinity ? NABLA_FAST_ROW_ALL_MASKED : NABLA_FAST_OK;
-}
 
 // T / S times the weight of a step.
 NABLA_FAST_DEVICE float mean_of(const RowPart& part, const Temperature& tau) {
@@ -118,7 +75,7 @@ NABLA_FAST_DEVICE int within(int64_t token, int vocab) {
   return token < vocab ? static_cast<int>(token) : vocab;
 }
 
-// The row of a launch. `count`: nothing is written but call.flip_after.
+// The row of a launch. `count`: nothing is written but flip_after of the rows.
 template <bool kGrid, bool kNoise>
 __global__ void __launch_bounds__(kDescentThreads, 1)
     descent_kernel(Descent call, Sharing sharing, int64_t first_row, RowPart* parts_of_grid,
@@ -139,11 +96,9 @@ __global__ void __launch_bounds__(kDescentThreads, 1)
   const float* const grad = call.grad.row(row);
   tokens.load(call.z.row(row), call.exp_avg.row(row), call.exp_avg_sq.row(row), grad,
               kNoise ? call.noise.seed[row] : 0, kNoise ? call.noise.position[row] : 0);
-  const int64_t before = call.step[row];
-  int64_t most = call.until && call.until[row] < call.iters ? call.until[row] : call.iters;
-  most = before >= 0 && most > before ? most - before : 0;
-  if (call.flip_after && !count) most = Least{}(most, steps_of_group(call, row));
-  const double* const schedule = call.schedule + row * call.schedule_stride + before;
+  const int64_t before = call.rows.step[row];
+  const int64_t most = steps_left(call.rows, row, before, count);
+  const double* const schedule = call.rows.schedule + row * call.rows.schedule_stride + before;
 
   const auto first_with = [&](float top) { return tokens.first_with(top); };
   RowPart part = team.join(tokens.find_top(), first_with);
@@ -197,24 +152,12 @@ __global__ void __launch_bounds__(kDescentThreads, 1)
     }
     if (finished && !kGrid) break;
   }
-  if (count) {
-    if (team.rank() == 0 && threadIdx.x == 0)
-      call.flip_after[row] = outcome.flipped ? outcome.taken : kNever;
-    return;
-  }
-  if (outcome.taken > 0)
+  if (!count && outcome.taken > 0)
     tokens.store(call.z.row(row), call.exp_avg.row(row), call.exp_avg_sq.row(row), outcome.spoiled);
-  if (team.rank() != 0 || threadIdx.x != 0) return;
-  call.step[row] = before + outcome.taken;
-  call.token[row] = status == NABLA_FAST_OK ? outcome.token : -1;
-  call.flipped[row] = outcome.flipped;
-  call.status[row] = status;
+  if (team.rank() == 0 && threadIdx.x == 0) tell(call.rows, row, before, outcome, status, count);
 }
 
 // -- launches -------------------------------------------------------------------------------------
-
-int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-int64_t blocks_for(int64_t vocab, int64_t tokens) { return (vocab + tokens - 1) / tokens; }
 
 // Bytes of the kernel's variables beside its tiles, and some that the system takes.
 constexpr int64_t kStaticBytes =
@@ -297,35 +240,20 @@ Size lay_out(const nabla_fast_descent_args& call, const Sharing& sharing, char* 
   return layout.bytes() + kAlignment;
 }
 
-nabla_fast_status check(const nabla_fast_descent_args& call) {
-  if (const auto refused = descent::check_inputs(call)) return refused;
-  return call.vocab > kMostTokens ? NABLA_FAST_TOO_LARGE : NABLA_FAST_OK;
-}
-
 bool run(const nabla_fast_descent_args& call, const Sharing& sharing, const Scratch& scratch,
          nabla_fast_cuda_stream stream) {
   const auto rows_of = [&](const nabla_fast_output& matrix) {
     return rows_from<float>(matrix, call.rows, 0);
   };
-  const Descent descent = {rows_of(call.parameter),
+  const Descent descent = {descent_rows(call, scratch.flip_after),
+                           rows_of(call.parameter),
                            rows_of(call.exp_avg),
                            rows_of(call.exp_avg_sq),
                            rows_from<float>(call.grad, call.rows, 0),
-                           call.step,
-                           call.schedule,
-                           call.iters,
-                           step_of(call.rows, call.schedule_stride),
-                           call.until,
-                           call.group,
                            {call.noise_seed, call.noise_position},
-                           call.token,
-                           call.flipped,
-                           call.row_status,
-                           call.rows,
                            static_cast<int>(call.vocab),
                            Temperature(call.tau),
-                           static_cast<float>(call.tau),
-                           scratch.flip_after};
+                           static_cast<float>(call.tau)};
   const auto take = [&](bool count) {
     return for_each_part(call.rows, sharing.rows, [&](int64_t first, int64_t rows) {
       return with_flag(sharing.grid, [&](auto grid) {
@@ -348,7 +276,7 @@ using namespace nabla_fast;
 using namespace nabla_fast::cuda;
 
 int64_t nabla_fast_cuda_dto_descent_workspace(const nabla_fast_descent_args* args) {
-  return workspace_bytes(args, check, [](const nabla_fast_descent_args& call) -> Size {
+  return workspace_bytes(args, check_descent, [](const nabla_fast_descent_args& call) -> Size {
     Sharing sharing;
     Scratch none;
     if (call.rows == 0 || !plan(call, sharing)) return 0;
@@ -360,7 +288,7 @@ nabla_fast_status nabla_fast_cuda_dto_descent(const nabla_fast_descent_args* arg
                                               nabla_fast_cuda_stream stream) {
   nabla_fast_descent_args call;
   if (const auto refused = read_args(args, call)) return refused;
-  if (const auto refused = check(call)) return refused;
+  if (const auto refused = check_descent(call)) return refused;
   if (call.rows == 0) return NABLA_FAST_OK;
   Sharing sharing;
   if (!plan(call, sharing)) return answer(false);

@@ -10,7 +10,7 @@ BUILD ?= build/cuda-library
 LIBRARY ?= nabla_fast/libnabla_fast_cuda.so
 
 SOURCES := $(sort $(wildcard csrc/cuda/*.cu)) csrc/cpu/base/overlap.cpp csrc/cpu/base/status.cpp
-FLAGS := -std=c++17 -O3 $(foreach t,$(TARGETS),-gencode arch=compute_$(t),code=sm_$(t))
+FLAGS := -std=c++17 -O3 -compress-mode=size $(foreach t,$(TARGETS),-gencode arch=compute_$(t),code=sm_$(t))
 FLAGS += -gencode arch=compute_$(PTX),code=compute_$(PTX)
 FLAGS += -Icsrc/cuda -Icsrc/cpu -Icsrc/include -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra
 

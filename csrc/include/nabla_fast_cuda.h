@@ -68,6 +68,15 @@ NABLA_FAST_API nabla_fast_status nabla_fast_cuda_dto_descent(const nabla_fast_de
                                                              nabla_fast_cuda_stream stream);
 NABLA_FAST_API int64_t nabla_fast_cuda_dto_descent_workspace(const nabla_fast_descent_args* args);
 
+/* The same on hidden states of at most 8192 columns, under a head of any dtype, which is read once a step
+ * for four rows, or beyond 4096 columns for one. It comes while the device computes where its rows begin at
+ * multiples of 16 bytes and have a multiple of 16 of them; else the device waits for it. Where a group may
+ * have rows of two such times, all steps are taken twice. */
+NABLA_FAST_API nabla_fast_status nabla_fast_cuda_dto_descent_latents(
+    const nabla_fast_descent_args* args, nabla_fast_cuda_stream stream);
+NABLA_FAST_API int64_t
+nabla_fast_cuda_dto_descent_latents_workspace(const nabla_fast_descent_args* args);
+
 #ifdef __cplusplus
 }
 #endif

@@ -21,6 +21,7 @@ HOST_VARIABLE = "NABLA_FAST_CUDA_HOST"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_TOKENS = 1 << 30  # of a vocabulary
+MOST_COLUMNS = 1 << 13  # of hidden states that descend
 _OLDEST = (8, 0)  # compute capability that the library has machine code for
 _HOST_TARGET = 90
 

@@ -86,7 +86,9 @@ def _mix_args(
 
 
 def descend_by_cuda(
-    z: Tensor,
+    name: str,
+    parameter: Tensor,
+    head: Tensor | None,
     grad: Tensor,
     state: AdamState,
     schedule: Tensor,
@@ -96,26 +98,30 @@ def descend_by_cuda(
     tau: float,
     noise: GumbelNoise | None,
 ) -> Descent:
-    """``dto_descent`` in place; a bad row stays as it is."""
-    rows, vocabulary = z.shape
+    """The descent ``name`` in place, of logits, or of hidden states under a head; a bad row stays."""
+    rows, vocabulary = grad.shape
     token, flipped, status = (
-        z.new_empty(rows, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.int32)
+        parameter.new_empty(rows, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.int32)
     )
     seed, position = noise or (None, None)
-    written = {"z": z, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq, "step": state.step}
+    written = {"parameter": parameter, "step": state.step}
+    written |= {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
     written |= {"token": token, "flipped": flipped, "row_status": status}
     read = {"grad": cuda.with_unit_stride(grad.float()), "schedule": schedule.contiguous()}
-    read |= {"until": until, "group": group, "noise_seed": seed, "noise_position": position}
+    read |= {"head": head, "until": until, "group": group}
+    read |= {"noise_seed": seed, "noise_position": position}
     read = {
-        name: None if tensor is None else cuda.with_unit_stride(tensor) for name, tensor in read.items()
+        field: None if tensor is None else cuda.with_unit_stride(tensor) for field, tensor in read.items()
     }
     args = cuda.DescentArgs(rows=rows, vocab=vocabulary, tau=tau, iters=schedule.shape[-1])
-    args.parameter, args.grad = cuda.matrix(z), cuda.matrix(read["grad"])
+    args.parameter, args.grad = cuda.matrix(parameter), cuda.matrix(read["grad"])
+    if head is not None:
+        args.head = cuda.matrix(read["head"])
     args.exp_avg, args.exp_avg_sq = cuda.matrix(state.exp_avg), cuda.matrix(state.exp_avg_sq)
     args.schedule_stride = read["schedule"].stride(0) if schedule.ndim == 2 else 0
-    for name in ("step", "token", "flipped", "row_status"):
-        setattr(args, name, written[name].data_ptr())
-    for name in ("schedule", "until", "group", "noise_seed", "noise_position"):
-        setattr(args, name, cuda.address(read[name]))
-    cuda.call("dto_descent", args, {**read, **written}, z.device)
-    return reported("dto_descent", token, flipped, status)
+    for field in ("step", "token", "flipped", "row_status"):
+        setattr(args, field, written[field].data_ptr())
+    for field in ("schedule", "until", "group", "noise_seed", "noise_position"):
+        setattr(args, field, cuda.address(read[field]))
+    cuda.call(name, args, {**read, **written}, parameter.device)
+    return reported(name, token, flipped, status)

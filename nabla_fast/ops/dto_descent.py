@@ -133,9 +133,9 @@ def dto_descent_triton(
 
 @dto_descent.backend(
     "cuda",
-    refuses=lambda z, grad, state, *_, **__: cuda_backend.descent_refusal(z, grad, state),
+    refuses=lambda z, grad, state, *_, **__: cuda_backend.descent_refusal("z", z, grad, state),
 )
 def dto_descent_cuda(
     z: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any
 ) -> Descent:
-    return descend_by_cuda(z, grad, state, schedule, **options)
+    return descend_by_cuda("dto_descent", z, None, grad, state, schedule, **options)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nabla_fast.ops.adam import AdamState
 from nabla_fast.ops.checks import expect_vocabulary
+from nabla_fast.ops.cuda_calls import descend_by_cuda
 from nabla_fast.ops.descent_loop import (
     PARAMETER_DTYPES,
     Descent,
@@ -19,7 +20,7 @@ from nabla_fast.ops.descent_loop import (
     reported,
 )
 from nabla_fast.ops.gumbel_noise import GumbelNoise, gumbel_noise
-from nabla_fast.ops.limits import native_backend, triton_backend
+from nabla_fast.ops.limits import cuda_backend, native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits, logits_backward
 from nabla_fast.ops.registry import floats, op, tensors
 from nabla_fast.ops.rows import report, row_status
@@ -130,3 +131,10 @@ def dto_descent_latents_triton(
 
     found = kernels.dto_descent_latents(h, head, grad, *state, schedule, **options)
     return reported("dto_descent_latents", *found)
+
+
+@dto_descent_latents.backend("cuda", refuses=cuda_backend.latents_refusal)
+def dto_descent_latents_cuda(
+    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, schedule: Tensor, **options: Any
+) -> Descent:
+    return descend_by_cuda("dto_descent_latents", h, head, grad, state, schedule, **options)

@@ -1,6 +1,6 @@
 // Calls of the CUDA kernels whose arrays have their own allocations, for sanitizers: small mixes and
 // their backward, with every dtype of logits, tables and results, and rows that lie apart; descents of
-// rows that blocks share in every way.
+// rows that blocks share in every way, and on hidden states under heads of every dtype.
 
 #include <cstdint>
 #include <cstdio>
@@ -102,12 +102,16 @@ void mix(int64_t rows, int64_t vocab, nabla_fast_dtype logits, nabla_fast_dtype 
       nabla_fast_cuda_embedding_mix_backward);
 }
 
-void descend(int64_t rows, int64_t vocab, bool noise, bool groups) {
+// width: of hidden states, 0 for logits.
+void descend(int64_t rows, int64_t vocab, bool noise, bool groups, int64_t width = 0,
+             nabla_fast_dtype dtype = NABLA_FAST_FLOAT32) {
+  const int64_t columns = width > 0 ? width : vocab;
   const int64_t gap = static_cast<int64_t>(numbers() % 3);
   const auto count = static_cast<size_t>(rows);
-  Matrix z(rows, vocab, gap, NABLA_FAST_FLOAT32), m(rows, vocab, gap, NABLA_FAST_FLOAT32);
+  Matrix z(rows, columns, gap, NABLA_FAST_FLOAT32), m(rows, columns, gap, NABLA_FAST_FLOAT32);
   // Of zeros: second moments are not negative.
-  std::vector<float> v(static_cast<size_t>(rows * vocab));
+  std::vector<float> v(static_cast<size_t>(rows * columns));
+  const Matrix head(vocab, width, gap, dtype);
   const Matrix grad(rows, vocab, gap, NABLA_FAST_FLOAT32);
   std::vector<int64_t> key(count, 5), step(count, 1), until(count, 3), group(count), token(count);
   std::vector<uint8_t> flipped(count);
@@ -120,7 +124,8 @@ void descend(int64_t rows, int64_t vocab, bool noise, bool groups) {
   args.vocab = vocab;
   args.parameter = z.written();
   args.exp_avg = m.written();
-  args.exp_avg_sq = {v.data(), vocab, vocab, NABLA_FAST_FLOAT32};
+  args.exp_avg_sq = {v.data(), columns, columns, NABLA_FAST_FLOAT32};
+  if (width > 0) args.head = head.read();
   args.step = step.data();
   args.grad = grad.read();
   args.schedule = schedule.data();
@@ -132,8 +137,12 @@ void descend(int64_t rows, int64_t vocab, bool noise, bool groups) {
   args.token = token.data();
   args.flipped = flipped.data();
   args.row_status = status.data();
-  run("dto_descent", args, nabla_fast_cuda_dto_descent_workspace(&args),
-      nabla_fast_cuda_dto_descent);
+  if (width > 0)
+    run("dto_descent_latents", args, nabla_fast_cuda_dto_descent_latents_workspace(&args),
+        nabla_fast_cuda_dto_descent_latents);
+  else
+    run("dto_descent", args, nabla_fast_cuda_dto_descent_workspace(&args),
+        nabla_fast_cuda_dto_descent);
 }
 
 }  // namespace
@@ -151,6 +160,9 @@ int main() {
   for (const int32_t cluster : {1, 16}) {
     nabla_fast_host_limit(4, 0, cluster);
     for (const int64_t vocab : {1, 3, 4099}) descend(4, vocab, vocab > 1, vocab > 3);
+    for (const auto dtype : dtypes)
+      for (const int64_t rows : {1, 2, 5}) descend(rows, 131, rows > 1, rows > 2, 40, dtype);
+    descend(1, 9, false, false, 4104);
   }
   // A block without room for tiles in shared memory.
   nabla_fast_host_limit(1, 50000, 1);

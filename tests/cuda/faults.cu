@@ -290,6 +290,105 @@ __global__ void peer_of_another_cluster(float* out) {
 
 __global__ void nothing(float*) {}
 
+// -- copies ---------------------------------------------------------------------------------------
+
+struct alignas(16) CopiedRow {
+  float of[kThreads];
+};
+constexpr uint32_t kRowBytes = sizeof(CopiedRow);
+
+// A row comes by a bulk copy, is read, and comes again.
+__global__ void copies_sound(float* out) {
+  NABLA_FAST_SHARED(CopiedRow, row);
+  NABLA_FAST_SHARED(CopyBarrier, copies);
+  if (threadIdx.x == 0) init_copies(&copies);
+  sync_block();
+  for (unsigned n = 0; n < 3; ++n) {
+    if (threadIdx.x == 0) {
+      expect_copies(&copies, kRowBytes);
+      bulk_copy(row.of, out, kRowBytes / 2, &copies);
+      bulk_copy(row.of + kThreads / 2, out + kThreads / 2, kRowBytes / 2, &copies);
+    }
+    wait_for_copies(&copies, n % 2);
+    const float copied = row.of[neighbour()] + 1;
+    sync_block();
+    out[kThreads + threadIdx.x] = copied;
+  }
+}
+__global__ void read_before_its_copy(float* out) {
+  NABLA_FAST_SHARED(CopiedRow, row);
+  NABLA_FAST_SHARED(CopyBarrier, copies);
+  if (threadIdx.x == 0) init_copies(&copies);
+  if (threadIdx.x == 0) expect_copies(&copies, kRowBytes);
+  if (threadIdx.x == 0) bulk_copy(row.of, out, kRowBytes, &copies);  // <=
+  if (threadIdx.x == 0) wait_for_copies(&copies, 0);
+  sync_block();
+  out[kThreads + threadIdx.x] = row.of[neighbour()];  // <-
+}
+__global__ void copy_over_what_is_read(float* out) {
+  NABLA_FAST_SHARED(CopiedRow, row);
+  NABLA_FAST_SHARED(CopyBarrier, copies);
+  if (threadIdx.x == 0) init_copies(&copies);
+  row.of[threadIdx.x] = 0;
+  sync_block();
+  out[kThreads + threadIdx.x] = row.of[neighbour()];  // <=
+  if (threadIdx.x == 0) {
+    expect_copies(&copies, kRowBytes);
+    bulk_copy(row.of, out, kRowBytes, &copies);  // <-
+  }
+  wait_for_copies(&copies, 0);
+}
+__global__ void copies_that_do_not_come(float* out) {
+  NABLA_FAST_SHARED(CopiedRow, row);
+  NABLA_FAST_SHARED(CopyBarrier, copies);
+  if (threadIdx.x == 0) init_copies(&copies);
+  if (threadIdx.x == 0) expect_copies(&copies, kRowBytes);
+  if (threadIdx.x == 0) bulk_copy(row.of, out, kRowBytes / 2, &copies);
+  sync_block();
+  wait_for_copies(&copies, 0);  // <-
+}
+__global__ void copy_that_nobody_waits_for(float* out) {
+  NABLA_FAST_SHARED(CopiedRow, row);
+  NABLA_FAST_SHARED(CopyBarrier, copies);
+  if (threadIdx.x > 0) return;
+  init_copies(&copies);
+  expect_copies(&copies, kRowBytes);
+  bulk_copy(row.of, out, kRowBytes, &copies);
+}
+__global__ void copy_of_an_odd_place(float* out) {
+  NABLA_FAST_SHARED(CopiedRow, row);
+  NABLA_FAST_SHARED(CopyBarrier, copies);
+  if (threadIdx.x > 0) return;
+  init_copies(&copies);
+  bulk_copy(row.of, out + 1, kRowBytes, &copies);  // <-
+}
+__global__ void copy_barrier_that_is_not_made(float*) {
+  NABLA_FAST_SHARED(CopyBarrier, copies);
+  expect_copies(&copies, kRowBytes);  // <-
+}
+
+// A thread's own copies, in two groups.
+__global__ void own_copies_sound(float* out) {
+  NABLA_FAST_SHARED(CopiedRow, row);
+  if (threadIdx.x % 8 != 0) return;
+  for (unsigned n = threadIdx.x; n < threadIdx.x + 8; n += 4) {
+    copy_16(row.of + n, out + n);
+    end_copy_group();
+  }
+  wait_for_copy_groups<1>();
+  out[kThreads + threadIdx.x] = row.of[threadIdx.x];
+  wait_for_copy_groups<0>();
+  out[kThreads + threadIdx.x + 4] = row.of[threadIdx.x + 4];
+}
+__global__ void own_copies_too_early(float* out) {
+  NABLA_FAST_SHARED(CopiedRow, row);
+  if (threadIdx.x % 4 != 0) return;
+  copy_16(row.of + threadIdx.x, out + threadIdx.x);  // <=
+  end_copy_group();
+  wait_for_copy_groups<1>();
+  out[kThreads + threadIdx.x] = row.of[threadIdx.x];  // <-
+}
+
 // -- what the address sanitizer sees --------------------------------------------------------------
 
 __global__ void beyond_a_local_array(float* out) {
@@ -362,6 +461,15 @@ const Fault kFaults[] = {
     {"static_beside_dynamic_sound",
      [] { return run(static_beside_dynamic, with_shared(232448 - 256)); }},
     {"peer_of_another_cluster", [] { return run(peer_of_another_cluster, of_cluster(2)); }},
+    {"copies_sound", [] { return run(copies_sound); }},
+    {"read_before_its_copy", [] { return run(read_before_its_copy); }},
+    {"copy_over_what_is_read", [] { return run(copy_over_what_is_read); }},
+    {"copies_that_do_not_come", [] { return run(copies_that_do_not_come); }},
+    {"copy_that_nobody_waits_for", [] { return run(copy_that_nobody_waits_for); }},
+    {"copy_of_an_odd_place", [] { return run(copy_of_an_odd_place); }},
+    {"copy_barrier_that_is_not_made", [] { return run(copy_barrier_that_is_not_made); }},
+    {"own_copies_sound", [] { return run(own_copies_sound); }},
+    {"own_copies_too_early", [] { return run(own_copies_too_early); }},
     {"too_much_dynamic", [] { return run(nothing, with_shared(101376 + 1)); }},
     {"cluster_of_17",
      [] {

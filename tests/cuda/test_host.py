@@ -15,6 +15,9 @@ import pytest
 SOURCE = Path(__file__).with_name("faults.cu").read_text().splitlines()
 SEEDS = range(1, 9)
 RACE = r".* race: (reads|writes) byte \d+ of (row|data), which block \d+, thread \d+ has (read|written)"
+NOT_WAITED = (
+    r".* race: reads byte \d+ of row, which a copy brings at .* that this thread has not waited for"
+)
 
 # What is reported of each kernel, whose names are faults.cu's.
 FAULTS = {
@@ -47,6 +50,12 @@ FAULTS = {
     "dynamic_beyond_its_end": "writes 4 bytes at byte 252 of dynamic shared memory, which has 252",
     "dynamic_without_any": "dynamic shared memory that the launch has not asked for",
     "static_beside_dynamic": "more shared memory than sm_90 has: 232449 bytes of 232448",
+    "read_before_its_copy": NOT_WAITED,
+    "copy_over_what_is_read": RACE,
+    "copies_that_do_not_come": "waits for copies that do not come",
+    "copy_of_an_odd_place": "an access of 16 bytes at an address that is no multiple of it",
+    "copy_barrier_that_is_not_made": "a barrier of copies that has not been made",
+    "own_copies_too_early": NOT_WAITED,
     "peer_of_another_cluster": "shared memory of a block that its cluster does not have",
 }
 # Launches that are refused before any thread runs, and on which target.
@@ -65,7 +74,9 @@ SOUND = (
     "blocks_write_their_own",
     "peers_of_a_cluster_sound",
     "across_a_grid_sound",
+    "copies_sound",
     "odd_lanes_vote",
+    "own_copies_sound",
     "dynamic_sound",
     "static_beside_dynamic_sound",
     "cluster_of_2",
@@ -109,7 +120,7 @@ def faults(request: pytest.FixtureRequest, built: Callable[[str], Path]) -> Path
 
 def test_every_kernel_is_tested(built: Callable[[str], Path]):
     listed = subprocess.run([built("faults")], capture_output=True, text=True, check=True).stdout.split()
-    assert set(listed) == {*FAULTS, *REFUSED, *SOUND, *SANITIZED}
+    assert set(listed) == {*FAULTS, *REFUSED, *SOUND, *SANITIZED, "copy_that_nobody_waits_for"}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -127,6 +138,11 @@ def test_a_fault_is_found_and_named(name: str, faults: Path):
                 # Either access of a race may come first.
                 assert places(last or before) <= here | other
                 assert places(line) & here
+
+
+def test_a_copy_that_nobody_waits_for_is_found(faults: Path):
+    reports = run(faults, "copy_that_nobody_waits_for").reports
+    assert reports == ["kernel, block 0: ends before a bulk copy that nobody has waited for"]
 
 
 @pytest.mark.parametrize("name", SOUND)

@@ -9,7 +9,14 @@ import torch
 
 from nabla_fast._native import cuda_library
 from nabla_fast.errors import BackendUnavailable
-from nabla_fast.ops import AdamState, cosine_schedule, dto_descent, embedding_mix, use_backend
+from nabla_fast.ops import (
+    AdamState,
+    cosine_schedule,
+    dto_descent,
+    dto_descent_latents,
+    embedding_mix,
+    use_backend,
+)
 from nabla_fast.ops.limits import cuda_backend
 
 
@@ -36,7 +43,10 @@ def test_the_host_of_device_code_runs_where_it_is_asked_for(chosen: list[str]):
         embedding_mix(z.requires_grad_(), [table])[0].sum().backward()
         state = AdamState.zeros(z)
         dto_descent(z.detach(), torch.randn(2, 9), state, cosine_schedule(2, 0.01))
-    assert chosen == ["embedding_mix", "embedding_mix_backward", "dto_descent"]
+        h = torch.randn(2, 4)
+        grad, state = torch.randn(2, 9), AdamState.zeros(h)
+        dto_descent_latents(h, table, grad, state, cosine_schedule(2, 0.01))
+    assert chosen == ["embedding_mix", "embedding_mix_backward", "dto_descent", "dto_descent_latents"]
 
 
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch):

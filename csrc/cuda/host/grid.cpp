@@ -1,10 +1,12 @@
 #include "host/grid.h"
 
 #include <algorithm>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "host/control.h"
@@ -20,9 +22,20 @@ struct Group {
   std::vector<struct Thread*> waiting;
 };
 
+// A barrier of bulk copies.
+struct CopyBarrier {
+  unsigned passed = 0, waited = 0;  // times; the last one that a thread has waited for
+  bool expecting = false;           // whether it has been told of its bytes
+  int64_t missing = 0;              // bytes
+  uint32_t arrival = 0;             // instant of what comes next
+  std::vector<struct Thread*> waiting;
+};
+
 struct Block {
   unsigned index;
   unsigned live;  // threads that have not ended
+  // By their addresses, in order of their making.
+  std::vector<std::pair<const void*, CopyBarrier>> copies;
   Group group;
   std::vector<Group> warps;
   SharedMemory* shared;
@@ -47,6 +60,14 @@ struct Thread {
   bool votes;
   uint32_t instant;
   unsigned passed;  // barriers of all levels, when `instant` was made
+  // Groups of its own copies that have ended, and that it has waited for. What comes is held back.
+  unsigned groups, groups_waited;
+  struct Copy {
+    void* to;
+    char bytes[16];
+    unsigned group;
+  };
+  std::deque<Copy> copies;
 };
 
 struct Target {
@@ -64,6 +85,7 @@ constexpr unsigned kMostTogether = 16384;
 constexpr size_t kNear = 1 << 16;
 
 constexpr const char* kLevelNames[] = {"warp", "block", "cluster", "grid"};
+constexpr const char* kCopies = "copies";
 
 GlobalMemory global;
 Instants instants;
@@ -111,6 +133,10 @@ class Grid {
 
   uint32_t instant();
 
+  CopyBarrier& copies_of(const void* barrier, Place place, unsigned& source);
+  void pass_if_complete(CopyBarrier& barrier);
+  void wait_for_copies(const void* barrier, unsigned parity, Place place);
+
  private:
   void run_together(unsigned first, unsigned count);
   void report_waiting();
@@ -152,7 +178,7 @@ bool is_possible(const Shape& shape) {
 
 bool Grid::run() {
   if (!is_possible(shape_)) return false;
-  instants.begin(shape_.cluster);
+  instants.begin(shape_.cluster, shape_.threads);
   const unsigned together = shape_.cooperative ? shape_.blocks : shape_.cluster;
   everyone_.members = shape_.blocks * shape_.threads;
   // Blocks that do not run together come in any order.
@@ -207,6 +233,13 @@ void Grid::run_together(unsigned first, unsigned count) {
   }
   running = nullptr;
   if (!stopped_) report_waiting();
+  for (const Block& block : blocks)
+    for (const auto& [address, barrier] : block.copies)
+      if (!stopped_ && (barrier.missing != 0 || barrier.waited < barrier.passed)) {
+        report(std::string(shape_.kernel) + ", block " + std::to_string(block.index) +
+               ": ends before a bulk copy that nobody has waited for");
+        break;
+      }
 }
 
 // Nothing can go on: whoever has not ended waits for threads that will not come.
@@ -214,8 +247,11 @@ void Grid::report_waiting() {
   for (const Thread& thread : threads_) {
     if (thread.fiber->ended()) continue;
     stopped_ = true;
-    std::string line = where(thread) + "waits at a barrier of its " + thread.waits +
-                       " that not all threads reach" + at(thread.place);
+    std::string line = where(thread);
+    line += thread.waits == kCopies ? "waits for copies that do not come"
+                                    : std::string("waits at a barrier of its ") + thread.waits +
+                                          " that not all threads reach";
+    line += at(thread.place);
     // An example of those that are missed: one that has ended, or waits elsewhere.
     for (const Thread& other : threads_) {
       const bool mate = other.block == thread.block && &other != &thread;
@@ -293,9 +329,47 @@ uint32_t Grid::instant() {
   return running->instant;
 }
 
+CopyBarrier& Grid::copies_of(const void* barrier, Place place, unsigned& source) {
+  auto& all = running->block->copies;
+  for (size_t n = 0; n < all.size(); ++n) {
+    source = kOwnCopies + 1 + static_cast<unsigned>(n);
+    if (all[n].first == barrier) return all[n].second;
+  }
+  stop("a barrier of copies that has not been made", place);
+}
+
+void Grid::pass_if_complete(CopyBarrier& barrier) {
+  if (!barrier.expecting || barrier.missing != 0) return;
+  ++barrier.passed;
+  barrier.expecting = false;
+  barrier.arrival = 0;
+  for (Thread* thread : barrier.waiting) release(thread);
+  barrier.waiting.clear();
+}
+
+void Grid::wait_for_copies(const void* address, unsigned parity, Place place) {
+  unsigned source = 0;
+  CopyBarrier& barrier = copies_of(address, place, source);
+  if (barrier.passed % 2 == parity) {
+    running->waits = kCopies;
+    running->place = place;
+    barrier.waiting.push_back(running);
+    running->fiber->suspend();
+  }
+  barrier.waited = barrier.passed;
+  instants.wait(running->block->index, running->index, source, barrier.passed);
+}
+
 void Grid::race(const Conflict& conflict, const Region& region, size_t byte, bool writes,
                 Place place) {
   const Instant& other = instants[conflict.with.instant];
+  if (other.source != 0) {
+    say(std::string("race: ") + (writes ? "writes" : "reads") + " byte " + std::to_string(byte) +
+            " of " + region.name + ", which a copy brings at " + line_of(place_of(conflict.with)) +
+            " that this thread has not waited for",
+        place);
+    return;
+  }
   say(std::string("race: ") + (writes ? "writes" : "reads") + " byte " + std::to_string(byte) +
           " of " + region.name + ", which block " + std::to_string(other.block) + ", thread " +
           std::to_string(other.thread) +
@@ -396,6 +470,99 @@ void* shared_of(const void* address, unsigned rank) {
 
 void expect_aligned(const void* address, size_t bytes) {
   check_alignment(address, bytes, __builtin_return_address(0));
+}
+
+namespace {
+
+constexpr size_t kCopyUnit = 16;
+constexpr size_t kBarrierBytes = 8;
+
+// Where no array of the caller's is known, sanitizers watch in place of the host.
+void watch(const void* address, size_t bytes, bool writes, bool aligned, Place place) {
+  if (!global.empty()) access(address, bytes, writes, aligned, place);
+}
+
+// What a copy of this thread writes is there for those who wait for so many arrivals.
+uint32_t arrival(unsigned source, unsigned arrivals) {
+  Instant instant = instants[grid->instant()];
+  instant.source = source;
+  instant.arrivals = arrivals;
+  return instants.add(instant);
+}
+
+// Writes what comes at an instant, as its thread may when it begins the copy.
+void bring(void* to, const void* from, size_t bytes, uint32_t instant, Place place) {
+  watch(from, bytes, false, false, place);
+  watch(to, bytes, true, false, place);
+  if (!running->block->shared->owns(static_cast<char*>(to)))
+    grid->stop("a copy to what is not this block's shared memory", place);
+  Region& region = *running->block->shared->before(static_cast<char*>(to));
+  const auto first = static_cast<size_t>(static_cast<char*>(to) - region.begin);
+  for (size_t byte = first; byte < first + bytes; ++byte)
+    region.shadow[byte].writer = access_at(instant, place);
+}
+
+}  // namespace
+
+void init_copies(void* barrier) {
+  const Place place = __builtin_return_address(0);
+  check_alignment(barrier, kBarrierBytes, place);
+  watch(barrier, kBarrierBytes, true, true, place);
+  running->block->copies.emplace_back(barrier, CopyBarrier{});
+}
+
+void expect_copies(void* address, size_t bytes) {
+  const Place place = __builtin_return_address(0);
+  unsigned source = 0;
+  CopyBarrier& barrier = grid->copies_of(address, place, source);
+  watch(address, kBarrierBytes, false, true, place);
+  if (barrier.expecting) grid->stop("expects copies twice before the first ones have come", place);
+  barrier.expecting = true;
+  barrier.missing += static_cast<int64_t>(bytes);
+  grid->pass_if_complete(barrier);
+}
+
+void bulk_copy(void* to, const void* from, size_t bytes, void* address) {
+  const Place place = __builtin_return_address(0);
+  unsigned source = 0;
+  CopyBarrier& barrier = grid->copies_of(address, place, source);
+  watch(address, kBarrierBytes, false, true, place);
+  for (const void* place_in_memory : {static_cast<const void*>(to), from})
+    check_alignment(place_in_memory, kCopyUnit, place);
+  if (bytes % kCopyUnit != 0) grid->stop("a bulk copy of no multiple of 16 bytes", place);
+  if (barrier.arrival == 0) barrier.arrival = arrival(source, barrier.passed + 1);
+  bring(to, from, bytes, barrier.arrival, place);
+  std::memcpy(to, from, bytes);
+  barrier.missing -= static_cast<int64_t>(bytes);
+  grid->pass_if_complete(barrier);
+}
+
+void wait_for_copies(void* barrier, unsigned parity) {
+  const Place place = __builtin_return_address(0);
+  watch(barrier, kBarrierBytes, false, true, place);
+  grid->wait_for_copies(barrier, parity, place);
+}
+
+void copy_16(void* to, const void* from) {
+  const Place place = __builtin_return_address(0);
+  for (const void* address : {static_cast<const void*>(to), from})
+    check_alignment(address, kCopyUnit, place);
+  bring(to, from, kCopyUnit, arrival(kOwnCopies, running->groups + 1), place);
+  Thread::Copy copy{to, {}, running->groups + 1};
+  std::memcpy(copy.bytes, from, kCopyUnit);
+  running->copies.push_back(copy);
+}
+
+void end_copy_group() { ++running->groups; }
+
+void wait_for_copy_groups(unsigned left) {
+  Thread& self = *running;
+  if (self.groups > left) self.groups_waited = std::max(self.groups_waited, self.groups - left);
+  while (!self.copies.empty() && self.copies.front().group <= self.groups_waited) {
+    std::memcpy(self.copies.front().to, self.copies.front().bytes, kCopyUnit);
+    self.copies.pop_front();
+  }
+  instants.wait(self.block->index, self.index, kOwnCopies, self.groups_waited);
 }
 
 void access(const void* address, size_t bytes, bool writes, bool aligned, Place place) {

@@ -56,6 +56,23 @@ void* shared_of(const void* address, unsigned rank);
 // Stops at an address that is no multiple of `bytes`.
 void expect_aligned(const void* address, size_t bytes);
 
+// -- copies that go on beside their thread --------------------------------------------------------
+//
+// Their source is read at once. What they bring is for threads that have waited for it.
+
+// A barrier in shared memory, of one thread that expects bytes. It passes when they have come.
+void init_copies(void* barrier);
+void expect_copies(void* barrier, size_t bytes);
+void bulk_copy(void* to, const void* from, size_t bytes, void* barrier);
+// Waits until the barrier has passed an even number of times (parity 1), or an odd one.
+void wait_for_copies(void* barrier, unsigned parity);
+
+// 16 bytes, of a group that the thread waits for by itself: until at most `left` of its groups are
+// under way.
+void copy_16(void* to, const void* from);
+void end_copy_group();
+void wait_for_copy_groups(unsigned left);
+
 // -- of accesses.cpp ------------------------------------------------------------------------------
 
 // An access to memory; nothing outside of a grid. `aligned`: that it must be a multiple of `bytes`.

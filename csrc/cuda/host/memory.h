@@ -33,6 +33,7 @@ class GlobalMemory {
   // Device code may touch [memory, memory + bytes) from now on.
   void add(const void* memory, size_t bytes, const std::string& name, Kind kind);
   void clear();
+  bool empty() const { return regions_.empty(); }
   // The last array that begins at an address or before it, or null.
   Region* before(const char* address);
 

@@ -1,5 +1,7 @@
 #include "host/shadow.h"
 
+#include <algorithm>
+
 namespace nabla_fast::host {
 namespace {
 
@@ -21,8 +23,25 @@ int Instants::distance(uint32_t a, uint32_t b) const {
   return x.thread != y.thread ? kWarp + 1 : 0;
 }
 
+void Instants::wait(unsigned block, unsigned thread, unsigned source, unsigned arrivals) {
+  const size_t number = size_t{block} * threads_ + thread;
+  if (waited_.size() <= number) waited_.resize(number + 1);
+  std::vector<unsigned>& waited = waited_[number];
+  if (waited.size() <= source) waited.resize(source + 1);
+  waited[source] = std::max(waited[source], arrivals);
+}
+
+bool Instants::has_waited(const Instant& thread, const Instant& arrival) const {
+  if (thread.block != arrival.block) return false;
+  if (arrival.source == kOwnCopies && thread.thread != arrival.thread) return false;
+  const size_t number = size_t{thread.block} * threads_ + thread.thread;
+  return number < waited_.size() && arrival.source < waited_[number].size() &&
+         waited_[number][arrival.source] >= arrival.arrivals;
+}
+
 bool Instants::ordered(uint32_t before, uint32_t now) const {
   if (before < base_) return true;
+  if ((*this)[before].source != 0) return has_waited((*this)[now], (*this)[before]);
   // The innermost level that both share is the number of levels that they do not.
   const int apart = distance(before, now);
   if (apart == 0) return true;

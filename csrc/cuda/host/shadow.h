@@ -10,6 +10,9 @@
 // of them is ordered after all others. (Of readers in one warp, a barrier that comes after one and
 // that the writer has passed comes after the other too, or is passed by neither; and so on upwards:
 // the number of shared levels makes an ultrametric, whose widest pair bounds every other distance.)
+//
+// What a copy brings while its thread goes on is ordered before the threads that have waited for it, each
+// for itself.
 #ifndef NABLA_FAST_CUDA_HOST_SHADOW_H_
 #define NABLA_FAST_CUDA_HOST_SHADOW_H_
 
@@ -28,20 +31,27 @@ constexpr int kLevels = 4;
 
 constexpr unsigned kWarpThreads = 32;
 
-// A thread between two barriers.
+// A thread between two barriers, or the arrival of what it copies.
 struct Instant {
   unsigned block, thread;    // index in the grid; in the block
   unsigned passed[kLevels];  // barriers of its warp, block, cluster and grid
+  // Of an arrival: on what one waits for it, and how many arrivals there have to be. 0: no arrival.
+  unsigned source = 0, arrivals = 0;
 };
+
+// Source of the copies that a thread makes and waits for alone. Others are barriers of the block.
+constexpr unsigned kOwnCopies = 1;
 
 // All instants of a launch, by numbers that no other launch has; 0 is none.
 class Instants {
  public:
   // Begins a launch: what came before is ordered before all of it.
-  void begin(unsigned blocks_per_cluster) {
+  void begin(unsigned blocks_per_cluster, unsigned threads) {
     base_ += static_cast<uint32_t>(instants_.size());
     instants_.clear();
+    waited_.clear();
     blocks_per_cluster_ = blocks_per_cluster;
+    threads_ = threads;
   }
   uint32_t add(const Instant& instant) {
     instants_.push_back(instant);
@@ -49,15 +59,21 @@ class Instants {
   }
   const Instant& operator[](uint32_t number) const { return instants_[number - base_]; }
 
+  // A thread has waited until a source had so many arrivals.
+  void wait(unsigned block, unsigned thread, unsigned source, unsigned arrivals);
+
   // True if what happened at `before` cannot overlap `now`.
   bool ordered(uint32_t before, uint32_t now) const;
   // Levels that two threads do not share: 0 for one thread, kLevels for different clusters.
   int distance(uint32_t a, uint32_t b) const;
 
  private:
+  bool has_waited(const Instant& thread, const Instant& arrival) const;
+
   std::vector<Instant> instants_;
+  std::vector<std::vector<unsigned>> waited_;  // arrivals by thread of the grid and source
   uint32_t base_ = 1;
-  unsigned blocks_per_cluster_ = 1;
+  unsigned blocks_per_cluster_ = 1, threads_ = 1;
 };
 
 // An access to a byte: when, and by which instruction (as a distance from one of this library).

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nabla_fast._native.cuda_library import DTYPES, MOST_TOKENS, on_host
+from nabla_fast._native.cuda_library import DTYPES, MOST_COLUMNS, MOST_TOKENS, on_host
 from nabla_fast.ops.adam import AdamState
 from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal
 from nabla_fast.ops.registry import forced
@@ -33,15 +34,24 @@ def refusal(vocabulary: int, **arguments: Tensor | Sequence[Tensor] | None) -> s
     return None
 
 
-def descent_refusal(z: Tensor, grad: Tensor, state: AdamState) -> str | None:
-    """Arguments of ``dto_descent``."""
-    rows = {"z": z, "state.exp_avg": state.exp_avg, "state.exp_avg_sq": state.exp_avg_sq}
-    for name, tensor in rows.items():
-        reason = dtype_refusal(name, tensor, (torch.float32,), "CUDA")
-        if reason := reason or stride_refusal(name, tensor, "CUDA"):
+def descent_refusal(name: str, parameter: Tensor, grad: Tensor, state: AdamState) -> str | None:
+    """Arguments of a descent that moves rows of ``parameter`` [N, D], called ``name``."""
+    rows = {name: parameter, "state.exp_avg": state.exp_avg, "state.exp_avg_sq": state.exp_avg_sq}
+    for key, tensor in rows.items():
+        reason = dtype_refusal(key, tensor, (torch.float32,), "CUDA")
+        if reason := reason or stride_refusal(key, tensor, "CUDA"):
             return reason
     reason = contiguous_refusal("state.step", state.step, "CUDA")
-    return reason or refusal(z.shape[1], z=z, grad=grad)
+    return reason or refusal(grad.shape[1], **{name: parameter}, grad=grad)
+
+
+def latents_refusal(
+    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, *_: Any, **__: Any
+) -> str | None:
+    """Arguments of ``dto_descent_latents``."""
+    if h.shape[1] > MOST_COLUMNS:
+        return f"h has {h.shape[1]} columns (the CUDA kernel takes {MOST_COLUMNS})"
+    return refusal(len(head), head=head) or descent_refusal("h", h, grad, state)
 
 
 def _tensor_refusal(name: str, tensor: Tensor) -> str | None:
