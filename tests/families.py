@@ -112,6 +112,19 @@ LANGUAGE_MODELS = {
             "shared_expert_intermediate_size": 16,
         },
     ),
+    "jamba": (
+        "JambaForCausalLM",
+        "JambaConfig",
+        {
+            **_GROUPED,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_GROUPED, "num_local_experts": 4}),
     "xglm": (
         "XGLMForCausalLM",
@@ -154,6 +167,11 @@ LANGUAGE_MODELS = {
 _SHORT = {**_SHAPE, "max_position_embeddings": 34}
 _SHORT_GPT = {**_GPT, "n_positions": 34}
 REWARD_MODELS = {
+    **{
+        name: (language.replace("ForCausalLM", "ForSequenceClassification"), *spec)
+        for name in ("qwen3_next", "jamba")
+        for language, *spec in [LANGUAGE_MODELS[name]]
+    },
     "qwen2": ("Qwen2ForSequenceClassification", "Qwen2Config", _GROUPED),
     "gpt2": ("GPT2ForSequenceClassification", "GPT2Config", _SHORT_GPT),
     "opt": (

@@ -56,6 +56,8 @@ def backbone(model: nn.Module) -> nn.Module:
     under = model.base_model
     if under is model and hasattr(model, "get_decoder"):
         under = model.get_decoder()  # some name it otherwise than they say
+    if under is model:
+        under = getattr(model, "model", model)
     if under is model or not isinstance(under, nn.Module):
         raise ModelError(f"{type(model).__name__} does not expose a backbone under its output head")
     return under
