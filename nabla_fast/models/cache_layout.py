@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +35,31 @@ class Axes:
     tokens: int | None
 
 
+class Part(NamedTuple):
+    """One row of a cache: its tokens are ``length`` columns of what grows, from ``start`` on."""
+
+    cache: Any
+    row: int
+    start: int
+    length: int
+
+
 class CacheLayout:
     """The axes of all tensors of one model's caches.
 
     Args:
         axes: in the order of :func:`tensors_of`.
         counts: whether something beside tensors follows how many tokens were read.
+
+    Attributes:
+        croppable: whether a cache can be cut back to any of its tokens.
+        grows: whether there are tensors that grow with each token.
+        counts: as of the argument; then rows of several lengths cannot be one cache.
     """
 
     def __init__(self, axes: Sequence[Axes], counts: bool):
-        self._axes = list(axes)
+        self._axes, self.counts = list(axes), counts
+        self.grows = any(a.tokens is not None for a in axes)
         # Cutting a cache back leaves everything but tensors as it is.
         self.croppable = not counts and all(a.rows is None or a.tokens is not None for a in axes)
 
@@ -76,20 +91,37 @@ class CacheLayout:
             axes.append(Axes(rows[0] if rows else None, tokens))
         return cls(axes, plain_of(few) != plain_of(more_tokens))
 
-    def cut(self, cache: Any, rows: Sequence[int], length: int) -> Any:
-        """A cache of some rows, cut to ``length`` tokens: keys and values are views, states copies."""
-        return rebuilt(cache, self._cut(tensors_of(cache), rows, length))
+    def joined(self, parts: Sequence[Part]) -> Any:
+        """One cache of the rows of several: what a pass may change.
 
-    def joined(self, caches: Sequence[Any], rows: Sequence[int], length: int) -> Any:
-        """One cache of a row of each of several caches, all cut to ``length`` tokens."""
-        if all(cache is caches[0] for cache in caches):
-            return self.cut(caches[0], rows, length)
-        cut = [self._cut(tensors_of(cache), [row], length) for cache, row in zip(caches, rows, strict=True)]
-        tensors = [
-            parts[0] if axes.rows is None else torch.cat(parts, dim=axes.rows)
-            for axes, parts in zip(self._axes, zip(*cut, strict=True), strict=True)
-        ]
-        return rebuilt(caches[0], tensors)
+        Keys and values of shorter rows have zeros before them, so that all end together; where they do so
+        already, they are shared. States are copied.
+        """
+        width = max(part.length for part in parts)
+        first, end = parts[0].cache, parts[0].start + parts[0].length
+        together = all(part.cache is first and part.start + part.length == end for part in parts)
+        rows = [part.row for part in parts]
+        cut = [tensors_of(part.cache) for part in ([parts[0]] if together else parts)]
+        tensors = []
+        for axes, *sources in zip(self._axes, *cut, strict=True):
+            if axes.rows is None:
+                tensors.append(sources[0].clone())
+            elif together:
+                tensors.append(_of_rows(sources[0], axes, rows, slice(end - width, end)))
+            else:
+                pieces = [
+                    _of_rows(tensor, axes, [part.row], slice(part.start, part.start + part.length))
+                    for tensor, part in zip(sources, parts, strict=True)
+                ]
+                if axes.tokens is not None:
+                    pieces = [_from_the_left(piece, axes.tokens, width) for piece in pieces]
+                tensors.append(torch.cat(pieces, dim=axes.rows))
+        return rebuilt(first, tensors)
+
+    def alone(self, part: Part) -> Any:
+        """A cache of one row that shares nothing."""
+        cache = self.joined([part])
+        return rebuilt(cache, [tensor.clone() for tensor in tensors_of(cache)])
 
     def states(self, cache: Any) -> Any:
         """A cache without its growing tensors, to be put into a longer one with :meth:`restored`."""
@@ -101,32 +133,44 @@ class CacheLayout:
             ],
         )
 
-    def restored(self, states: Any, latest: Any, row: tuple[int, int], length: int) -> Any:
-        """The cache of one row after its first ``length`` tokens.
+    def restored(self, states: Any, place: int, latest: Part) -> Any:
+        """The cache of one row after fewer tokens than it has read.
 
         Args:
-            states: from :meth:`states`, after that many tokens.
+            states: from :meth:`states`, after ``latest.length`` tokens; the row is there the one at
+            place: in the batch.
             latest: a cache that was read on from there.
-            row: the row's number in either.
         """
         tensors = []
-        for axes, state, grown in zip(self._axes, tensors_of(states), tensors_of(latest), strict=True):
-            tensor, n = (state, row[0]) if axes.tokens is None else (grown, row[1])
+        for axes, state, grown in zip(
+            self._axes, tensors_of(states), tensors_of(latest.cache), strict=True
+        ):
+            tensor, n = (state, place) if axes.tokens is None else (grown, latest.row)
             tensor = tensor if axes.rows is None else tensor.narrow(axes.rows, n, 1)
-            tensors.append(tensor if axes.tokens is None else tensor.narrow(axes.tokens, 0, length))
+            if axes.tokens is not None:
+                tensor = tensor.narrow(axes.tokens, latest.start, latest.length)
+            tensors.append(tensor)
         return rebuilt(states, tensors)
 
-    def _cut(self, tensors: Sequence[Tensor], rows: Sequence[int], length: int) -> list[Tensor]:
-        cut = []
-        for axes, tensor in zip(self._axes, tensors, strict=True):
-            if axes.rows is not None and list(rows) != list(range(tensor.shape[axes.rows])):
-                if len(rows) == 1:
-                    tensor = tensor.narrow(axes.rows, rows[0], 1)
-                else:
-                    tensor = tensor.index_select(axes.rows, torch.tensor(rows, device=tensor.device))
-            # Models write into states, never into what grows.
-            cut.append(tensor.clone() if axes.tokens is None else tensor.narrow(axes.tokens, 0, length))
-        return cut
+
+def _of_rows(tensor: Tensor, axes: Axes, rows: Sequence[int], columns: slice) -> Tensor:
+    """Rows of a tensor of a cache, and of its tokens those of ``columns``; a copy of a state."""
+    if list(rows) != list(range(tensor.shape[axes.rows])):
+        if len(rows) == 1:
+            tensor = tensor.narrow(axes.rows, rows[0], 1)
+        else:
+            tensor = tensor.index_select(axes.rows, torch.tensor(rows, device=tensor.device))
+    # Models write into states, never into what grows.
+    if axes.tokens is None:
+        return tensor.clone()
+    return tensor.narrow(axes.tokens, columns.start, columns.stop - columns.start)
+
+
+def _from_the_left(tensor: Tensor, axis: int, width: int) -> Tensor:
+    """A tensor with zeros before its entries along an axis, ``width`` of both in all."""
+    shape = list(tensor.shape)
+    shape[axis] = width - shape[axis]
+    return torch.cat([tensor.new_zeros(shape), tensor], dim=axis) if shape[axis] else tensor
 
 
 def tensors_of(cache: Any) -> list[Tensor]:

@@ -27,6 +27,10 @@ def _whole_windows(config: Any) -> Any:
     return cache
 
 
+def _as_configured(config: Any) -> Any:
+    return DynamicCache(config=config)
+
+
 @dataclass(frozen=True)
 class Manner:
     """How a model reads behind its cache.
@@ -50,7 +54,7 @@ MANNERS = tuple(
     for several in (True, False)
     for empty, name in (
         (_whole_windows, "a DynamicCache"),
-        (lambda config: DynamicCache(config=config), "a DynamicCache with windows"),
+        (_as_configured, "a DynamicCache with windows"),
         (None, "its own cache"),
     )
     for positions in (True, False)
@@ -75,16 +79,25 @@ class CachePasses:
             raise TypeError("the forward takes no cache")
         if manner.positions and not self._forward.takes("position_ids"):
             raise TypeError("the forward takes no positions")
+        self.masks = True  # whether to tell the model which columns of a cache are padding
 
     def read(
-        self, cache: Any, start: int, *, ids: Tensor | None = None, embeddings: Tensor | None = None
+        self,
+        cache: Any,
+        starts: Sequence[int],
+        lengths: Sequence[int] | None = None,
+        *,
+        ids: Tensor | None = None,
+        embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """States [B, S, H] of tokens behind a cache, which is changed, and the cache with them.
 
         Gradients reach ``embeddings`` and stop at the cache.
 
         Args:
-            cache: of B rows of ``start`` tokens each; None: none have been read.
+            cache: of B rows; None: none have been read.
+            starts: tokens of each row in the cache; those of shorter rows have padding before them.
+            lengths: tokens of each row to be read, if some are fewer; padding stands behind them.
             ids: [B, S] int64, or
             embeddings: [B, S, H].
         """
@@ -94,32 +107,62 @@ class CachePasses:
         if embeddings is not None and embeddings.requires_grad:
             each_layer(cache, _put_new_states_in_place_of_old)
         steps = [slice(0, given.shape[1])]
-        if start and not self.manner.several:
+        if max(starts) and not self.manner.several:
             steps = [slice(n, n + 1) for n in range(given.shape[1])]
+        places = self._places(starts, lengths or [given.shape[1]] * len(starts), given)
         states = []
         for step in steps:
             part, cache = self._pass(
                 cache,
-                start + step.start,
                 None if ids is None else ids[:, step],
                 None if embeddings is None else embeddings[:, step],
+                places,
+                step,
             )
             states.append(part)
         return states[0] if len(states) == 1 else torch.cat(states, dim=1), cache
 
+    def _places(
+        self, starts: Sequence[int], lengths: Sequence[int], given: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Positions [B, S] of tokens, and a mask [B, P + S] of what is padding, None where none matters."""
+        device, width = given.device, given.shape[1]
+        before, count = (torch.tensor(list(n), device=device)[:, None] for n in (starts, lengths))
+        offsets = torch.arange(width, device=device)
+        # Padding stands where the last token does: some models have no position for what comes after.
+        positions = before + torch.minimum(offsets, (count - 1).clamp(min=0))
+        if len(set(starts)) == 1 or not self.masks:
+            return positions, None
+        longest = max(starts)
+        columns = torch.arange(longest + width, device=device)
+        mask = (columns >= longest - before) & (columns < longest + count)
+        return positions, mask.long()
+
     def _pass(
-        self, cache: Any, start: int, ids: Tensor | None, embeddings: Tensor | None
+        self,
+        cache: Any,
+        ids: Tensor | None,
+        embeddings: Tensor | None,
+        places: tuple[Tensor, Tensor | None],
+        step: slice,
     ) -> tuple[Tensor, Any]:
-        given = ids if ids is not None else embeddings
+        """One pass over the columns of ``step``."""
         arguments: dict[str, Any] = {self._name: cache}
+        positions, mask = places
         if self.manner.positions:
-            positions = torch.arange(start, start + given.shape[1], device=given.device)
-            arguments["position_ids"] = positions.expand(given.shape[0], -1)
+            arguments["position_ids"] = positions[:, step]
+        if mask is not None:
+            arguments["attention_mask"] = mask[:, : mask.shape[1] - positions.shape[1] + step.stop]
         output = self._forward(input_ids=ids, inputs_embeds=embeddings, use_cache=True, **arguments)
         after = getattr(output, self._name, None)
         if after is None and cache is None:
             raise TypeError("the forward returns no cache")
         return output.last_hidden_state, cache if after is None else after
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether it can be told which columns are padding."""
+        return self._forward.takes("attention_mask")
 
     def layout(self, ids: Sequence[int], device: torch.device) -> CacheLayout:
         """The layout of the model's caches, from reading the first of these tokens.
@@ -130,7 +173,9 @@ class CachePasses:
         few, many = max(1, len(ids) // 2), max(2, len(ids) // 2 + 1)
         row = torch.tensor(list(ids), dtype=torch.int64, device=device)
         sizes = ((2, few), (3, few), (2, many))
-        examples = [self.read(None, 0, ids=row[:count].expand(rows, -1))[1] for rows, count in sizes]
+        examples = [
+            self.read(None, [0] * rows, ids=row[:count].expand(rows, -1))[1] for rows, count in sizes
+        ]
         return CacheLayout.seen(*examples, lengths=(few, many))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter
 
@@ -104,6 +105,17 @@ def test_a_limit_of_tokens_says_what_would_do():
     with pytest.raises(Exception, match=r"max_kv_tokens: caches may hold 32 tokens, .* would do") as caught:
         decoder.generate([[5, 9, 3] * 9], max_new_tokens=8)
     assert isinstance(caught.value.__cause__, PoolExhausted)
+
+
+@pytest.mark.parametrize("lm_name", ["bloom", "mamba2", "rwkv"])
+def test_a_decoder_survives_a_pickle(lm_name: str):
+    lm, options = language_model(lm_name).model, {"max_new_tokens": 5, "reward_context": [([7], [8])]}
+    config = DTOConfig(max_generations=3)
+    decoder = NablaDecoder(lm, shared_reward_model("qwen2"), None, config=config, loop="batched")
+    again = pickle.loads(pickle.dumps(decoder))
+    results = [each.generate([[5, 9, 3]], **options)[0] for each in (decoder, again)]
+    assert results[0].token_ids == results[1].token_ids
+    assert again.describe() == decoder.describe()
 
 
 @pytest.mark.parametrize("lm_name", ["qwen3_next", "mamba"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import families
@@ -91,7 +92,7 @@ def test_random_forks_and_cuts_read_what_one_pass_reads(name: str):
         fork = sequence.fork(length)
         forked += 0 < fork.length < len(tokens)
         assert (
-            max(0, length - 4 if not reader.cuts_back and reader._manner.several else 0)
+            max(0, length - 4 if not reader.cuts_back and reader._reading.manner.several else 0)
             <= fork.length
             <= length
         )
@@ -145,6 +146,28 @@ def test_a_pool_holds_no_more_tokens_than_it_may():
     with pytest.raises(PoolExhausted, match="may hold 20 tokens, 16 are held and 9 more are needed: 25"):
         reader.read(sequences[:1], [1], ids=torch.ones(1, 1, dtype=torch.int64), store=True)
     assert [sequence.length for sequence in sequences] == [8, 8]
+
+
+@pytest.mark.parametrize("name", ["bloom", "qwen3_next"])
+def test_a_sequence_does_not_keep_the_rows_of_others(name: str):
+    reader = CacheReader(model(name))
+    pool = reader.pool(1, spacing=4)
+    sequences = [pool.sequence() for _ in range(4)]
+    ids = torch.randint(2, families.VOCABULARY, (4, 7))
+    reader.read(sequences, [7, 5, 6, 7], ids=ids, store=True)
+    for n in range(3):
+        reader.read([sequences[3]], [1], ids=ids[3:, n : n + 1], store=True)  # goes on alone
+    assert pool.tokens == (4 * 7 if reader.cuts_back else 7 + 5 + 6) + 10
+    for sequence in sequences[1:3]:
+        sequence.free()
+    assert pool.tokens == 7 + 10
+    sequences[0].fork(5).free()
+    sequences[0].truncate(5)
+    gc.collect()
+    assert pool.tokens == (7 if reader.cuts_back else sequences[0].length) + 10
+    sequences[3].prefix(6)
+    sequences[3].free()
+    assert pool.tokens == (7 if reader.cuts_back else sequences[0].length)
 
 
 def test_the_first_right_way_is_chosen():
