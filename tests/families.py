@@ -46,6 +46,21 @@ LANGUAGE_MODELS = {
         "OPTConfig",
         {**_SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0, "pad_token_id": 1},
     ),
+    "bart": (
+        "BartForCausalLM",
+        "BartConfig",
+        {
+            **_TOKENS,
+            "d_model": 32,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 64,
+            "dropout": 0.0,
+            "pad_token_id": 1,
+            "forced_eos_token_id": None,
+        },
+    ),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _SHAPE),
     "gpt_neo": (
         "GPTNeoForCausalLM",

@@ -74,7 +74,7 @@ class CachePasses:
     def __init__(self, model: nn.Module, manner: Manner):
         self._forward, self._config, self.manner = Forward(backbone(model)), model.config, manner
         names = (self._forward.cache_name, *_OTHER_NAMES)
-        self._name = next((name for name in names if name and self._forward.takes(name)), None)
+        self._name = next((name for name in names if name and self._forward.names(name)), None)
         if self._name is None:
             raise TypeError("the forward takes no cache")
         if manner.positions and not self._forward.takes("position_ids"):
