@@ -12,8 +12,8 @@ C_TESTS := $(shell find tests examples -name '*.cpp' -o -name '*.cu' -o -name '*
 export OPENBLAS_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow test-newest test-oldest emulate lint bench compile-check cuda format gpu gpu-wheels \
-	sanitize odr clean
+.PHONY: demo test test-slow test-newest test-oldest emulate lint bench compile-check families cuda format gpu \
+	gpu-wheels sanitize odr clean
 
 demo: $(INSTALLED)
 	$(BIN)/nabla-fast demo
@@ -81,6 +81,11 @@ cuda:
 compile-check: $(INSTALLED)
 	$(BIN)/python -m tools.compile_check --targets sm_90 gfx942 $(COMPILE_ARGS)
 	$(if $(shell command -v nvcc 2>/dev/null),$(PYTEST) -m slow tests/cuda/test_nvcc.py -k sm_90a)
+
+# A full decode of every causal LM type of the installed transformers, each in a process of its own:
+# docs/models.md. Broken off, it goes on where it was; a quarter of an hour from nothing.
+families: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.families $(FAMILIES_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -45,8 +45,8 @@ class NablaDecoder:
         reward_tokenizer: the reward model's, where it differs.
         config: a :class:`DTOConfig`.
         loop: "sequential" defines the result and runs with any model. "batched" returns the same tokens
-            from far fewer token passes; the models must be able to read from a paged prefix. "auto" is
-            the batched loop where the models allow it, else the sequential one, with a warning.
+            from far fewer token passes; :meth:`describe` says how it reads each model. "auto" is the
+            batched loop where the LM allows it, else the sequential one, with a warning.
         batch_size: prompts that the batched loop decodes at once.
         max_kv_tokens: most tokens whose keys and values the batched loop holds at once, a model; None for
             no limit. Memory is taken as it is needed; a decode that needs more fails, and the error says
@@ -106,6 +106,22 @@ class NablaDecoder:
     def loop(self) -> Literal["batched", "sequential"]:
         """The loop in use. With ``loop="auto"`` it is chosen anew when the models' weights change."""
         return "batched" if isinstance(self._loop, BatchedLoop) else "sequential"
+
+    def describe(self) -> dict[str, str]:
+        """The loop in use, and how each model is read in it.
+
+        Returns:
+            ``{"loop": "batched" | "sequential", "lm": …, "reward_model": …}``: the class of a model and, in
+            words, what its passes begin behind; without a reward model, without that entry.
+
+        Example:
+            >>> print(decoder.describe()["lm"])  # doctest: +SKIP
+            Qwen3NextForCausalLM, read behind a DynamicCache (states copied where sequences part)
+        """
+        models = {"lm": self._lm, "reward_model": self._reward_model}
+        ways = self._loop.ways()
+        described = {name: f"{type(models[name]).__name__}, read {way}" for name, way in ways.items()}
+        return {"loop": self.loop, **described}
 
     def generate(
         self,
@@ -283,9 +299,12 @@ class NablaDecoder:
         """
         if self._asked_loop != "sequential":
             try:
-                return BatchedLoop(
+                loop = BatchedLoop(
                     lm, rm, self.config, batch_size=self._batch_size, max_kv_tokens=self._max_kv_tokens
                 )
+                for reason in loop.slow_ways():
+                    self._warn(reason, "everything is read again with each pass, which is slow")
+                return loop
             except ModelError as error:
                 if self._asked_loop == "batched":
                     raise ModelError(f"{one_line(error)}: pass loop='sequential'") from error

@@ -46,6 +46,21 @@ LANGUAGE_MODELS = {
         "OPTConfig",
         {**_SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0, "pad_token_id": 1},
     ),
+    "bart": (
+        "BartForCausalLM",
+        "BartConfig",
+        {
+            **_TOKENS,
+            "d_model": 32,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 64,
+            "dropout": 0.0,
+            "pad_token_id": 1,
+            "forced_eos_token_id": None,
+        },
+    ),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _SHAPE),
     "gpt_neo": (
         "GPTNeoForCausalLM",
@@ -112,6 +127,19 @@ LANGUAGE_MODELS = {
             "shared_expert_intermediate_size": 16,
         },
     ),
+    "jamba": (
+        "JambaForCausalLM",
+        "JambaConfig",
+        {
+            **_GROUPED,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_GROUPED, "num_local_experts": 4}),
     "xglm": (
         "XGLMForCausalLM",
@@ -154,6 +182,11 @@ LANGUAGE_MODELS = {
 _SHORT = {**_SHAPE, "max_position_embeddings": 34}
 _SHORT_GPT = {**_GPT, "n_positions": 34}
 REWARD_MODELS = {
+    **{
+        name: (language.replace("ForCausalLM", "ForSequenceClassification"), *spec)
+        for name in ("qwen3_next", "jamba")
+        for language, *spec in [LANGUAGE_MODELS[name]]
+    },
     "qwen2": ("Qwen2ForSequenceClassification", "Qwen2Config", _GROUPED),
     "gpt2": ("GPT2ForSequenceClassification", "GPT2Config", _SHORT_GPT),
     "opt": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,10 +19,14 @@ class Forward:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        parameters = inspect.signature(module.forward).parameters
+        parameters = _parameters(module)
         self._names = set(parameters)
         self._open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self.cache_name = next((name for name in _CACHES if name in parameters), None)
+
+    def names(self, name: str) -> bool:
+        """Whether an argument is one of the forward's own, not one that is only let through."""
+        return name in self._names
 
     def takes(self, name: str) -> bool:
         """Whether an argument can be passed."""
@@ -47,6 +52,16 @@ class Forward:
         return part
 
 
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What a forward takes; of one that hands everything on to a decoder, what that takes."""
+    parameters = inspect.signature(module.forward).parameters
+    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    decoder = getattr(module, "decoder", None)
+    if isinstance(decoder, nn.Module) and all(p.kind in open_ended for p in parameters.values()):
+        return inspect.signature(decoder.forward).parameters
+    return parameters
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """The part of a transformers model under its head.
 
@@ -56,6 +71,8 @@ def backbone(model: nn.Module) -> nn.Module:
     under = model.base_model
     if under is model and hasattr(model, "get_decoder"):
         under = model.get_decoder()  # some name it otherwise than they say
+    if under is model:
+        under = getattr(model, "model", model)
     if under is model or not isinstance(under, nn.Module):
         raise ModelError(f"{type(model).__name__} does not expose a backbone under its output head")
     return under

@@ -19,7 +19,7 @@ from nabla_fast.models.paged_attention import IMPLEMENTATION, PagedPass, expect_
 from nabla_fast.models.paged_kv import BlockPool, PagedSequence, block_tables, extend_all
 from nabla_fast.models.probes import close, looking_far, probe_ids, probe_length
 from nabla_fast.models.replica import configs_of, replica, returning_names
-from nabla_fast.models.rotary import length_dependent_kind
+from nabla_fast.models.rotary import expect_fixed_frequencies
 
 
 class PagedReader:
@@ -30,7 +30,12 @@ class PagedReader:
 
     Args:
         model: a decoder-only model whose attention goes through transformers' AttentionInterface.
+
+    Attributes:
+        cuts_back, frozen_gradients: as of :class:`nabla_fast.models.readers.SuffixReader`.
     """
+
+    cuts_back = frozen_gradients = True
 
     def __init__(self, model: nn.Module):
         """Probe the model on a few tokens.
@@ -43,11 +48,7 @@ class PagedReader:
         self._model = model
         self._llama_forward: LlamaForward | None = None
         self._module_passes: _ModulePasses | None = None
-        if kind := length_dependent_kind(model):
-            raise ModelError(
-                f"{type(model).__name__} has rotary embeddings of type {kind!r}, whose frequencies "
-                "depend on the longest sequence of a batch"
-            )
+        expect_fixed_frequencies(model)
         expect_own_cap(model)
         config = model.config.get_text_config()
         with probing(model, "cannot be read"):
@@ -57,6 +58,12 @@ class PagedReader:
         for probed in dict.fromkeys([readable, looking_far(readable, count)]):
             self._probe(probed, ids)
         self.renew()
+
+    @property
+    def way(self) -> str:
+        """How the model is read, in words."""
+        by = "the package's own passes" if self.capturable else "the model's modules"
+        return f"behind paged keys and values, by {by}"
 
     def renew(self) -> None:
         """Read the weights again, which may have changed since the last call, as may the modules."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +157,8 @@ class RewardModel:
         copied = replica(self._readable)
         # The ids hold none, and transformers logs that it would not see it among embeddings.
         for config in configs_of(copied):
-            config.pad_token_id = None
+            with suppress(Exception):  # some insist on a number, and say so
+                config.pad_token_id = None
         whole, mask = Forward(copied), torch.ones_like(ids)
         with TableLookups() as lookups:
             whole.logits(input_ids=ids, attention_mask=mask)

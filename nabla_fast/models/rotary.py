@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from nabla_fast.errors import ModelError
+
 # transformers picks their frequencies by the largest position of all sequences in a pass.
 LENGTH_DEPENDENT = {"longrope", "dynamic"}
 
@@ -14,6 +16,19 @@ LENGTH_DEPENDENT = {"longrope", "dynamic"}
 def length_dependent_kind(model: nn.Module) -> str | None:
     """The type of a model's rotary embeddings whose frequencies depend on a text's length, if any."""
     return next((kind for kind, _ in _kinds(model)), None)
+
+
+def expect_fixed_frequencies(model: nn.Module) -> None:
+    """Expect a model that reads a sequence alike whatever is read beside it.
+
+    Raises:
+        ModelError: its rotary embeddings depend on the longest sequence of a batch.
+    """
+    if kind := length_dependent_kind(model):
+        raise ModelError(
+            f"{type(model).__name__} has rotary embeddings of type {kind!r}, whose frequencies "
+            "depend on the longest sequence of a batch"
+        )
 
 
 def switching_length(model: nn.Module) -> int | None:

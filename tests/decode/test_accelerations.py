@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import fields, replace
 
 import pytest
-from test_batched_loop import PAGED_REWARD_MODELS, problems
+from test_batched_loop import REWARD_MODELS, problems
 from test_decoder import LMS, make_case
 from tiny_models import shared_lm, shared_reward_model
 
@@ -27,7 +27,7 @@ DRAFTED = 16  # random problems whose drafts get random lengths
 def decode(n: int, accelerations: Accelerations, greedy: bool | None = None) -> tuple[list, list[Stats]]:
     case, chance = make_case(n), random.Random(n)
     lm = LanguageModel(shared_lm(LMS[n % len(LMS)], eos_token_id=case.eos or None))
-    name = PAGED_REWARD_MODELS[n % len(PAGED_REWARD_MODELS)]
+    name = REWARD_MODELS[n % len(REWARD_MODELS)]
     rm = None if name is None else RewardModel(shared_reward_model(name), VocabularyAlignment.identity())
     given = problems(case, chance, chance.choice([1, 3]))
     config = case.config

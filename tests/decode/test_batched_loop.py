@@ -14,15 +14,13 @@ from test_decoder import LMS, REWARD_MODELS, TOKENIZER, make_case
 from test_golden_decode import EOS, _cases, _config
 from tiny_models import VOCABULARY, causal_lm, reward_model, shared_lm, shared_reward_model
 
-from nabla_fast import ModelError, NablaDecoder, Result, VocabularyAlignment, _native
+from nabla_fast import NablaDecoder, Result, VocabularyAlignment, _native
 from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.reference.loop import SequentialLoop
 from nabla_fast.decode.stop import StopStrings
 from nabla_fast.models import LanguageModel, RewardModel
 from nabla_fast.results import Stats
-
-PAGED_REWARD_MODELS = tuple(name for name in REWARD_MODELS if name != "bert")
 
 
 @pytest.mark.parametrize(("lm", "case"), _cases())
@@ -75,7 +73,7 @@ def compare(n: int, seen: Counter, draws: str = "torch") -> None:
     case, chance = make_case(n), random.Random(n)
     config = replace(case.config, draws=draws)
     lm = LanguageModel(shared_lm(LMS[n % len(LMS)], eos_token_id=case.eos or None))
-    name = PAGED_REWARD_MODELS[n % len(PAGED_REWARD_MODELS)]
+    name = REWARD_MODELS[n % len(REWARD_MODELS)]
     rm = None if name is None else RewardModel(shared_reward_model(name), VocabularyAlignment.identity())
     given = problems(case, chance, chance.choice([1, 1, 2, 5, 16]))
     expected_stats, stats = ([Stats() for _ in given] for _ in range(2))
@@ -186,12 +184,6 @@ def test_results_arrive_as_they_finish_and_in_order(golden_models):
     for n, prompt in enumerate(prompts):
         (alone,) = decoder.generate([prompt], max_new_tokens=16, seed=n + 1)
         assert alone.token_ids == results[n].token_ids
-
-
-def test_models_that_cannot_be_paged_are_refused_by_name():
-    lm = shared_lm("qwen2", eos_token_id=None)
-    with pytest.raises(ModelError, match="BertForSequenceClassification does not score its last token"):
-        NablaDecoder(lm, shared_reward_model("bert"), None, loop="batched")
 
 
 def test_the_models_keep_their_attention(golden_models):

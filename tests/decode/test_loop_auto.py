@@ -21,11 +21,10 @@ SETTINGS = [
     {"reward_coeff": 0.0},
     {"nll_coeff": 0.0},
 ]
-# Reward models that the batched loop refuses, and the reason.
-REFUSED = {
+# Reward models that no reader is right for, and the reason; their own forward scores them.
+UNREADABLE = {
     "bert": "BertForSequenceClassification does not score its last token's state",
     "gemma2": "Gemma2ForSequenceClassification caps attention scores at 0.5",
-    "phi": "PhiForSequenceClassification cannot read from a paged prefix",
 }
 
 
@@ -78,22 +77,47 @@ def test_settings_that_the_batched_loop_takes(rm, settings):
     assert decoder.loop == "batched"
 
 
-@pytest.mark.parametrize("rm", REFUSED)
-def test_other_models_are_decoded_in_sequence_after_a_warning(rm):
+@pytest.mark.parametrize("rm", UNREADABLE)
+def test_a_reward_model_that_is_read_anew_is_batched_after_a_warning(rm):
     models = shared_lm("qwen2"), shared_reward_model(rm)
     if rm == "gemma2" and models[1].config._attn_implementation == "eager":
         pytest.skip("this release of transformers has no attention that leaves the cap out")
-    with pytest.warns(UserWarning, match=REFUSED[rm]) as caught:
+    with pytest.warns(UserWarning, match=UNREADABLE[rm]) as caught:
         decoder = NablaDecoder(*models, None, config=CONFIG)
     (warning,) = caught
     message = str(warning.message)
     assert "\n" not in message
-    for part in (type(models[1]).__name__, "several times slower", "loop='sequential'"):
+    for part in (type(models[1]).__name__, "everything is read again with each pass"):
+        assert part in message
+    assert warning.filename == __file__
+    assert decoder.describe() == {
+        "loop": "batched",
+        "lm": "Qwen2ForCausalLM, read behind paged keys and values, by the package's own passes",
+        "reward_model": f"{type(models[1]).__name__}, read anew with each pass, by its own forward, "
+        "one sequence at a time",
+    }
+    assert same(decode(decoder), decode(NablaDecoder(*models, None, config=CONFIG, loop="sequential")))
+
+
+def test_an_lm_whose_batches_depend_on_their_longest_row_is_decoded_in_sequence_after_a_warning():
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    models = causal_lm("llama", rope_parameters=scaling), shared_reward_model("qwen2")
+    reason = "LlamaForCausalLM has rotary embeddings of type 'dynamic'"
+    with pytest.warns(UserWarning, match=reason) as caught:
+        decoder = NablaDecoder(*models, None, config=CONFIG)
+    (warning,) = caught
+    message = str(warning.message)
+    assert "\n" not in message
+    for part in ("several times slower", "loop='sequential'"):
         assert part in message
     assert "max_kv_tokens" not in message
     assert warning.filename == __file__
-    assert decoder.loop == "sequential"
+    assert decoder.describe()["loop"] == decoder.loop == "sequential"
     assert same(decode(decoder), decode(NablaDecoder(*models, None, config=CONFIG, loop="sequential")))
+    with pytest.raises(ModelError, match=reason):
+        NablaDecoder(*models, None, loop="batched")
+    with pytest.warns(UserWarning, match="max_kv_tokens has no effect"):
+        NablaDecoder(*models, None, max_kv_tokens=64)
 
 
 def test_a_reward_model_that_caps_its_scores_is_batched_with_attention_that_does():
@@ -102,23 +126,17 @@ def test_a_reward_model_that_caps_its_scores_is_batched_with_attention_that_does
     assert NablaDecoder(shared_lm("qwen2"), rm, None).loop == "batched"
 
 
-def test_a_loop_that_is_asked_for_is_used_or_refused():
-    models = shared_lm("qwen2"), shared_reward_model("bert"), None
-    with pytest.raises(ModelError, match="BertForSequenceClassification"):
-        NablaDecoder(*models, loop="batched")
-    assert NablaDecoder(*models, loop="sequential").loop == "sequential"
+def test_a_loop_that_is_asked_for_is_used():
     for loop in ("batched", "sequential"):
         assert NablaDecoder(shared_lm("qwen2"), None, None, loop=loop).loop == loop
     with pytest.raises(InputError, match="'auto', 'batched' or 'sequential', got 'fast'"):
-        NablaDecoder(*models, loop="fast")
+        NablaDecoder(shared_lm("qwen2"), None, None, loop="fast")
 
 
 def test_a_limit_of_keys_and_values_goes_with_any_loop_but_the_sequential():
     lm = shared_lm("qwen2")
     for loop in ("auto", "batched"):
         assert NablaDecoder(lm, None, None, loop=loop, max_kv_tokens=64).loop == "batched"
-    with pytest.warns(UserWarning, match="max_kv_tokens has no effect"):
-        NablaDecoder(lm, shared_reward_model("bert"), None, max_kv_tokens=64)
     with pytest.raises(InputError, match="max_kv_tokens goes with loop='batched' or loop='auto'"):
         NablaDecoder(lm, None, None, loop="sequential", max_kv_tokens=64)
 

@@ -20,11 +20,12 @@ from nabla_fast.decode.descent import hard_descent_, learning_rates
 from nabla_fast.decode.draws import PhiloxDraws, draws_of
 from nabla_fast.decode.relaxed import Relaxed
 from nabla_fast.decode.trajectory import TrajectoryGradient
-from nabla_fast.errors import ModelError
 from nabla_fast.models import LanguageModel, RewardModel
-from nabla_fast.models.paged_kv import BlockPool, PagedSequence
+from nabla_fast.models.paged_kv import BlockPool
 from nabla_fast.models.reader import PagedReader, padded_ids
+from nabla_fast.models.readers import FrozenSequence, SuffixReader, reward_reader, suffix_reader
 from nabla_fast.models.tables import TokenTable
+from nabla_fast.models.whole_reader import OwnForward
 from nabla_fast.ops import AdamState, GumbelNoise, synchronize
 
 TURNS = 8
@@ -40,7 +41,7 @@ class Executor:
         capture: as of :class:`Steps`.
     Raises:
         ValueError: ``turns`` is below 1.
-        ModelError: a model cannot read from a paged prefix, or does not score its last token.
+        ModelError: no way of reading the LM in batches is right.
     """
 
     def __init__(
@@ -52,19 +53,20 @@ class Executor:
         turns: int | None = None,
         capture: Capture | None = None,
     ):
-        if rm is not None and not rm.scores_last:
-            raise ModelError(f"{type(rm.model).__name__} does not score its last token's state")
         self.lm, self.rm, self.config, self.accelerations = lm, rm, config, accelerations
         self.draws = draws_of(config, lm.device)
         if turns is not None and turns < 1:
             raise ValueError(f"turns must be at least 1, got {turns}")
         if turns is None:
             turns = 1 if lm.device.type == "cpu" else TURNS
-        self.turns, self.capture = turns if isinstance(self.draws, PhiloxDraws) else 1, capture
+        self.lm_reader = suffix_reader(lm.model)
+        self.rm_reader = None if rm is None else reward_reader(rm)
+        # Steps on buffers read block tables, and draw by Philox.
+        ahead = isinstance(self.draws, PhiloxDraws) and isinstance(self.lm_reader, PagedReader)
+        self.turns, self.capture = turns if ahead else 1, capture
         self._steps: dict[BlockPool, Steps] = {}
-        self.drafting = Drafting(accelerations.drafting)
-        self.lm_reader = PagedReader(lm.model)
-        self.rm_reader = None if rm is None else PagedReader(rm.model)
+        # A draft that is not drawn is cut off again.
+        self.drafting = Drafting(accelerations.drafting and self.lm_reader.cuts_back)
         self._tables = [TokenTable(lm.table)]
         if rm and config.reward_coeff > 0:
             self._tables.append(rm.table.to(lm.device))
@@ -93,7 +95,7 @@ class Executor:
 
     def score(self, requests: Sequence[Score]) -> None:
         """Rewards of all requests as one batch."""
-        sequences: list[PagedSequence] = []
+        sequences: list[FrozenSequence] = []
         try:
             rewards, kept = self._score(requests, sequences)
         except BaseException:
@@ -105,7 +107,7 @@ class Executor:
             request.reward, request.sequence = reward, sequence
 
     def _score(
-        self, requests: Sequence[Score], sequences: list[PagedSequence]
+        self, requests: Sequence[Score], sequences: list[FrozenSequence]
     ) -> tuple[list[float], list[int]]:
         """Rewards, and the tokens of each sequence before its tail; forks are added to ``sequences``."""
         unread, kept = [], []
@@ -116,6 +118,10 @@ class Executor:
             unread.append([*tokens, *problem.reward_suffix][sequences[-1].length :])
             kept.append(len(tokens))
         lengths = list(map(len, unread))
+        if isinstance(self.rm_reader, OwnForward):
+            for request, length in zip(requests, lengths, strict=True):
+                request.count("rm", length, length)
+            return [float(self.rm.score([ids])[0]) for ids in unread], kept
         ids = padded_ids(unread, self.rm.device)
         for request, length in zip(requests, lengths, strict=True):
             request.count("rm", length, ids.shape[1])
@@ -153,7 +159,7 @@ class Executor:
         before = [[*request.problem.prompt_ids, *request.response] for request in asked]
         read = [mixes[n][:-1].detach().requires_grad_() for n in rows]
         with torch.enable_grad():
-            states = self._suffix_states(
+            states, lengths = self._suffix_states(
                 self.lm_reader, self.lm.table, [r.lm_base for r in asked], before, read
             )
         own = [part.detach() for part in states]
@@ -165,45 +171,46 @@ class Executor:
                 cotangents[n][:-1] = gradient
         for n, part in zip(rows, own, strict=True):
             hidden[n] = torch.cat([hidden[n], part])
-        self._count("lm", asked, before, own, directions)
+        self._count("lm", asked, lengths, directions)
         return cotangents, hidden
 
     def _count(
-        self,
-        model: str,
-        requests: Sequence[Gradient],
-        before: Sequence[Sequence[int]],
-        suffixes: Sequence[Tensor],
-        directions: int,
+        self, model: str, requests: Sequence[Gradient], lengths: Sequence[int], directions: int
     ) -> None:
-        """Token passes over suffixes, and over the tokens before them where these are read too."""
-        read = [
-            len(suffix) if self.accelerations.frozen_prefix else len(ids) + len(suffix)
-            for ids, suffix in zip(before, suffixes, strict=True)
-        ]
-        for request, tokens in zip(requests, read, strict=True):
-            request.count(model, tokens, max(read), directions)
+        """Token passes over what was read as one batch."""
+        for request, tokens in zip(requests, lengths, strict=True):
+            request.count(model, tokens, max(lengths), directions)
 
     def _suffix_states(
         self,
-        reader: PagedReader,
+        reader: SuffixReader,
         table: Tensor,
-        bases: Sequence[PagedSequence],
+        bases: Sequence[FrozenSequence],
         before: Sequence[Sequence[int]],
         suffixes: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """Hidden states [L, H] of suffixes of embeddings [L, H] that follow the tokens ``before`` them."""
-        prefixes = [base.prefix(len(ids)) for base, ids in zip(bases, before, strict=True)]
-        if not self.accelerations.frozen_prefix:
-            prefixes = [base.prefix(0) for base in bases]
-            suffixes = [
-                torch.cat([table[torch.tensor(ids, device=table.device)], suffix])
-                for ids, suffix in zip(before, suffixes, strict=True)
-            ]
-        lengths = list(map(len, suffixes))
-        states = reader.read(prefixes, lengths, embeddings=pad_sequence(suffixes, batch_first=True))
-        skipped = [0 if self.accelerations.frozen_prefix else len(ids) for ids in before]
-        return [part[skip:length] for part, skip, length in zip(states, skipped, lengths, strict=True)]
+    ) -> tuple[list[Tensor], list[int]]:
+        """Hidden states [L, H] of suffixes of embeddings [L, H] that follow the tokens ``before`` them.
+
+        Returns:
+            The states, and how many tokens were read for each suffix.
+        """
+        frozen = self.accelerations.frozen_prefix and reader.frozen_gradients
+        prefixes = [base.prefix(len(ids) if frozen else 0) for base, ids in zip(bases, before, strict=True)]
+        # Not every reader can begin at any token.
+        missing = [
+            torch.tensor(ids[prefix.length :], dtype=torch.int64, device=table.device)
+            for prefix, ids in zip(prefixes, before, strict=True)
+        ]
+        read = [
+            torch.cat([table[ids], suffix]) if len(ids) else suffix
+            for ids, suffix in zip(missing, suffixes, strict=True)
+        ]
+        lengths = list(map(len, read))
+        states = reader.read(prefixes, lengths, embeddings=pad_sequence(read, batch_first=True))
+        parts = [
+            part[len(ids) : length] for part, ids, length in zip(states, missing, lengths, strict=True)
+        ]
+        return parts, lengths
 
     def _likelihood_gradients(self, requests: Sequence[Gradient], states: Sequence[Tensor]) -> list[Tensor]:
         """∂ℒ/∂states of the likelihood of all positions but the first, which nothing relaxed precedes."""
@@ -228,13 +235,31 @@ class Executor:
                 else part
                 for part, r in zip(read, requests, strict=True)
             ]
-            states = self._suffix_states(
+            if isinstance(self.rm_reader, OwnForward):
+                return self._own_rm_gradient(requests, before, read, suffixes)
+            states, lengths = self._suffix_states(
                 self.rm_reader, self.rm.own_table, [r.rm_base for r in requests], before, suffixes
             )
             last = torch.stack([part[-1] for part in states])
             loss = -self.config.reward_coeff * self.rm.model.score(last).sum()
-        self._count("rm", requests, before, suffixes, directions=2)
+        self._count("rm", requests, lengths, directions=2)
         return [gradient.to(self.lm.device) for gradient in torch.autograd.grad(loss, read)]
+
+    def _own_rm_gradient(
+        self,
+        requests: Sequence[Gradient],
+        before: Sequence[Sequence[int]],
+        read: Sequence[Tensor],
+        suffixes: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """The same by the model's own forward, one sequence after another."""
+        gradients = []
+        for request, ids, mix, suffix in zip(requests, before, read, suffixes, strict=True):
+            sequence = torch.cat([self.rm.embed(ids), suffix])
+            loss = -self.config.reward_coeff * self.rm.score_embeddings(sequence[None]).sum()
+            gradients += torch.autograd.grad(loss, mix)
+            self._count("rm", [request], [len(sequence)], directions=2)
+        return [gradient.to(self.lm.device) for gradient in gradients]
 
     def norms(self, gradient: TrajectoryGradient) -> Tensor:
         """‖G_i‖₂ of all positions, [L]."""

@@ -92,7 +92,7 @@ class BatchedLoop:
         max_kv_tokens: most tokens whose keys and values are held at once, a model; None for no limit.
         accelerations, turns, capture: as of :class:`Executor`.
     Raises:
-        ModelError: a model's attention cannot read from a paged prefix.
+        ModelError: no way of reading the LM in batches is right.
     """
 
     def __init__(
@@ -111,6 +111,16 @@ class BatchedLoop:
         self._executor = Executor(lm, rm, config, accelerations or Accelerations(), turns, capture)
         self._batch_size, self._proposals = batch_size, proposals
         self._max_kv_tokens = max_kv_tokens
+
+    def ways(self) -> dict[str, str]:
+        """How each model is read, in words: ``{"lm": …, "reward_model": …}``."""
+        readers = {"lm": self._executor.lm_reader, "reward_model": self._executor.rm_reader}
+        return {name: reader.way for name, reader in readers.items() if reader is not None}
+
+    def slow_ways(self) -> list[str]:
+        """Why models are read anew with each pass; empty where none is."""
+        readers = (self._executor.lm_reader, self._executor.rm_reader)
+        return [reason for reader in readers if (reason := getattr(reader, "reason", None))]
 
     @torch.no_grad()
     def decode(

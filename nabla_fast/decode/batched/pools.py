@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nabla_fast.decode.problem import Problem
+from nabla_fast.models.cache_sequences import CacheGroup, CachePool
 from nabla_fast.models.paged_kv import BlockPool, SequenceGroup
-from nabla_fast.models.reader import PagedReader
+from nabla_fast.models.readers import SuffixReader
+from nabla_fast.models.whole_reader import OwnForward
 
 BLOCK = 16  # tokens a block of keys and values holds
 
 
 @dataclass(frozen=True)
 class SequenceGroups:
-    """The paged sequences of one problem: a group in each model's pool."""
+    """The sequences of one problem: a group in each model's pool."""
 
-    lm: SequenceGroup
-    rm: SequenceGroup | None
+    lm: SequenceGroup | CacheGroup
+    rm: SequenceGroup | CacheGroup | None
 
     def free(self) -> None:
         """Give all blocks back, wherever the problem's decode stands."""
@@ -42,11 +44,15 @@ class Pools:
     """
 
     def __init__(
-        self, lm: PagedReader, rm: PagedReader | None, first: Sequence[Problem], max_tokens: int | None
+        self,
+        lm: SuffixReader,
+        rm: SuffixReader | OwnForward | None,
+        first: Sequence[Problem],
+        max_tokens: int | None,
     ):
         limit = None if max_tokens is None else max_tokens // BLOCK
 
-        def pool(reader: PagedReader, lengths: list[int]) -> BlockPool:
+        def pool(reader: SuffixReader | OwnForward, lengths: list[int]) -> BlockPool | CachePool:
             blocks = sum(length // BLOCK + 2 for length in lengths)
             return reader.pool(blocks if limit is None else min(blocks, limit), BLOCK, limit)
 

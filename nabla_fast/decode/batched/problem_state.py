@@ -28,7 +28,7 @@ from nabla_fast.decode.selection import (
 )
 from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.errors import ModelError
-from nabla_fast.models.paged_kv import PagedSequence
+from nabla_fast.models.readers import FrozenSequence
 from nabla_fast.ops import AdamState, GumbelNoise, TokenStats
 from nabla_fast.results import Revision, Stats
 
@@ -71,9 +71,9 @@ class ProblemState:
         self._frozen_prefix = executor.accelerations.frozen_prefix
         self._response: list[int] = []  # committed tokens
         self._current: Continuation | None = None
-        self._sequence: PagedSequence | None = None  # the LM's, of prompt, response and continuation
+        self._sequence: FrozenSequence | None = None  # the LM's, of prompt, response and continuation
         self._reward: float | None = None
-        self._rm_sequence: PagedSequence | None = None
+        self._rm_sequence: FrozenSequence | None = None
         self._store: dict[tuple[int, ...], tuple[int, TrajectoryGradient]] = {}
         self._proposed = self._accepted = 0
         self._descent_calls: dict[int, int] = {}  # by the offset that a descent is for

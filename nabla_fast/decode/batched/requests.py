@@ -11,7 +11,7 @@ from nabla_fast.decode.draws import Stream
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.relaxed import Relaxed
 from nabla_fast.decode.trajectory import TrajectoryGradient
-from nabla_fast.models.paged_kv import PagedSequence
+from nabla_fast.models.readers import FrozenSequence
 from nabla_fast.ops import AdamState, GumbelNoise
 from nabla_fast.results import Stats
 
@@ -60,14 +60,14 @@ class RollOut(_Request):
         sequence: the answer: the LM's keys and values of all but the last token.
     """
 
-    base: PagedSequence
+    base: FrozenSequence
     shared: int
     response: list[int]
     stream: Stream
     draft: list[int]
     purpose = "rollout"
     continuation: Continuation | None = None
-    sequence: PagedSequence | None = None
+    sequence: FrozenSequence | None = None
 
 
 @dataclass(eq=False)
@@ -82,12 +82,12 @@ class Score(_Request):
         sequence: the answer: the reward model's keys and values of prefix and response, without tail.
     """
 
-    base: PagedSequence
+    base: FrozenSequence
     shared: int
     response: list[int]
     purpose = "score"
     reward: float | None = None
-    sequence: PagedSequence | None = None
+    sequence: FrozenSequence | None = None
 
 
 @dataclass(eq=False)
@@ -105,8 +105,8 @@ class Gradient(_Request):
 
     response: list[int]
     hidden: Tensor
-    lm_base: PagedSequence
-    rm_base: PagedSequence | None
+    lm_base: FrozenSequence
+    rm_base: FrozenSequence | None
     relaxed: Relaxed
     purpose: str = "gradient"
     gradient: TrajectoryGradient | None = None

@@ -16,8 +16,8 @@ from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.draws import Draws
 from nabla_fast.decode.failures import attributed_to
 from nabla_fast.models import LanguageModel
-from nabla_fast.models.paged_kv import PagedSequence
-from nabla_fast.models.reader import PagedReader, padded_ids
+from nabla_fast.models.reader import padded_ids
+from nabla_fast.models.readers import FrozenSequence, SuffixReader
 from nabla_fast.ops import TokenStats, lm_logits, token_stats
 from nabla_fast.ops.rows import report, row_status
 
@@ -30,7 +30,7 @@ class RolloutRow:
     """One rollout under way."""
 
     request: RollOut
-    sequence: PagedSequence
+    sequence: FrozenSequence
     unread: list[int]
     matched: bool = True
     tokens: list[int] = field(default_factory=list)
@@ -41,6 +41,13 @@ class RolloutRow:
         """Tokens before the one to be drawn next."""
         request = self.request
         return len(request.problem.prompt_ids) + len(request.response) + len(self.tokens)
+
+    def tokens_after(self, length: int) -> list[int]:
+        """All its tokens but the first ``length``."""
+        request, drawn = self.request, length - self.position + len(self.tokens)
+        if drawn >= 0:
+            return self.tokens[drawn:]
+        return [*request.problem.prompt_ids, *request.response, *self.tokens][length:]
 
     def draft(self, width: int) -> list[int]:
         drawn = len(self.tokens)
@@ -84,7 +91,7 @@ class _Drawn:
 
 def roll_out(
     lm: LanguageModel,
-    reader: PagedReader,
+    reader: SuffixReader,
     config: DTOConfig,
     draws: Draws,
     drafting: Drafting,
@@ -113,8 +120,8 @@ def started(requests: Sequence[RollOut]) -> Iterator[list[RolloutRow]]:
     try:
         for request in requests:
             sequence = request.base.fork(request.shared)
-            unread = [*request.problem.prompt_ids, *request.response][sequence.length :]
-            rows.append(RolloutRow(request, sequence, unread))
+            rows.append(RolloutRow(request, sequence, []))
+            rows[-1].unread = rows[-1].tokens_after(sequence.length)
         yield rows
     except BaseException:
         for row in rows:
@@ -151,7 +158,7 @@ def answer(
 
 def _step(
     lm: LanguageModel,
-    reader: PagedReader,
+    reader: SuffixReader,
     config: DTOConfig,
     draws: Draws,
     drafting: Drafting,
@@ -214,7 +221,7 @@ def _step(
         request.stats.drafted += len(draft)
         request.stats.draft_hits += kept
         row.sequence.truncate(former + len(row.unread) + kept)
-        row.unread = [token]
+        row.unread = row.tokens_after(row.sequence.length)
         start += len(draft) + 1
         if not ended:
             going.append(row)

@@ -46,6 +46,14 @@ class SequentialLoop:
         self._rejection = config.rejection and rm is not None
         self._draws = draws_of(config, lm.device)
 
+    def ways(self) -> dict[str, str]:
+        """How each model is read, in words: ``{"lm": …, "reward_model": …}``."""
+        cached = "behind a transformers cache" if self._lm.reads_cached else "anew with each token"
+        ways = {"lm": f"{cached}; gradients by passes over everything"}
+        if self._rm is not None:
+            ways["reward_model"] = "anew with each pass"
+        return ways
+
     def decode(
         self, problems: Sequence[Problem], stats: Sequence[Stats], *, keep: bool = False
     ) -> Iterator[tuple[int, Decoded | Exception]]:

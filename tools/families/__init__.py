@@ -1,0 +1,1 @@
+"""A sweep over the model types of the installed transformers."""
