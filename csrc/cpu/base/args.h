@@ -22,9 +22,6 @@ constexpr int64_t kFirstVersionBytes = sizeof(Args);
 template <>
 inline constexpr int64_t kFirstVersionBytes<nabla_fast_mix_args> =
     offsetof(nabla_fast_mix_args, perturbed);
-template <>
-inline constexpr int64_t kFirstVersionBytes<nabla_fast_attention_args> =
-    offsetof(nabla_fast_attention_args, logsumexp);
 
 // More bytes than a struct of any version has.
 constexpr int64_t kMaxArgsBytes = 4096;

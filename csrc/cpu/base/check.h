@@ -94,17 +94,14 @@ int64_t stride_of(const Matrix& matrix, int64_t rows) {
   return step_of(matrix.width > 0 ? rows : 0, matrix.stride);
 }
 
-inline bool is_dtype(nabla_fast_dtype dtype) {
-  return dtype == NABLA_FAST_FLOAT32 || dtype == NABLA_FAST_BFLOAT16;
-}
-
 inline int64_t bytes_of(nabla_fast_dtype dtype) { return dtype == NABLA_FAST_FLOAT32 ? 4 : 2; }
 
 // OK if `rows` rows of a matrix that is read, or written, are `width` wide and can be there.
 template <typename Matrix>
 nabla_fast_status check_matrix(const Matrix& matrix, int64_t rows, int64_t width) {
   if (matrix.width < 0 || matrix.width != width) return NABLA_FAST_INVALID_SHAPE;
-  if (!is_dtype(matrix.dtype)) return NABLA_FAST_UNKNOWN_DTYPE;
+  if (matrix.dtype != NABLA_FAST_FLOAT32 && matrix.dtype != NABLA_FAST_BFLOAT16)
+    return NABLA_FAST_UNKNOWN_DTYPE;
   if (!fits({{rows, matrix.stride}, {width, 1}}, bytes_of(matrix.dtype)))
     return NABLA_FAST_TOO_LARGE;
   return !matrix.data && rows > 0 && width > 0 ? NABLA_FAST_INVALID_POINTER : NABLA_FAST_OK;

@@ -1,4 +1,4 @@
-// Number of threads for a call.
+// Number of threads for a call, and where one stands among those of a parallel region.
 #ifndef NABLA_FAST_CPU_BASE_THREADS_H_
 #define NABLA_FAST_CPU_BASE_THREADS_H_
 
@@ -28,6 +28,15 @@ inline int threads_for(int64_t work, int64_t work_per_thread, int32_t asked) {
 #endif
   return static_cast<int>(std::clamp<int64_t>(work / work_per_thread, 1, most));
 }
+
+// Rank of this thread in its parallel region, and the number of threads there.
+#ifdef _OPENMP
+inline int thread_rank() { return omp_get_thread_num(); }
+inline int thread_count() { return omp_get_num_threads(); }
+#else
+inline int thread_rank() { return 0; }
+inline int thread_count() { return 1; }
+#endif
 
 }  // namespace nabla_fast
 

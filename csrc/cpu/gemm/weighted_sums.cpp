@@ -14,24 +14,25 @@
 namespace nabla_fast::gemm {
 namespace {
 
-template <int W>
+template <int W, typename T>
 NABLA_FAST_INLINE void weighted_sums_kernel(const float* weights, int lanes, int rows,
                                             const Table& table, int tokens, float* sums,
                                             Prefetcher prefetcher) {
+  const int64_t width = padded(table.width);
   // Sixteen rows read the tile several times, in all of which the next one arrives; fewer read it
   // once or twice.
   if (rows < 16)
-    add_weighted_sums_vec<W, 1>(weights, lanes, rows, table, tokens, sums, prefetcher);
+    add_all_rows<W, kRowsAtOnce<W>, 1, T>(weights, lanes, rows, table, tokens, sums, width,
+                                          prefetcher);
   else if (rows < 32)
-    add_weighted_sums_vec<W, W == 16 ? 2 : 4>(weights, lanes, rows, table, tokens, sums,
-                                              prefetcher);
-  else if (table.dtype == NABLA_FAST_FLOAT32)
-    add_weighted_sums_copied<W, float>(weights, lanes, rows, table, tokens, sums, prefetcher);
+    add_all_rows<W, kRowsAtOnce<W>, W == 16 ? 2 : 4, T>(weights, lanes, rows, table, tokens, sums,
+                                                        width, prefetcher);
   else
-    add_weighted_sums_copied<W, uint16_t>(weights, lanes, rows, table, tokens, sums, prefetcher);
+    add_weighted_sums_copied<W, T>(weights, lanes, rows, table, tokens, sums, prefetcher);
 }
 
-NABLA_FAST_FOR_EACH_ISA(weighted_sums, weighted_sums_kernel<W>)
+NABLA_FAST_FOR_EACH_ISA(fp32_sums, weighted_sums_kernel<W, float>)
+NABLA_FAST_FOR_EACH_ISA(bf16_sums, weighted_sums_kernel<W, uint16_t>)
 
 }  // namespace
 
@@ -43,7 +44,7 @@ void add_weighted_sums(const float* weights, int lanes, int rows, const Table& t
                                  Prefetcher{static_cast<const char*>(table.from(tokens).data)},
                                  bf16_weights);
   const bool pairs = bf16_weights && rounds_weights(table, isa);
-  auto* const run = weighted_sums.select(isa);
+  auto* const run = (table.dtype == NABLA_FAST_FLOAT32 ? fp32_sums : bf16_sums).select(isa);
   for (int t = 0; t < tokens; t += kVocabTileTokens) {
     const int some = std::min(kVocabTileTokens, tokens - t);
     const Table tile = table.from(t);

@@ -23,6 +23,9 @@ constexpr int kVectorsOfRow = W == 16            ? 16 / R
                               : W == 8 && R == 4 ? 3
                                                  : 8 / R;
 
+template <int W>
+constexpr int kRowsAtOnce = W == 16 ? 8 : 4;  // of many
+
 // `C` vectors of columns of `R` rows.
 template <int W, int R, int C, int kTokensPerPrefetch, typename T, typename P>
 NABLA_FAST_INLINE void add_register_tile(const float* weights, int lanes, const T* columns,
@@ -73,7 +76,8 @@ NABLA_FAST_INLINE void add_row_block(const float* weights, int lanes, const Tabl
                                                  sums_stride, prefetcher);
 }
 
-// The first rows, R at a time, and then the rest, R / 2 at a time.
+// The first rows, R at a time, and then the rest, R / 2 at a time; prefetches for every
+// kTokensPerPrefetch-th token what it reads.
 template <int W, int R, int kTokensPerPrefetch, typename T, typename P>
 NABLA_FAST_INLINE void add_all_rows(const float* weights, int lanes, int rows, const Table& table,
                                     int tokens, float* sums, int64_t sums_stride, P& prefetcher) {
@@ -84,20 +88,6 @@ NABLA_FAST_INLINE void add_all_rows(const float* weights, int lanes, int rows, c
   if constexpr (R > 1)
     add_all_rows<W, R / 2, kTokensPerPrefetch, T>(weights + r, lanes, rows - r, table, tokens,
                                                   sums + r * sums_stride, sums_stride, prefetcher);
-}
-
-// add_weighted_sums(), prefetching for every kTokensPerPrefetch-th token what it reads.
-template <int W, int kTokensPerPrefetch>
-NABLA_FAST_INLINE void add_weighted_sums_vec(const float* weights, int lanes, int rows,
-                                             const Table& table, int tokens, float* sums,
-                                             Prefetcher prefetcher) {
-  constexpr int kRows = W == 16 ? 8 : 4;
-  if (table.dtype == NABLA_FAST_FLOAT32)
-    add_all_rows<W, kRows, kTokensPerPrefetch, float>(weights, lanes, rows, table, tokens, sums,
-                                                      padded(table.width), prefetcher);
-  else
-    add_all_rows<W, kRows, kTokensPerPrefetch, uint16_t>(weights, lanes, rows, table, tokens, sums,
-                                                         padded(table.width), prefetcher);
 }
 
 }  // namespace nabla_fast::gemm

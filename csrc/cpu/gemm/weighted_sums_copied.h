@@ -54,7 +54,7 @@ template <int W, typename T>
 NABLA_FAST_INLINE void add_weighted_sums_copied(const float* weights, int lanes, int rows,
                                                 const Table& table, int tokens, float* sums,
                                                 Prefetcher prefetcher) {
-  constexpr int kRows = W == 16 ? 8 : 4;
+  constexpr int kRows = kRowsAtOnce<W>;
   // A token is copied as often as kRowsPerGroup rows pass over as many multiply-adds.
   constexpr int kTokensPerCopy =
       kRowsPerGroup / kRows * kStripColumns<W> / (kVectorsOfRow<W, kRows> * W);

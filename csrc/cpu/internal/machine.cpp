@@ -4,13 +4,11 @@
 #include <cstdint>
 
 #include "base/isa.h"
+#include "base/threads.h"
 #include "simd/vec.h"
 
 #if NABLA_FAST_AMX && !NABLA_FAST_EMULATED
   #include <immintrin.h>
-#endif
-#ifdef _OPENMP
-  #include <omp.h>
 #endif
 
 namespace nabla_fast::internal {
@@ -183,22 +181,6 @@ NABLA_FAST_TARGET_AMX double tile_products(int64_t rounds) {
 
 // -- all threads ----------------------------------------------------------------------------------
 
-int this_thread() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-int thread_count() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
-
 // A thread's part of n elements.
 struct Part {
   int64_t first, last;
@@ -206,7 +188,7 @@ struct Part {
 
 Part part_of(int64_t n) {
   const int64_t size = (n / thread_count() + kLineFloats) / kLineFloats * kLineFloats;
-  const int64_t first = std::min(n, size * this_thread());
+  const int64_t first = std::min(n, size * thread_rank());
   return {first, std::min(n, first + size)};
 }
 

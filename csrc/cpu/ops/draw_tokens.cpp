@@ -25,10 +25,6 @@
 #include "simd/vec.h"
 #include "softmax/row_status.h"
 
-#ifdef _OPENMP
-  #include <omp.h>
-#endif
-
 namespace nabla_fast::draws {
 namespace {
 
@@ -318,12 +314,7 @@ void draw_tokens(Next* next_of, Best* best_of, const nabla_fast_draw_args& call)
     const NoiseKey key(call, row);
     Seen seen;
     if (filters(call)) {
-#ifdef _OPENMP
-      const int64_t rank = omp_get_thread_num();
-#else
-      const int64_t rank = 0;
-#endif
-      auto* const list = reinterpret_cast<Candidate*>(memory + rank * bytes);
+      auto* const list = reinterpret_cast<Candidate*>(memory + thread_rank() * bytes);
       call.token[row] = best_of_some(next_of, z, call, key, list, seen);
     } else {
       call.token[row] = best_of(z, call.vocab, call.tau, key, seen);

@@ -11,14 +11,12 @@
 // A row is cut into chunks of 1,024 tokens, by position alone. A chunk's sums are taken in fp32
 // lanes and joined in double from left to right, on whatever thread they were taken.
 
+#include "ops/dto_descent.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
-
-#ifdef _OPENMP
-  #include <omp.h>
-#endif
 
 #include "base/check.h"
 #include "base/floats.h"
@@ -26,7 +24,6 @@
 #include "base/isa.h"
 #include "base/threads.h"
 #include "nabla_fast.h"
-#include "ops/dto_descent.h"
 #include "ops/dto_descent_chunks.h"
 #include "softmax/row_status.h"
 #include "softmax/tau.h"
@@ -341,7 +338,7 @@ void each_row(const Call& call, const Layout& layout, char* memory, const Work& 
 #ifdef _OPENMP
   #pragma omp parallel num_threads(layout.sharing)
     {
-      const ThreadGroup threads{omp_get_thread_num(), omp_get_num_threads()};
+      const ThreadGroup threads{thread_rank(), thread_count()};
       for (int64_t row = 0; row < call.rows; ++row) {
         work(row, scratch, threads);
         threads.barrier();  // the scratch is free again
@@ -354,12 +351,8 @@ void each_row(const Call& call, const Layout& layout, char* memory, const Work& 
   }
 #pragma omp parallel for num_threads(layout.scratches) schedule(dynamic) if (layout.scratches > 1)
   for (int64_t row = 0; row < call.rows; ++row) {
-#ifdef _OPENMP
-    const int rank = omp_get_thread_num();
-#else
-    const int rank = 0;
-#endif
-    work(row, layout.scratch(call, memory, layout.scratches > 1 ? rank : 0), ThreadGroup{0, 1});
+    const int scratch = layout.scratches > 1 ? thread_rank() : 0;
+    work(row, layout.scratch(call, memory, scratch), ThreadGroup{0, 1});
   }
 }
 

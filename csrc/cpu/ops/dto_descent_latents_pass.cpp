@@ -195,13 +195,18 @@ NABLA_FAST_INLINE void segment_kernel(const HeadPass& pass, int64_t first, int64
     }
     // The tile behind the next one, which products() has prefetched; it has more time to arrive.
     const gemm::Table tile_of_head = pass.head.from(token);
-    const Prefetcher prefetcher{static_cast<const char*>(pass.head.from(token + 2 * tokens).data)};
+    Prefetcher prefetcher{static_cast<const char*>(pass.head.from(token + 2 * tokens).data)};
     if (pass.rows.terms)
       gemm::add_weighted_sums_amx(tile.weights, stride, 2 * rows, tile_of_head, tokens,
                                   weighted_sums, prefetcher);
+    else if (pass.head.dtype == NABLA_FAST_FLOAT32)
+      gemm::add_all_rows<W, gemm::kRowsAtOnce<W>, 4, float>(tile.weights, stride, 2 * rows,
+                                                            tile_of_head, tokens, weighted_sums,
+                                                            padded(pass.head.width), prefetcher);
     else
-      gemm::add_weighted_sums_vec<W, 4>(tile.weights, stride, 2 * rows, tile_of_head, tokens,
-                                        weighted_sums, prefetcher);
+      gemm::add_all_rows<W, gemm::kRowsAtOnce<W>, 4, uint16_t>(tile.weights, stride, 2 * rows,
+                                                               tile_of_head, tokens, weighted_sums,
+                                                               padded(pass.head.width), prefetcher);
   }
 }
 

@@ -275,8 +275,7 @@ nabla_fast_status nabla_fast_embedding_mix(const nabla_fast_mix_args* args) {
     arrays.writes(array_of_bytes(call.workspace, bytes));
     for (int64_t t = 0; t < call.table_count; ++t)
       arrays.writes(array_of(call.mixes[t], call.rows));
-    if (perturbed_of(call))
-      arrays.writes(array_of_bytes(call.perturbed, perturbed_bytes(call).or_zero()));
+    arrays.writes(perturbed_of(call));
     arrays.reads(array_of(call.mixes, call.table_count));
     list_inputs(call, arrays);
   });

@@ -379,8 +379,7 @@ nabla_fast_status nabla_fast_embedding_mix_backward(const nabla_fast_mix_args* a
     arrays.writes(array_of(call.row_status, call.rows));
     arrays.writes(array_of_bytes(call.workspace, bytes));
     list_inputs(call, arrays);
-    if (perturbed_of(call))
-      arrays.reads(array_of_bytes(call.perturbed, perturbed_bytes(call).or_zero()));
+    arrays.reads(perturbed_of(call));
     arrays.reads(array_of(call.cotangents, call.table_count));
     for (int64_t t = 0; t < call.table_count; ++t)
       arrays.reads(array_of(call.cotangents[t], call.rows));

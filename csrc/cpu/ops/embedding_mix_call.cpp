@@ -17,7 +17,6 @@ nabla_fast_status check_mix(const nabla_fast_mix_args& call) {
     const int64_t width = call.head.width;
     if (const auto refused = check_matrix(call.hidden, call.rows, width)) return refused;
     if (const auto refused = check_matrix(call.head, call.vocab, width)) return refused;
-    if (call.perturbed && !perturbed_bytes(call).fits()) return NABLA_FAST_TOO_LARGE;
   } else if (const auto refused = check_matrix(call.logits, call.rows, call.vocab)) {
     return refused;
   }

@@ -30,12 +30,10 @@ void list_inputs(const nabla_fast_mix_args& call, Arrays& arrays);
 
 inline bool is_linear(const nabla_fast_mix_args& call) { return call.logits.data == nullptr; }
 
-// `perturbed` where a call has it, and its bytes.
-inline float* perturbed_of(const nabla_fast_mix_args& call) {
-  return is_linear(call) ? call.perturbed : nullptr;
-}
-inline Size perturbed_bytes(const nabla_fast_mix_args& call) {
-  return Size(call.vocab) * 4 * Size(call.rows).rounded_up(16);
+// `perturbed`; no bytes where the logits are given.
+inline Array perturbed_of(const nabla_fast_mix_args& call) {
+  const Size bytes = Size(call.vocab) * 4 * Size(call.rows).rounded_up(16);
+  return array_of_bytes(is_linear(call) ? call.perturbed : nullptr, bytes.or_zero());
 }
 
 inline softmax::NoiseKeys keys_from(const nabla_fast_mix_args& call, int64_t row) {
@@ -80,7 +78,7 @@ struct RowGroup {
         first(first),
         rows(static_cast<int>(std::min<int64_t>(gemm::kRowsPerGroup, call.rows - first))),
         hidden{},
-        kept(perturbed_of(call) ? perturbed_of(call) + first * call.vocab : nullptr) {
+        kept(perturbed_of(call).empty() ? nullptr : call.perturbed + first * call.vocab) {
     if (is_linear(call))
       hidden = gemm::pack_rows(gemm::table_of(call.hidden, call.rows).from(first), rows,
                                call.head.dtype, memory);
@@ -104,17 +102,14 @@ struct RowGroup {
     const softmax::NoiseKeys keys = keys_from(call, first);
     if (keys.seed) softmax::add_noise(keys, rows, token, tokens, y);
   }
+  // The forward's; and the backward's, of those that the forward has kept if there are any.
   void load_and_keep(int64_t token, int tokens, float* y) const {
     load(token, tokens, y);
-    const int lanes = gemm::lanes_of(rows);
-    if (kept) std::copy_n(y, tokens * lanes, kept + token * lanes);
+    if (kept) std::copy_n(y, tokens * gemm::lanes_of(rows), kept + token * gemm::lanes_of(rows));
   }
   void load_kept(int64_t token, int tokens, float* y) const {
-    const int lanes = gemm::lanes_of(rows);
-    if (kept)
-      std::copy_n(kept + token * lanes, tokens * lanes, y);
-    else
-      load(token, tokens, y);
+    if (!kept) return load(token, tokens, y);
+    std::copy_n(kept + token * gemm::lanes_of(rows), tokens * gemm::lanes_of(rows), y);
   }
 };
 

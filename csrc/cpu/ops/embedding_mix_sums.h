@@ -2,17 +2,15 @@
 #ifndef NABLA_FAST_CPU_OPS_EMBEDDING_MIX_SUMS_H_
 #define NABLA_FAST_CPU_OPS_EMBEDDING_MIX_SUMS_H_
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
 #include "base/check.h"
+#include "base/threads.h"
 #include "gemm/vocab_tiles.h"
 #include "softmax/relaxed_tiles.h"
 #include "softmax/row_softmax.h"
-
-#ifdef _OPENMP
-  #include <omp.h>
-#endif
 
 namespace nabla_fast::mix {
 
@@ -37,8 +35,7 @@ struct MixSums {
   void clear(int64_t mix_floats) {
     tops.clear();
     sums.clear();
-    float* all = mixes();
-    for (int64_t n = 0; n < mix_floats; ++n) all[n] = 0;
+    std::fill_n(mixes(), mix_floats, 0.0f);
   }
 
   static Size bytes(Size mix_floats) {
@@ -52,11 +49,7 @@ template <typename Run, typename Join>
 void in_rounds(int64_t segments, int rows, int threads, const Run& run, const Join& join) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#ifdef _OPENMP
-    const int64_t rank = omp_get_thread_num(), size = omp_get_num_threads();
-#else
-    const int64_t rank = 0, size = 1;
-#endif
+    const int64_t rank = thread_rank(), size = thread_count();
     for (int64_t round = 0; round < segments; round += size) {
       if (round + rank < segments) run(round + rank, rank);
 #pragma omp barrier

@@ -24,6 +24,14 @@
 #include "simd/vec.h"
 #include "simd/vec_tanh.h"
 
+namespace nabla_fast {
+
+template <>
+inline constexpr int64_t kFirstVersionBytes<nabla_fast_attention_args> =
+    offsetof(nabla_fast_attention_args, logsumexp);
+
+}  // namespace nabla_fast
+
 namespace nabla_fast::attention {
 
 constexpr int64_t kKeysPerTile = 64;

@@ -260,7 +260,7 @@ void sweep_all(const Call& call, Sweep* sweep, int64_t count, int64_t lanes, int
   }
 #ifdef _OPENMP
   #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t unit = 0; unit < units; ++unit) run(unit, omp_get_thread_num());
+  for (int64_t unit = 0; unit < units; ++unit) run(unit, thread_rank());
 #endif
 }
 

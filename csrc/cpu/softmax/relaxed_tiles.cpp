@@ -23,18 +23,18 @@ constexpr int64_t kPrefetchTokens = 256;
 template <int W>
 NABLA_FAST_INLINE void load_block(const gemm::Table& from, int64_t row, int64_t column, int columns,
                                   Floats<W>& x) {
-  __builtin_prefetch(static_cast<const char*>(from.data) +
-                         (row * from.stride + column + kPrefetchTokens) * from.bytes(),
-                     0, 2);
-  float part[16];
-  if (columns < W)
+  const int64_t at = row * from.stride + column;
+  __builtin_prefetch(static_cast<const char*>(from.data) + (at + kPrefetchTokens) * from.bytes(), 0,
+                     2);
+  if (columns < W) {
+    float part[16];
     gemm::copy_to_fp32<W>(from, row, column, columns, part);
-  else if (from.dtype == NABLA_FAST_FLOAT32)
-    return (void)(x = load<W>(static_cast<const float*>(from.data) + row * from.stride + column));
-  else
-    return (void)(x = load_fp32<W>(static_cast<const uint16_t*>(from.data) + row * from.stride +
-                                   column));
-  x = load<W>(part);
+    x = load<W>(part);
+  } else if (from.dtype == NABLA_FAST_FLOAT32) {
+    x = load<W>(static_cast<const float*>(from.data) + at);
+  } else {
+    x = load_fp32<W>(static_cast<const uint16_t*>(from.data) + at);
+  }
 }
 
 template <int W>
