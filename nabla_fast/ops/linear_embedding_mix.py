@@ -27,7 +27,7 @@ from nabla_fast.ops.rows import report, row_status
 
 # Bytes of z + g that the C++ kernel keeps from a forward to its backward, at most: of 64 rows, V up to
 # 262,144. A product of hidden states and head is a third of what the backward multiplies.
-_MOST_KEPT_BYTES = 64 << 20
+MOST_KEPT_BYTES = 64 << 20
 
 _HIDDEN_RULES = {"hidden": floats("N", "H"), "head": floats("V", "H")}
 
@@ -159,7 +159,7 @@ def linear_embedding_mix_cpu(
 ) -> list[Tensor]:
     perturbed = None
     elements = len(head) * (-(-len(hidden) // 16) * 16)
-    if is_recorded("linear_embedding_mix") and 4 * elements <= _MOST_KEPT_BYTES:
+    if is_recorded("linear_embedding_mix") and 4 * elements <= MOST_KEPT_BYTES:
         perturbed = torch.empty(elements, dtype=torch.float32, device="cpu")
         keep(perturbed)
     return mix_native("linear_embedding_mix", hidden, head, tables, tau, contiguous(noise), hard, perturbed)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import nabla_fast.ops as ops
 from nabla_fast.bench.kernel_cases.case import Case, Outputs, Versions, name_of, normal, normal_table
 from nabla_fast.bench.kernel_cases.in_place import Products, products_alone, softmax_gradient_
+from nabla_fast.ops.linear_embedding_mix import MOST_KEPT_BYTES
 
 
 def embedding_mix(
@@ -80,6 +81,7 @@ def linear_embedding_mix(
     n: int, v: int, h: int, dtype: torch.dtype, device: torch.device, *, hard: bool, backward: bool
 ) -> Case:
     """Mixes of hidden states [N, H] with one table, head and table [V, H]."""
+    kept = device.type == "cpu" and 4 * n * v <= MOST_KEPT_BYTES
 
     def prepare() -> Versions:
         hidden = normal(n, h, dtype=torch.float32, device=device, scale=3.0)
@@ -111,13 +113,13 @@ def linear_embedding_mix(
             lambda: ours(hidden.double(), head, *_in_float64([embeddings], cotangents)),
             products=products_alone(
                 n,
-                [head, head, embeddings] if backward else [head],
+                [head, *[head] * (not kept), embeddings] if backward else [head],
                 [head] * backward + [embeddings] * (not hard),
             ),
         )
 
-    # z, the soft mix; then G and ∂ℒ/∂h. The tiles of z are made again where a second pass needs them.
-    products = 1 + (not hard) + 3 * backward
+    # z, the soft mix; then G and ∂ℒ/∂h. The tiles of z are made again where they are not kept.
+    products = 1 + (not hard) + (2 if kept else 3) * backward
     passes = 1 + (not hard) + 2 * backward
     return Case(
         "linear_embedding_mix " + _form(hard, backward),
