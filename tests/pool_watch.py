@@ -15,7 +15,7 @@ class Watch:
 
     Attributes:
         made: every pool.
-        closed: of every pool that was closed, (free blocks, blocks) just before.
+        closed: of every one of these that was closed, (free blocks, blocks) just before.
         left: sequences that still had blocks when their group was given back.
         most: of every pool, blocks in use at once.
     """
@@ -42,7 +42,9 @@ def watched_pools() -> Iterator[Watch]:
         watch.made.append(self)
 
     def closed(self: BlockPool) -> None:
-        watch.closed.append((self.free_blocks, self.blocks))
+        # Garbage of earlier calls may be collected, and closed, meanwhile.
+        if self in watch.made:
+            watch.closed.append((self.free_blocks, self.blocks))
         close(self)
 
     def taken(self: BlockPool, count: int) -> list[int]:
