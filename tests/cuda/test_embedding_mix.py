@@ -130,8 +130,10 @@ def test_products_of_half_precision_fill_their_tiles(
     z, (table,) = draw.logits(rows, 131), draw.tables(131, [(width, dtype)])
     (mix,), status = kernels.embedding_mix(z, [table], hard=False, dtype=F32)
     assert (status == OK).all()
-    exact = torch.softmax(z.double(), dim=1) @ table.double()
-    assert (mix - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
+    p, exact_table = torch.softmax(z.double(), dim=1), table.double()
+    # Weights and their sum are rounded, by half an eps each: of terms that cancel, this much is left.
+    most = torch.finfo(dtype).eps * (p @ exact_table.abs())
+    assert ((mix - p @ exact_table).abs() <= most + 1e-6).all()
 
 
 # -- refusals ----------------------------------------------------------------------------------------
