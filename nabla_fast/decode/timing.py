@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from nabla_fast.models.interrupts import deferred
 from nabla_fast.results import Stats
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -40,7 +41,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self._start = torch.cuda.memory_allocated(device)
         else:
-            with suppress(OSError):
+            with deferred(), suppress(OSError):
                 _CLEAR.write_text("5")  # resets VmHWM
             self._start = _resident("VmRSS")
 
@@ -53,7 +54,8 @@ class PeakMemory:
 
 
 def _resident(field: str) -> int | None:
-    with suppress(OSError):
+    # A handler that raises between an open and its `with` would leave the file open.
+    with deferred(), suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith(field):
                 return int(line.split()[1]) * 1024

@@ -200,7 +200,7 @@ def first() -> tuple[str, list[BadRow]] | None:
 
     Calls come before replays of graphs. Inside the capture of a graph nothing has run: None.
     """
-    if any(map(_capturing, _devices)):
+    if not _devices or any(map(_capturing, _devices)):
         return None
     with _lock:
         taken = [reports.take() for reports in _devices.values()]
