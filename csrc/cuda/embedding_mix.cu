@@ -55,12 +55,27 @@ NABLA_FAST_DEVICE float weights_power<float16>() {
   return 15;
 }
 
-// The largest logit of the slices [0, count) of a row that is a number.
-NABLA_FAST_DEVICE float top_of_slices(const RowTops& tops, int64_t row, int slices, int count) {
-  float top = -kInfinity;
-  for (int slice = static_cast<int>(threadIdx.x); slice < count; slice += kThreads)
-    top = fmaxf(top, tops.value[row * slices + slice]);
-  return join_block(top, Largest{});
+// The largest logits of a row that are numbers: before a chunk, and up to its end.
+struct RunningTops {
+  float before, now;
+};
+NABLA_FAST_DEVICE RunningTops shuffle_xor(RunningTops tops, unsigned lanes) {
+  return {cuda::shuffle_xor(tops.before, lanes), cuda::shuffle_xor(tops.now, lanes)};
+}
+struct LargestOfBoth {
+  NABLA_FAST_DEVICE RunningTops operator()(RunningTops a, RunningTops b) const {
+    return {fmaxf(a.before, b.before), fmaxf(a.now, b.now)};
+  }
+};
+
+NABLA_FAST_DEVICE RunningTops running_tops(const float* tops, const Chunk& chunk) {
+  RunningTops row = {-kInfinity, -kInfinity};
+  for (int slice = static_cast<int>(threadIdx.x); slice < chunk.first + chunk.count;
+       slice += kThreads) {
+    row.now = fmaxf(row.now, tops[slice]);
+    if (slice < chunk.first) row.before = row.now;
+  }
+  return join_block(row, LargestOfBoth{});
 }
 
 // A chunk's weights; a block has one slice of a row. `mixed` is rescaled by the blocks of its row
@@ -71,9 +86,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksHeld<kNoise>)
                    Rows<W> weights, float* slice_sum, double* slice_power, Rows<float> mixed,
                    int64_t width) {
   const SliceOfRow at(chunk);
-  const float top = top_of_slices(tops, at.row, chunk.slices, chunk.first + chunk.count);
-  const Power power = power_of(top, tau);
-  const float reference = power.whole == kNoPower ? 0 : top;
+  const RunningTops tops_of_row = running_tops(tops.value + at.row * chunk.slices, chunk);
+  const Power power = power_of(tops_of_row.now, tau);
+  const float reference = power.whole == kNoPower ? 0 : tops_of_row.now;
   const float shift = power.fraction + weights_power<W>();
   Elements z = load_logits<kNoise>(logits, noise, at);
   float sum = 0;
@@ -93,8 +108,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksHeld<kNoise>)
     slice_power[at.row * chunk.slices + at.slice] = power.whole;
   }
   if (!mixed.data) return;
-  const Power former = power_of(top_of_slices(tops, at.row, chunk.slices, chunk.first), tau);
-  const float factor = power_of_two(former.whole - power.whole);
+  const float factor = power_of_two(power_of(tops_of_row.before, tau).whole - power.whole);
   if (factor == 1) return;
   float* const row = mixed.row(at.row);
   for (int64_t column = (at.slice - chunk.first) * kThreads + threadIdx.x; column < width;
@@ -174,10 +188,17 @@ unsigned dtypes_of_weights(const nabla_fast_mix_args& call) {
 
 int64_t rows_at_once(const nabla_fast_mix_args& call) { return std::min(call.rows, kMostRows); }
 
+// Bytes of a weight, in the widest dtype of a table; 0 where there are none.
+int64_t weight_bytes(const nabla_fast_mix_args& call) {
+  int64_t bytes = 0;
+  for (int64_t t = 0; t < call.table_count && !call.hard; ++t)
+    bytes = std::max<int64_t>(bytes, bytes_of(call.tables[t].dtype));
+  return bytes;
+}
+
 int64_t chunk_slices(const nabla_fast_mix_args& call) {
-  const int64_t token_bytes =
-      (call.hard ? 0 : sizeof(float)) + (is_linear(call) ? sizeof(float) : 0);
-  // Of given logits a hard mix has nothing but their tops.
+  const int64_t token_bytes = weight_bytes(call) + (is_linear(call) ? sizeof(float) : 0);
+  // Of given logits without weights there is nothing but their tops.
   if (token_bytes == 0) return slices_of(call.vocab);
   return slices_of_chunk(rows_at_once(call), call.vocab, token_bytes);
 }
@@ -201,7 +222,7 @@ Size lay_out(const nabla_fast_mix_args& call, char* memory, Scratch& scratch) {
     scratch.slice_sum = layout.array<float>(of_slices * kDtypes);
     scratch.sum = layout.array<float>(Size(rows) * kDtypes);
     scratch.mixed = layout.array<float>(width * rows);
-    scratch.weights = layout.array<float>(Size(stride_of_chunk(call)) * rows);
+    scratch.weights = layout.array<char>(Size(stride_of_chunk(call)) * rows * weight_bytes(call));
   }
   if (is_linear(call)) scratch.logits = layout.array<float>(Size(stride_of_chunk(call)) * rows);
   if (is_linear(call) || !call.hard) scratch.products = layout.product_workspace();
@@ -274,8 +295,15 @@ struct Part {
     return true;
   }
 
+  // Whether the tops of all chunks are taken before the first: where a chunk of given logits has no room in
+  // the L2 cache, and is read from memory twice in any case, one launch takes the place of many.
+  bool measures_all() const {
+    return !is_linear(call) && chunk_slices(call) < slices_of(call.vocab) &&
+           rows * stride_of_chunk(call) * bytes_of(call.logits.dtype) > kChunkBytes;
+  }
+
   bool add(const Chunk& chunk) const {
-    if (!measure(chunk)) return false;
+    if (!measures_all() && !measure(chunk)) return false;
     bool rescale = chunk.first > 0;
     for (nabla_fast_dtype dtype = 0; dtype < kDtypes; ++dtype) {
       if (!(dtypes_of_weights(call) >> dtype & 1)) continue;
@@ -319,6 +347,9 @@ struct Part {
 
   bool run() const {
     const auto take = [&](const Chunk& chunk) { return call.hard ? measure(chunk) : add(chunk); };
+    const auto slices = static_cast<int>(slices_of(call.vocab));
+    if (measures_all() && !call.hard && !measure({0, slices, slices, static_cast<int>(call.vocab)}))
+      return false;
     if (!for_each_chunk(call.vocab, chunk_slices(call), take) || !finish_rows()) return false;
     int64_t column = 0;
     for (int64_t t = 0; t < call.table_count; ++t) {

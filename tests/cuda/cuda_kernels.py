@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class Kernels:
         self.path = path
         self.library = ctypes.CDLL(str(path))
         self.library.nabla_fast_host_reports.restype = ctypes.c_char_p
+        self.library.nabla_fast_host_launches.restype = ctypes.c_char_p
         self.library.nabla_fast_host_register.argtypes = [POINTER, I64, ctypes.c_char_p, I32]
         self.seed = seed
 
@@ -86,6 +87,14 @@ class Kernels:
     def limit(self, multiprocessors: int, shared_bytes: int, most_cluster: int) -> None:
         """What launchers are told of the device from now on; 0: what the target has."""
         self.library.nabla_fast_host_limit(multiprocessors, ctypes.c_int64(shared_bytes), most_cluster)
+
+    def launches(self, call: Callable[[], object]) -> list[tuple[str, int]]:
+        """Kernels that a call launches, and their blocks."""
+        self.library.nabla_fast_host_list_launches(1)
+        call()
+        self.library.nabla_fast_host_list_launches(0)
+        lines = self.library.nabla_fast_host_launches().decode().splitlines()
+        return [(name, int(blocks)) for name, blocks in map(str.split, lines)]
 
     def run(self, name: str, args: Any, given: dict[str, Tensor | None], **written: Tensor) -> None:
         """Call a function with a workspace of poison, as large as it asks for."""

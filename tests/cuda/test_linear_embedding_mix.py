@@ -22,6 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "31 tokens": {"rows": 3, "vocabulary": 31, "hidden": 24, "tables": ((5, F32), (70, BF16))},
     "bf16": {"rows": 3, "vocabulary": 4099, "hidden": 40, "dtype": BF16, "tables": ((9, BF16),)},
     "fp16": {"rows": 3, "vocabulary": 257, "hidden": 24, "dtype": F16, "tables": ((9, F16),)},
+    "fp16 under bf16": {"rows": 3, "vocabulary": 515, "hidden": 24, "dtype": F16, "tables": ((9, BF16),)},
 }
 
 
@@ -35,6 +36,16 @@ def drawn(backward: bool) -> list[Case]:
         for name, sizes in SIZES.items()
         for hard in (True, False)
     ]
+
+
+def growing(draw: Draw, dtype: torch.dtype, step: float) -> Arguments:
+    """Logits of which each slice has larger ones than the last, by ``step``, and the first one by far the smallest."""
+    arguments = backward_arguments(draw, 3, vocabulary=3 * 4096 + 77, hidden=9, tables=((5, dtype),))
+    hidden, head = arguments["hidden"], arguments["head"]
+    hidden[:, :2] = torch.tensor([1.0, 1.0])
+    head[:, 0] = (torch.arange(len(head)) // 4096) * step
+    head[:, 1] = torch.where(torch.arange(len(head)) < 4096, -1e30, 0.0)
+    return arguments
 
 
 def mixed(kernels: Kernels, arguments: Arguments) -> Results:
@@ -57,6 +68,29 @@ def test_mixes_are_as_exact_as_pytorch(case: Case, kernels: Kernels, draw: Draw)
 @pytest.mark.parametrize("case", drawn(True), ids=lambda case: case.name)
 def test_gradients_are_as_exact_as_pytorch(case: Case, kernels: Kernels, draw: Draw):
     check(linear_embedding_mix_backward, case, draw, "cpu", partial(graded, kernels))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("step", [0.0, 5.0, -5.0, 120.0])
+def test_gradients_of_maxima_that_grow(step: float, dtype: torch.dtype, kernels: Kernels, draw: Draw):
+    case = Case(f"growing by {step}", partial(growing, dtype=dtype, step=step))
+    check(linear_embedding_mix_backward, case, draw, "cpu", partial(graded, kernels))
+
+
+def test_a_gradient_that_is_infinite_where_no_token_counts(kernels: Kernels, draw: Draw):
+    """Before the row's maximum is known, the token counted."""
+    arguments = growing(draw, F32, 120.0)
+    direct = draw.normal(3, len(arguments["head"]))
+    direct[0, 4097] = direct[1, 5000] = 0.0
+    expected, _ = kernels.linear_embedding_mix_backward(**arguments | {"direct": direct})
+    direct[0, 4097], direct[1, 5000] = torch.inf, torch.nan
+    grad, status = kernels.linear_embedding_mix_backward(**arguments | {"direct": direct})
+    assert (status == OK).all()
+    torch.testing.assert_close(grad, expected)
+    direct[2, -1] = torch.inf
+    grad, _ = kernels.linear_embedding_mix_backward(**arguments | {"direct": direct})
+    assert grad[2].isnan().all()
+    assert torch.equal(grad[:2].isfinite(), torch.ones(2, grad.shape[1], dtype=torch.bool))
 
 
 def test_every_order_of_threads_gives_the_same_bits(kernels: Kernels, draw: Draw):

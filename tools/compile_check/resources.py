@@ -61,8 +61,8 @@ def resources(asm: Mapping[str, str | bytes], shared: int, target: Target) -> tu
         with tempfile.TemporaryDirectory() as directory:
             cubin = Path(directory) / "kernel.cubin"
             cubin.write_bytes(asm["cubin"])
-            registers, stack = nvidia_usage(_cuobjdump("--dump-resource-usage", cubin))
-            code = _cuobjdump("--dump-sass", cubin)
+            registers, stack = nvidia_usage(cuobjdump("--dump-resource-usage", cubin))
+            code = cuobjdump("--dump-sass", cubin)
     mnemonic = target.tensor_core if wide else target.warp_tensor_core
     tensor_cores = bool(re.search(rf"\b{mnemonic}", code))
     return Resources(registers, stack, shared, tensor_cores, bool(shapes)), code
@@ -81,7 +81,8 @@ def amd_usage(assembly: str) -> tuple[int, int]:
     return int(registers), int(scratch)
 
 
-def _cuobjdump(option: str, cubin: Path) -> str:
+def cuobjdump(option: str, cubin: Path) -> str:
+    """What the program of that name, of Triton's package, prints of a file."""
     import triton
 
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

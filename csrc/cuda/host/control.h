@@ -31,6 +31,11 @@ NABLA_FAST_HOST_API void nabla_fast_host_forget(void);
 NABLA_FAST_HOST_API const char* nabla_fast_host_reports(void);
 NABLA_FAST_HOST_API void nabla_fast_host_clear_reports(void);
 
+/* Begins a list of launches, or ends it where `listed` is 0. */
+NABLA_FAST_HOST_API void nabla_fast_host_list_launches(int32_t listed);
+/* A line for each: the kernel and its blocks. Valid until the next launch. */
+NABLA_FAST_HOST_API const char* nabla_fast_host_launches(void);
+
 #ifdef __cplusplus
 }
 #endif

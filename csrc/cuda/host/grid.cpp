@@ -16,6 +16,9 @@
 namespace nabla_fast::host {
 namespace {
 
+bool lists_launches = false;
+std::string launches;
+
 // Threads that a barrier waits for.
 struct Group {
   unsigned members = 0, passed = 0;
@@ -389,6 +392,8 @@ int64_t limit_of(Limit limit) {
 }
 
 bool run_grid(const Shape& shape, void (*body)(void*), void* arguments) {
+  if (lists_launches)
+    launches += std::string(shape.kernel) + " " + std::to_string(shape.blocks) + "\n";
   Grid here(shape, body, arguments);
   grid = &here;
   const bool done = here.run();
@@ -632,3 +637,10 @@ void nabla_fast_host_forget(void) { global.clear(); }
 const char* nabla_fast_host_reports(void) { return reports().c_str(); }
 
 void nabla_fast_host_clear_reports(void) { clear_reports(); }
+
+void nabla_fast_host_list_launches(int32_t listed) {
+  lists_launches = listed != 0;
+  if (lists_launches) launches.clear();
+}
+
+const char* nabla_fast_host_launches(void) { return launches.c_str(); }

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             kept = predictions.load(predictions.NOW)[1]
             made += [one for one in kept if one.family not in arguments.families]
             made.sort(key=lambda one: predictions.FAMILIES.index(one.family))
-        predictions.store(made, predictions.NOW, importlib.metadata.version("triton"))
+        predictions.store(made, predictions.NOW, f"Triton {importlib.metadata.version('triton')}")
     new = document.written()
     stale = new != document.PAGE.read_text()
     if arguments.check:

@@ -27,15 +27,17 @@ def _constants() -> list[tuple[str, float, float, str, str]]:
     return hardware.constants()
 
 
-def shares_table(made: Sequence[Prediction], former: Sequence[Prediction]) -> str:
-    """Predicted times and shares, beside those of the former kernels."""
-    before = {one.key: one for one in former}
+def shares_table(
+    made: Sequence[Prediction], others: Sequence[Prediction], title: str = "of the former kernels"
+) -> str:
+    """Predicted times and shares, beside those of other kernels."""
+    beside = {one.key: one for one in others}
     rows = [
-        "| op | of | N | limit | *predicted* time | *predicted* share | of the former kernels | goal |",
+        f"| op | of | N | limit | *predicted* time | *predicted* share | {title} | goal |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for one in made:
-        old = before.get(one.key)
+        old = beside.get(one.key)
         cells = [
             f"`{one.op}`",
             one.of,
@@ -165,7 +167,9 @@ def _time(seconds: float) -> str:
     return f"{micro:.0f} µs" if micro >= 100 else f"{micro:.2g} µs"
 
 
-def page(text: str, made: Sequence[Prediction], former: Sequence[Prediction]) -> str:
+def page(
+    text: str, made: Sequence[Prediction], former: Sequence[Prediction], cuda: Sequence[Prediction]
+) -> str:
     """The page with what stands between its markers made anew.
 
     Raises:
@@ -176,6 +180,8 @@ def page(text: str, made: Sequence[Prediction], former: Sequence[Prediction]) ->
         "shares": lambda: shares_table(made, former),
         "sensitivity": lambda: sensitivity_table(made),
         "arithmetic": lambda: arithmetic(made),
+        "cuda": lambda: shares_table(cuda, made, "of Triton's kernels"),
+        "cuda-arithmetic": lambda: arithmetic(cuda),
     }
     for name, section in sections.items():
         text = replaced(text, name, section())
@@ -186,4 +192,5 @@ def written() -> str:
     """The page as the committed counts have it."""
     _, made = predictions.load(predictions.NOW)
     former = predictions.load(predictions.FORMER)[1] if predictions.FORMER.exists() else []
-    return page(PAGE.read_text(), made, former)
+    _, cuda = predictions.load(predictions.CUDA)
+    return page(PAGE.read_text(), made, former, cuda)

@@ -19,6 +19,7 @@ from tools.compile_check.model.timing import Counts
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "compile_check"
 NOW, FORMER = RESULTS / "predictions.json", RESULTS / "predictions_former.json"
+CUDA = RESULTS / "predictions_cuda.json"  # of csrc/cuda
 FAMILIES = ("mixes", "statistics", "descent", "latents", "attention")
 
 
@@ -82,10 +83,11 @@ def _make(family: str, number: int) -> list[Prediction]:
     ]
 
 
-def store(predictions: Sequence[Prediction], path: Path, triton: str) -> None:
+def store(predictions: Sequence[Prediction], path: Path, compiler: str) -> None:
+    """Keep counts of what ``compiler``, a name and its release, has compiled."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cases = ",\n".join(map(_as_text, predictions))
-    path.write_text(f'{{"triton": "{triton}", "target": "sm_90", "cases": [\n{cases}\n]}}\n')
+    path.write_text(f'{{"compiler": "{compiler}", "target": "sm_90", "cases": [\n{cases}\n]}}\n')
 
 
 def _as_text(made: Prediction) -> str:
@@ -96,9 +98,9 @@ def _as_text(made: Prediction) -> str:
 
 
 def load(path: Path) -> tuple[str, list[Prediction]]:
-    """The Triton they were compiled by, and the predictions."""
+    """The compiler, and the predictions."""
     told = json.loads(path.read_text())
-    return told["triton"], [
+    return told["compiler"], [
         Prediction(**{**row, "launches": tuple(Counts(**counts) for counts in row["launches"])})
         for row in told["cases"]
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from tools.compile_check.costs import Pass
 from tools.compile_check.figures import read
 from tools.compile_check.launches import described
 from tools.compile_check.model import hardware
+from tools.compile_check.model.l2_cache import L2Cache
 from tools.compile_check.model.launch import counted
 from tools.compile_check.model.timing import Counts
 from tools.compile_check.recording import Launch, recorded
@@ -28,40 +28,6 @@ TARGET = TARGETS["sm_90"]
 _PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 _OVERWRITES = ("copy_", "fill_", "zero_")
 _NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "set_")
-
-
-class _Cache:
-    """The L2 cache: what was used last, in lines of 16 kB, of which a launch may use part."""
-
-    LINE = 1 << 14
-
-    def __init__(self, capacity: int):
-        self._lines: collections.OrderedDict[tuple[int, int], None] = collections.OrderedDict()
-        self._most = capacity // self.LINE
-        self._kept: list[Tensor] = []  # addresses are not used twice
-
-    def missed(self, memory: Memory) -> int:
-        """Bytes of a tensor, or of its first part, that are not there; now they are."""
-        tensor = memory[0] if isinstance(memory, tuple) else memory
-        self._kept.append(tensor)
-        storage, width = tensor.untyped_storage()._cdata, tensor.element_size()
-        first = tensor.storage_offset() * width
-        if isinstance(memory, tuple) or tensor.is_contiguous() or tensor.ndim != 2 or tensor.stride(1) != 1:
-            return self._missed(storage, first, first + size(memory))
-        starts = (first + row * tensor.stride(0) * width for row in range(len(tensor)))
-        return sum(self._missed(storage, start, start + tensor.shape[1] * width) for start in starts)
-
-    def _missed(self, storage: int, first: int, last: int) -> int:
-        missed = 0
-        for line in range(first // self.LINE, -(-last // self.LINE)):
-            if (storage, line) not in self._lines:
-                begin, end = line * self.LINE, (line + 1) * self.LINE
-                missed += min(end, last) - max(begin, first)
-            self._lines[storage, line] = None
-            self._lines.move_to_end((storage, line))
-            if len(self._lines) > self._most:
-                self._lines.popitem(last=False)
-        return missed
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -124,7 +90,7 @@ def trace(call: Callable[[], object]) -> list[Counts]:
     Raises:
         LookupError: nothing says what a kernel handles.
     """
-    cache = _Cache(hardware.L2_BYTES)
+    cache = L2Cache(hardware.L2_BYTES)
     found: list[Counts] = []
 
     def missed(memories: Iterable[Memory]) -> float:
@@ -142,7 +108,7 @@ def trace(call: Callable[[], object]) -> list[Counts]:
         _try_products()
         found.clear()
         call()
-    return _together(found)
+    return together(found)
 
 
 def _try_products() -> None:
@@ -160,7 +126,7 @@ def _counts(launch: Launch, missed: Callable[[Sequence[Memory]], float]) -> Coun
     return counted(launch, work, kernel, used, missed(work.reads) + missed(work.writes))
 
 
-def _together(counts: list[Counts]) -> list[Counts]:
+def together(counts: list[Counts]) -> list[Counts]:
     """Launches that differ in nothing as one, where the first of them stands."""
     found: dict[Counts, int] = {}
     for count in counts:
