@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // `result` may be the memory of `grad`, and of `cut`.
 template <typename T, bool kNoise>
-__global__ void __launch_bounds__(kThreads, kBlocksHeld<kNoise>)
+__global__ void __launch_bounds__(kThreads, (kCutsHeld<T, kNoise>))
     jacobian_kernel(Rows<const T> logits, Noise noise, Chunk chunk, Temperature tau,
                     Rows<const float> grad, CutGradient cut, Scratch scratch, Rows<T> result) {
   const SliceOfRow at(chunk);
@@ -140,7 +140,11 @@ struct Part {
   bool measure(const Chunk& chunk) const {
     const MixGradient gradient = {call, stream, first, rows, scratch.products};
     return gradient.compute(chunk, grad(chunk)) &&
-           gradient.survey(logits(), chunk, grad(chunk), scratch.slices, cut());
+           with_element(call.logits.dtype, [&](auto element) {
+             using T = decltype(element);
+             return gradient.survey(logits().of<T>(chunk), chunk, grad(chunk), scratch.slices,
+                                    cut());
+           });
   }
 
   bool join() const {

@@ -35,8 +35,6 @@ struct Upper16 {
 struct Next8 {
   uint8_t bits;
 };
-NABLA_FAST_DEVICE float to_float(Upper16 x) { return float_of(uint32_t{x.bits} << 16); }
-NABLA_FAST_DEVICE float to_float(Next8 x) { return float_of(uint32_t{x.bits} << 8); }
 template <>
 NABLA_FAST_DEVICE Upper16 rounded<Upper16>(float x) {
   return {static_cast<uint16_t>(bits_of(x) >> 16)};
@@ -56,12 +54,29 @@ struct CutGradient {
     store_slice(centred, at, next.row(at.row));
   }
   NABLA_FAST_DEVICE Elements load(const SliceOfRow& at) const {
-    Elements centred = load_slice<Upper16>(upper.row(at.row), at, 0);
-    const Elements rest = load_slice<Next8>(next.row(at.row), at, 0);
+    const Upper16* const uppers = upper.row(at.row);
+    const Next8* const nexts = next.row(at.row);
+    const bool fours = lies_for_fours(uppers) && lies_for_fours(nexts);
+    Elements centred;
     NABLA_FAST_UNROLL
-    for (int n = 0; n < kThreadTokens; ++n)
-      centred.of[n] = float_of(bits_of(centred.of[n]) | bits_of(rest.of[n]));
+    for (int n = 0; n < kThreadTokens / 4; ++n) {
+      const int token = at.token(n);
+      if (fours && token + 4 <= at.vocab) {
+        const Four<Upper16> u = load_four(uppers + token);
+        const Four<Next8> v = load_four(nexts + token);
+        for (int k = 0; k < 4; ++k) centred.of[4 * n + k] = joined(u.of[k], v.of[k]);
+      } else {
+        for (int k = 0; k < 4; ++k)
+          centred.of[4 * n + k] =
+              token + k < at.vocab ? joined(uppers[token + k], nexts[token + k]) : 0;
+      }
+    }
     return centred;
+  }
+
+ private:
+  static NABLA_FAST_DEVICE float joined(Upper16 u, Next8 v) {
+    return float_of(uint32_t{u.bits} << 16 | uint32_t{v.bits} << 8);
   }
 };
 
@@ -69,9 +84,13 @@ struct CutGradient {
 template <typename T>
 constexpr bool kCuts = sizeof(T) == 2;
 
+// Blocks of such a kernel that a multiprocessor holds at least: two arrays of G take registers.
+template <typename T, bool kNoise>
+constexpr int kCutsHeld = kCuts<T> && !kNoise ? 3 : kBlocksHeld<kNoise>;
+
 // Fills the slices of a chunk; a block has one of them. `cut` is written where kCuts<T>.
 template <typename T, bool kNoise>
-__global__ void __launch_bounds__(kThreads, kBlocksHeld<kNoise>)
+__global__ void __launch_bounds__(kThreads, (kCutsHeld<T, kNoise>))
     survey_kernel(Rows<const T> logits, Noise noise, Chunk chunk, Temperature tau,
                   Rows<const float> grad, SliceSums* sums, CutGradient cut) {
   const SliceOfRow at(chunk);

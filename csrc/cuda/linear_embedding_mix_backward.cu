@@ -5,8 +5,8 @@
 // moved by the first as c changes: 2 N V (3 H + sum H_t) operations, where the least is 2 N V (2 H + sum H_t),
 // and a second pass, which would make z and G again, takes 2 N V (3 H + 2 sum H_t).
 //
-// Before a bf16 head the weights are bf16 terms, for the matrix units: as many as hidden states have bytes less
-// one, so that what is rounded is as exact as they are.
+// Before a bf16 head the weights are bf16 terms, for the matrix units, as exact as the hidden states are: three
+// for float32 ones, two for float16, one for bf16.
 
 #include "exponential.h"
 #include "gradient_sums.h"
@@ -38,25 +38,64 @@ struct Scratch {
 
 // -- kernels --------------------------------------------------------------------------------------
 
-// What a row's slices come to, before a chunk and with it.
-struct Progress {
-  RowSums before, now;
-};
-
-// For every thread of the block. A warp joins one of the two.
-NABLA_FAST_DEVICE Progress progress_of(const SliceSums* slices, const Chunk& chunk,
-                                       const Temperature& tau) {
-  NABLA_FAST_SHARED(Progress, progress);
-  if (warp() < 2) {
-    const RowSums sums = join_slices(slices, chunk.first + (warp() == 0 ? 0 : chunk.count), tau);
-    if (lane() == 0) (warp() == 0 ? progress.before : progress.now) = sums;
-  }
-  sync_block();
-  return progress;
-}
-
 NABLA_FAST_DEVICE Power power_of(const RowSums& sums, const Temperature& tau) {
   return power_of(sums.status == NABLA_FAST_OK ? sums.top : kNaN, tau);
+}
+
+// How a row's weights are made when a chunk is known, and what has been summed before it moves.
+struct Step {
+  float top, scale;  // e = exp((z - top) / tau) scale
+  float grad, mean;  // c, as the sum of two, times kHeadroom
+  float factor;      // of both sums
+  float shift;  // the second one's, in units of the first: what c has gone down by, times kHeadroom
+};
+
+// For every thread of the block.
+NABLA_FAST_DEVICE Step step_of(const SliceSums* slices, const Chunk& chunk,
+                               const Temperature& tau) {
+  struct Both {
+    RowSums before, now;
+  };
+  NABLA_FAST_SHARED(Both, row);
+  NABLA_FAST_SHARED(Step, step);
+  // A warp joins one of the two.
+  if (warp() < 2) {
+    const RowSums sums = join_slices(slices, chunk.first + (warp() == 0 ? 0 : chunk.count), tau);
+    if (lane() == 0) (warp() == 0 ? row.before : row.now) = sums;
+  }
+  sync_block();
+  if (threadIdx.x == 0) {
+    const RowSums before = row.before, now = row.now;
+    const Power power = power_of(now, tau);
+    step.top = now.top;
+    step.scale = exp2_approx(power.fraction);
+    step.grad = now.grad * kHeadroom;
+    step.mean = now.mean * kHeadroom;
+    step.factor = power_of_two(power_of(before, tau).whole - power.whole);
+    // Nothing has been summed of a row that was masked so far.
+    step.shift = before.status != NABLA_FAST_OK ? 0
+                                                : (before.grad * kHeadroom - step.grad) +
+                                                      (before.mean * kHeadroom - step.mean);
+  }
+  sync_block();
+  return step;
+}
+
+// Writes a thread's elements, rounded, and leaves what that has taken off them.
+template <typename W>
+NABLA_FAST_DEVICE void store_term(Elements& elements, const SliceOfRow& at, W* row) {
+  const bool fours = lies_for_fours(row);
+  NABLA_FAST_UNROLL
+  for (int n = 0; n < kThreadTokens / 4; ++n) {
+    const int token = at.token(n);
+    Four<W> four;
+    for (int k = 0; k < 4; ++k) {
+      float& element = elements.of[4 * n + k];
+      four.of[k] = rounded<W>(element);
+      element -= to_float(four.of[k]);
+    }
+    store_four_within(four, row, token, at.vocab, fours);
+  }
 }
 
 // A chunk's weights, and what has been summed so far moved to the row's new k and c; a block has one slice of a
@@ -67,46 +106,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksHeld<kNoise>)
                         Rows<const float> grad, const SliceSums* slices, Rows<W> weights, int terms,
                         int64_t next, Rows<float> sums, int64_t width) {
   const SliceOfRow at(chunk);
-  const Progress row = progress_of(slices + at.row * chunk.slices, chunk, tau);
-  const Power power = power_of(row.now, tau);
-  const float scale = exp2_approx(power.fraction);
+  const Step step = step_of(slices + at.row * chunk.slices, chunk, tau);
   Elements e = load_logits<kNoise>(logits, noise, at);
   Elements tilt = load_slice(grad.row(at.row), at, 0);
   NABLA_FAST_UNROLL
   for (int n = 0; n < kThreadTokens; ++n) {
-    e.of[n] = tempered_exp(e.of[n] - row.now.top, tau) * scale;
+    e.of[n] = tempered_exp(e.of[n] - step.top, tau) * step.scale;
     // G may be infinite where p is 0, or will be when the whole row is known.
     const bool counts = e.of[n] > 0 && fabsf(tilt.of[n]) < kInfinity;
-    const float centred =
-        tilt.of[n] * kHeadroom - row.now.grad * kHeadroom - row.now.mean * kHeadroom;
-    tilt.of[n] = counts ? e.of[n] * centred : 0;
+    tilt.of[n] = counts ? e.of[n] * (tilt.of[n] * kHeadroom - step.grad - step.mean) : 0;
   }
   for (int term = 0; term < terms; ++term) {
     W* const to = weights.row(2 * at.row) + term * next;
-    store_slice(e, at, to);
-    store_slice(tilt, at, to + weights.stride);
-    NABLA_FAST_UNROLL
-    for (int n = 0; n < kThreadTokens; ++n) {
-      e.of[n] -= to_float(rounded<W>(e.of[n]));
-      tilt.of[n] -= to_float(rounded<W>(tilt.of[n]));
-    }
+    store_term(e, at, to);
+    store_term(tilt, at, to + weights.stride);
   }
-  if (chunk.first == 0) return;
-  const float factor = power_of_two(power_of(row.before, tau).whole - power.whole);
-  // Nothing has been summed of a row that was masked so far.
-  const float step = row.before.status != NABLA_FAST_OK
-                         ? 0
-                         : (row.before.grad * kHeadroom - row.now.grad * kHeadroom) +
-                               (row.before.mean - row.now.mean) * kHeadroom;
-  if (factor == 1 && step == 0) return;
+  if (chunk.first == 0 || (step.factor == 1 && step.shift == 0)) return;
   float* const e_sums = sums.row(2 * at.row);
   float* const tilt_sums = sums.row(2 * at.row + 1);
   for (int64_t column = (at.slice - chunk.first) * kThreads + threadIdx.x; column < width;
        column += int64_t{chunk.count} * kThreads) {
     const float sum = e_sums[column];
     // What no longer counts may have been infinite.
-    tilt_sums[column] = factor > 0 ? fmaf(sum, step, tilt_sums[column]) * factor : 0;
-    e_sums[column] = factor > 0 ? sum * factor : 0;
+    tilt_sums[column] =
+        step.factor > 0 ? fmaf(sum, step.shift, tilt_sums[column]) * step.factor : 0;
+    e_sums[column] = step.factor > 0 ? sum * step.factor : 0;
   }
 }
 
@@ -188,7 +212,7 @@ struct Part {
   bool measure(const Chunk& chunk) const {
     const MixGradient gradient = {call, stream, first, rows, scratch.products};
     return logits().prepare(chunk, stream) && gradient.compute(chunk, grad(chunk)) &&
-           gradient.survey(logits(), chunk, grad(chunk), scratch.slices, {});
+           gradient.survey(logits().of<float>(chunk), chunk, grad(chunk), scratch.slices, {});
   }
 
   bool weigh(const Chunk& chunk) const {

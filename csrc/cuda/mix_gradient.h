@@ -33,14 +33,13 @@ struct MixGradient {
   }
 
   // Measures a chunk's slices.
-  bool survey(const MixLogits& logits, const Chunk& chunk, const Rows<float>& grad, SliceSums* sums,
-              const CutGradient& cut) const {
-    return logits.with_types([&](auto element, auto noise) {
-      using T = decltype(element);
+  template <typename T>
+  bool survey(const Rows<const T>& logits, const Chunk& chunk, const Rows<float>& grad,
+              SliceSums* sums, const CutGradient& cut) const {
+    return with_flag(call.noise_seed != nullptr, [&](auto noise) {
       return launch({"survey_kernel", stream, rows * chunk.count, kThreads},
-                    survey_kernel<T, decltype(noise)::value>, logits.of<T>(chunk),
-                    noise_from(call, first), chunk, Temperature(call.tau), {grad.data, grad.stride},
-                    sums, cut);
+                    survey_kernel<T, decltype(noise)::value>, logits, noise_from(call, first),
+                    chunk, Temperature(call.tau), {grad.data, grad.stride}, sums, cut);
     });
   }
 

@@ -73,6 +73,19 @@ NABLA_FAST_DEVICE Elements load_slice(const T* row, const SliceOfRow& at, float 
   return elements;
 }
 
+// Writes four elements from `token` on to a row, those within the vocabulary; `fours`: whether the row lies
+// for four at once.
+template <typename T>
+NABLA_FAST_DEVICE void store_four_within(const Four<T>& four, T* row, int token, int vocab,
+                                         bool fours) {
+  if (fours && token + 4 <= vocab) {
+    store_four(row + token, four);
+  } else {
+    for (int k = 0; k < 4; ++k)
+      if (token + k < vocab) row[token + k] = four.of[k];
+  }
+}
+
 // Writes a thread's elements, rounded, to a row whose token 0 is at `row`.
 template <typename T>
 NABLA_FAST_DEVICE void store_slice(const Elements& elements, const SliceOfRow& at, T* row) {
@@ -82,12 +95,7 @@ NABLA_FAST_DEVICE void store_slice(const Elements& elements, const SliceOfRow& a
     const int token = at.token(n);
     Four<T> four;
     for (int k = 0; k < 4; ++k) four.of[k] = rounded<T>(elements.of[4 * n + k]);
-    if (fours && token + 4 <= at.vocab) {
-      store_four(row + token, four);
-    } else {
-      for (int k = 0; k < 4; ++k)
-        if (token + k < at.vocab) row[token + k] = four.of[k];
-    }
+    store_four_within(four, row, token, at.vocab, fours);
   }
 }
 

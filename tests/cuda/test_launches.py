@@ -13,7 +13,7 @@ from ops.shared.mixes import backward_arguments, mix_arguments
 from tools.compile_check.model.cuda_launches import Launch, Mix, backward, forward
 
 SMALL = {"chunk_bytes": 32768, "most_rows": 2}  # as host.mk builds kernels-small.so
-VOCABULARY, WIDTHS = 4 * 4096 + 77, (12, 8)
+ROWS, VOCABULARY, WIDTHS = 3, 2 * 4096 + 77, (12, 8)
 
 
 def seen(kernels: Kernels, call: partial) -> list[tuple[str, int]]:
@@ -26,16 +26,14 @@ def counted(launch: Launch) -> tuple[str, int]:
     return launch.kernel.split("<")[0], launch.programs
 
 
-@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("hidden", [0, 16])
 @pytest.mark.parametrize(("dtype", "logits"), [(BF16, F32), (BF16, BF16), (F16, F16), (F32, F32)])
 def test_launches_of_the_mixes(
-    dtype: torch.dtype, logits: torch.dtype, hidden: int, rows: int, kernels: Kernels, draw: Draw
+    dtype: torch.dtype, logits: torch.dtype, hidden: int, kernels: Kernels, draw: Draw
 ):
-    mix = Mix(
-        rows, VOCABULARY, WIDTHS, dtype, logits, hidden, **(SMALL if "small" in kernels.path.name else {})
-    )
-    sizes = {"rows": rows, "vocabulary": VOCABULARY, "tables": tuple((width, dtype) for width in WIDTHS)}
+    constants = SMALL if "small" in kernels.path.name else {}
+    mix = Mix(ROWS, VOCABULARY, WIDTHS, dtype, logits, hidden, **constants)
+    sizes = {"rows": ROWS, "vocabulary": VOCABULARY, "tables": tuple((width, dtype) for width in WIDTHS)}
     sizes |= {"hidden": hidden, "dtype": dtype} if hidden else {"dtype": logits}
     arguments = mix_arguments(draw, **sizes, hard=False)
     name = "linear_embedding_mix" if hidden else "embedding_mix"

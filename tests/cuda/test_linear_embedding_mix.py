@@ -39,7 +39,7 @@ def drawn(backward: bool) -> list[Case]:
 
 
 def growing(draw: Draw, dtype: torch.dtype, step: float) -> Arguments:
-    """Logits of which each slice has larger ones than the last, by ``step``, and the first one by far the smallest."""
+    """Logits of which each slice has larger ones than the last, by ``step``; the first has tiny ones."""
     arguments = backward_arguments(draw, 3, vocabulary=3 * 4096 + 77, hidden=9, tables=((5, dtype),))
     hidden, head = arguments["hidden"], arguments["head"]
     hidden[:, :2] = torch.tensor([1.0, 1.0])

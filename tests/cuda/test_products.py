@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 
 import pytest
 import torch
 from cuda_kernels import OK, Kernels
 from ops.harness import check
 from ops.inputs import BF16, F16, F32, Case, Draw
-from ops.shared.mixes import mix_arguments
+from ops.shared.mixes import backward_arguments, mix_arguments
 
-from nabla_fast.ops import embedding_mix
+from nabla_fast.ops import embedding_mix, linear_embedding_mix
+from nabla_fast.ops.embedding_mix import embedding_mix_backward
+from nabla_fast.ops.linear_embedding_mix import linear_embedding_mix_backward
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +82,27 @@ def test_hidden_states_by_the_library(
     torch.testing.assert_close(
         grad, own.linear_embedding_mix_backward([cotangent], hidden, head, tables)[0], rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("hidden", [0, 5], ids=["logits", "hidden states"])
+def test_a_row_of_a_whole_vocabulary(hidden: int, kernels: Kernels, draw: Draw):
+    """By the library's stand-in, as ours make whole tiles of a single row: minutes on this host."""
+
+    def mixed(arguments):
+        mixes, _ = getattr(kernels, forward.name)(**arguments)
+        return {f"result[{t}]": mix for t, mix in enumerate(mixes)}
+
+    def graded(arguments):
+        grad, _ = getattr(kernels, backward.name)(**arguments)
+        return {"result": grad}
+
+    forward = linear_embedding_mix if hidden else embedding_mix
+    backward = linear_embedding_mix_backward if hidden else embedding_mix_backward
+    sizes = {"rows": 1, "vocabulary": 151_936, "tables": ((3, F32),), "hidden": hidden}
+    case = Case("soft", partial(mix_arguments, **sizes, hard=False))
+    check(forward, case, draw, "cpu", mixed)
+    case = Case("backward", partial(backward_arguments, **sizes, direct=True))
+    check(backward, case, draw, "cpu", graded)
 
 
 def test_what_the_library_does_not_take_is_ours(

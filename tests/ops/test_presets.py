@@ -11,6 +11,7 @@ from nabla_fast.triton_kernels.common import presets
 
 ENTRIES = json.loads(presets.PATH.read_text())
 KERNELS = ENTRIES["default"]["kernels"]
+KERNELS_OF_3_6 = ENTRIES["sm_90, Triton 3.6"]["kernels"]
 
 
 def test_every_entry_says_whether_it_was_measured():
@@ -47,6 +48,17 @@ def test_which_launches_start_early(architecture: str, early: bool):
     assert not presets.starts_early(torch.device("cpu"))
     with presets.assumed(architecture):
         assert presets.starts_early(torch.device("cpu")) is early
+
+
+def test_a_release_of_triton_comes_first(monkeypatch: pytest.MonkeyPatch):
+    device = torch.device("cpu")
+    with presets.assumed("sm_90"):
+        others = presets.config("vocabulary_product", "half", device)
+        monkeypatch.setattr(presets, "_RELEASE", "Triton 3.6")
+        config = presets.config("dto_descent_latents", "half", device)
+        assert config == KERNELS_OF_3_6["dto_descent_latents"]["half"]
+        assert config != ENTRIES["sm_90"]["kernels"]["dto_descent_latents"]["half"]
+        assert presets.config("vocabulary_product", "half", device) == others
 
 
 def test_a_kernel_that_has_none():

@@ -20,6 +20,7 @@ from tools.compile_check.flow import stretches
 from tools.compile_check.machine_code import amdgcn, sass
 from tools.compile_check.model import document, hardware, predictions, timing
 from tools.compile_check.model.hardware import Hardware
+from tools.compile_check.model.l2_cache import L2Cache
 from tools.compile_check.model.timing import Counts, times
 from tools.compile_check.resources import Resources, amd_usage, nvidia_usage
 from tools.compile_check.targets import TARGETS
@@ -284,18 +285,16 @@ def test_traced_products_and_cache():
 
 
 def test_cache_forgets_what_was_used_long_ago():
-    trace = pytest.importorskip("tools.compile_check.model.trace", reason="triton is not installed")
-    line = trace._Cache.LINE
-    cache = trace._Cache(4 * line)
+    line = L2Cache.LINE
+    cache = L2Cache(4 * line)
     small, large = (torch.empty(n * line, dtype=torch.int8, device="meta") for n in (2, 3))
     assert [cache.missed(small), cache.missed(small), cache.missed((small, 1000))] == [2 * line, 0, 0]
     assert [cache.missed(large), cache.missed(large[:line]), cache.missed(small)] == [3 * line, 0, line]
 
 
 def test_rows_that_lie_apart_take_the_lines_of_their_own():
-    trace = pytest.importorskip("tools.compile_check.model.trace", reason="triton is not installed")
-    line = trace._Cache.LINE
-    cache = trace._Cache(8 * line)
+    line = L2Cache.LINE
+    cache = L2Cache(8 * line)
     matrix = torch.empty(3, 4 * line, dtype=torch.int8, device="meta")
     assert cache.missed(matrix[:, : 2 * line]) == 6 * line
     assert cache.missed(matrix[1:, : 2 * line]) == 0

@@ -1,6 +1,7 @@
 """The configuration of each kernel on each GPU: tile sizes, warps, stages.
 
-``presets.json`` maps a device's name, or its architecture, or ``default``, to kernels and operands.
+``presets.json`` maps a device's name, or its architecture, or ``default``, to kernels and operands. Where
+a release of Triton needs more registers than others, ``sm_90, Triton 3.6`` comes before ``sm_90``.
 Nothing is tuned when a kernel is called: a choice by timing would differ from run to run, wait for the
 device, and break the capture of a graph. ``python -m tools.tune`` measures on a GPU and writes the
 file; ``measured`` says when it did, and null that nothing of an entry was timed.
@@ -15,10 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import triton
 
 PATH = Path(__file__).parent / "presets.json"
 
 Config = dict[str, int]
+
+_RELEASE = "Triton " + ".".join(triton.__version__.split(".")[:2])
 
 _assumed: str | None = None
 _forced: dict[tuple[str, str], Config] = {}
@@ -80,7 +84,8 @@ def config(kernel: str, operands: str, device: torch.device) -> Config:
     if choice := _forced.get((kernel, operands)):
         return choice
     for name in (_assumed, "default") if _assumed else _names(device):
-        kernels = _presets().get(name, {}).get("kernels", {})
-        if operands in (found := kernels.get(kernel, {})):
-            return found[operands]
+        for entry in (f"{name}, {_RELEASE}", name):
+            kernels = _presets().get(entry, {}).get("kernels", {})
+            if operands in (found := kernels.get(kernel, {})):
+                return found[operands]
     raise KeyError(f"presets.json has no default for {kernel}, {operands}")

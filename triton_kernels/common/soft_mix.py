@@ -88,6 +88,16 @@ def _weights_kernel(
     top = tl.where(some, top, 0.0)
     exponent, fraction = power_parts(top, some, base)
     tl.store(exponents_ptr + row * slices + slice, exponent)
+    if not FIRST:
+        before = tl.max(tl.where(other < first_slice, tops, -float("inf")), axis=0)
+        had = tl.abs(before) < float("inf")
+        former, _fraction = power_parts(tl.where(had, before, 0.0), had, base)
+        factor = power_of_two(former - exponent)
+        if factor != 1.0:
+            for begin in range(of_chunk * RESCALED, width, chunk_slices * RESCALED):
+                place = begin + tl.arange(0, RESCALED)
+                sums = tl.load(sums_ptr + row * width + place, mask=place < width, other=0.0)
+                tl.store(sums_ptr + row * width + place, sums * factor, mask=place < width)
     difference = z - top
     column = of_chunk * COLUMNS + tl.arange(0, COLUMNS)
     there = column < chunk_width
@@ -103,16 +113,6 @@ def _weights_kernel(
         tl.store(weights[t] + row * chunk_width + column, rounded, mask=there)
         at = totals_ptr + (t * rows + row) * slices + slice
         tl.store(at, tl.sum(tl.where(there, rounded.to(tl.float32), 0.0), axis=0))
-    if not FIRST:
-        before = tl.max(tl.where(other < first_slice, tops, -float("inf")), axis=0)
-        had = tl.abs(before) < float("inf")
-        former, _fraction = power_parts(tl.where(had, before, 0.0), had, base)
-        factor = power_of_two(former - exponent)
-        if factor != 1.0:
-            for begin in range(of_chunk * RESCALED, width, chunk_slices * RESCALED):
-                place = begin + tl.arange(0, RESCALED)
-                sums = tl.load(sums_ptr + row * width + place, mask=place < width, other=0.0)
-                tl.store(sums_ptr + row * width + place, sums * factor, mask=place < width)
 
 
 @launched
@@ -220,7 +220,8 @@ class SoftMix:
                 SLICES=next_power_of_2(tops.slices),
                 RESCALED=_RESCALED,
                 NOISE=noise is not None,
-                num_warps=WARPS,
+                # Noise in double precision takes registers.
+                num_warps=WARPS if noise is None else 2 * WARPS,
             )
         for table, sums in zip(self.tables, self._columns(rows), strict=True):
             of_kind = weights[self.kinds.index(table.dtype)]
