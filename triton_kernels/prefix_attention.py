@@ -26,6 +26,7 @@ from .common.attention_tiles import (
     tile_rows,
 )
 from .common.launch import launched
+from .common.products import upcast
 from .common.sizes import cdiv, next_power_of_2
 
 
@@ -231,7 +232,7 @@ def tile_config(kernel: str, q: Tensor, rows: int | None, *, half: bool, masked:
         "ROWS": min(chosen["ROWS"], max(16, next_power_of_2(rows))) if rows else chosen["ROWS"],
         "D": q.shape[-1],
         "DIM": dim,
-        "UPCAST": q.device.type == "cpu",
+        "UPCAST": upcast(q),
         "enable_fp_fusion": False,
     }
 

@@ -56,6 +56,15 @@ def test_rows_of_a_gpu_that_is_not_there():
     assert ours["products"] == 0
 
 
+def test_kernels_are_those_of_a_gpu():
+    """Not an interpreter's, whose products in float64 not all targets have."""
+    products = pytest.importorskip("nabla_fast.triton_kernels.common.products", reason="triton is missing")
+    tensor = torch.empty(1)
+    assert products.upcast(tensor)
+    with absent_gpu._torch_on_a_gpu(absent_gpu.Launches(None)):
+        assert not products.upcast(tensor)
+
+
 def test_every_op_can_be_called():
     with ops.use_backend("torch"):
         for call in calls(TINY, CPU, FLOAT32):

@@ -216,4 +216,4 @@ def map_arguments(tables: list[Tensor], token_maps: list[Tensor | None]) -> dict
 
 def upcast(tensor: Tensor) -> bool:
     """Whether products are taken in float32 because an interpreter runs them."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
