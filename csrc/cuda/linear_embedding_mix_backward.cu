@@ -99,9 +99,9 @@ NABLA_FAST_DEVICE void store_term(Elements& elements, const SliceOfRow& at, W* r
 }
 
 // A chunk's weights, and what has been summed so far moved to the row's new k and c; a block has one slice of a
-// row. `next`: elements from one term to the next.
+// row. `next`: elements from one term to the next. (Two arrays of a slice take registers: three blocks are held.)
 template <typename W, bool kNoise>
-__global__ void __launch_bounds__(kThreads, kBlocksHeld<kNoise>)
+__global__ void __launch_bounds__(kThreads, kNoise ? 2 : 3)
     pull_weights_kernel(Rows<const float> logits, Noise noise, Chunk chunk, Temperature tau,
                         Rows<const float> grad, const SliceSums* slices, Rows<W> weights, int terms,
                         int64_t next, Rows<float> sums, int64_t width) {
