@@ -35,14 +35,6 @@ class Kernel:
     shared: int
     code: Pass
 
-    def slots(self) -> float:
-        """Cycles of the issue slot, or of a slower unit, that a warp takes, each loop passed once."""
-        return float(sum(stretch.costs.slots for stretch in self.code.everything()))
-
-    def instructions(self) -> float:
-        """Of a warp, each loop passed once."""
-        return float(sum(stretch.costs.instructions for stretch in self.code.everything()))
-
 
 def kernels(source: str, target: str = "sm_90") -> dict[str, Kernel]:
     """The kernels of a file in csrc/cuda by their names, ``weights_kernel<float, bfloat16, false>``.
