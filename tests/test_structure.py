@@ -25,6 +25,7 @@ ROOMS = (
     "nabla_fast.config",
     "nabla_fast._triton",
     "nabla_fast._native",
+    "nabla_fast.plans",
     "nabla_fast.triton_kernels",
     "nabla_fast.ops",
     "nabla_fast.models",

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nabla_fast.plans.recording import step
+
 from .common.exponential import exp_base, tempered_exp
 from .common.gradient_sums import FIELDS, GRAD, joined_slices, store_slice
 from .common.launch import launched
@@ -43,7 +45,7 @@ def embedding_mix(
             tops.measure(logits[part], part_of(noise, part), 0, vocabulary, 0)
             tops.join(token[part], status[part])
         for table, mix in zip(tables, mixes, strict=True):
-            torch.index_select(table, 0, token, out=mix)
+            step(torch.index_select, table, 0, token, out=mix)
         return mixes, status
     row_bytes, token_bytes = scratch_bytes(tables, vocabulary)
     cut = partition(rows, vocabulary, row_bytes=row_bytes, token_bytes=token_bytes)

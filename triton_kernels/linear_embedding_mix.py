@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nabla_fast.plans.recording import step
+
 from .common.exponential import exp_base, tempered_exp
 from .common.gradient_sums import FIELDS, joined_slices
 from .common.launch import launched
@@ -65,7 +67,7 @@ def linear_embedding_mix(
                 mix.finish([of_table[part] for of_table in mixes], status[part])
     if hard:
         for table, of_table in zip(tables, mixes, strict=True):
-            torch.index_select(table, 0, token, out=of_table)
+            step(torch.index_select, table, 0, token, out=of_table)
     return mixes, status
 
 

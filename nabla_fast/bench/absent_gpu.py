@@ -56,14 +56,16 @@ int cuModuleGetFunction(void **function) { *function = (void *)1; return 0; }
 
 @dataclass
 class Launches:
-    """How many there were, of kernels and of products."""
+    """How many there were, of kernels, of products and of selections of a table's rows."""
 
     library: ctypes.CDLL
     products: int = 0
+    selections: int = 0
     _kernels: int = field(default=0, init=False)
 
     def start(self) -> None:
-        self.products, self._kernels = 0, self._all()
+        self.products = self.selections = 0
+        self._kernels = self._all()
 
     @property
     def kernels(self) -> int:
@@ -152,17 +154,15 @@ def _torch_on_a_gpu(launches: Launches) -> Iterator[None]:
         launches.products += 1
         return result
 
-    select = torch.index_select
+    def selection(source: Tensor, dim: int, index: Tensor, out: Tensor | None = None) -> Tensor:
+        """Not computed: no kernel has written which rows they are."""
+        launches.selections += 1
+        return torch.empty(len(index), *source.shape[1:], dtype=source.dtype) if out is None else out
 
-    def first_rows(source: Tensor, dim: int, index: Tensor, **options: Any) -> Tensor:
-        """Rows 0: no kernel has written which ones they are."""
-        return select(source, dim, zeros[: len(index)], **options)
-
-    zeros = torch.zeros(4096, dtype=torch.int64)
     answers: dict[tuple[Any, str], Any] = {
         (Tensor, "is_cuda"): property(lambda tensor: True),
         (Tensor, "is_cpu"): property(lambda tensor: False),
-        (torch, "index_select"): first_rows,
+        (torch, "index_select"): selection,
         (torch.cuda, "current_device"): lambda: None,  # the index of the tensors' device
         (torch.cuda, "is_current_stream_capturing"): lambda: False,
         (torch.cuda, "get_device_properties"): lambda device=None: _PROPERTIES,

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from nabla_fast.errors import InputError
+from nabla_fast.plans.extent import extent
 
 
 def expect_apart(
@@ -52,15 +53,6 @@ def expect_apart(
             ):
                 first, second = (name, other_name) if is_changed else (other_name, name)
                 raise InputError(f"{op}: {first} is changed in place, and overlaps {second}")
-
-
-def extent(tensor: Tensor) -> int:
-    """Bytes from the first to past the last; 0 if there is none."""
-    count = tensor.nbytes
-    if count == 0 or tensor.is_contiguous():
-        return count
-    axes = zip(tensor.shape, tensor.stride(), strict=True)
-    return (sum((size - 1) * stride for size, stride in axes) + 1) * tensor.element_size()
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

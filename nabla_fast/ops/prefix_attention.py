@@ -16,6 +16,7 @@ from nabla_fast.ops.limits.native_backend import device_refusal, unit_stride_ref
 from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal
 from nabla_fast.ops.registry import floats, integers, op
 from nabla_fast.ops.rows import accumulation_dtype, report
+from nabla_fast.plans.recording import step
 
 _FLOAT32 = (torch.float32,)
 _MOST_TRITON_HEAD_DIM = 256
@@ -504,7 +505,7 @@ def prefix_attention_triton(q: Tensor, *inputs: Tensor, **options: Any) -> Atten
 
     if q.is_cpu:  # interpreted
         _, _, key_pool, _, block_tables, prefix_lengths = inputs
-        _expect_blocks("prefix_attention", key_pool, block_tables, prefix_lengths)
+        step(_expect_blocks, "prefix_attention", key_pool, block_tables, prefix_lengths)
     output, logsumexp, status = kernels.prefix_attention(q, *inputs, **options)
     report("prefix_attention", status)
     return Attention(output, logsumexp)
@@ -526,7 +527,7 @@ def prefix_attention_backward_triton(
 
     if q.is_cpu:  # interpreted
         _, _, key_pool, _, block_tables, prefix_lengths = inputs
-        _expect_blocks("prefix_attention_backward", key_pool, block_tables, prefix_lengths)
+        step(_expect_blocks, "prefix_attention_backward", key_pool, block_tables, prefix_lengths)
     *gradients, status = kernels.prefix_attention_backward(
         cotangent, output, logsumexp, q, *inputs, **options
     )

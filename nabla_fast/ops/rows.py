@@ -9,6 +9,7 @@ from torch import Tensor
 
 import nabla_fast.ops.device_reports as device_reports
 from nabla_fast.errors import RowError
+from nabla_fast.plans.recording import step
 
 # Status codes [N] int32 that kernels write; 0 is a good row.
 OK, HAS_NAN, HAS_INF, ALL_MASKED, NOT_IN_POOL, NO_SLOT = range(6)
@@ -51,6 +52,10 @@ def report(op: str, status: Tensor) -> None:
     Raises:
         RowError: ``status`` is on the CPU and a row is bad.
     """
+    step(_report, op, status)
+
+
+def _report(op: str, status: Tensor) -> None:
     if not status.is_cpu:
         device_reports.add(op, status)
     elif status.any():

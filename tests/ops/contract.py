@@ -27,6 +27,7 @@ from nabla_fast.errors import BackendUnavailable, InputError
 from nabla_fast.ops import backend_status
 from nabla_fast.ops.registry import Op
 from nabla_fast.ops.registry.schema import tensors_in
+from nabla_fast.plans import plan
 
 from .bad_rows import BAD_ROWS, REASONS, hidden_with, logits_with, rows_refused
 from .harness import (
@@ -42,6 +43,7 @@ from .harness import (
     map_tensors,
     rows_of,
     run,
+    run_by_plan,
     takes,
     to_device,
 )
@@ -162,6 +164,29 @@ class BackendContract(OnBackend):
                 continue
             for name, value in first.items():
                 assert torch.equal(value, second[name]), f"{case.name}: {name} differs between two runs"
+
+    @only_if(lambda cls: cls.backend == "triton")
+    def test_plans_repeat_the_launcher(self, device: str, draw: Draw):
+        for case in self.repeated():
+            self._same_by_plan(device, case, draw)
+
+    @pytest.mark.slow
+    @only_if(lambda cls: cls.backend == "triton")
+    def test_plans_repeat_the_launcher_in_every_case(self, device: str, case: Case, draw: Draw):
+        if not self._same_by_plan(device, case, draw):
+            pytest.skip("not for this backend")
+
+    def _same_by_plan(self, device: str, case: Case, draw: Draw) -> bool:
+        """Whether the backend takes the case; its results by a plan are those of its launcher then."""
+        calls = [to_device(device, case.make(draw)) for _ in range(3)]
+        if not takes(self.tested.op, self.backend, calls[-1]):
+            return False
+        by_plan = run_by_plan(self.tested.op, self.backend, calls)
+        with plan.enabled(False):
+            wanted = run(self.tested.op, self.backend, calls[-1])
+        for name, value in by_plan.items():
+            assert torch.equal(value, wanted[name]), f"{case.name}: {name} is another one"
+        return True
 
     @only_if(lambda cls: cls.tested.rows_alone and cls.backend != "torch")
     def test_rows_do_not_depend_on_batch_or_threads(

@@ -33,6 +33,8 @@ from torch import Tensor
 from nabla_fast.errors import BackendUnavailable
 from nabla_fast.ops import synchronize, use_backend
 from nabla_fast.ops.registry import Op
+from nabla_fast.ops.registry.known_calls import KnownCalls
+from nabla_fast.plans import plan
 
 from .inputs import Case, Draw
 
@@ -212,6 +214,34 @@ def run(op: Op, backend: str, arguments: Arguments) -> Results:
         if name not in kept:
             same = _bitwise_equal(before, changed[name])
             assert same, f"{op.name} on {backend} changed its argument {name}"
+    return results
+
+
+def run_by_plan(op: Op, backend: str, calls: Sequence[Arguments]) -> Results:
+    """Results as of :func:`run` of the last of three calls that are alike, which a plan makes.
+
+    The plan's memory is poisoned.
+    """
+
+    def poison(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = make(*args, **kwargs)
+        if tensor.dtype == torch.uint8:  # what kernels alone see: NaN, or −1
+            return tensor.fill_(255)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
+
+    make, known = torch.empty_strided, KnownCalls(op.parameters, ())
+    with (
+        mock.patch.object(op, "_known", known),
+        mock.patch.object(torch, "empty_strided", poison),
+        plan.enabled(True),
+        use_backend(backend),
+    ):
+        for arguments in calls:
+            results = _results(op, op, map_tensors(copied, arguments))
+            synchronize()
+    (one,) = known._known.values()
+    assert one.plans, "no plans of this backend"
+    assert one.plans._plans, f"no plan: {one.plans.reason}"
     return results
 
 

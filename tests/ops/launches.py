@@ -17,7 +17,12 @@ import triton
 import triton.language as tl
 from triton.compiler import CompiledKernel
 
+from nabla_fast import ops
+from nabla_fast.bench import launch as bench_launch
+from nabla_fast.bench import launch_calls
 from nabla_fast.bench.absent_gpu import absent_gpu
+from nabla_fast.ops.registry import all_ops
+from nabla_fast.plans import plan
 from nabla_fast.triton_kernels.common.launch import Launched, launched, repeated
 
 _ONE, _TWO, _THREE, _FOUR = (tl.constexpr(value) for value in range(1, 5))
@@ -123,10 +128,69 @@ def calls() -> dict[str, int]:
     }
 
 
+def addresses(values: object) -> list:
+    """Arguments of a launch, tensors as their addresses."""
+    if isinstance(values, tuple):
+        return [part for value in values for part in addresses(value)]
+    return [values.data_ptr() if isinstance(values, torch.Tensor) else values]
+
+
+def planned() -> dict[str, list[str]]:
+    """Ops whose plan launches other kernels than their launcher, or with other arguments, or no plan.
+
+    Inputs have the same addresses in both. Memory that a call makes has not: of its addresses the place
+    in a line of 16 bytes is compared.
+    """
+    run: list[tuple[object, list]] = []
+    launch = triton.backends.nvidia.driver.CudaLauncher.__call__
+
+    def watched(self: object, *args: object) -> None:
+        run.append(((self, *args[:3], *args[4:9]), addresses(args[9:])))
+        launch(self, *args)
+
+    def launched_by(call: Callable[[], object]) -> list[tuple[object, list]]:
+        run.clear()
+        call()
+        return list(run)
+
+    other, unplanned = [], []
+    with (
+        mock.patch.object(triton.backends.nvidia.driver.CudaLauncher, "__call__", watched),
+        bench_launch._no_reports(),
+        ops.use_backend("triton"),
+    ):
+        for case in launch_calls.calls(
+            launch_calls.Sizes(3, 9_000, (64, 32), 3), torch.device("cpu"), torch.bfloat16
+        ):
+            call = case.prepare()
+            with plan.enabled(False):
+                call()
+                launcher = launched_by(call)
+            for _ in range(3):
+                call()
+            by_plan = launched_by(call)
+            same = len(by_plan) == len(launcher) and all(
+                of_plan[0] == of_launcher[0]
+                and len(of_plan[1]) == len(of_launcher[1])
+                and all(
+                    a == b or (type(a) is int and min(a, b) > 2**32 and a % 16 == b % 16)
+                    for a, b in zip(of_plan[1], of_launcher[1], strict=True)
+                )
+                for of_plan, of_launcher in zip(by_plan, launcher, strict=True)
+            )
+            if not same or not launcher:
+                other.append(case.op)
+        for op in all_ops().values():
+            plans = [known.plans for known in op._known._known.values() if known.plans]
+            unplanned += [f"{op.name}: {one.reason}" for one in plans if not one._plans]
+    return {"other": other, "unplanned": unplanned}
+
+
 def main() -> None:
     assert isinstance(kernel, Launched)
     with absent_gpu() as launches:
         result = {"launches": compared()} | {"calls": calls()}
+        result["planned"] = planned()
         launches.start()
         again = repeated(
             kernel, (4,), "turn", torch.zeros(9), torch.zeros(9), (torch.zeros(9), 5), 9, turn=1, scale=1.0

@@ -159,3 +159,15 @@ def test_memory_is_bounded(toy: registry.Op):
     for rows in range(1, 600):
         toy(torch.ones(rows, 1), [])
     assert len(toy._known._known) <= 512
+
+
+def test_calls_that_record_a_gradient_are_known_too(toy: registry.Op, seen: list[str]):
+    toy.gradient("x")(lambda arguments, result, cotangents: cotangents[0] * arguments["scale"])
+    for number in range(3):
+        leaf = (X + number).requires_grad_()
+        result = toy(leaf, [X], scale=3.0)
+        assert torch.equal(result.detach(), 3 * leaf.detach())
+        (gradient,) = torch.autograd.grad(result, leaf, X)
+        assert torch.equal(gradient, 3 * X)
+    assert seen == ["check", "triton", "triton", "triton"]
+    assert not toy(X, [X], scale=3.0).requires_grad

@@ -29,6 +29,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from nabla_fast.plans.recording import recorder, step
+
 # Whoever puts another function in its place, to compile without a launch, sees every launch.
 _RUN = JITFunction.run
 
@@ -36,11 +38,13 @@ Grid = tuple[int, ...]
 
 
 def launched(kernel: Any) -> Any:
-    """The kernel with faster launches; itself where it is interpreted, and for AMD's GPUs.
+    """The kernel with faster launches, which recordings see; for AMD's GPUs itself.
 
     For those Triton looks at more than is looked at here.
     """
-    return Launched(kernel) if isinstance(kernel, JITFunction) and not torch.version.hip else kernel
+    if torch.version.hip:
+        return kernel
+    return Launched(kernel) if isinstance(kernel, JITFunction) else _Interpreted(kernel)
 
 
 def repeated(kernel: Any, grid: Grid, name: str, *args: Any, **options: Any) -> Callable[[int], None]:
@@ -56,6 +60,19 @@ def repeated(kernel: Any, grid: Grid, name: str, *args: Any, **options: Any) -> 
     if isinstance(kernel, Launched):
         return kernel.repeated(grid, name, args, options)
     return lambda value: kernel[grid](*args, **{**options, name: value})
+
+
+class _Interpreted:
+    """A kernel that Triton's interpreter runs: a function to recordings."""
+
+    def __init__(self, kernel: Any):
+        self._kernel = kernel
+
+    def __getitem__(self, grid: Grid) -> Callable[..., None]:
+        return lambda *args, **options: step(self._kernel[grid], *args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
 
 
 class Launched:
@@ -82,7 +99,7 @@ class Launched:
         if not parameter.do_not_specialize:
             raise ValueError(f"{self.fn.__name__}: {name} is not in do_not_specialize")
         found = self._find(args, options) if self._usual() else None
-        if found is None:
+        if found is None or recorder() is not None:
             return lambda value: self._launch(grid, args, {**options, name: value})
         (run, function, metadata), ordered, device = found
         before, after = ordered[: parameter.num], ordered[parameter.num + 1 :]
@@ -92,25 +109,24 @@ class Launched:
 
     def _launch(self, grid: Grid, args: tuple, options: dict[str, Any]) -> None:
         found = self._find(args, options) if self._usual() else None
+        recording = recorder()
         if found is None:
             compiled = self.kernel[grid](*args, **options)
             if self._usual() and isinstance(compiled, CompiledKernel):
                 self._remember(args, options, compiled)
+            if recording is not None:
+                recording.refuse("a kernel is not compiled yet, or somebody watches its launches")
             return
         (run, function, metadata), ordered, device = found
-        x, y, z = (*grid, 1, 1)[:3]
-        stream = driver.active.get_current_stream(device)
-        run(x, y, z, stream, function, metadata, None, None, None, *ordered)
+        (x, y, z), stream = (*grid, 1, 1)[:3], driver.active.get_current_stream
+        run(x, y, z, stream(device), function, metadata, None, None, None, *ordered)
+        if recording is not None:
+            middle = function, metadata, None, None, None
+            recording.launch(run, (x, y, z), stream, device, middle, ordered, _nobody_watches)
 
     def _usual(self) -> bool:
         """Whether nobody is to be told of a launch."""
-        runtime = knobs.runtime
-        return (
-            JITFunction.run is _RUN
-            and not self.kernel.pre_run_hooks
-            and not _called(runtime.launch_enter_hook)
-            and not _called(runtime.launch_exit_hook)
-        )
+        return not self.kernel.pre_run_hooks and _nobody_watches()
 
     def _find(self, args: tuple, options: dict[str, Any]) -> tuple[tuple, tuple, int] | None:
         """What to launch, its arguments in order, and the device; None if it has to be compiled."""
@@ -186,6 +202,16 @@ def _specialized(text: str, value: Any, plain: bool) -> list[str] | None:
         parts = [_specialized(f"{text}[{place}]", part, plain) for place, part in enumerate(value)]
         return None if None in parts else [part for own in parts for part in own]
     return None
+
+
+def _nobody_watches() -> bool:
+    """Whether launches are Triton's own, and no hook is called with them."""
+    runtime = knobs.runtime
+    return (
+        JITFunction.run is _RUN
+        and not _called(runtime.launch_enter_hook)
+        and not _called(runtime.launch_exit_hook)
+    )
 
 
 def _called(hook: Any) -> bool:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nabla_fast.plans.recording import recorder, step
+
 from . import scratch
 
 _lock = threading.Lock()
@@ -83,14 +85,16 @@ def add_vocabulary_products(out: Tensor, states: list[Tensor], tables: list[Tens
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> None:
     if left.dtype == torch.float32:
+        if (recording := recorder()) is not None:
+            recording.within(float32_products)
         if keep:
-            out.addmm_(left, right)
+            step(torch.addmm, out, left, right, out=out)
         else:
-            torch.mm(left, right, out=out)
+            step(torch.mm, left, right, out=out)
     elif keep:
-        torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
+        step(torch.addmm, out, left, right, out_dtype=torch.float32, out=out)
     else:
-        torch.mm(left, right, out_dtype=torch.float32, out=out)
+        step(torch.mm, left, right, out_dtype=torch.float32, out=out)
 
 
 def multiplies(left: Tensor, right: Tensor) -> bool:

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 import triton
 
+from nabla_fast.plans.plan import other_configuration
+
 PATH = Path(__file__).parent / "presets.json"
 
 Config = dict[str, int]
@@ -50,7 +52,8 @@ def assumed(architecture: str) -> Iterator[None]:
     global _assumed
     former, _assumed = _assumed, architecture
     try:
-        yield
+        with other_configuration():
+            yield
     finally:
         _assumed = former
 
@@ -68,7 +71,8 @@ def forced(kernel: str, operands: str, choice: Config) -> Iterator[None]:
     key = kernel, operands
     _forced[key] = choice
     try:
-        yield
+        with other_configuration():
+            yield
     finally:
         del _forced[key]
 

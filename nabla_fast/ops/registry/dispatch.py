@@ -210,7 +210,8 @@ class Op:
                 changed = [values[index] for index in self._mutated]
                 torch.autograd.graph.increment_version(list(tensors_in(changed)))
         elif self._gradient and _is_eager(values):
-            result = recorded(self._gradient, self._compute, values)
+            known_as = signature and (signature, given)
+            result = recorded(self._gradient, lambda own: self._compute(own, known_as, True), values)
         else:
             if any(tensor.is_meta for tensor in tensors_in(values)):
                 self.table.expect(values)  # the dispatcher would answer for meta tensors beside others
@@ -225,11 +226,25 @@ class Op:
         """A call like one that was checked."""
         if not known.apart(tensors):
             self._expect_apart(values)
-        args, kwargs = self._split(values)
-        result = self._run(self._backends[known.backend], args, kwargs, values)
+        if known.records_gradient:
+            result = recorded(self._gradient, lambda own: self._repeat(known, own, tensors), values)
+        else:
+            result = self._repeat(known, values, tensors)
         if known.changed:
             torch.autograd.graph.increment_version([tensors[place] for place in known.changed])
         return self._as_record(result)
+
+    def _repeat(self, known: Known, values: list[Any], tensors: list[Tensor]) -> Any:
+        """The result of a call like one that was checked."""
+
+        def compute() -> Any:
+            args, kwargs = self._split(values)
+            return self._run(self._backends[known.backend], args, kwargs, values)
+
+        # A caller's autocast would round what a plan multiplies.
+        if known.plans is None or torch.is_autocast_enabled(tensors[0].device.type):
+            return compute()
+        return known.plans.run(compute, tensors)
 
     def _as_record(self, result: Any) -> Any:
         """A result as the body returns it."""
@@ -284,7 +299,9 @@ class Op:
         """The implementation of the ``torch.library`` op."""
         return self._flatten_result(self._compute(self._gather(flat)))
 
-    def _compute(self, values: list[Any], known_as: tuple | None = None) -> Any:
+    def _compute(
+        self, values: list[Any], known_as: tuple | None = None, records_gradient: bool = False
+    ) -> Any:
         """The result for plain values; ``known_as``: the call's signature, and its values as given."""
         if self.table.expect(values):
             values = self._without_negative_views(values)
@@ -295,7 +312,8 @@ class Op:
             self._expect_apart(values)
         if known_as:
             name = next(name for name, registered in self._backends.items() if registered is backend)
-            self._known.remember(*known_as, name, self._mutated, backend.finds_overlaps)
+            mutated = () if records_gradient else self._mutated
+            self._known.remember(*known_as, name, mutated, backend.finds_overlaps, records_gradient)
         return self._run(backend, args, kwargs, values)
 
     def _run(self, backend: Backend, args: list[Any], kwargs: dict[str, Any], values: list[Any]) -> Any:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter as ModuleParameter
 
-from nabla_fast.ops.overlaps import extent
 from nabla_fast.ops.registry.backends import forced_backends
 from nabla_fast.ops.registry.schema import Parameter, tensors_in
+from nabla_fast.plans.extent import extent
+from nabla_fast.plans.plan import Plans
 
 _MOST = 512  # signatures of an op that are remembered
 _PLAIN = frozenset((float, int, bool, str, type(None)))
@@ -33,11 +34,15 @@ class Known:
         backend: its name.
         changed: places, among the call's tensors, of those that it changes in place.
         extents: bytes from the first to past the last of each tensor, where overlaps are looked for.
+        plans: of the calls, where the backend's launches can be repeated without their launcher.
+        records_gradient: whether autograd is told of the call.
     """
 
     backend: str
     changed: tuple[int, ...]
     extents: tuple[int, ...] | None
+    plans: Plans | None
+    records_gradient: bool
 
     def apart(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it is certain that what is changed shares no memory with anything."""
@@ -102,6 +107,7 @@ class KnownCalls:
         backend: str,
         mutated: Sequence[int],
         finds_overlaps: bool,
+        records_gradient: bool,
     ) -> None:
         """Remember a call that was checked; not one whose values a backend would get in another form."""
         for parameter, value in zip(self._parameters, values, strict=True):
@@ -118,7 +124,8 @@ class KnownCalls:
         extents = None if finds_overlaps or not changed else tuple(map(extent, tensors))
         if len(self._known) >= _MOST:
             self._known.clear()
-        self._known[key] = Known(backend, tuple(changed), extents)
+        plans = Plans() if backend == "triton" else None
+        self._known[key] = Known(backend, tuple(changed), extents, plans, records_gradient)
 
 
 def _canonical(parameter: Parameter, value: Any) -> bool:

@@ -1,0 +1,245 @@
+"""Notes of what a call of an op put on a device's queue, from which a plan repeats it.
+
+Most of it is seen: a :class:`Recorder` is a mode of torch's dispatcher. Launchers tell of what is not:
+kernels by :meth:`Recorder.launch`, other functions by :func:`step`. A recorder that cannot know what to
+repeat (a number read from the device, a tensor that is neither an argument nor made by the call) says why
+in ``reason`` and notes no more; the call itself goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nabla_fast.plans.extent import extent
+
+_MOST_STEPS = 512  # of a call: beside more, a launcher's Python is little
+# Memory is held until the call has ended. What is larger than a piece is a result or all that there is.
+_PIECE, _MOST_BYTES = 64_000_000, 128_000_000
+
+_aten = torch.ops.aten
+_NEW = {
+    _aten.empty.memory_format,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+    _aten.empty_like.default,
+}
+
+
+class Memory(NamedTuple):
+    """An argument of the call, or memory that it makes."""
+
+    start: int
+    end: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    made_by: int | None  # the step whose result it is; None: an argument, or empty memory
+
+
+class View(NamedTuple):
+    """A tensor as a part of a memory."""
+
+    memory: int
+    offset: int  # bytes
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Launch(NamedTuple):
+    """``run(*before, stream(device), *middle, *args)``; Views stand for addresses."""
+
+    run: Callable[..., None]
+    before: tuple
+    stream: Callable[[int], int]
+    device: int
+    middle: tuple
+    args: tuple
+
+
+class Step(NamedTuple):
+    """``function(*args, **kwargs)``; Views stand for tensors."""
+
+    function: Callable[..., Any]
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class _Unknown(Exception):
+    """What is to be noted cannot be."""
+
+
+class _Thread(threading.local):
+    recorder: Recorder | None = None
+
+
+_thread = _Thread()
+
+
+def recorder() -> Recorder | None:
+    """Of the call that this thread records."""
+    return _thread.recorder
+
+
+def step(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """``function(*args, **kwargs)``, which a plan repeats. It returns nothing that is of use."""
+    if _thread.recorder is None:
+        function(*args, **kwargs)
+    else:
+        _thread.recorder.step(function, args, kwargs)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes of one call; entered around it.
+
+    Attributes:
+        memories: first the call's tensors, then what it makes.
+        steps: in order.
+        contexts: functions whose context managers the steps have to run in.
+        usual: functions that all have to be true for launches to be made without their launcher.
+        reason: why there is no plan, or None.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        super().__init__()
+        self.memories: list[Memory] = []
+        self.steps: list[Launch | Step] = []
+        self.contexts: list[Callable[[], Any]] = []
+        self.usual: list[Callable[[], bool]] = []
+        self.reason: str | None = None
+        self.inputs = len(tensors)
+        self._kept: list[Tensor] = []  # so that no address is given twice
+        self._bytes = 0
+        self._told = False
+        for tensor in tensors:
+            self._add(tensor, None)
+        spans = sorted((m.start, m.end) for m in self.memories if m.end > m.start)
+        if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
+            self.refuse("arguments share memory")
+
+    def __enter__(self) -> Recorder:
+        _thread.recorder = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _thread.recorder = None
+        super().__exit__(*error)
+        self._kept.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._told or self.reason or func.is_view:
+            return func(*args, **kwargs)
+        if func in _NEW:
+            result = func(*args, **kwargs)
+            self._add(result, None)
+            return result
+        self._note(lambda: Step(func, self._noted(args), self._noted(kwargs)))
+        result = func(*args, **kwargs)
+        self._keep_result(result)
+        return result
+
+    def refuse(self, reason: str) -> None:
+        """Note no more; the first reason stays."""
+        self.reason = self.reason or reason
+        self._kept.clear()
+
+    def step(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
+        """As the function :func:`step`."""
+        self._note(lambda: Step(function, self._noted(args), self._noted(kwargs)))
+        with self.telling():
+            function(*args, **kwargs)
+
+    def launch(
+        self,
+        run: Callable[..., None],
+        before: tuple,
+        stream: Callable[[int], int],
+        device: int,
+        middle: tuple,
+        args: tuple,
+        usual: Callable[[], bool],
+    ) -> None:
+        """Note a :class:`Launch`, which the caller makes itself."""
+        if usual not in self.usual:
+            self.usual.append(usual)
+        self._note(lambda: Launch(run, before, stream, device, middle, self._noted(args)))
+
+    def within(self, context: Callable[[], Any]) -> None:
+        """Note that the steps have to run inside this function's context manager."""
+        if context not in self.contexts:
+            self.contexts.append(context)
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Inside, what torch is asked for is part of a step that is noted already."""
+        former, self._told = self._told, True
+        try:
+            yield
+        finally:
+            self._told = former
+
+    def view(self, tensor: Tensor) -> View | None:
+        """The tensor as a part of a memory; None where it is of none."""
+        start, length = tensor.data_ptr(), extent(tensor)
+        size, stride = tuple(tensor.shape), tuple(tensor.stride())
+        for number, memory in enumerate(self.memories):
+            if memory.start <= start and start + length <= memory.end and (length or start < memory.end):
+                return View(number, start - memory.start, size, stride, tensor.dtype)
+        return None
+
+    def _add(self, tensor: Tensor, made_by: int | None) -> None:
+        start, length = tensor.data_ptr(), extent(tensor)
+        size, stride = tuple(tensor.shape), tuple(tensor.stride())
+        self.memories.append(
+            Memory(start, start + length, size, stride, tensor.dtype, tensor.device, made_by)
+        )
+        if len(self.memories) <= self.inputs:
+            return
+        self._kept.append(tensor)
+        self._bytes += length if length <= _PIECE else 0
+        if self._bytes > _MOST_BYTES:
+            self.refuse("the call makes much memory, a piece at a time")
+
+    def _keep_result(self, result: Any) -> None:
+        """Add what the last step returned, unless it wrote to memory that was there."""
+        if self.reason:
+            return
+        if not isinstance(result, Tensor):
+            self.refuse(f"{self.steps[-1].function} returns no tensor")
+        elif self.view(result) is None:
+            self._add(result, len(self.steps) - 1)
+
+    def _noted(self, value: Any) -> Any:
+        """A value with Views in place of tensors."""
+        if isinstance(value, Tensor):
+            view = self.view(value)
+            if view is None:
+                raise _Unknown("a tensor is neither an argument nor made by the call")
+            return view
+        if type(value) is dict:
+            return {name: self._noted(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            parts = map(self._noted, value)
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        return value
+
+    def _note(self, make: Callable[[], Launch | Step]) -> None:
+        if self.reason:
+            return
+        try:
+            self.steps.append(make())
+        except _Unknown as unknown:
+            self.refuse(str(unknown))
+        if len(self.steps) > _MOST_STEPS:
+            self.refuse("the call takes many steps")
