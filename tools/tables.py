@@ -22,6 +22,7 @@ from tools.markers import replaced
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DECODE, DEMO, DEMO_500 = (RESULTS / "cpu" / f"{name}.json" for name in ("decode", "demo", "demo_500"))
+LAUNCH = RESULTS / "cpu" / "launch.json"
 GPU_KERNELS = RESULTS / "gpu" / "kernels.json"
 # A folder for each kind of CPU.
 KERNELS = tuple(sorted(path for path in RESULTS.glob("*/kernels.json") if path != GPU_KERNELS))
@@ -109,6 +110,19 @@ def decode_tables(results: dict[str, Any]) -> str:
         f"Medians of {results['repeats']} runs, fewer of slow ones; {_machine(results['environment'])}.",
     ]
     return "\n\n".join([*(table.markdown() for table in tables(results)), " ".join(filter(None, summary))])
+
+
+def launch_table(results: dict[str, Any]) -> str:
+    """A Markdown table of the launch benchmark's JSON, with the machine it came from."""
+    counted = ("launches", "products", "torch_calls")
+    titles = ("op", "inputs", "backend", "µs a call", "kernels", "products", "torch's calls")
+    rows = [f"| {' | '.join(titles)} |", "|---|---|---|---|---|---|---|"]
+    for row in results["rows"]:
+        counts = ("–" if row[key] is None else str(row[key]) for key in counted)
+        cells = (row["op"], row["shape"], row["backend"], f"{row['microseconds']:.1f}", *counts)
+        rows.append(f"| {' | '.join(cells)} |")
+    rows += ["", f"Medians; {_machine(results['environment'])}."]
+    return "\n".join(rows)
 
 
 def cpu_kernels_tables(*results: dict[str, Any]) -> str:
@@ -238,6 +252,7 @@ DOCUMENTS = {
         Section("demo", demo_table, (DEMO,)),
         Section("decode", decode_tables, (DECODE,)),
         Section("kernels", cpu_kernels_tables, KERNELS),
+        Section("launch", launch_table, (LAUNCH,)),
         Section("gpu-kernels", kernels_table, (GPU_KERNELS,), "The GPU kernels are unmeasured."),
     ],
     ROOT / "nabla_fast" / "assets" / "README.md": [Section("demo", demo_table, (DEMO_500,))],

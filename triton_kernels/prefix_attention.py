@@ -276,7 +276,8 @@ def prefix_attention(
     if scale < 0:  # The largest product is then the largest score, in kernels.
         q, scale = -q, -scale
     rows = suffix * groups
-    few = rows <= prefix_attention_decode.FEW
+    # None on gfx942 under Triton 3.6, whose compiler does not come to an end with that kernel.
+    few = rows <= presets.config("prefix_attention_decode", "rows", q.device)["MOST"]
     kernel = "prefix_attention_decode" if few else "prefix_attention"
     window = seen_window(window, suffix, key_pool, block_tables)
     masked = window is not None or softcap is not None

@@ -28,7 +28,6 @@ from .common.launch import launched
 from .common.scratch import share
 from .common.sizes import cdiv, next_power_of_2
 
-FEW = 64  # rows of a sequence and key-value head, at most
 SPAN = 512  # positions
 _JOINED_ROWS, _JOINED_COLUMNS = 16, 16
 
@@ -313,7 +312,7 @@ _SPAN_ONLY = ("key_ptr", "value_ptr", "key_strides", "value_strides")
 
 
 def launch(given: dict[str, Any], numbers: dict[str, Any]) -> None:
-    """Attention of sequences with at most FEW rows.
+    """Attention of sequences with few rows.
 
     Args:
         given: tensors and strides by the kernels' names for them.

@@ -193,8 +193,10 @@ class Recorder(TorchDispatchMode):
         """The tensor as a part of a memory; None where it is of none."""
         start, length = tensor.data_ptr(), extent(tensor)
         size, stride = tuple(tensor.shape), tuple(tensor.stride())
-        for number, memory in enumerate(self.memories):
-            if memory.start <= start and start + length <= memory.end and (length or start < memory.end):
+        # Tensors without elements may all have the address 0: then it is the one made last.
+        for number, memory in reversed(list(enumerate(self.memories))):
+            inside = memory.start <= start and start + length <= memory.end
+            if inside and (length or start < memory.end or memory.start == memory.end):
                 return View(number, start - memory.start, size, stride, tensor.dtype)
         return None
 

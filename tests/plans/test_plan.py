@@ -230,3 +230,17 @@ def test_plans_of_many_alignments_are_bounded(monkeypatch: pytest.MonkeyPatch):
     for start in (0, 1, 2, 3, 0):
         assert torch.equal(call(memory[start:]), memory[start:] + 1)
     assert len(call.plans._plans) <= 2
+
+
+def test_tensors_of_no_elements():
+    def launcher(a: Tensor, b: Tensor) -> list[Tensor]:
+        out, nothing = torch.empty(3), torch.empty(0, 4)
+        step(lambda one, two, out: out.copy_(one.sum() + torch.ones(3)), a, b, out)
+        return [out, nothing]
+
+    call = Counted(launcher)
+    for number in range(3):
+        out, nothing = call(torch.full((2,), float(number)), torch.empty(5, 0))
+        assert torch.equal(out, torch.full((3,), 2.0 * number + 1))
+        assert nothing.shape == (0, 4)
+    assert call.runs == 1

@@ -18,9 +18,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 
 from tools.compile_check import counts, results, versions
-from tools.compile_check.checking import Row, check
+from tools.compile_check.checking import Row, check, not_compiled
 from tools.compile_check.launches import ops
 from tools.compile_check.targets import TARGETS
 
@@ -37,8 +38,12 @@ def run(targets: Sequence[str], ops: Sequence[str], dtypes: Sequence[str], worke
     context = multiprocessing.get_context("spawn")
     for target, dtype in itertools.product(targets, dtypes):
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for future in as_completed([pool.submit(check, target, op, dtype) for op in ops]):
-                yield from future.result()
+            checks = {pool.submit(check, target, op, dtype): op for op in ops}
+            for future in as_completed(checks):
+                try:
+                    yield from future.result()
+                except BrokenProcessPool as error:
+                    yield not_compiled({"op": checks[future], "dtype": dtype, "target": target}, error)
 
 
 def show(row: Row) -> str:

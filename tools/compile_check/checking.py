@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 from tools.compile_check import launches
@@ -35,13 +36,23 @@ def check(target_name: str, op: str, dtype_name: str) -> list[Row]:
                 with recorded(target, made.append):
                     call()
             except Exception as error:  # a kernel that does not compile is a result like others
-                rows.append(row | dict.fromkeys(_FIGURES) | {"kernel": None, "problem": _one_line(error)})
+                rows.append(not_compiled(row, error))
                 continue
             for launch in made:
                 if launch.kernel.hash not in seen:
                     seen.add(launch.kernel.hash)
                     rows.append(row | _row(launch, target))
     return rows
+
+
+def not_compiled(where: Row, error: Exception) -> Row:
+    """The row of what came to no end.
+
+    Args:
+        where: op, dtype and target, and what else is known of the launch.
+    """
+    known = {"launch": "some launch", "triton": version("triton")} | where
+    return known | dict.fromkeys(_FIGURES) | {"kernel": None, "problem": _one_line(error)}
 
 
 def _row(launch: Any, target: Target) -> Row:
