@@ -160,7 +160,10 @@ class _Writer:
 
     def function(self) -> Plan:
         """What was written."""
-        guards = [f"{self._constant(usual)}()" for usual in self._notes.usual]
+        guards = [
+            f"{self._constant(function)}() == {self._constant(value)}"
+            for function, value in self._notes.guards
+        ]
         lines = [f"if not ({' and '.join(guards)}):", "    return compute()"] if guards else []
         if self._notes.contexts:
             contexts = ", ".join(f"{self._constant(context)}()" for context in self._notes.contexts)

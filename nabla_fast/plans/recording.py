@@ -106,7 +106,7 @@ class Recorder(TorchDispatchMode):
         memories: first the call's tensors, then what it makes.
         steps: in order.
         contexts: functions whose context managers the steps have to run in.
-        usual: functions that all have to be true for launches to be made without their launcher.
+        guards: functions and what they all have to return for launches to be made without their launcher.
         reason: why there is no plan, or None.
     """
 
@@ -115,7 +115,7 @@ class Recorder(TorchDispatchMode):
         self.memories: list[Memory] = []
         self.steps: list[Launch | Step] = []
         self.contexts: list[Callable[[], Any]] = []
-        self.usual: list[Callable[[], bool]] = []
+        self.guards: list[tuple[Callable[[], Any], Any]] = []
         self.reason: str | None = None
         self.inputs = len(tensors)
         self._kept: list[Tensor] = []  # so that no address is given twice
@@ -168,11 +168,10 @@ class Recorder(TorchDispatchMode):
         device: int,
         middle: tuple,
         args: tuple,
-        usual: Callable[[], bool],
+        guards: Sequence[tuple[Callable[[], Any], Any]],
     ) -> None:
-        """Note a :class:`Launch`, which the caller makes itself."""
-        if usual not in self.usual:
-            self.usual.append(usual)
+        """Note a :class:`Launch`, which the caller makes itself; ``guards`` as of the attribute."""
+        self.guards += [guard for guard in guards if guard not in self.guards]
         self._note(lambda: Launch(run, before, stream, device, middle, self._noted(args)))
 
     def within(self, context: Callable[[], Any]) -> None:

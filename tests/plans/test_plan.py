@@ -244,3 +244,39 @@ def test_tensors_of_no_elements():
         assert torch.equal(out, torch.full((3,), 2.0 * number + 1))
         assert nothing.shape == (0, 4)
     assert call.runs == 1
+
+
+def test_launches_get_addresses_and_are_the_launchers_where_a_guard_says_so():
+    launched: list[tuple] = []
+    current = 0
+
+    def current_device() -> int:
+        return current
+
+    def launcher(a: Tensor) -> Tensor:
+        scratch, out = torch.empty(5), torch.empty(3)
+        args = (a, (scratch[1:], 7), None, 0.5, out)
+        recorder().launch(
+            lambda *all: launched.append(all),
+            (1, 2),
+            lambda d: 40 + d,
+            0,
+            ("m",),
+            args,
+            [(current_device, 0)],
+        )
+        return out
+
+    call = Counted(lambda a: launcher(a) if recorder() is not None else a)
+    call(numbers(4))
+    for _ in range(2):
+        a = numbers(4)
+        out = call(a)
+        *before, address, (inside, seven), none, half, result = launched.pop()
+        assert before == [1, 2, 40, "m"]
+        assert (address, seven, none, half, result) == (a.data_ptr(), 7, None, 0.5, out.data_ptr())
+        assert inside % 16 == 4
+    current = 1
+    a = numbers(4)
+    assert call(a) is a
+    assert not launched

@@ -122,7 +122,8 @@ class Launched:
         run(x, y, z, stream(device), function, metadata, None, None, None, *ordered)
         if recording is not None:
             middle = function, metadata, None, None, None
-            recording.launch(run, (x, y, z), stream, device, middle, ordered, _nobody_watches)
+            guards = (driver.active.get_current_device, device), (_nobody_watches, True)
+            recording.launch(run, (x, y, z), stream, device, middle, ordered, guards)
 
     def _usual(self) -> bool:
         """Whether nobody is to be told of a launch."""
