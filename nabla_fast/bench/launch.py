@@ -15,6 +15,7 @@ import nabla_fast.ops as ops
 from nabla_fast.bench.absent_gpu import Launches, absent_gpu
 from nabla_fast.bench.launch_calls import BFLOAT16, FLOAT32, REAL, TINY, Call, calls, yardsticks
 from nabla_fast.errors import InputError
+from nabla_fast.plans import plan
 
 _AT_A_TIME = 20  # calls of one op before the next op's turn
 # Calls of torch that put nothing on a GPU's queue.
@@ -100,7 +101,7 @@ def _timed(
     call: Callable[[], object], launches: Launches | None, seconds: float, wait: Callable[[], object]
 ) -> dict[str, Any]:
     """The times of a call like some made before: kernels are compiled, and the plan is there."""
-    for _ in range(3):
+    for _ in range(2 + plan.CALLS_BEFORE):
         call()
     wait()
     counts: dict[str, Any] = {"launches": None, "products": None, "torch_calls": None}

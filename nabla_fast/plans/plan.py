@@ -2,9 +2,9 @@
 
 A launcher's work in Python (sizes, views, parts of a problem, arguments of kernels) costs several times
 what its launches do, and depends on nothing but the signature of the call and its addresses modulo 16. So
-the second call of a signature is recorded, and later ones run a function written from the notes, where each
-tensor is an offset from an argument or from memory that the function makes. The kernels are those of the
-launcher, with the same arguments and in the same order.
+one call of a signature that comes often is recorded, and later ones run a function written from the notes:
+each tensor is an offset from an argument or from memory that the function makes. The kernels are those of
+the launcher, with the same arguments and in the same order.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from nabla_fast._triton import interpreted
 from nabla_fast.plans.recording import Launch, Memory, Recorder, View, recorder
 
+CALLS_BEFORE = 3  # by the launcher: to record one costs as much as some ten of them
 _ATTEMPTS = 3  # at recording calls of one signature
 _MOST = 64  # plans of one signature
 _MOST_BYTES = 64_000_000  # beside results, which a launcher takes a part at a time
@@ -58,7 +59,7 @@ class Plans:
 
     def __init__(self) -> None:
         self._plans: dict[tuple, Plan] = {}
-        self._attempts: dict[tuple, int] = {}
+        self._calls: dict[tuple, int] = {}  # that were no plan's
         self.reason: str | None = None  # why the last recording made no plan
 
     def run(self, compute: Callable[[], Any], tensors: Sequence[Tensor]) -> Any:
@@ -73,13 +74,15 @@ class Plans:
         return self._recorded(key, compute, tensors)
 
     def _recorded(self, key: tuple, compute: Callable[[], Any], tensors: Sequence[Tensor]) -> Any:
-        attempts = self._attempts.get(key, 0)
-        if attempts >= _ATTEMPTS or recorder() is not None:
+        calls = self._calls.get(key, 0)
+        if calls >= CALLS_BEFORE + _ATTEMPTS or recorder() is not None:
             return compute()
-        if len(self._attempts) >= _MOST:
+        if len(self._calls) >= _MOST:
             self._plans.clear()
-            self._attempts.clear()
-        self._attempts[key] = attempts + 1
+            self._calls.clear()
+        self._calls[key] = calls + 1
+        if calls < CALLS_BEFORE:
+            return compute()
         with Recorder(tensors) as notes:
             result = compute()
             written = None if notes.reason else _written(notes, result)

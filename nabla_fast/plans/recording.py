@@ -193,7 +193,8 @@ class Recorder(TorchDispatchMode):
         start, length = tensor.data_ptr(), extent(tensor)
         size, stride = tuple(tensor.shape), tuple(tensor.stride())
         # Tensors without elements may all have the address 0: then it is the one made last.
-        for number, memory in reversed(list(enumerate(self.memories))):
+        for number in range(len(self.memories) - 1, -1, -1):
+            memory = self.memories[number]
             inside = memory.start <= start and start + length <= memory.end
             if inside and (length or start < memory.end or memory.start == memory.end):
                 return View(number, start - memory.start, size, stride, tensor.dtype)

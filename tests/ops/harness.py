@@ -218,7 +218,7 @@ def run(op: Op, backend: str, arguments: Arguments) -> Results:
 
 
 def run_by_plan(op: Op, backend: str, calls: Sequence[Arguments]) -> Results:
-    """Results as of :func:`run` of the last of three calls that are alike, which a plan makes.
+    """Results as of :func:`run` of the last of calls that are alike, which a plan makes.
 
     The plan's memory is poisoned.
     """
@@ -233,6 +233,7 @@ def run_by_plan(op: Op, backend: str, calls: Sequence[Arguments]) -> Results:
     with (
         mock.patch.object(op, "_known", known),
         mock.patch.object(torch, "empty_strided", poison),
+        mock.patch.object(plan, "CALLS_BEFORE", 0),
         plan.enabled(True),
         use_backend(backend),
     ):

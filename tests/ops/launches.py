@@ -166,7 +166,7 @@ def planned() -> dict[str, list[str]]:
             with plan.enabled(False):
                 call()
                 launcher = launched_by(call)
-            for _ in range(3):
+            for _ in range(2 + plan.CALLS_BEFORE):
                 call()
             by_plan = launched_by(call)
             same = len(by_plan) == len(launcher) and all(

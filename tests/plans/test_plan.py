@@ -15,7 +15,8 @@ from nabla_fast.plans.recording import Recorder, recorder, step
 
 
 @pytest.fixture(autouse=True)
-def plans_are_used() -> Iterator[None]:
+def plans_are_used_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(plan, "CALLS_BEFORE", 0)
     with plan.enabled(True):
         yield
 
@@ -212,6 +213,20 @@ def test_a_plan_enters_what_its_steps_need_and_leaves_it():
     call(numbers(2))
     call(numbers(2))
     assert entered == ["in", "out"]
+
+
+def test_calls_that_come_seldom_are_not_recorded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "CALLS_BEFORE", 2)
+    recorded: list[bool] = []
+
+    def launcher(a: Tensor) -> Tensor:
+        recorded.append(recorder() is not None)
+        return a + 1
+
+    call = Counted(launcher)
+    for _ in range(5):
+        call(numbers(2))
+    assert recorded == [False, False, True]
 
 
 def test_a_recording_is_one_threads():
