@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools.compile_check import __main__ as command
 from tools.compile_check import counts, results, versions
-from tools.compile_check.__main__ import failure
+from tools.compile_check.__main__ import failure, run, show
 from tools.compile_check.figures import asynchronous, figures, main_loop, read
 from tools.compile_check.flow import stretches
 from tools.compile_check.machine_code import amdgcn, sass
@@ -356,3 +357,18 @@ def test_one_kernel():
         assert row["barriers"] == 0
         assert row["triton"]
         assert (row["predicted_share"] is None) == (row["target"] != "sm_90")
+
+
+def killed(target: str, op: str, dtype: str) -> list[dict]:
+    """In the place of ``check``: the process ends, as by the system for its memory."""
+    os._exit(9)
+
+
+def test_a_compiler_that_is_killed_is_a_failed_row(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(command, "check", killed)
+    (row,) = run(["sm_90"], ["token_stats"], ["float32"], 1)
+    assert row["kernel"] is None
+    assert "BrokenProcessPool" in row["problem"]
+    assert (row["target"], row["op"], row["dtype"]) == ("sm_90", "token_stats", "float32")
+    assert "token_stats" in show(row)
+    assert "does not compile" in failure(row)
