@@ -52,6 +52,19 @@ def table(reports: dict[str, MethodReport]) -> Table:
     return result
 
 
+def beside_best_of_n(reports: dict[str, MethodReport]) -> str | None:
+    """∇'s cost as multiples of Best-of-N's, as measured; None where one of them has not done all."""
+    entries = [reports[name].to_dict() for name in ("nabla", "best_of_n")]
+    if not entries[0]["problems"] or entries[0]["problems"] != entries[1]["problems"]:
+        return None
+    seconds = entries[0]["seconds"] / entries[1]["seconds"]
+    passes = [sum(entry["token_passes"].values()) for entry in entries]
+    return (
+        f"{TITLES['nabla']} took {seconds:.2f} times the seconds of {TITLES['best_of_n']} and "
+        f"{passes[0] / passes[1]:.2f} times its token passes"
+    )
+
+
 def most_telling(problems: Sequence[countdown.Problem], results: dict[int, Result]) -> int | None:
     """Index of a problem worth showing: solved by an accepted revision if there is one."""
 
