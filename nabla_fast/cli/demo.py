@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         console = Console()
         console.print(table(reports))
-        cost = beside_best_of_n(reports)
+        cost = beside_best_of_n({name: report.to_dict() for name, report in reports.items()})
         if cost is not None:
             console.print(cost)
         shown = most_telling(problems, results["nabla"])

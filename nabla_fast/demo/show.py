@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -52,17 +52,20 @@ def table(reports: dict[str, MethodReport]) -> Table:
     return result
 
 
-def beside_best_of_n(reports: dict[str, MethodReport]) -> str | None:
-    """∇'s cost as multiples of Best-of-N's, as measured; None where one of them has not done all."""
-    entries = [reports[name].to_dict() for name in ("nabla", "best_of_n")]
-    if not entries[0]["problems"] or entries[0]["problems"] != entries[1]["problems"]:
+def beside_best_of_n(methods: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """∇'s cost as multiples of Best-of-N's, as measured; None where one of them has not done all.
+
+    Args:
+        methods: entries of the demo's JSON by name; seconds that are None were not measured.
+    """
+    nabla, best = (methods.get(name) for name in ("nabla", "best_of_n"))
+    if not nabla or not best or not nabla["rollouts"] or nabla["problems"] != best["problems"]:
         return None
-    seconds = entries[0]["seconds"] / entries[1]["seconds"]
-    passes = [sum(entry["token_passes"].values()) for entry in entries]
-    return (
-        f"{TITLES['nabla']} took {seconds:.2f} times the seconds of {TITLES['best_of_n']} and "
-        f"{passes[0] / passes[1]:.2f} times its token passes"
-    )
+    passes = [sum(entry["token_passes"].values()) for entry in (nabla, best)]
+    cost = [f"{passes[0] / passes[1]:.2f} times the token passes of {TITLES['best_of_n']}"]
+    if nabla["seconds"] and best["seconds"]:
+        cost.append(f"{nabla['seconds'] / best['seconds']:.2f} times its seconds")
+    return f"{TITLES['nabla']} took {' and '.join(cost)}"
 
 
 def most_telling(problems: Sequence[countdown.Problem], results: dict[int, Result]) -> int | None:

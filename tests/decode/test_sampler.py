@@ -8,6 +8,7 @@ from dataclasses import replace
 import families
 import pytest
 import torch
+from pool_watch import watched_pools
 from test_attribution import unread
 from tiny_models import (
     EOS,
@@ -363,6 +364,20 @@ def test_finished_results_are_kept_on_ctrl_c():
 def test_a_limit_of_tokens_says_what_would_do():
     with pytest.raises(DecodingFailed, match=r"max_kv_tokens: the key-value pool may have 2 blocks"):
         sample(shared_lm("qwen2"), None, [[5] * 20], count=8, sampling=HOT, max_kv_tokens=32)
+
+
+@pytest.mark.parametrize("turns", [1, 8])
+def test_everything_held_is_given_back(turns: int):
+    lm = LanguageModel(shared_lm("qwen2"))
+    rm = RewardModel(shared_reward_model("qwen2"), VocabularyAlignment.identity())
+    loop = SampleLoop(lm, rm, HOT, count=5, batch_size=4, turns=turns)
+    given = [
+        Problem(tuple(prompt), tuple(prompt), (4,), 7, 9, frozenset({EOS}), StopStrings())
+        for prompt in PROMPTS
+    ]
+    with watched_pools() as watch:
+        assert len(dict(loop.decode(given, [Stats() for _ in given]))) == len(PROMPTS)
+    assert watch.all_given_back()
 
 
 def test_a_sampler_can_be_used_again_and_sent_to_another_process():

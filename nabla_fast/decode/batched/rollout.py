@@ -141,9 +141,9 @@ def sample(
     """
     with started(requests) as rows:
         logits, undrafted = _Logits(), Drafting(enabled=False)
-        alive = first_tokens(lm, config, draws, rows)
+        alive = left(rows, first_tokens(lm, config, draws, rows))
         while alive:
-            alive = _step(lm, reader, config, draws, undrafted, alive, logits)
+            alive = left(alive, _step(lm, reader, config, draws, undrafted, alive, logits))
         answer_samples(rows)
 
 
@@ -162,12 +162,21 @@ def first_tokens(
     )
 
 
+def left(rows: Sequence[RolloutRow], going: list[RolloutRow]) -> list[RolloutRow]:
+    """The rows that go on, once the others, of which nothing but tokens is asked for, have given back."""
+    if len(going) < len(rows):
+        kept = set(map(id, going))
+        for row in rows:
+            if id(row) not in kept:
+                row.sequence.free()
+    return going
+
+
 def answer_samples(rows: Sequence[RolloutRow]) -> None:
-    """Answer the requests of rows that have ended, and give back what these hold."""
+    """Answer the requests of rows that have ended and given back."""
     for row in rows:
         row.request.tokens = row.tokens
         row.request.stats.generated_tokens += len(row.tokens)
-        row.sequence.free()
 
 
 @contextmanager

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched.requests import RollOut, Sample
-from nabla_fast.decode.batched.rollout import RolloutRow, answer, answer_samples, first_tokens, started
+from nabla_fast.decode.batched.rollout import (
+    RolloutRow,
+    answer,
+    answer_samples,
+    first_tokens,
+    left,
+    started,
+)
 from nabla_fast.decode.batched.steps import NOT_FINITE, Bucket, StepRow, Steps
 from nabla_fast.decode.draws import Draws
 from nabla_fast.decode.failures import attributed_to
@@ -78,9 +85,9 @@ def sample_ahead(
         RequestFailure: a request's logits are not finite; its cause is a RowError.
     """
     with started(requests) as rows:
-        going = first_tokens(lm, config, draws, rows)
+        going = left(rows, first_tokens(lm, config, draws, rows))
         while going:
-            going = _run(lm, steps, going, None)
+            going = left(going, _run(lm, steps, going, None))
         answer_samples(rows)
 
 
