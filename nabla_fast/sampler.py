@@ -27,7 +27,8 @@ class Sampler(NablaDecoder):
 
     Response n of a prompt is drawn by :func:`nabla_fast.ops.draw_tokens`, its noise a function of the
     prompt's seed, the prompt's length, n, position and token. It depends neither on other prompts nor on
-    ``count`` nor on the batch; response 0 is the first rollout of a decoder with ``draws="philox"``. (The
+    ``count`` nor on the batch; response 0 is the first rollout of a decoder with ``draws="philox"``. The
+    same prompt under the same seed gets the same responses: more of them are had by ``count``. (The
     models' own products are not the same to the last bit in every batch: a token that wins by no more than
     their rounding may be another one there.)
 

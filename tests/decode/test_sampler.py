@@ -184,6 +184,14 @@ def test_a_response_depends_on_its_prompt_seed_and_number_alone(kind: str):
     assert few[0].stats.rounds == 2
 
 
+def problem(prompt: list[int], length: int = 9) -> Problem:
+    return Problem(tuple(prompt), tuple(prompt), (4,), 7, length, frozenset({EOS}), StopStrings())
+
+
+def _stats(count: int) -> list[Stats]:
+    return [Stats() for _ in range(count)]
+
+
 def test_the_first_response_is_the_decoders_first_rollout():
     config = DTOConfig(max_generations=1, rollout_sampling=HOT, draws="philox")
     decoder = NablaDecoder(shared_lm("qwen2"), None, None, config=config)
@@ -338,6 +346,21 @@ def test_prompts_whose_logits_are_not_finite_are_named(bad: set[int]):
             assert result.token_ids == expected[n].token_ids
 
 
+@pytest.mark.parametrize("turns", [1, 8])
+def test_logits_that_cease_to_be_finite_are_named(turns: int):
+    model, given = causal_lm("qwen2"), [problem([5, 9, 3]), problem([7])]
+    lm = LanguageModel(model)
+    ((_, whole), _) = sorted(SampleLoop(lm, None, GREEDY, count=2, turns=turns).decode(given, _stats(2)))
+    token = next(t for t in whole[0].tokens if t not in (EOS, 5, 9, 3))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = float("nan")
+    loop = SampleLoop(lm, None, GREEDY, count=2, turns=turns)
+    with watched_pools() as watch:
+        found = dict(loop.decode(given, _stats(2), keep=True))
+    assert isinstance(found[0], RowError)
+    assert watch.all_given_back()
+
+
 def test_a_reward_that_is_not_finite_is_named():
     lm, rm = shared_lm("qwen2"), reward_model("qwen2")
     sampler = Sampler(lm, rm, None, count=3, sampling=GREEDY)
@@ -371,12 +394,9 @@ def test_everything_held_is_given_back(turns: int):
     lm = LanguageModel(shared_lm("qwen2"))
     rm = RewardModel(shared_reward_model("qwen2"), VocabularyAlignment.identity())
     loop = SampleLoop(lm, rm, HOT, count=5, batch_size=4, turns=turns)
-    given = [
-        Problem(tuple(prompt), tuple(prompt), (4,), 7, 9, frozenset({EOS}), StopStrings())
-        for prompt in PROMPTS
-    ]
+    given = [problem(prompt) for prompt in PROMPTS]
     with watched_pools() as watch:
-        assert len(dict(loop.decode(given, [Stats() for _ in given]))) == len(PROMPTS)
+        assert len(dict(loop.decode(given, _stats(5)))) == len(PROMPTS)
     assert watch.all_given_back()
 
 
