@@ -26,10 +26,12 @@ from nabla_fast.errors import (
 )
 from nabla_fast.models import VocabularyAlignment
 from nabla_fast.ops import set_backend, use_backend
-from nabla_fast.results import Result, Revision, Stats
+from nabla_fast.results import Candidate, Result, Revision, SampleResult, Stats
+from nabla_fast.sampler import Sampler, best_of_n, sample
 
 __all__ = [
     "BackendUnavailable",
+    "Candidate",
     "DTOConfig",
     "DecodingFailed",
     "DecodingInterrupted",
@@ -40,16 +42,20 @@ __all__ = [
     "ResultStream",
     "Revision",
     "RowError",
+    "SampleResult",
+    "Sampler",
     "SamplingConfig",
     "Stats",
     "VocabularyAlignment",
     "__version__",
+    "best_of_n",
     "get_cmake_dir",
     "get_cuda_library",
     "get_include",
     "get_library",
     "get_pkgconfig_dir",
     "neutralize_special_tokens",
+    "sample",
     "set_backend",
     "use_backend",
 ]

@@ -57,6 +57,8 @@ class NablaDecoder:
         InputError: the vocabularies differ and there is no alignment.
     """
 
+    _kind: type[Result] = Result  # of what it returns
+
     def __init__(
         self,
         lm: nn.Module,
@@ -236,7 +238,7 @@ class NablaDecoder:
         except Exception as error:
             if not keep:
                 raise DecodeFailure(indices) from error
-            yield from ((index, _failed(index, error, Stats())) for index in indices)
+            yield from ((index, self._failed(index, error, Stats())) for index in indices)
             return
         stats = [Stats() for _ in asked]
         decode = partial(self._loop.decode, keep=True) if keep else self._loop.decode
@@ -247,7 +249,7 @@ class NablaDecoder:
                 except Exception as error:
                     if not keep:
                         raise DecodeFailure([n]) from error
-                    result = _failed(indices[n], error, stats[n])
+                    result = self._failed(indices[n], error, stats[n])
                 yield indices[n], result
 
     def _result(self, problem: Problem, decoded: Decoded | Exception, stats: Stats) -> Result:
@@ -260,6 +262,12 @@ class NablaDecoder:
         if self._tokenizer is not None:
             text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return Result(text, tokens, decoded.reward, reason, decoded.revisions, stats)
+
+    def _failed(self, index: int, cause: Exception, stats: Stats) -> Result:
+        """The result of a prompt whose decode failed."""
+        error = DecodingFailed([index], [], cause)
+        error.__cause__ = cause
+        return self._kind.failed(error, stats)
 
     def _prepare(self) -> None:
         """Read and probe the models, again if something changed that what is known of them rests on.
@@ -302,8 +310,7 @@ class NablaDecoder:
                 loop = BatchedLoop(
                     lm, rm, self.config, batch_size=self._batch_size, max_kv_tokens=self._max_kv_tokens
                 )
-                for reason in loop.slow_ways():
-                    self._warn(reason, "everything is read again with each pass, which is slow")
+                self._warn_if_slow(loop)
                 return loop
             except ModelError as error:
                 if self._asked_loop == "batched":
@@ -320,6 +327,10 @@ class NablaDecoder:
                 "each token reads everything before it again, which is slow",
             )
         return SequentialLoop(lm, rm, self.config)
+
+    def _warn_if_slow(self, loop: BatchedLoop) -> None:
+        for reason in loop.slow_ways():
+            self._warn(reason, "everything is read again with each pass, which is slow")
 
     def _warn(self, reason: str, consequence: str) -> None:
         """Warn the caller, once for each reason."""
@@ -377,13 +388,6 @@ def _renumbered(indices: Sequence[int]) -> Iterator[None]:
         yield
     except DecodeFailure as failure:
         raise DecodeFailure([indices[n] for n in failure.problems]) from failure.__cause__
-
-
-def _failed(index: int, cause: Exception, stats: Stats) -> Result:
-    """The result of a prompt whose decode failed."""
-    error = DecodingFailed([index], [], cause)
-    error.__cause__ = cause
-    return Result.failed(error, stats)
 
 
 def _call(

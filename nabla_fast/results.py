@@ -143,3 +143,48 @@ class Result:
         plain["revisions"] = [dataclasses.asdict(r) | {"reason": r.reason} for r in self.revisions]
         plain["error"] = None if self.error is None else str(self.error)
         return plain
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of several responses to a prompt.
+
+    Attributes:
+        text, token_ids, reward: as of :class:`Result`.
+        finish_reason: "eos", "stop" (a stop string) or "length".
+    """
+
+    text: str | None
+    token_ids: list[int]
+    reward: float | None
+    finish_reason: Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class SampleResult(Result):
+    """The responses drawn to one prompt, and as the answer the best of them.
+
+    The answer is the candidate of the highest reward, of equals the first; without a reward model the first
+    of all. Nothing is revised: ``revisions`` is empty.
+
+    Attributes:
+        candidates: all responses in the order of drawing; none where the prompt failed.
+    """
+
+    candidates: list[Candidate] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, candidates: list[Candidate], stats: Stats) -> SampleResult:
+        """The result of at least one candidate: all with a reward, or none."""
+        best = candidates[0]
+        for other in candidates[1:]:
+            if best.reward is not None and other.reward > best.reward:
+                best = other
+        return cls(
+            best.text, best.token_ids, best.reward, best.finish_reason, [], stats, candidates=candidates
+        )
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """The rewards of all candidates, in order; None without a reward model."""
+        return [candidate.reward for candidate in self.candidates]

@@ -31,7 +31,7 @@ ROOMS = (
     "nabla_fast.models",
     "nabla_fast.decode",
     "nabla_fast.decoder",
-    "nabla_fast.best_of_n",
+    "nabla_fast.sampler",
     "nabla_fast.checkpoints",
     "nabla_fast.env",
     "nabla_fast.demo",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nabla_fast.bench.decode_tables import tables
-from nabla_fast.demo.show import TITLES
+from nabla_fast.demo.show import TITLES, beside_best_of_n
 from nabla_fast.ops.registry import BACKENDS, all_ops
 from tools.markers import replaced
 
@@ -48,21 +48,37 @@ def summary_table(demo: dict[str, Any], decode: dict[str, Any]) -> str:
         low, high = entry["ci95"]
         rows.append(
             f"| {_METHODS[name]} | {entry['accuracy']:.0%} ({low:.0%} to {high:.0%}) "
-            f"| {entry['rollouts']:,} | {sum(entry['token_passes'].values()):,} | {entry['seconds']:.1f} |"
+            f"| {entry['rollouts']:,} | {sum(entry['token_passes'].values()):,} | {_seconds(entry)} |"
         )
     speedups = [entry["speedup"] for entry in decode["cases"]]
-    shares = [entry["seconds_to_best_of_n"] for entry in decode["cases"]]
+    cost = [f"{_range(decode, lambda e: e['passes_to_best_of_n']['fast'])} times Best-of-N's token passes"]
+    if all("seconds_to_best_of_n" in entry for entry in decode["cases"]):
+        cost.append(f"{_range(decode, lambda e: e['seconds_to_best_of_n'])} times its time")
     return "\n".join(
         [
             *rows,
             "",
-            f"{demo['problems']} held-out problems, seed {demo['seed']}; {_machine(demo['environment'])}. "
-            f"Over the {len(speedups)} workloads of the decode benchmark the batched loop is "
-            f"{min(speedups):.1f} to {max(speedups):.1f} times as fast as the sequential one (median "
-            f"{decode['median_speedup']:.1f}) and takes {min(shares):.1f} to {max(shares):.1f} times "
-            "Best-of-N's time at equal rollouts.",
+            f"{demo['problems']} held-out problems, seed {demo['seed']}; {_machine(demo['environment'])}."
+            f"{_not_measured(demo)} Over the {len(speedups)} workloads of the decode benchmark the batched "
+            f"loop is {min(speedups):.1f} to {max(speedups):.1f} times as fast as the sequential one "
+            f"(median {decode['median_speedup']:.1f}) and takes {' and '.join(cost)} at equal rollouts.",
         ]
     )
+
+
+def _seconds(entry: dict[str, Any]) -> str:
+    """A dash where the results have no time: of a method that has changed since."""
+    return "–" if entry["seconds"] is None else f"{entry['seconds']:.1f}"
+
+
+def _not_measured(demo: dict[str, Any]) -> str:
+    missing = any(entry["seconds"] is None for entry in demo["methods"].values())
+    return " A dash: its time has not been measured since the method changed." if missing else ""
+
+
+def _range(decode: dict[str, Any], value: Callable[[dict[str, Any]], float]) -> str:
+    values = [value(entry) for entry in decode["cases"]]
+    return f"{min(values):.1f} to {max(values):.1f}"
 
 
 def backends_table() -> str:
@@ -86,11 +102,14 @@ def demo_table(results: dict[str, Any]) -> str:
         passes = entry["token_passes"]
         rows.append(
             f"| {TITLES[name]} | {entry['accuracy']:.1%} ({low:.1%} to {high:.1%}) | {entry['rollouts']:,} "
-            f"| {passes['lm']:,} | {passes['rm']:,} | {entry['seconds']:.1f} |"
+            f"| {passes['lm']:,} | {passes['rm']:,} | {_seconds(entry)} |"
         )
+    cost = beside_best_of_n(results["methods"])
     rows.append("")
     rows.append(
         f"{results['problems']} held-out problems, seed {results['seed']}; {_machine(environment)}."
+        + ("" if cost is None else f" {cost}.")
+        + _not_measured(results)
     )
     return "\n".join(rows)
 

@@ -19,6 +19,7 @@ from nabla_fast.bench.decode_runs import CountingLoop, Run, best_of_n, decode
 from nabla_fast.bench.release_form import ReleaseFormLoop
 from nabla_fast.decode.batched.accelerations import Accelerations
 from nabla_fast.decode.batched.loop import BatchedLoop
+from nabla_fast.decode.batched.sample_loop import SampleLoop
 from nabla_fast.decode.reference.loop import SequentialLoop
 
 # A side slower than the first is timed once, and one slower than the second by its first run.
@@ -167,7 +168,9 @@ def _sides(case: Case, samples: int) -> Sides:
         without = replace(Accelerations(), **{name: False})
         loops[_WITHOUT + name] = BatchedLoop(*given, batch_size=batch_size, accelerations=without)
     sides: Sides = {name: lambda loop=loop: decode(loop, case.problems) for name, loop in loops.items()}
-    return sides | {"best_of_n": lambda: best_of_n(case, samples)}
+    sampling, most = case.config.rollout_sampling, case.batch_size * samples
+    sampler = SampleLoop(case.lm, case.rm, sampling, count=samples, batch_size=most)
+    return sides | {"best_of_n": lambda: best_of_n(sampler, case.problems)}
 
 
 def _medians(runs: list[dict[str, float]]) -> dict[str, float]:

@@ -6,9 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from nabla_fast.bench.decode_cases import Case
-from nabla_fast.best_of_n import sample_batch
 from nabla_fast.decode.batched.loop import BatchedLoop
+from nabla_fast.decode.batched.sample_loop import SampleLoop
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.reference.loop import SequentialLoop
 from nabla_fast.results import Stats
@@ -20,7 +19,7 @@ class Run:
 
     Attributes:
         seconds: wall-clock.
-        stats: one a problem, or one a batch of Best-of-N.
+        stats: one a problem.
         tokens: responses by problem; None for Best-of-N.
         trajectories: continuations that were followed: the first of each problem, and the accepted.
         steps: of descents, where the loop counts them.
@@ -107,23 +106,10 @@ def decode(loop: SequentialLoop | BatchedLoop, problems: list[Problem]) -> Run:
     return Run(seconds, stats, tokens, len(problems) + accepted, getattr(loop, "steps", 0) - steps)
 
 
-def best_of_n(case: Case, count: int) -> Run:
-    """Roll out ``count`` samples a prompt as one batch and score them, batch by batch of prompts."""
-    everything = []
-    begin = time.perf_counter()
-    for start in range(0, len(case.problems), case.batch_size):
-        part = case.problems[start : start + case.batch_size]
-        stats = Stats()
-        longest = max(problem.max_new_tokens for problem in part)
-        prompts = [problem.prompt_ids for problem in part]
-        sampling = case.config.rollout_sampling
-        responses = sample_batch(case.lm, prompts, count, sampling, part[0].seed, longest, stats)
-        sequences = [
-            [*problem.reward_prefix, *response, *problem.reward_suffix]
-            for problem, group in zip(part, responses, strict=True)
-            for response in group
-        ]
-        case.rm.score(sequences)
-        stats.token_passes["rm"] += sum(map(len, sequences))
-        everything.append(stats)
-    return Run(time.perf_counter() - begin, everything)
+def best_of_n(loop: SampleLoop, problems: list[Problem]) -> Run:
+    """Draw and score the loop's count of responses to each problem."""
+    stats = [Stats() for _ in problems]
+    start = time.perf_counter()
+    for _ in loop.decode(problems, stats):
+        pass
+    return Run(time.perf_counter() - start, stats)

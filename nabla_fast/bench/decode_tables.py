@@ -117,8 +117,9 @@ def _times(cases: Cases) -> TextTable:
         )
     note = (
         "Seconds for all prompts of a case, medians. Best-of-N has as many samples a prompt as the decode "
-        "used rollouts, on the mean and rounded. The release's form is a reconstruction of the published "
-        "release's inner loop, which passes over all rows of logits at every step; it is not its code."
+        "used rollouts, on the mean and rounded, and runs on the batched loop's own passes. The release's "
+        "form is a reconstruction of the published release's inner loop, which passes over all rows of "
+        "logits at every step; it is not its code."
     )
     return TextTable("Decoding: seconds", header, rows, note)
 

@@ -48,7 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     from nabla_fast.demo import countdown
     from nabla_fast.demo.methods import Demo, MethodReport
-    from nabla_fast.demo.show import TITLES, agreement, most_telling, revised_answer, table
+    from nabla_fast.demo.show import (
+        TITLES,
+        agreement,
+        beside_best_of_n,
+        most_telling,
+        revised_answer,
+        table,
+    )
 
     if arguments.problems < 1:
         raise InputError(f"--problems must be at least 1, got {arguments.problems}")
@@ -94,6 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         console = Console()
         console.print(table(reports))
+        cost = beside_best_of_n({name: report.to_dict() for name, report in reports.items()})
+        if cost is not None:
+            console.print(cost)
         shown = most_telling(problems, results["nabla"])
         if shown is not None:
             console.print(revised_answer(problems[shown], results["nabla"][shown], demo.tokenizer))

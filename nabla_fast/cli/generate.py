@@ -87,6 +87,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--max-new-tokens", type=int, default=1024, metavar="N", help="most tokens of a response"
     )
     parser.add_argument(
+        "--best-of",
+        type=int,
+        metavar="N",
+        help="draw N answers and keep the one that the reward model likes best, in place of decoding with "
+        "gradients; of the settings below only those of rollouts count (default: decode with gradients)",
+    )
+    parser.add_argument(
         "--loop",
         choices=("auto", "batched", "sequential"),
         default="auto",
@@ -274,7 +281,10 @@ def _decoder(arguments: argparse.Namespace, config: DTOConfig) -> Any:
     from nabla_fast.checkpoints import bundled, load_language_model, load_reward_model, load_tokenizer
     from nabla_fast.decoder import NablaDecoder
     from nabla_fast.models import VocabularyAlignment
+    from nabla_fast.sampler import Sampler
 
+    if arguments.best_of is not None:
+        _check_best_of(arguments)
     device = check_device(arguments.device)
     lm_folder, rm_folder = arguments.model, arguments.reward_model
     if lm_folder is None:
@@ -297,6 +307,18 @@ def _decoder(arguments: argparse.Namespace, config: DTOConfig) -> Any:
         )
         print(f"the reward model covers {alignment.coverage:.1%} of the vocabulary", file=sys.stderr)
     with warnings_as_lines():
+        if arguments.best_of is not None:
+            return Sampler(
+                lm,
+                rm,
+                tokenizer,
+                reward_tokenizer,
+                count=arguments.best_of,
+                sampling=config.rollout_sampling,
+                batch_size=arguments.batch_size * arguments.best_of,
+                max_kv_tokens=arguments.max_kv_tokens,
+                alignment=alignment,
+            )
         return NablaDecoder(
             lm,
             rm,
@@ -308,3 +330,14 @@ def _decoder(arguments: argparse.Namespace, config: DTOConfig) -> Any:
             max_kv_tokens=arguments.max_kv_tokens,
             alignment=alignment,
         )
+
+
+def _check_best_of(arguments: argparse.Namespace) -> None:
+    if arguments.best_of < 1:
+        raise InputError(f"--best-of must be at least 1, got {arguments.best_of}")
+    if arguments.model is not None and arguments.reward_model is None:
+        raise InputError("--best-of needs --reward-model")
+    if arguments.loop == "sequential":
+        raise InputError("--best-of has no sequential loop")
+    if arguments.batch_size < 1:
+        raise InputError(f"batch_size must be a whole number ≥ 1, got {arguments.batch_size}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -50,6 +50,22 @@ def table(reports: dict[str, MethodReport]) -> Table:
             f"{entry['seconds']:.1f}",
         )
     return result
+
+
+def beside_best_of_n(methods: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """∇'s cost as multiples of Best-of-N's, as measured; None where one of them has not done all.
+
+    Args:
+        methods: entries of the demo's JSON by name; seconds that are None were not measured.
+    """
+    nabla, best = (methods.get(name) for name in ("nabla", "best_of_n"))
+    if not nabla or not best or not nabla["rollouts"] or nabla["problems"] != best["problems"]:
+        return None
+    passes = [sum(entry["token_passes"].values()) for entry in (nabla, best)]
+    cost = [f"{passes[0] / passes[1]:.2f} times the token passes of {TITLES['best_of_n']}"]
+    if nabla["seconds"] and best["seconds"]:
+        cost.append(f"{nabla['seconds'] / best['seconds']:.2f} times its seconds")
+    return f"{TITLES['nabla']} took {' and '.join(cost)}"
 
 
 def most_telling(problems: Sequence[countdown.Problem], results: dict[int, Result]) -> int | None:

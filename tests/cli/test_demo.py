@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -42,6 +43,9 @@ def test_demo_prints_a_table(run):
     for title in ("greedy", "self-consistency(8)", "Best-of-8", "∇(8)", "∇(8), sequential"):
         assert title in out
     assert "the same tokens on 2 of 2 problems" in out
+    number = r"\d+\.\d\d"
+    cost = rf"∇\(8\) took {number} times the token passes of Best-of-8 and {number} times its seconds"
+    assert re.search(cost, out)
 
 
 @pytest.mark.parametrize(

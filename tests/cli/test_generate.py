@@ -215,3 +215,33 @@ def test_prompts_that_fail_are_kept_where_asked(run, monkeypatch, tmp_path: Path
     status, _, err = run("generate", *MODELS, *options)
     assert status == 1
     assert "prompt 1: struck" in err
+
+
+def test_best_of_keeps_the_best_candidate(run, tmp_path: Path):
+    flags = ["--prompt", "2+2=", "--prompt", "3+1=", "--best-of", "3", "--max-new-tokens", "8"]
+    written = tmp_path / "results.jsonl"
+    status, out, _ = run("generate", *MODELS, *flags, "--json", "--output", str(written))
+    assert status == 0
+    results = json.loads(out)["results"]
+    for result in results:
+        rewards = [candidate["reward"] for candidate in result["candidates"]]
+        assert len(rewards) == 3
+        assert result["reward"] == max(rewards)
+        assert result["stats"]["generations"] == 3
+    lines = map(json.loads, written.read_text().splitlines())
+    assert sorted(lines, key=lambda line: line["index"]) == results
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--best-of", "0"], "--best-of must be at least 1, got 0"),
+        (["--best-of", "2", "--loop", "sequential"], "--best-of has no sequential loop"),
+        (["--best-of", "2", "--batch-size", "0"], "batch_size must be a whole number ≥ 1, got 0"),
+        (["--best-of", "2", "--model", str(GOLDEN / "lm")], "--best-of needs --reward-model"),
+    ],
+)
+def test_best_of_refuses_in_one_line(run, flags: list[str], line: str):
+    status, _, err = run("generate", "--prompt", "2+2=", *flags)
+    assert status == 2
+    assert line in err

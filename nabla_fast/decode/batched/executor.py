@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched.accelerations import Accelerations
 from nabla_fast.decode.batched.drafting import Drafting
-from nabla_fast.decode.batched.requests import Descend, Gradient, RollOut, Score
-from nabla_fast.decode.batched.rollout import roll_out
-from nabla_fast.decode.batched.rollout_ahead import roll_out_ahead
+from nabla_fast.decode.batched.requests import Descend, Gradient, Read, RollOut, Sample, Score
+from nabla_fast.decode.batched.rollout import roll_out, sample
+from nabla_fast.decode.batched.rollout_ahead import roll_out_ahead, sample_ahead
 from nabla_fast.decode.batched.steps import Capture, Steps
 from nabla_fast.decode.descent import hard_descent_, learning_rates
 from nabla_fast.decode.draws import PhiloxDraws, draws_of
@@ -77,11 +77,51 @@ class Executor:
         if self.turns == 1:
             roll_out(self.lm, self.lm_reader, self.config, self.draws, self.drafting, requests)
             return
-        pool = requests[0].base.pool
+        steps = self._steps_in(requests[0].base.pool)
+        roll_out_ahead(self.lm, self.lm_reader, self.config, steps, requests)
+
+    def sample(self, requests: Sequence[Sample]) -> None:
+        """Roll out all requests together, of whose rollouts the tokens alone are asked for."""
+        if self.turns == 1:
+            sample(self.lm, self.lm_reader, self.config, self.draws, requests)
+        else:
+            sample_ahead(self.lm, self.config, self.draws, self._steps_in(requests[0].base.pool), requests)
+
+    def _steps_in(self, pool: BlockPool) -> Steps:
         if pool not in self._steps:
             sampling = self.config.rollout_sampling
             self._steps[pool] = Steps(self.lm, self.lm_reader, sampling, pool, self.turns, self.capture)
-        roll_out_ahead(self.lm, self.lm_reader, self.config, self._steps[pool], requests)
+        return self._steps[pool]
+
+    def read(self, requests: Sequence[Read]) -> None:
+        """Read the tokens of all requests, those of one model as one batch."""
+        for name, model, reader in (("lm", self.lm, self.lm_reader), ("rm", self.rm, self.rm_reader)):
+            asked = [request for request in requests if request.model == name]
+            if asked:
+                self._read(reader, model.device, asked)
+
+    @staticmethod
+    def _read(reader: SuffixReader, device: torch.device, requests: Sequence[Read]) -> None:
+        lengths = [len(request.tokens) for request in requests]
+        sequences: list[FrozenSequence] = []
+        try:
+            for request in requests:
+                sequences.append(request.base.fork(0))
+            ids = padded_ids([request.tokens for request in requests], device)
+            hidden = reader.read(sequences, lengths, ids=ids, store=True)
+        except BaseException:
+            for sequence in sequences:
+                sequence.free()
+            raise
+        for request, sequence, length, states in zip(requests, sequences, lengths, hidden, strict=True):
+            request.count(request.model, length, max(lengths))
+            # A copy: a view would keep the states of all tokens.
+            request.sequence, request.state = sequence, states[length - 1].clone()
+
+    @property
+    def rm_keeps(self) -> bool:
+        """Whether the reward model can go on behind what it has read, rather than read it anew."""
+        return getattr(self.rm_reader, "reason", None) is None
 
     def forget(self, pool: BlockPool) -> None:
         """Drop what was made for the LM's pool, which is closed: buffers, and graphs with its addresses."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from nabla_fast.decode.batched.accelerations import Accelerations
 from nabla_fast.decode.batched.executor import Executor
 from nabla_fast.decode.batched.pools import Pools, SequenceGroups
 from nabla_fast.decode.batched.problem_state import ProblemState, Request
-from nabla_fast.decode.batched.requests import Descend, Gradient, RollOut, Score
+from nabla_fast.decode.batched.requests import Descend, Gradient, Read, RollOut, Sample, Score
 from nabla_fast.decode.batched.steps import Capture
 from nabla_fast.decode.failures import DecodeFailure, RequestFailure, without_locals
 from nabla_fast.decode.problem import Decoded, Problem
@@ -31,7 +31,14 @@ from nabla_fast.results import Stats
 
 # Kinds of requests in the order in which they are served. Rollouts are the most expensive and gain most
 # from a full batch: they wait until no problem asks for anything else.
-_STAGES = {Gradient: "gradient", Descend: "descent", Score: "reward", RollOut: "rollout"}
+_STAGES = {
+    Gradient: "gradient",
+    Descend: "descent",
+    Score: "reward",
+    Read: "rollout",
+    Sample: "rollout",
+    RollOut: "rollout",
+}
 
 Decoding = Iterator[tuple[int, Decoded | Exception]]
 
@@ -179,15 +186,8 @@ class BatchedLoop:
                 while waiting and len(active) < self._batch_size:
                     index = waiting.popleft()
                     groups = pools.groups()
-                    state = ProblemState(
-                        self._executor,
-                        groups,
-                        problems[index],
-                        stats[index],
-                        self._proposals,
-                        active_problems=lambda: len(active),
-                    )
-                    r = _ActiveProblem(index, state.steps(), groups, stats[index])
+                    steps = self._steps(problems[index], groups, stats[index], lambda: len(active))
+                    r = _ActiveProblem(index, steps, groups, stats[index])
                     active.append(r)
                     yield from stepped(r, r.step())
                 if not active:
@@ -208,6 +208,18 @@ class BatchedLoop:
             finally:
                 self._executor.forget(pools.lm)
                 pools.close()
+
+    def _steps(
+        self,
+        problem: Problem,
+        groups: SequenceGroups,
+        stats: Stats,
+        active_problems: Callable[[], int],
+    ) -> Generator[list[Request], None, Decoded]:
+        """The decode of one problem: yields requests, and goes on when they are answered."""
+        return ProblemState(
+            self._executor, groups, problem, stats, self._proposals, active_problems=active_problems
+        ).steps()
 
     def _begin(self, first: Sequence[Problem]) -> Pools:
         readers = self._executor.lm_reader, self._executor.rm_reader
@@ -259,6 +271,8 @@ class BatchedLoop:
             Gradient: executor.gradient,
             Descend: executor.descend,
             Score: executor.score,
+            Read: executor.read,
+            Sample: executor.sample,
             RollOut: executor.roll_out,
         }
         serve[kind]([request for r in chosen for request in r.requests])

@@ -15,7 +15,7 @@ import torch
 
 from nabla_fast.decode.batched.executor import Executor
 from nabla_fast.decode.batched.pools import SequenceGroups
-from nabla_fast.decode.batched.requests import Descend, Gradient, RollOut, Score
+from nabla_fast.decode.batched.requests import Descend, Gradient, Read, RollOut, Score
 from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.descent import initial_parameter, parameter_logits, soft_step_
 from nabla_fast.decode.problem import Decoded, Problem
@@ -32,7 +32,7 @@ from nabla_fast.models.readers import FrozenSequence
 from nabla_fast.ops import AdamState, GumbelNoise, TokenStats
 from nabla_fast.results import Revision, Stats
 
-Request = RollOut | Score | Gradient | Descend
+Request = Read | RollOut | Score | Gradient | Descend
 Ask = Generator[list[Request], None, None]
 
 MOST_PROPOSALS = 8  # at once along one trajectory
@@ -310,14 +310,7 @@ class ProblemState:
         request = Score(self._problem, self._stats, base, 0, self._response + self._current.tokens)
         yield [request]
         base.free()
-        self._reward, self._rm_sequence = self._finite(request), request.sequence
-
-    def _finite(self, request: Score) -> float:
-        if not math.isfinite(request.reward):
-            raise ModelError(
-                f"the reward model scores a response of {len(request.response)} tokens as {request.reward}"
-            )
-        return request.reward
+        self._reward, self._rm_sequence = finite(request), request.sequence
 
     def _judge(self, proposals: list[Proposal], unchanged: list[int], examined: int) -> Ask:
         """Roll out and score proposals; commit up to the first accepted, or all that was examined."""
@@ -329,7 +322,7 @@ class ProblemState:
             stats.generations += 1
             stats.llm_calls += len(roll.continuation.tokens) + (0 if score is None else 2)
             self._proposed += 1
-            rewards = (None, None) if score is None else (self._reward, self._finite(score))
+            rewards = (None, None) if score is None else (self._reward, finite(score))
             old = self._current.tokens[proposal.offset]
             revision = Revision.judged(committed + proposal.offset, old, proposal.token, *rewards)
             self.revisions.append(revision)
@@ -420,3 +413,16 @@ class ProblemState:
         self._rm_sequence = None if score is None else score.sequence
         # Gradients along the old trajectory are not asked for again.
         self._store.clear()
+
+
+def finite(request: Score) -> float:
+    """The reward that answers a request.
+
+    Raises:
+        ModelError: it is not finite.
+    """
+    if not math.isfinite(request.reward):
+        raise ModelError(
+            f"the reward model scores a response of {len(request.response)} tokens as {request.reward}"
+        )
+    return request.reward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,6 +48,27 @@ class _Request:
 
 
 @dataclass(eq=False)
+class Read(_Request):
+    """Tokens that several rollouts, or several scores, begin with.
+
+    Attributes:
+        model: "lm" or "rm".
+        base: an empty sequence of that model; a fork of it is extended.
+        tokens: at least one.
+        purpose: "rollout" or "score".
+        sequence: the answer: keys and values of these tokens.
+        state: the answer: [H], the model's state after the last of them.
+    """
+
+    model: str
+    base: FrozenSequence
+    tokens: Sequence[int]
+    purpose: str = "rollout"
+    sequence: FrozenSequence | None = None
+    state: Tensor | None = None
+
+
+@dataclass(eq=False)
 class RollOut(_Request):
     """A rollout after ``response``.
 
@@ -68,6 +90,19 @@ class RollOut(_Request):
     purpose = "rollout"
     continuation: Continuation | None = None
     sequence: FrozenSequence | None = None
+
+
+@dataclass(eq=False)
+class Sample(RollOut):
+    """A rollout of which its tokens alone are asked for.
+
+    Attributes:
+        state: [H], the LM's state after the last token of ``base``, which predicts the first one drawn.
+        tokens: the answer: those drawn, an EOS among them.
+    """
+
+    state: Tensor | None = None
+    tokens: list[int] | None = None
 
 
 @dataclass(eq=False)

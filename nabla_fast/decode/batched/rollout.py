@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched.drafting import Drafting
-from nabla_fast.decode.batched.requests import RollOut
+from nabla_fast.decode.batched.requests import RollOut, Sample
 from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.draws import Draws
 from nabla_fast.decode.failures import attributed_to
@@ -54,23 +54,37 @@ class RolloutRow:
         return self.request.draft[drawn : drawn + width] if width else []
 
 
-class _Drawn:
-    """Logits and states of the positions drawn from, in the order of reading."""
+class _Logits:
+    """Logits of the states drawn from, which nobody asks for again."""
+
+    count = 0  # of states that are kept
 
     def __init__(self) -> None:
-        self.hidden: list[Tensor] = []
-        self.logits: list[Tensor] = []
-        self.count = self._waiting = 0
-        self._stats: list[TokenStats] = []
         self._product: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def logits_of(self, states: Tensor, head: Tensor) -> Tensor:
+    def of(self, states: Tensor, head: Tensor) -> Tensor:
         """lm_logits by the backend that the first step's states got: all steps are alike."""
         if self._product is None:
             self._product = lm_logits.chosen(states, head)
         return self._product(states, head)
 
-    def add(self, states: Tensor, logits: Tensor) -> None:
+
+class _Drawn(_Logits):
+    """Logits and states of the positions drawn from, in the order of reading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self._waiting = 0
+        self._stats: list[TokenStats] = []
+
+    def of(self, states: Tensor, head: Tensor) -> Tensor:
+        logits = super().of(states, head)
+        self._add(states, logits)
+        return logits
+
+    def _add(self, states: Tensor, logits: Tensor) -> None:
         self.hidden.append(states)
         self.logits.append(logits)
         self.count += len(states)
@@ -111,6 +125,58 @@ def roll_out(
         while alive:
             alive = _step(lm, reader, config, draws, drafting, alive, drawn)
         answer(lm, config, rows, torch.cat(drawn.hidden), drawn.stats())
+
+
+def sample(
+    lm: LanguageModel,
+    reader: SuffixReader,
+    config: DTOConfig,
+    draws: Draws,
+    requests: Sequence[Sample],
+) -> None:
+    """Answer all requests together; each draws from its own stream.
+
+    Raises:
+        RequestFailure: a request's logits are not finite; its cause is a RowError.
+    """
+    with started(requests) as rows:
+        logits, undrafted = _Logits(), Drafting(enabled=False)
+        alive = left(rows, first_tokens(lm, config, draws, rows))
+        while alive:
+            alive = left(alive, _step(lm, reader, config, draws, undrafted, alive, logits))
+        answer_samples(rows)
+
+
+def first_tokens(
+    lm: LanguageModel, config: DTOConfig, draws: Draws, rows: Sequence[RolloutRow]
+) -> list[RolloutRow]:
+    """Draw the first token of rows whose state before it is known; the rows that go on.
+
+    Raises:
+        RequestFailure: as of :func:`sample`.
+    """
+    hidden = torch.stack([row.request.state for row in rows])
+    nothing: list[list[int]] = [[] for _ in rows]
+    return _draw(
+        lm, config, draws, Drafting(enabled=False), rows, nothing, [0] * len(rows), hidden, _Logits()
+    )
+
+
+def left(rows: Sequence[RolloutRow], going: list[RolloutRow]) -> list[RolloutRow]:
+    """The rows that go on, once the others, of which nothing but tokens is asked for, have given back."""
+    if len(going) < len(rows):
+        kept = set(map(id, going))
+        for row in rows:
+            if id(row) not in kept:
+                row.sequence.free()
+    return going
+
+
+def answer_samples(rows: Sequence[RolloutRow]) -> None:
+    """Answer the requests of rows that have ended and given back."""
+    for row in rows:
+        row.request.tokens = row.tokens
+        row.request.stats.generated_tokens += len(row.tokens)
 
 
 @contextmanager
@@ -163,7 +229,7 @@ def _step(
     draws: Draws,
     drafting: Drafting,
     rows: list[RolloutRow],
-    drawn: _Drawn,
+    logits: _Logits,
 ) -> list[RolloutRow]:
     """Read and draw once in every row; the rows that go on."""
     # Rows of a large vocabulary's logits are few at a time.
@@ -187,9 +253,30 @@ def _step(
         ]
         n, position = torch.tensor(wanted, device=lm.device).T
         hidden = hidden[n, position]
-    logits = drawn.logits_of(hidden, lm.head)
-    start, place = 0, drawn.count
-    drawn.add(hidden, logits)
+    return _draw(lm, config, draws, drafting, rows, drafts, lengths, hidden, logits)
+
+
+def _draw(
+    lm: LanguageModel,
+    config: DTOConfig,
+    draws: Draws,
+    drafting: Drafting,
+    rows: Sequence[RolloutRow],
+    drafts: Sequence[list[int]],
+    lengths: Sequence[int],
+    hidden: Tensor,
+    kept_logits: _Logits,
+) -> list[RolloutRow]:
+    """Draw in every row, as far as its draft is what it draws; the rows that go on.
+
+    Args:
+        drafts: tokens of each row that have been read ahead.
+        lengths: tokens of each row that have just been read, its draft among them.
+        hidden: [N, H], row by row the states that predict the draft's tokens and one more.
+        kept_logits: keeps of the states and their logits what is asked for in the end.
+    """
+    start, place = 0, kept_logits.count
+    logits = kept_logits.of(hidden, lm.head)
     bad = not bool(logits.amax(dim=-1).isfinite().all())
     drawn_rows = [(row, n) for row, draft in zip(rows, drafts, strict=True) for n in range(len(draft) + 1)]
     draw = draws.rollout(
@@ -198,10 +285,10 @@ def _step(
         [row.request.stream for row, _ in drawn_rows],
         [row.position + n for row, n in drawn_rows],
     )
-    going = []
+    going, width = [], max(lengths)
     for row, draft, length in zip(rows, drafts, lengths, strict=True):
         request, former = row.request, row.sequence.length - length
-        request.count("lm", length, max(lengths))
+        request.count("lm", length, width)
         kept = 0
         while True:
             if bad:
@@ -220,7 +307,8 @@ def _step(
             kept += 1
         request.stats.drafted += len(draft)
         request.stats.draft_hits += kept
-        row.sequence.truncate(former + len(row.unread) + kept)
+        if kept < len(draft):
+            row.sequence.truncate(former + len(row.unread) + kept)
         row.unread = row.tokens_after(row.sequence.length)
         start += len(draft) + 1
         if not ended:

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 
 from nabla_fast.config import DTOConfig
-from nabla_fast.decode.batched.requests import RollOut
-from nabla_fast.decode.batched.rollout import RolloutRow, answer, started
+from nabla_fast.decode.batched.requests import RollOut, Sample
+from nabla_fast.decode.batched.rollout import (
+    RolloutRow,
+    answer,
+    answer_samples,
+    first_tokens,
+    left,
+    started,
+)
 from nabla_fast.decode.batched.steps import NOT_FINITE, Bucket, StepRow, Steps
+from nabla_fast.decode.draws import Draws
 from nabla_fast.decode.failures import attributed_to
 from nabla_fast.errors import RowError
 from nabla_fast.models import LanguageModel
@@ -65,6 +73,24 @@ def roll_out_ahead(
         answer(lm, config, rows, *log.all())
 
 
+def sample_ahead(
+    lm: LanguageModel, config: DTOConfig, draws: Draws, steps: Steps, requests: Sequence[Sample]
+) -> None:
+    """Answer all requests together, as :func:`nabla_fast.decode.batched.rollout.sample` does.
+
+    Args:
+        draws: of the first tokens, whose states are known.
+        steps: over the pool in which the requests' sequences lie.
+    Raises:
+        RequestFailure: a request's logits are not finite; its cause is a RowError.
+    """
+    with started(requests) as rows:
+        going = left(rows, first_tokens(lm, config, draws, rows))
+        while going:
+            going = left(going, _run(lm, steps, going, None))
+        answer_samples(rows)
+
+
 def _read_all_but_the_last(reader: PagedReader, lm: LanguageModel, rows: Sequence[RolloutRow]) -> None:
     """Leave each row one token to be read, which is what a step reads."""
     rows = [row for row in rows if len(row.unread) > 1]
@@ -79,8 +105,12 @@ def _read_all_but_the_last(reader: PagedReader, lm: LanguageModel, rows: Sequenc
         row.unread = row.unread[-1:]
 
 
-def _run(lm: LanguageModel, steps: Steps, rows: list[RolloutRow], log: _Log) -> list[RolloutRow]:
-    """Take a run of steps, then look at what was drawn; the rows that go on."""
+def _run(lm: LanguageModel, steps: Steps, rows: list[RolloutRow], log: _Log | None) -> list[RolloutRow]:
+    """Take a run of steps, then look at what was drawn; the rows that go on.
+
+    Args:
+        log: receives states and statistics, where they are asked for.
+    """
     before = [row.sequence.length for row in rows]
     turns, left = _made_room(rows, steps.turns)
     given = [
@@ -96,7 +126,7 @@ def _run(lm: LanguageModel, steps: Steps, rows: list[RolloutRow], log: _Log) -> 
     ]
     bucket = steps.run(given, turns)
     drawn = bucket.drawn[:turns].tolist()  # here the host waits for the device
-    place, width = log.add(bucket, turns), bucket.drawn.shape[1]
+    place, width = 0 if log is None else log.add(bucket, turns), bucket.drawn.shape[1]
     going = []
     for n, (row, length) in enumerate(zip(rows, before, strict=True)):
         request, taken, ended = row.request, 0, False
