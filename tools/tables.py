@@ -22,6 +22,7 @@ from tools.markers import replaced
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DECODE, DEMO, DEMO_500 = (RESULTS / "cpu" / f"{name}.json" for name in ("decode", "demo", "demo_500"))
+SHAPE = RESULTS / "cpu" / "shape.json"
 LAUNCH = RESULTS / "cpu" / "launch.json"
 GPU_KERNELS = RESULTS / "gpu" / "kernels.json"
 # A folder for each kind of CPU.
@@ -129,6 +130,12 @@ def decode_tables(results: dict[str, Any]) -> str:
         f"Medians of {results['repeats']} runs, fewer of slow ones; {_machine(results['environment'])}.",
     ]
     return "\n\n".join([*(table.markdown() for table in tables(results)), " ".join(filter(None, summary))])
+
+
+def shape_tables(results: dict[str, Any]) -> str:
+    """Markdown tables of the decode benchmark's cases of a checkpoint's shape, with their machine."""
+    parts = [table.markdown() for table in tables(results)]
+    return "\n\n".join([*parts, f"{_machine(results['environment'])}."])
 
 
 def launch_table(results: dict[str, Any]) -> str:
@@ -271,6 +278,7 @@ DOCUMENTS = {
         Section("demo", demo_table, (DEMO,)),
         Section("decode", decode_tables, (DECODE,)),
         Section("kernels", cpu_kernels_tables, KERNELS),
+        Section("shape", shape_tables, (SHAPE,)),
         Section("launch", launch_table, (LAUNCH,)),
         Section("gpu-kernels", kernels_table, (GPU_KERNELS,), "The GPU kernels are unmeasured."),
     ],

@@ -72,6 +72,9 @@ def tables(results: dict[str, Any]) -> Iterator[TextTable]:
         yield _steps(results["steps"])
     if results.get("prefix"):
         yield _prefix(results["prefix"])
+    if results.get("shapes"):
+        yield _shapes(results["shapes"])
+        yield _shape_stages(results["shapes"])
 
 
 def _cases(cases: Cases) -> TextTable:
@@ -284,6 +287,62 @@ def _prefix(entry: dict[str, Any]) -> TextTable:
     )
     header = ["", "ms", "times ours"]
     return TextTable("Gradient passes after a frozen prefix: milliseconds", header, rows, note)
+
+
+_SHAPE_SIDES = {
+    "sequential": "sequential loop",
+    "batched": "batched loop",
+    "best_of_n": "Best-of-N, as many rollouts",
+    "generate": "transformers' generate of as many, unscored",
+    "generate_one": "transformers' generate of one",
+}
+
+
+def _shapes(shapes: list[dict[str, Any]]) -> TextTable:
+    header = ["", *(entry["dtype"] for entry in shapes)]
+    rows = [
+        [f"{title}, s", *(_number(entry["seconds"][name]) for entry in shapes)]
+        for name, title in _SHAPE_SIDES.items()
+    ]
+    rows += [
+        ["sequential ÷ batched", *(_times_text(entry["speedup"]) for entry in shapes)],
+        ["batched ÷ Best-of-N", *(_times_text(entry["seconds_to_best_of_n"]) for entry in shapes)],
+        ["rollouts of the decode", *(str(entry["generations"]["batched"]) for entry in shapes)],
+        [
+            "prompts with the same tokens in both loops",
+            *(f"{e['same_tokens']} of {e['prompts']}" for e in shapes),
+        ],
+    ]
+    rows += [
+        [
+            f"memory beyond the models, {title}, MB",
+            *(_megabytes(entry["peak_bytes"][name]) for entry in shapes),
+        ]
+        for name, title in _SHAPE_SIDES.items()
+    ]
+    entry = shapes[0]
+    note = (
+        f"An LM of {entry['parameters'] / 1e6:.0f} million parameters, random, and a reward model of its "
+        f"shape; {entry['prompts']} prompts of 32 tokens answered with {entry['tokens']}, at most "
+        f"{entry['rollouts'] // entry['prompts']} rollouts each; the fastest run of each, of the "
+        "sequential loop the only one."
+    )
+    return TextTable("A released checkpoint's shape: seconds", header, rows, note)
+
+
+def _shape_stages(shapes: list[dict[str, Any]]) -> TextTable:
+    sides = {name: _SHAPE_SIDES[name] for name in shapes[0]["stage_seconds"]}
+    rows = [
+        [f"{title}, {entry['dtype']}", *(_short(entry["stage_seconds"][name].get(s)) for s in _STAGES)]
+        for name, title in sides.items()
+        for entry in shapes
+    ]
+    header = ["", *(f"{stage}, s" for stage in _STAGES)]
+    return TextTable("A released checkpoint's shape: seconds by stage", header, rows, "Of the same runs.")
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:,.0f}"
 
 
 def _tokens(entry: dict[str, Any]) -> str:

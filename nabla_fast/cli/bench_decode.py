@@ -18,7 +18,7 @@ from nabla_fast.cli.output import table_console
 from nabla_fast.errors import InputError
 
 # Parts beside the cases.
-_GENERATE, _LENGTHS, _STEPS, _PREFIX = "generate", "lengths", "steps", "prefix"
+_GENERATE, _LENGTHS, _STEPS, _PREFIX, _SHAPE = "generate", "lengths", "steps", "prefix", "shape-0.5b"
 
 
 def add_parser(parts: argparse._SubParsersAction) -> None:
@@ -32,7 +32,8 @@ def add_parser(parts: argparse._SubParsersAction) -> None:
         metavar="TEXT",
         help=f"only cases with one of these texts in their name; also '{_GENERATE}' (time per token beside "
         f"transformers' generate), '{_STEPS}' (of rollouts, beside generate with a static cache), "
-        f"'{_PREFIX}' (gradient passes after a frozen prefix) and '{_LENGTHS}' (of answers) (default: all)",
+        f"'{_PREFIX}' (gradient passes after a frozen prefix), '{_SHAPE}' (models of a checkpoint's shape) "
+        f"and '{_LENGTHS}' (of answers) (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="tiny cases and one run: does it work?")
     add_json_option(parser)
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--repeats must be at least 1, got {arguments.repeats}")
     set_threads(arguments.threads)
     device = torch.device(check_device(arguments.device))
-    results: dict[str, Any] = {"cases": [], "lengths": []}
+    results: dict[str, Any] = {"cases": [], "lengths": [], "shapes": []}
     results |= dict.fromkeys((_GENERATE, _STEPS, _PREFIX))
     steps = _chosen(_steps(device, arguments, results), arguments.cases)
     interrupted = False
@@ -80,6 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     entries = [*results["cases"], *results["lengths"], results["generate"], results["steps"]]
     prefix = results["prefix"]
     same = all(map(all_same, filter(None, entries))) and (prefix is None or prefix["same_gradients"])
+    # In bfloat16 two ways of adding part at near ties.
+    exact = [entry for entry in results["shapes"] if entry["dtype"] == "float32"]
+    same = same and all(entry["same_tokens"] == entry["prompts"] for entry in exact)
     return int(not same)
 
 
@@ -92,6 +96,7 @@ def _steps(
     from nabla_fast.bench.lengths import LENGTHS, QUICK_LENGTHS, measure_length
     from nabla_fast.bench.prefix_speed import measure_prefix
     from nabla_fast.bench.rollout_speed import measure_rollouts
+    from nabla_fast.bench.shape_speed import DTYPES, measure_shape
     from nabla_fast.bench.step_speed import measure_steps
 
     quick = arguments.quick
@@ -115,6 +120,11 @@ def _steps(
     for length in QUICK_LENGTHS if quick else LENGTHS:
         steps[f"{_LENGTHS}: {length} tokens"] = lambda on_side, length=length: results["lengths"].append(
             measure_length(length, device, on_side)
+        )
+    for dtype in DTYPES:
+        name = f"{_SHAPE}, {str(dtype).removeprefix('torch.')}"
+        steps[name] = lambda on_side, dtype=dtype: results["shapes"].append(
+            measure_shape(device, dtype, repeats, on_side, quick=quick)
         )
     return steps | {_GENERATE: generate, _STEPS: step_times, _PREFIX: prefix_times}
 

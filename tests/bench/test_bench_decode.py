@@ -24,6 +24,7 @@ from nabla_fast.bench.decode_runs import CountingLoop, Run, decode
 from nabla_fast.bench.decode_tables import tables
 from nabla_fast.bench.prefix_speed import measure_prefix
 from nabla_fast.bench.rollout_speed import measure_rollouts
+from nabla_fast.bench.shape_speed import DTYPES, measure_shape
 from nabla_fast.bench.step_speed import measure_steps
 from nabla_fast.checkpoints import bundled, load_tokenizer
 from nabla_fast.cli import main
@@ -234,3 +235,17 @@ def test_command_prints_tables(capsys):
 def test_command_refuses_in_one_line(capsys, flags: list[str], line: str):
     assert main(["bench", "decode", *flags]) == 2
     assert line in capsys.readouterr().err
+
+
+def test_a_checkpoints_shape():
+    entries = [measure_shape(CPU, dtype, 2, lambda name: None, quick=True) for dtype in DTYPES]
+    for entry in entries:
+        assert all(value > 0 for value in entry["seconds"].values())
+        assert entry["speedup"] == entry["seconds"]["sequential"] / entry["seconds"]["batched"]
+        assert entry["generations"]["sequential"] <= entry["rollouts"] == 6
+        assert all(peak is None or peak >= 0 for peak in entry["peak_bytes"].values())
+    assert entries[1]["same_tokens"] == entries[1]["prompts"] == 2
+    seconds, stages = tables({"shapes": entries})
+    assert seconds.header == ["", "bfloat16", "float32"]
+    assert all(len(row) == 3 for row in seconds.rows)
+    assert len(stages.rows) == 6
