@@ -24,21 +24,33 @@ from nabla_fast.errors import (
     ModelError,
     RowError,
 )
-from nabla_fast.models import VocabularyAlignment
+from nabla_fast.models import (
+    ClassifierReward,
+    DifferentiableReward,
+    FunctionReward,
+    ProcessReward,
+    RewardEnsemble,
+    VocabularyAlignment,
+)
 from nabla_fast.ops import set_backend, use_backend
 from nabla_fast.results import Result, Revision, Stats
 
 __all__ = [
     "BackendUnavailable",
+    "ClassifierReward",
     "DTOConfig",
     "DecodingFailed",
     "DecodingInterrupted",
+    "DifferentiableReward",
+    "FunctionReward",
     "InputError",
     "ModelError",
     "NablaDecoder",
+    "ProcessReward",
     "Result",
     "ResultStream",
     "Revision",
+    "RewardEnsemble",
     "RowError",
     "SamplingConfig",
     "Stats",

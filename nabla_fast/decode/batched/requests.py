@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nabla_fast.decode.batched.pools import RewardSequences
 from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.draws import Stream
 from nabla_fast.decode.problem import Problem
@@ -75,19 +76,19 @@ class Score(_Request):
     """A response to be scored.
 
     Attributes:
-        base: the reward model's sequence over prefix and response; a fork of it is extended.
-        shared: tokens of ``base`` that hold for this response.
+        bases: the rewards' sequences over prefix and response; forks of them are extended.
+        shared: tokens of the response that the bases hold, behind their prefixes; None: they hold nothing.
         response: all its tokens.
         reward: the answer.
-        sequence: the answer: the reward model's keys and values of prefix and response, without tail.
+        sequences: the answer: the rewards' keys and values of prefix and response, without tail.
     """
 
-    base: FrozenSequence
-    shared: int
+    bases: RewardSequences
+    shared: int | None
     response: list[int]
     purpose = "score"
     reward: float | None = None
-    sequence: FrozenSequence | None = None
+    sequences: RewardSequences | None = None
 
 
 @dataclass(eq=False)
@@ -97,7 +98,7 @@ class Gradient(_Request):
     Attributes:
         response: tokens before the first relaxed position.
         hidden: [1, H], the LM's state that predicts the first position.
-        lm_base, rm_base: the models' sequences; their first tokens are the frozen prefix.
+        lm_base, rm_bases: the models' sequences; their first tokens are the frozen prefix.
         relaxed: y of the L positions.
         purpose: "gradient" or "flip".
         gradient: the answer.
@@ -106,7 +107,7 @@ class Gradient(_Request):
     response: list[int]
     hidden: Tensor
     lm_base: FrozenSequence
-    rm_base: FrozenSequence | None
+    rm_bases: RewardSequences | None
     relaxed: Relaxed
     purpose: str = "gradient"
     gradient: TrajectoryGradient | None = None
