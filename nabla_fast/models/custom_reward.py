@@ -78,7 +78,10 @@ class CustomReward:
         """
         with self._probing():
             embeddings = self.embed(self._probe_sequence.ids)[None]
-            probe_gradient(self.given, embeddings, lambda rows: torch.cat(list(map(self._probe, rows))))
+            try:
+                probe_gradient(self.given, embeddings, lambda rows: torch.cat(list(map(self._probe, rows))))
+            except ModelError as error:
+                raise ModelError(f"{error}; a score without a gradient goes into FunctionReward") from error
 
     def _score(self, embeddings: Tensor, span: slice) -> Tensor:
         """[1], checked."""

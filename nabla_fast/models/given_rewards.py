@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class DifferentiableReward(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassifierReward:
     """A sequence classifier with several labels: which number of them is the reward.
 
@@ -91,7 +91,7 @@ class ClassifierReward:
         LabelChoice(self.label, self.weights, self.probability)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProcessReward:
     """A process reward model: a token classifier that scores a response where its steps end.
 
@@ -133,7 +133,7 @@ class ProcessReward:
         LabelChoice(self.label, self.weights, self.probability)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FunctionReward:
     """A reward without a gradient: a Python function of prompt and response.
 
@@ -171,7 +171,7 @@ class FunctionReward:
         return f"FunctionReward({getattr(self.function, '__name__', kind)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RewardEnsemble:
     """A weighted sum of rewards, each with a vocabulary, a tokenizer and an alignment of its own.
 
@@ -190,19 +190,17 @@ class RewardEnsemble:
     """
 
     members: Sequence[Any]
-    weights: Sequence[float] = field(default=())
+    weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.members, (list, tuple)) or not self.members:
             raise InputError("members must be a list of at least one reward")
-        if hasattr(self.weights, "tolist"):
-            object.__setattr__(self, "weights", self.weights.tolist())
-        weights = (
-            self.weights if self.weights is not None and len(self.weights) else [1.0] * len(self.members)
-        )
-        if len(weights) != len(self.members):
+        weights = self.weights.tolist() if hasattr(self.weights, "tolist") else self.weights
+        if weights is None:
+            weights = [1.0] * len(self.members)
+        if not isinstance(weights, (list, tuple)) or len(weights) != len(self.members):
             raise InputError(
-                f"weights must have one number a member, {len(self.members)}, got {len(weights)}"
+                f"weights must be a list of {len(self.members)} numbers, one a member, got {weights!r}"
             )
         wrong = [weight for weight in weights if not is_number(weight) or weight == 0]
         if wrong:
