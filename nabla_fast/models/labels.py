@@ -104,10 +104,6 @@ class LabelChoice:
         wide = _wide(logits)
         return (wide * torch.tensor(self._row, dtype=wide.dtype, device=wide.device)).sum(dim=-1)
 
-    def compared(self, logits: Tensor) -> Tensor:
-        """What probes compare: all logits where :meth:`of` saturates, else the same."""
-        return logits if self.probability else self.of(logits)
-
 
 def is_number(value: object) -> bool:
     """Whether something is a finite int or float."""

@@ -101,6 +101,4 @@ class ProcessRewardModel(RewardModel):
         return logits[0]
 
     def _pooled_probes(self) -> Tensor:
-        return torch.cat(
-            [self._probed(self._logits(input_ids=self._ids(ids)[None])) for ids in self._probe_ids]
-        )
+        return torch.cat([self._logits(input_ids=self._ids(ids)[None]) for ids in self._probe_ids])

@@ -215,7 +215,8 @@ class RewardModel:
         ids = self._ids(long)[None]
         # Before any replica, as some models prepare their weights in the first pass.
         own = [self._own_logits(self._whole, input_ids=self._ids(part)[None]) for part in (short, long)]
-        theirs = torch.cat(list(map(self._probed, own)))
+        # Logits of all labels are compared: in their sums rounding may be all that is left.
+        theirs = torch.cat(own)
         if not theirs.isfinite().all():
             raise ModelError(f"{name} gives a reward that is not finite")
         copied = replica(self._readable)
@@ -229,20 +230,15 @@ class RewardModel:
             read = self._own_logits(whole, inputs_embeds=self.own_table[ids])
         self._probe_pooling(copied, theirs)
         first = self._logits(inputs_embeds=self.embed(short)[None])
-        read = torch.cat([self._probed(first), self._probed(read)])
-        if not close(read, theirs, dtype):
+        if not close(torch.cat([first, read]), theirs, dtype):
             raise ModelError(f"{name} does not read input embeddings the way it reads tokens")
         lookups.refuse_second_table(self.model, ids[0])
         self.context = lookups.context(ids.shape[1]) or self.context
         # No token's embedding, such as a mix of several is.
         longest = self.own_table[ids]
         mixed = self._logits(inputs_embeds=longest.lerp(longest.flip(1), 0.3))
-        if not self._probed(mixed).isfinite().all():
+        if not mixed.isfinite().all():
             raise ModelError(f"{name} reads no mixes of input embeddings")
-
-    def _probed(self, logits: Tensor) -> Tensor:
-        """Numbers [N] of logits [n, labels] that probes compare."""
-        return self._labels.compared(logits).flatten()
 
     def _probe_pooling(self, copied: nn.Module, theirs: Tensor) -> None:
         """Whether rewards are scores of last states, and whether ragged batches may be padded."""
@@ -261,7 +257,7 @@ class RewardModel:
             if not close(self._pooled_probes(), theirs, dtype):
                 return False
             hidden = self._under.states(input_ids=self._ids(ids)[None], use_cache=False)
-            largest = float(self._probed(self._head(self._scored(hidden))).abs().amax())
+            largest = float(self._head(self._scored(hidden)).abs().amax())
             states = hidden * (_LARGE / max(largest, 1e-30))
             if not states.isfinite().all():  # a head that scores everything 0
                 return True
@@ -272,17 +268,16 @@ class RewardModel:
                     large,
                     lambda: self._own_logits(Forward(copied), input_ids=self._ids(ids)[None]),
                 )
-                ours = self._head(self._scored(large))
-                if score is None or not close(self._probed(ours), self._probed(score), dtype):
+                if score is None or not close(self._head(self._scored(large)), score, dtype):
                     return False
             return True
         except Exception:  # whatever stands in the way: the model's own forward is left
             return False
 
     def _pooled_probes(self) -> Tensor:
-        """What probes compare, of both of them read as a batch is, or one by one."""
+        """Logits [n, labels] of both probes, read as a batch is, or one by one."""
         batches = [self._probe_ids] if self._batches else [[ids] for ids in self._probe_ids]
-        return torch.cat([self._probed(self._head(self._last_states(batch))) for batch in batches])
+        return torch.cat([self._head(self._last_states(batch)) for batch in batches])
 
 
 def wide_on_cpu(rewards: Tensor) -> Tensor:

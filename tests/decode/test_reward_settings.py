@@ -10,7 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_rewards import Energy, several_labels, token_classifier
-from tiny_models import EOS, VOCABULARY, causal_lm, shared_lm, shared_reward_model, word_tokenizer
+from tiny_models import (
+    EOS,
+    VOCABULARY,
+    causal_lm,
+    reward_model,
+    shared_lm,
+    shared_reward_model,
+    word_tokenizer,
+)
+from torch import nn
 
 from nabla_fast import (
     ClassifierReward,
@@ -123,6 +132,25 @@ def test_many_prompts_are_scored_as_they_are_alone():
         (alone,) = decoder.generate([prompt], max_new_tokens=7, seed=seed)
         assert alone.token_ids == result.token_ids
         assert alone.reward == pytest.approx(result.reward, abs=1e-9)
+
+
+class Rounded(nn.Linear):
+    """A head whose last digits depend on how many rows it gets, as products' do on other machines."""
+
+    def forward(self, states):
+        rows = states.numel() // self.in_features
+        return super().forward(states) * (1 + 1e-6 * rows * torch.arange(self.out_features))
+
+
+def test_labels_that_nearly_cancel_are_no_fault_of_the_model():
+    """The difference of two large logits is mostly rounding; the logits themselves agree."""
+    model = reward_model("qwen2", dtype=torch.float32, num_labels=2)
+    model.score = Rounded(model.config.hidden_size, 2)
+    nn.init.constant_(model.score.bias, 1e3)
+    reward = ClassifierReward(model, weights=[1.0, -1.0])
+    decoder = NablaDecoder(causal_lm("qwen2", dtype=torch.float32), reward, None, config=CONFIG)
+    assert "behind paged keys and values" in decoder.describe()["reward_model"]
+    assert decoder.generate([[5, 9, 3]], max_new_tokens=6)[0].revisions
 
 
 def len_of(prompt: list[int], response: list[int]) -> int:
