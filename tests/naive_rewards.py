@@ -81,12 +81,28 @@ def classifier(model, choose: Callable[[Tensor], Tensor], **fields) -> NaiveRewa
     )
 
 
-def process(model, ends: Callable[[list[int]], list[int]], choose, reduce, **fields) -> NaiveReward:
-    """A token classifier; ``ends`` are positions in a response, ``reduce`` makes a scalar of scores [n]."""
+def process(
+    model, ends: Callable[[list[int]], list[int]], choose, reduce, causal=True, **fields
+) -> NaiveReward:
+    """A token classifier; ``ends`` are positions in a response, ``reduce`` makes a scalar of scores [n].
+
+    Args:
+        causal: whether a score depends on nothing after it.
+    """
+
+    # A step that two responses have in common is one number, whatever is read after it: with "min" the
+    # last digit would decide between them.
+    found: dict[tuple[int, ...], Tensor] = {}
 
     def of(embeddings, ids, span):
         logits = _logits(model, embeddings)[0]
-        return reduce(torch.stack([choose(logits[span.start + n]) for n in ends(ids[span])]))
+        scores = []
+        for n in ends(ids[span]):
+            score = choose(logits[span.start + n])
+            if causal and not embeddings.requires_grad:
+                score = found.setdefault(tuple(ids[: span.start + n + 1]), score)
+            scores.append(score)
+        return reduce(torch.stack(scores))
 
     return NaiveReward(of, _table(model), **fields)
 

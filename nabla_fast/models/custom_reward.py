@@ -13,7 +13,7 @@ from nabla_fast.models.alignment import VocabularyAlignment
 from nabla_fast.models.given_rewards import DifferentiableReward
 from nabla_fast.models.probes import probe_gradient
 from nabla_fast.models.reward import wide_on_cpu
-from nabla_fast.models.reward_sequence import RewardSequence
+from nabla_fast.models.reward_sequence import RewardSequence, ScoreMemory
 
 _PROBE = (2, 5, 1)  # tokens before, of and after the response
 
@@ -63,7 +63,12 @@ class CustomReward:
         """Embeddings [S, H_r] of the reward's own token ids."""
         return self.own_table[torch.tensor(list(ids), dtype=torch.int64, device=self.device)]
 
-    def reward(self, sequence: RewardSequence, embeddings: Tensor | None = None) -> Tensor:
+    def reward(
+        self,
+        sequence: RewardSequence,
+        embeddings: Tensor | None = None,
+        memory: ScoreMemory | None = None,
+    ) -> Tensor:
         """The reward [1] of one sequence: of its tokens, or of embeddings [S, H_r], differentiable."""
         if embeddings is not None:
             return self._score(embeddings, sequence.span)

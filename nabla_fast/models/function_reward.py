@@ -11,7 +11,7 @@ from torch import Tensor
 from nabla_fast.errors import InputError, ModelError
 from nabla_fast.models.alignment import expect_tokenizer
 from nabla_fast.models.given_rewards import FunctionReward
-from nabla_fast.models.reward_sequence import RewardSequence
+from nabla_fast.models.reward_sequence import RewardSequence, ScoreMemory
 
 
 class FunctionScorer:
@@ -45,7 +45,12 @@ class FunctionScorer:
         """The LM's own ids."""
         return list(lm_ids)
 
-    def reward(self, sequence: RewardSequence, embeddings: Tensor | None = None) -> Tensor:
+    def reward(
+        self,
+        sequence: RewardSequence,
+        embeddings: Tensor | None = None,
+        memory: ScoreMemory | None = None,
+    ) -> Tensor:
         """The reward [1] float64 of a sequence of the LM's tokens; of embeddings there is none.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from nabla_fast.models.alignment import VocabularyAlignment
 from nabla_fast.models.backbone import Forward
 from nabla_fast.models.labels import LabelChoice
 from nabla_fast.models.reward import RewardModel, wide_on_cpu
-from nabla_fast.models.reward_sequence import RewardSequence
+from nabla_fast.models.reward_sequence import RewardSequence, ScoreMemory
 from nabla_fast.models.step_ends import StepEnds
 
 
@@ -49,34 +50,71 @@ class ProcessRewardModel(RewardModel):
         """Why no reader can be used where ``scores_last`` is false."""
         return f"{self.name} does not score its tokens' states"
 
-    def reward(self, sequence: RewardSequence, embeddings: Tensor | None = None) -> Tensor:
-        """The reward [1] of one sequence: of its tokens, or of embeddings [S, H_r], differentiable."""
-        if embeddings is None:
-            with torch.no_grad():
-                given = {"input_ids": self._ids(sequence.ids)[None]}
-                return wide_on_cpu(
-                    self._reduced(self._logits(**given)[self.scored_positions(sequence)])[None]
-                )
-        logits = self._logits(inputs_embeds=embeddings[None])
-        return self._reduced(logits[self.scored_positions(sequence)])[None]
+    def reward(
+        self,
+        sequence: RewardSequence,
+        embeddings: Tensor | None = None,
+        memory: ScoreMemory | None = None,
+    ) -> Tensor:
+        """The reward [1] of one sequence, as :meth:`RewardModel.reward`."""
+        positions = self.scored_positions(sequence)
+        if embeddings is not None:
+            logits = self._logits(inputs_embeds=embeddings[None])
+            return self._reduced(self._labels.of(logits[positions]))[None]
+        with torch.no_grad():
+            logits = self._logits(input_ids=self._ids(sequence.ids)[None])
+            scores = self._labels.of(logits[positions])
+            if memory is not None:
+                scores = self._remembered(scores, sequence, memory)
+            return wide_on_cpu(self._reduced(scores)[None])
 
     def scored_positions(self, sequence: RewardSequence) -> list[int]:
         """The positions, ascending, where steps of the response end."""
         start = len(sequence.before)
         return [start + n for n in self._ends.of(sequence.response)]
 
-    def of_states(self, states: Sequence[Tensor]) -> Tensor:
-        """Rewards [B] of B sequences from the states [n, H] at their ``scored_positions``."""
-        logits = self._head(torch.cat(list(states)))
-        return torch.stack([self._reduced(part) for part in logits.split(list(map(len, states)))])
+    def of_states(
+        self,
+        states: Sequence[Tensor],
+        sequences: Sequence[RewardSequence] = (),
+        memories: Sequence[ScoreMemory] = (),
+    ) -> Tensor:
+        """Rewards [B] of B sequences, as :meth:`RewardModel.of_states`."""
+        scores = self._labels.of(self._head(torch.cat(list(states)))).split(list(map(len, states)))
+        if memories:
+            scores = list(map(self._remembered, scores, sequences, memories))
+        return torch.stack(list(map(self._reduced, scores)))
 
     def score_embeddings(self, embeddings: Tensor) -> Tensor:
         """What the gradient is probed with: scores [1] of all tokens of [1, S, H_r], reduced."""
-        return self._reduced(self._logits(inputs_embeds=embeddings))[None]
+        return self._reduced(self._labels.of(self._logits(inputs_embeds=embeddings)))[None]
 
-    def _reduced(self, logits: Tensor) -> Tensor:
-        """One number of the logits [n, labels] at n ends of steps."""
-        scores = self._labels.of(logits)
+    def _remembered(self, scores: Tensor, sequence: RewardSequence, memory: ScoreMemory) -> Tensor:
+        """Scores [n] of steps; of those that were scored before, what was found then.
+
+        Two responses that begin alike have steps in common, and with "min" often the very step that is
+        their reward. Read in other passes, it would be another number in the last digits, by which one of
+        two equals would be the better.
+        """
+        if not self._looks_back_only:
+            return scores
+        ids, found = sequence.ids, scores.tolist()
+        for n, position in enumerate(self.scored_positions(sequence)):
+            found[n] = memory.setdefault(tuple(ids[: position + 1]), found[n])
+        return scores.new_tensor(found)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def _looks_back_only(self) -> bool:
+        """Whether a score depends on nothing after it: another last token changes no score before it."""
+        ids = self._ids(self._probe_ids[1])
+        last, first = ids.clone(), ids.clone()
+        last[-1], first[0] = ids[0], ids[-1]
+        whole, by_last, by_first = (self._logits(input_ids=row[None])[:-1] for row in (ids, last, first))
+        return bool((by_last - whole).norm() <= 1e-3 * (by_first - whole).norm())
+
+    def _reduced(self, scores: Tensor) -> Tensor:
+        """One number of the scores [n] of steps."""
         if self._reduce == "last":
             return scores[-1]
         return scores.amin(dim=0) if self._reduce == "min" else scores.mean(dim=0)

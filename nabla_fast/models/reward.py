@@ -18,7 +18,7 @@ from nabla_fast.models.context import TableLookups, stated_context
 from nabla_fast.models.labels import LabelChoice
 from nabla_fast.models.probes import close, probe_gradient, probe_ids, probe_length, with_states
 from nabla_fast.models.replica import configs_of, replica, returning_names
-from nabla_fast.models.reward_sequence import RewardSequence
+from nabla_fast.models.reward_sequence import RewardSequence, ScoreMemory
 from nabla_fast.models.tables import embedding_table
 
 # The largest score of a probe, as a bound put on scores leaves small ones as they are.
@@ -102,8 +102,18 @@ class RewardModel:
         """Rewards [1] of one sequence of input embeddings [1, S, H_r]; differentiable."""
         return self._labels.of(self._logits(inputs_embeds=embeddings))
 
-    def reward(self, sequence: RewardSequence, embeddings: Tensor | None = None) -> Tensor:
-        """The reward [1] of one sequence: of its tokens, or of embeddings [S, H_r], differentiable."""
+    def reward(
+        self,
+        sequence: RewardSequence,
+        embeddings: Tensor | None = None,
+        memory: ScoreMemory | None = None,
+    ) -> Tensor:
+        """The reward [1] of one sequence.
+
+        Args:
+            embeddings: [S, H_r], what is read in place of the tokens; differentiable.
+            memory: of this reward and problem, where it needs one.
+        """
         if embeddings is None:
             return self.score([sequence.ids])
         return self.score_embeddings(embeddings[None])
@@ -112,8 +122,17 @@ class RewardModel:
         """The positions, ascending, whose states a reward is made of: the last."""
         return [len(sequence) - 1]
 
-    def of_states(self, states: Sequence[Tensor]) -> Tensor:
-        """Rewards [B] of B sequences from the states [n, H] at their ``scored_positions``."""
+    def of_states(
+        self,
+        states: Sequence[Tensor],
+        sequences: Sequence[RewardSequence] = (),
+        memories: Sequence[ScoreMemory] = (),
+    ) -> Tensor:
+        """Rewards [B] of B sequences from the states [n, H] at their ``scored_positions``.
+
+        Args:
+            sequences, memories: of each, where something is to be remembered.
+        """
         return self._labels.of(self._head(torch.cat(list(states))))
 
     @torch.no_grad()

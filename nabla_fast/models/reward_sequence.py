@@ -1,9 +1,12 @@
-"""A response between what stands around it, as a reward reads it."""
+"""A response between what stands around it, as a reward reads it, and scores that are remembered."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+# What a reward remembers of a problem while it is decoded: scores of steps by the tokens up to their ends.
+ScoreMemory = dict[tuple[int, ...], float]
 
 
 @dataclass(frozen=True)

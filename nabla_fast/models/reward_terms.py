@@ -24,7 +24,7 @@ from nabla_fast.models.given_rewards import (
 from nabla_fast.models.labels import LabelChoice
 from nabla_fast.models.process_reward import ProcessRewardModel
 from nabla_fast.models.reward import RewardModel
-from nabla_fast.models.reward_sequence import RewardSequence
+from nabla_fast.models.reward_sequence import RewardSequence, ScoreMemory
 from nabla_fast.models.step_ends import StepEnds
 from nabla_fast.models.tables import TokenTable, table_rows
 
@@ -65,8 +65,13 @@ class Reward(Protocol):
         """Embeddings [S, H_r] of the reward's own ids."""
         ...
 
-    def reward(self, sequence: RewardSequence, embeddings: Tensor | None = None) -> Tensor:
-        """The reward [1] of one sequence: of its tokens, or of embeddings [S, H_r], differentiable."""
+    def reward(
+        self,
+        sequence: RewardSequence,
+        embeddings: Tensor | None = None,
+        memory: ScoreMemory | None = None,
+    ) -> Tensor:
+        """The reward [1] of one sequence, as :meth:`RewardModel.reward`."""
         ...
 
     def probe_gradient(self) -> None:

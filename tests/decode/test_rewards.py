@@ -31,6 +31,10 @@ from nabla_fast import (
 from nabla_fast.decode.batched.executor import Executor
 from nabla_fast.decode.reference.gradient import GradientModel
 from nabla_fast.decode.relaxed import Relaxed
+from nabla_fast.models.labels import LabelChoice
+from nabla_fast.models.process_reward import ProcessRewardModel
+from nabla_fast.models.reward_sequence import RewardSequence
+from nabla_fast.models.step_ends import StepEnds
 from nabla_fast.results import Stats
 
 TOKENIZER = word_tokenizer()
@@ -143,7 +147,7 @@ def _process(model: str, reduce: str, separator: int | str = "c", **choice) -> K
     network, ends = token_classifier(model), Ends(separator)
     return Kind(
         ProcessReward(network, separator, reduce, **choice),
-        [process(network, ends, chosen[key], reduced)],
+        [process(network, ends, chosen[key], reduced, causal=model != "bert")],
         ends,
     )
 
@@ -278,6 +282,31 @@ def test_tokens_are_those_of_the_naive_loop(name, cases):
         compare(name, n, seen)
     assert len(seen) == (4 if KINDS[name]().ends is None else 5), seen
     assert min(seen.values()) >= len(cases) // 4, seen
+
+
+def test_equals_by_a_step_that_they_have_in_common_stay_equals():
+    """The smallest score is that of the first step, before the token that is replaced: a tie, no gain."""
+    seen: Counter[str] = Counter()
+    compare("steps, min", 37, seen)
+    assert seen["rejected, batched"] == seen["rejected, sequential"] == 1
+    assert seen["accepted, batched"] == seen["accepted, sequential"] == 0
+
+
+@pytest.mark.parametrize(("kind", "causal"), [("qwen2", True), ("gpt2", True), ("bert", False)])
+def test_steps_are_remembered_where_nothing_after_them_matters(kind, causal):
+    model, ends = token_classifier(kind), StepEnds(frozenset([5]))
+    choice = LabelChoice(label=0)
+    rm = ProcessRewardModel(model, VocabularyAlignment.identity(), choice, ends, "last")
+    memory: dict[tuple[int, ...], float] = {}
+    first, second = (RewardSequence([3, 4], [7, 5, *rest], []) for rest in ([8, 9], [9, 5, 6]))
+    for sequence in (first, second):
+        rm.reward(sequence, memory=memory)
+    ends_of_steps = [(3, 4, 7, 5), (3, 4, 7, 5, 8, 9), (3, 4, 7, 5, 9, 5)]
+    assert list(memory) == (ends_of_steps if causal else [])
+    if causal:
+        memory[ends_of_steps[2]] = 2.5
+        assert float(rm.reward(second, memory=memory)) == 2.5
+        assert float(rm.reward(second)) != 2.5
 
 
 # -- gradients ---------------------------------------------------------------------------------------

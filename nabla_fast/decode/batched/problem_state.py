@@ -29,6 +29,7 @@ from nabla_fast.decode.selection import (
 )
 from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.models.readers import FrozenSequence
+from nabla_fast.models.reward_sequence import ScoreMemory
 from nabla_fast.ops import AdamState, GumbelNoise, TokenStats
 from nabla_fast.results import Revision, Stats
 
@@ -74,6 +75,7 @@ class ProblemState:
         self._sequence: FrozenSequence | None = None  # the LM's, of prompt, response and continuation
         self._reward: float | None = None
         self._rm_sequences: RewardSequences | None = None
+        self._memories: list[ScoreMemory] = [{} for _ in groups.rewards]
         self._store: dict[tuple[int, ...], tuple[int, TrajectoryGradient]] = {}
         self._proposed = self._accepted = 0
         self._descent_calls: dict[int, int] = {}  # by the offset that a descent is for
@@ -307,7 +309,8 @@ class ProblemState:
 
     def _score_current(self) -> Ask:
         bases = self._rm_sequences or self._groups.reward_sequences()
-        request = Score(self._problem, self._stats, bases, None, self._response + self._current.tokens)
+        response = self._response + self._current.tokens
+        request = Score(self._problem, self._stats, bases, None, response, self._memories)
         yield [request]
         bases.free()
         self._reward = expect_finite(request.reward, request.response)
@@ -383,6 +386,7 @@ class ProblemState:
                 self._rm_sequences,
                 len(roll.response) - 1 if self._frozen_prefix else None,
                 roll.response + roll.continuation.tokens,
+                self._memories,
             )
             for roll in rolls
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.relaxed import Relaxed
 from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.models.readers import FrozenSequence
+from nabla_fast.models.reward_sequence import ScoreMemory
 from nabla_fast.ops import AdamState, GumbelNoise
 from nabla_fast.results import Stats
 
@@ -79,6 +81,7 @@ class Score(_Request):
         bases: the rewards' sequences over prefix and response; forks of them are extended.
         shared: tokens of the response that the bases hold, behind their prefixes; None: they hold nothing.
         response: all its tokens.
+        memories: of the problem, one a reward.
         reward: the answer.
         sequences: the answer: the rewards' keys and values of prefix and response, without tail.
     """
@@ -86,6 +89,7 @@ class Score(_Request):
     bases: RewardSequences
     shared: int | None
     response: list[int]
+    memories: Sequence[ScoreMemory]
     purpose = "score"
     reward: float | None = None
     sequences: RewardSequences | None = None

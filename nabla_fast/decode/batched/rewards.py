@@ -73,7 +73,10 @@ class RewardBatches:
             for request, sequence in zip(requests, sequences, strict=True):
                 if reward.counts_tokens:
                     request.count("rm", len(sequence), len(sequence))
-            rewards = [float(reward.reward(sequence)[0]) for sequence in sequences]
+            rewards = [
+                float(reward.reward(sequence, memory=request.memories[n])[0])
+                for request, sequence in zip(requests, sequences, strict=True)
+            ]
         else:
             starts = [fork[n].length for fork in forks]
             unread = [sequence.ids[start:] for sequence, start in zip(sequences, starts, strict=True)]
@@ -81,7 +84,9 @@ class RewardBatches:
             for request, length in zip(requests, lengths, strict=True):
                 request.count("rm", length, ids.shape[1])
             states = reader.read([fork[n] for fork in forks], lengths, ids=ids, store=True)
-            rewards = reward.of_states(_picked(states, scored, starts)).double().tolist()
+            memories = [request.memories[n] for request in requests]
+            picked = _picked(states, scored, starts)
+            rewards = reward.of_states(picked, sequences, memories).double().tolist()
         for fork, sequence in zip(forks, sequences, strict=True):
             fork[n].truncate(sequence.span.stop)
         return rewards

@@ -31,6 +31,7 @@ from nabla_fast.decode.selection import (
 )
 from nabla_fast.decode.timing import PeakMemory, timed
 from nabla_fast.models import LanguageModel, Reward, RewardSum, terms_of
+from nabla_fast.models.reward_sequence import ScoreMemory
 from nabla_fast.ops import synchronize
 from nabla_fast.results import Revision, Stats
 
@@ -83,6 +84,7 @@ class SequentialLoop:
         committed: list[int] = []
         revisions: list[Revision] = []
         reward: float | None = None
+        memories: list[ScoreMemory] = [{} for _ in self._rewards]
         current = self._roll_out(roller, problem, committed, stats)
         while current.tokens and stats.generations < config.max_generations:
             with timed(stats, "selection"):
@@ -98,8 +100,10 @@ class SequentialLoop:
                 reward_after = None
                 if self._rejection:
                     if reward is None:
-                        reward = self._reward(problem, committed + current.tokens, stats)
-                    reward_after = self._reward(problem, [*committed, new, *proposed.tokens], stats)
+                        reward = self._reward(problem, committed + current.tokens, stats, memories)
+                    reward_after = self._reward(
+                        problem, [*committed, new, *proposed.tokens], stats, memories
+                    )
                     stats.llm_calls += 2
                 revisions.append(Revision.judged(len(committed), old, new, reward, reward_after))
                 accepted = revisions[-1].accepted
@@ -116,7 +120,7 @@ class SequentialLoop:
                 break
         committed += current.tokens
         if reward is None and self._rewards:
-            reward = self._reward(problem, committed, stats)
+            reward = self._reward(problem, committed, stats, memories)
         return Decoded(committed, reward, revisions)
 
     def _roll_out(
@@ -186,12 +190,14 @@ class SequentialLoop:
         stream = self._draws.stream(problem, len(committed), len(committed))
         return self._draws.redraw(logits, self._config.resample_sampling, [stream], [position])(0)
 
-    def _reward(self, problem: Problem, response: list[int], stats: Stats) -> float:
+    def _reward(
+        self, problem: Problem, response: list[int], stats: Stats, memories: Sequence[ScoreMemory]
+    ) -> float:
         total = 0.0
         for n, term in enumerate(self._rewards):
             sequence = reward_sequence(problem, n, term.reward, response)
             if term.reward.counts_tokens:
                 stats.token_passes["rm"] += len(sequence)
             with timed(stats, "reward"):
-                total += term.weight * float(term.reward.reward(sequence)[0])
+                total += term.weight * float(term.reward.reward(sequence, memory=memories[n])[0])
         return expect_finite(total, response)
