@@ -97,7 +97,8 @@ class ProcessReward:
 
     Steps end at separators in the response, not in the prompt, and with its last token, unless that
     alone follows a separator (an EOS, say). Where they end is a matter of hard tokens, those with the
-    largest logits; the scores there are differentiated.
+    largest logits; the scores there are differentiated. A step that two responses have in common keeps the
+    score it was given first, unless the model looks ahead.
 
     Args:
         model: an ``AutoModelForTokenClassification``.
@@ -139,8 +140,8 @@ class FunctionReward:
 
     It judges proposals, and :attr:`Result.reward` is its number; nothing is descended along it: the
     gradient is that of the likelihood and of whatever other rewards there are beside it. A decoder
-    warns of that once. The function must return the same number for the same arguments, and may not use the
-    decoder's models, which are taken while it runs.
+    warns of that once. The function must return the same number for the same arguments. It may call the
+    decoder's models, but not start a decode with them, as they are taken while it runs.
 
     Args:
         function: called with (prompt, response), returns a number.

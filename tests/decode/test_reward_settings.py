@@ -134,6 +134,34 @@ def test_many_prompts_are_scored_as_they_are_alone():
         assert alone.reward == pytest.approx(result.reward, abs=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:FunctionReward")
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_a_reward_may_call_the_decoders_own_lm(differentiable):
+    lm = shared_lm("qwen2")
+
+    def surprise(embeddings, response):
+        return torch.logsumexp(lm(inputs_embeds=embeddings[None]).logits[0, response], dim=-1).mean()
+
+    table = lm.get_input_embeddings().weight
+
+    @torch.no_grad()
+    def judged(prompt, response):
+        embeddings = table[torch.tensor([*prompt, *response])]
+        return float(surprise(embeddings, slice(len(prompt), len(prompt) + len(response))))
+
+    own = SimpleNamespace(table=table, score=surprise)
+    reward = own if differentiable else FunctionReward(judged, reads="tokens")
+    results = []
+    for loop in ("sequential", "batched"):
+        decoder = NablaDecoder(lm, reward, None, config=CONFIG, loop=loop)
+        results += decoder.generate([[5, 9, 3]], max_new_tokens=8)
+        assert any(r.accepted for r in results[-1].revisions)
+        response = results[-1].token_ids
+        if results[-1].finish_reason != "eos":
+            assert results[-1].reward == pytest.approx(judged([5, 9, 3], response), abs=1e-9)
+    assert results[0].token_ids == results[1].token_ids
+
+
 class Rounded(nn.Linear):
     """A head whose last digits depend on how many rows it gets, as products' do on other machines."""
 
