@@ -57,7 +57,7 @@ class ProcessRewardModel(RewardModel):
         memory: ScoreMemory | None = None,
     ) -> Tensor:
         """The reward [1] of one sequence, as :meth:`RewardModel.reward`."""
-        positions = self.scored_positions(sequence)
+        positions = self.scored_positions(sequence, memory)
         if embeddings is not None:
             logits = self._logits(inputs_embeds=embeddings[None])
             return self._reduced(self._labels.of(logits[positions]))[None]
@@ -65,32 +65,42 @@ class ProcessRewardModel(RewardModel):
             logits = self._logits(input_ids=self._ids(sequence.ids)[None])
             scores = self._labels.of(logits[positions])
             if memory is not None:
-                scores = self._remembered(scores, sequence, memory)
+                scores = self._remembered(scores, sequence, positions, memory)
             return wide_on_cpu(self._reduced(scores)[None])
 
-    def scored_positions(self, sequence: RewardSequence) -> list[int]:
-        """The positions, ascending, where steps of the response end."""
+    def scored_positions(self, sequence: RewardSequence, memory: ScoreMemory | None = None) -> list[int]:
+        """The positions, ascending, where steps of the response end; those in the memory are left out.
+
+        At least one is returned: the last, where all are in the memory.
+        """
         start = len(sequence.before)
-        return [start + n for n in self._ends.of(sequence.response)]
+        positions = [start + n for n in self._ends.of(sequence.response)]
+        if memory is None or not self._looks_back_only:
+            return positions
+        ids = sequence.ids
+        return [p for p in positions if tuple(ids[: p + 1]) not in memory] or positions[-1:]
 
     def of_states(
         self,
         states: Sequence[Tensor],
         sequences: Sequence[RewardSequence] = (),
+        positions: Sequence[Sequence[int]] = (),
         memories: Sequence[ScoreMemory] = (),
     ) -> Tensor:
         """Rewards [B] of B sequences, as :meth:`RewardModel.of_states`."""
         scores = self._labels.of(self._head(torch.cat(list(states)))).split(list(map(len, states)))
         if memories:
-            scores = list(map(self._remembered, scores, sequences, memories))
+            scores = list(map(self._remembered, scores, sequences, positions, memories))
         return torch.stack(list(map(self._reduced, scores)))
 
     def score_embeddings(self, embeddings: Tensor) -> Tensor:
         """What the gradient is probed with: scores [1] of all tokens of [1, S, H_r], reduced."""
         return self._reduced(self._labels.of(self._logits(inputs_embeds=embeddings)))[None]
 
-    def _remembered(self, scores: Tensor, sequence: RewardSequence, memory: ScoreMemory) -> Tensor:
-        """Scores [n] of steps; of those that were scored before, what was found then.
+    def _remembered(
+        self, scores: Tensor, sequence: RewardSequence, positions: Sequence[int], memory: ScoreMemory
+    ) -> Tensor:
+        """Scores of all steps, those at ``positions`` given; of steps scored before, what was found then.
 
         Two responses that begin alike have steps in common, and with "min" often the very step that is
         their reward. Read in other passes, it would be another number in the last digits, by which one of
@@ -98,10 +108,10 @@ class ProcessRewardModel(RewardModel):
         """
         if not self._looks_back_only:
             return scores
-        ids, found = sequence.ids, scores.tolist()
-        for n, position in enumerate(self.scored_positions(sequence)):
-            found[n] = memory.setdefault(tuple(ids[: position + 1]), found[n])
-        return scores.new_tensor(found)
+        ids = sequence.ids
+        for position, score in zip(positions, scores.tolist(), strict=True):
+            memory.setdefault(tuple(ids[: position + 1]), score)
+        return scores.new_tensor([memory[tuple(ids[: p + 1])] for p in self.scored_positions(sequence)])
 
     @functools.cached_property
     @torch.no_grad()

@@ -118,20 +118,25 @@ class RewardModel:
             return self.score([sequence.ids])
         return self.score_embeddings(embeddings[None])
 
-    def scored_positions(self, sequence: RewardSequence) -> list[int]:
-        """The positions, ascending, whose states a reward is made of: the last."""
+    def scored_positions(self, sequence: RewardSequence, memory: ScoreMemory | None = None) -> list[int]:
+        """The positions, ascending, whose states a reward is made of: the last.
+
+        Args:
+            memory: of this reward and problem; what it has is left out, where a reward has several.
+        """
         return [len(sequence) - 1]
 
     def of_states(
         self,
         states: Sequence[Tensor],
         sequences: Sequence[RewardSequence] = (),
+        positions: Sequence[Sequence[int]] = (),
         memories: Sequence[ScoreMemory] = (),
     ) -> Tensor:
         """Rewards [B] of B sequences from the states [n, H] at their ``scored_positions``.
 
         Args:
-            sequences, memories: of each, where something is to be remembered.
+            sequences, positions, memories: of each, where something is remembered; none: without a memory.
         """
         return self._labels.of(self._head(torch.cat(list(states))))
 

@@ -31,6 +31,7 @@ from nabla_fast import (
     VocabularyAlignment,
 )
 from nabla_fast.models import given_rewards
+from nabla_fast.models.process_reward import ProcessRewardModel
 
 CONFIG = DTOConfig(iters=3, lr=1.0, confidence_threshold=None, max_generations=4)
 OURS = word_tokenizer()
@@ -107,6 +108,22 @@ def test_prompts_are_read_once_behind_a_cache(kind):
         assert result.revisions
         passes[loop] = result.stats.token_passes["rm"]
     assert passes["batched"] < 0.4 * passes["sequential"]
+
+
+def test_steps_that_are_remembered_are_not_read_again(monkeypatch):
+    """The batched loop reads a proposal from its first new step on: the same tokens from fewer passes."""
+    config = DTOConfig(iters=3, lr=1.0, confidence_threshold=None, max_generations=16)
+    results = []
+    for remembers in (True, False):
+        monkeypatch.setattr(ProcessRewardModel, "_looks_back_only", remembers)
+        reward = ProcessReward(token_classifier(), "c", "mean", label=0)
+        decoder = NablaDecoder(shared_lm("qwen2"), reward, OURS, config=config, loop="batched")
+        results += decoder.generate([[5, 9, 3]], max_new_tokens=32)
+    ours, theirs = results
+    assert ours.token_ids == theirs.token_ids
+    assert len(ours.revisions) >= 8
+    read = [result.stats.passes_for["score"] for result in results]
+    assert read[0] < 0.8 * read[1], read
 
 
 def test_a_decoder_of_an_ensemble_survives_a_pickle():

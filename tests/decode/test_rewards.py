@@ -307,6 +307,10 @@ def test_steps_are_remembered_where_nothing_after_them_matters(kind, causal):
         memory[ends_of_steps[2]] = 2.5
         assert float(rm.reward(second, memory=memory)) == 2.5
         assert float(rm.reward(second)) != 2.5
+        third = RewardSequence([3, 4], [7, 5, 9, 5, 6, 6, 5], [])
+        assert rm.scored_positions(third) == [3, 5, 8]
+        assert rm.scored_positions(third, memory) == [8]
+        assert rm.scored_positions(second, memory) == [5]  # something has to be read
 
 
 # -- gradients ---------------------------------------------------------------------------------------

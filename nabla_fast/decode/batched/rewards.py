@@ -65,7 +65,8 @@ class RewardBatches:
         reward, reader = self._terms[n].reward, self.readers[n]
         sequences = [reward_sequence(r.problem, n, reward, r.response) for r in requests]
         own = isinstance(reader, OwnForward)
-        scored = [] if own else [reward.scored_positions(sequence) for sequence in sequences]
+        memories = [request.memories[n] for request in requests]
+        scored = [] if own else list(map(reward.scored_positions, sequences, memories))
         for i, (request, sequence, fork) in enumerate(zip(requests, sequences, forks, strict=True)):
             held = 0 if request.shared is None else len(sequence.before) + request.shared
             fork.append(request.bases[n].fork(held if own else min(held, scored[i][0])))
@@ -74,8 +75,8 @@ class RewardBatches:
                 if reward.counts_tokens:
                     request.count("rm", len(sequence), len(sequence))
             rewards = [
-                float(reward.reward(sequence, memory=request.memories[n])[0])
-                for request, sequence in zip(requests, sequences, strict=True)
+                float(reward.reward(sequence, memory=memory)[0])
+                for sequence, memory in zip(sequences, memories, strict=True)
             ]
         else:
             starts = [fork[n].length for fork in forks]
@@ -84,9 +85,8 @@ class RewardBatches:
             for request, length in zip(requests, lengths, strict=True):
                 request.count("rm", length, ids.shape[1])
             states = reader.read([fork[n] for fork in forks], lengths, ids=ids, store=True)
-            memories = [request.memories[n] for request in requests]
             picked = _picked(states, scored, starts)
-            rewards = reward.of_states(picked, sequences, memories).double().tolist()
+            rewards = reward.of_states(picked, sequences, scored, memories).double().tolist()
         for fork, sequence in zip(forks, sequences, strict=True):
             fork[n].truncate(sequence.span.stop)
         return rewards
