@@ -24,7 +24,14 @@ from nabla_fast.errors import (
     ModelError,
     RowError,
 )
-from nabla_fast.models import VocabularyAlignment
+from nabla_fast.models import (
+    ClassifierReward,
+    DifferentiableReward,
+    FunctionReward,
+    ProcessReward,
+    RewardEnsemble,
+    VocabularyAlignment,
+)
 from nabla_fast.ops import set_backend, use_backend
 from nabla_fast.results import Candidate, Result, Revision, SampleResult, Stats
 from nabla_fast.sampler import Sampler, best_of_n, sample
@@ -32,15 +39,20 @@ from nabla_fast.sampler import Sampler, best_of_n, sample
 __all__ = [
     "BackendUnavailable",
     "Candidate",
+    "ClassifierReward",
     "DTOConfig",
     "DecodingFailed",
     "DecodingInterrupted",
+    "DifferentiableReward",
+    "FunctionReward",
     "InputError",
     "ModelError",
     "NablaDecoder",
+    "ProcessReward",
     "Result",
     "ResultStream",
     "Revision",
+    "RewardEnsemble",
     "RowError",
     "SampleResult",
     "Sampler",

@@ -20,13 +20,14 @@ from nabla_fast.decode.prompts import Prompt, PromptReader, RewardContext
 from nabla_fast.decode.reference.loop import SequentialLoop
 from nabla_fast.decode.stream import ResultStream
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError, one_line
-from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
+from nabla_fast.models import LanguageModel, RewardSum, VocabularyAlignment, terms_of
 from nabla_fast.models.alignment import expect_tokenizer
 from nabla_fast.models.boundary import probing
-from nabla_fast.models.fingerprint import fingerprint
+from nabla_fast.models.fingerprint import fingerprint, weight_state
 from nabla_fast.models.frozen import frozen
 from nabla_fast.models.generation import eos_ids, refuse_processors
-from nabla_fast.models.tables import table_rows
+from nabla_fast.models.given_rewards import GivenReward, expect_model
+from nabla_fast.models.reward_terms import RewardSetting, module_of, table_of, weighted_members
 from nabla_fast.ops.checks import MOST_VOCABULARY
 from nabla_fast.results import Result, Stats
 
@@ -39,8 +40,10 @@ class NablaDecoder:
 
     Args:
         lm: an ``AutoModelForCausalLM`` whose logits are a linear head on its last hidden state.
-        reward_model: an ``AutoModelForSequenceClassification`` with one label, or None: then only
-            the likelihood is descended and every proposal is accepted.
+        reward_model: an ``AutoModelForSequenceClassification`` with one label; a :class:`ClassifierReward`,
+            which chooses among several; a :class:`ProcessReward`, :class:`FunctionReward` or
+            :class:`RewardEnsemble`; an object of your own, as :class:`DifferentiableReward` says; or None:
+            then only the likelihood is descended and every proposal is accepted.
         tokenizer: the LM's, with a chat template for prompts that are text; None if all are token ids.
         reward_tokenizer: the reward model's, where it differs.
         config: a :class:`DTOConfig`.
@@ -62,7 +65,7 @@ class NablaDecoder:
     def __init__(
         self,
         lm: nn.Module,
-        reward_model: nn.Module | None,
+        reward_model: GivenReward | None,
         tokenizer: Any,
         reward_tokenizer: Any = None,
         config: DTOConfig | None = None,
@@ -85,9 +88,12 @@ class NablaDecoder:
             )
         if not isinstance(self.config, DTOConfig):
             raise InputError(f"config must be a DTOConfig, got {type(self.config).__name__}")
-        _check_model("lm", lm)
-        if reward_model is not None:
-            _check_model("reward_model", reward_model)
+        expect_model("lm", lm)
+        _check_weights("lm", lm)
+        self._members = [] if reward_model is None else list(weighted_members(reward_model))
+        reward_modules = [m for given, _ in self._members if (m := module_of(given)) is not None]
+        for module in reward_modules:
+            _check_weights("reward_model", module)
         if tokenizer is not None:
             expect_tokenizer("tokenizer", tokenizer, "decode")
         if alignment is not None and not isinstance(alignment, VocabularyAlignment):
@@ -100,7 +106,7 @@ class NablaDecoder:
         self._loop: BatchedLoop | SequentialLoop
         self._warned: set[str] = set()  # reasons that a warning has named
         self._key: tuple = ()
-        self._models = [model for model in (lm, reward_model) if model is not None]
+        self._models = [lm, *reward_modules]
         with frozen(self._models) as signals:
             signals.interruptible(self._prepare)
 
@@ -114,16 +120,20 @@ class NablaDecoder:
 
         Returns:
             ``{"loop": "batched" | "sequential", "lm": …, "reward_model": …}``: the class of a model and, in
-            words, what its passes begin behind; without a reward model, without that entry.
+            words, what its passes begin behind; of several rewards one after another; without any, without
+            that entry.
 
         Example:
             >>> print(decoder.describe()["lm"])  # doctest: +SKIP
             Qwen3NextForCausalLM, read behind a DynamicCache (states copied where sequences part)
         """
-        models = {"lm": self._lm, "reward_model": self._reward_model}
-        ways = self._loop.ways()
-        described = {name: f"{type(models[name]).__name__}, read {way}" for name, way in ways.items()}
-        return {"loop": self.loop, **described}
+        lm_way, *ways = self._loop.ways()
+        described = {"loop": self.loop, "lm": f"{type(self._lm).__name__}, read {lm_way}"}
+        if ways:
+            names = [term.reward.name for term in self._terms]
+            parts = [f"{name}, read {way}" for name, way in zip(names, ways, strict=True)]
+            described["reward_model"] = "; ".join(parts)
+        return described
 
     def generate(
         self,
@@ -147,7 +157,8 @@ class NablaDecoder:
             system_prompt: put before strings and chats.
             stop: a response ends with the token that completes one of these; it stays in the text.
             reward_context: for each prompt the reward model's own token ids before and after a response,
-                instead of what its chat template gives.
+                instead of what its chat template gives. With several rewards: a list of such pairs, one a
+                reward in order, or None where its template's is meant.
             on_result: called with (index, result) as each prompt finishes, as if between the results of
                 :meth:`stream`.
             on_error: "raise" ends the decode at the first prompt that fails. "keep" gives it a result whose
@@ -280,26 +291,51 @@ class NablaDecoder:
         if self._key and self._key == self._fingerprint():
             return
         self._key = ()
-        lm, rm = LanguageModel(self._lm), None
+        lm = LanguageModel(self._lm)
+        rm: RewardSum | None = None
         if lm.vocabulary > MOST_VOCABULARY:
             raise ModelError(
                 f"{type(self._lm).__name__} has {lm.vocabulary} tokens, more than {MOST_VOCABULARY}"
             )
-        if self._reward_model is not None:
-            rm = RewardModel(self._reward_model, self._checked_alignment(lm.vocabulary))
+        if self._members:
+            setting = RewardSetting(lm.vocabulary, self._tokenizer, self._reward_tokenizer, self._alignment)
+            rm = setting.sum_of(self._members)
+            self._expect_gradient(rm)
         if self.config.nll_coeff > 0:
             lm.probe_gradient()
-        if rm is not None and self.config.reward_coeff > 0:
-            rm.probe_gradient()
+        if self.config.reward_coeff > 0:
+            for term in terms_of(rm):
+                term.reward.probe_gradient()
+        self._terms = terms_of(rm)
         self._loop = self._chosen_loop(lm, rm)
         self._reader = PromptReader(lm, rm, self._tokenizer, self._reward_tokenizer)
         # After the probes, as some models prepare their weights in the first pass.
         self._key = self._fingerprint()
 
-    def _fingerprint(self) -> tuple:
-        return (eos_ids(self._lm), *map(fingerprint, self._models))
+    def _expect_gradient(self, rm: RewardSum) -> None:
+        """Say so where a reward has no gradient.
 
-    def _chosen_loop(self, lm: LanguageModel, rm: RewardModel | None) -> BatchedLoop | SequentialLoop:
+        Raises:
+            InputError: there is none at all.
+        """
+        for term in rm.terms:
+            if term.reward.differentiable:
+                continue
+            if self.config.nll_coeff == 0 and not any(term.reward.differentiable for term in rm.terms):
+                raise InputError(
+                    f"{term.reward.name} has no gradient and config.nll_coeff is 0, so that nothing is "
+                    "descended: nll_coeff > 0 or a differentiable reward beside it is needed"
+                )
+            self._warn(
+                f"{term.reward.name} has no gradient",
+                "it judges proposals, and what is descended is the likelihood and other rewards alone",
+            )
+
+    def _fingerprint(self) -> tuple:
+        tables = [table for given, _ in self._members if (table := table_of(given)) is not None]
+        return (eos_ids(self._lm), *map(fingerprint, self._models), *map(weight_state, tables))
+
+    def _chosen_loop(self, lm: LanguageModel, rm: RewardSum | None) -> BatchedLoop | SequentialLoop:
         """The loop that was asked for; with "auto", the sequential one where the models need it.
 
         Raises:
@@ -336,49 +372,12 @@ class NablaDecoder:
         """Warn the caller, once for each reason."""
         if reason in self._warned:
             return
-        names = [type(model).__name__ for model in self._models]
+        names = [type(model).__name__ for model in self._models] + ["FunctionReward"]
         subject = "" if any(name in reason for name in names) else f"{' with '.join(names)}: "
         warnings.warn(
             f"{subject}{reason}: {consequence}", UserWarning, stacklevel=1 + _frames_to_the_caller()
         )
         self._warned.add(reason)
-
-    def _checked_alignment(self, ours: int) -> VocabularyAlignment:
-        if self._alignment is not None and self._alignment.token_map is not None:
-            mapped = len(self._alignment.token_map)
-            if mapped != ours:
-                raise InputError(
-                    f"the alignment maps {mapped} tokens, the LM has {ours}: "
-                    f"pass vocabulary={ours} where it is made"
-                )
-            return self._alignment
-        with probing(self._reward_model, "cannot be read"):
-            theirs = table_rows(self._reward_model)
-        if ours != theirs:
-            # The LM's tokens have to be a part of the reward model's for a table to be cut.
-            cut = (
-                f", or VocabularyAlignment.truncated({ours}) if the reward model's table is only padded"
-                if ours < theirs
-                else ""
-            )
-            raise InputError(
-                f"the LM has {ours} tokens, the reward model {theirs}: pass "
-                "alignment=VocabularyAlignment.from_tokenizers(tokenizer, reward_tokenizer, "
-                f"vocabulary={ours}){cut}"
-            )
-        if self._alignment is not None:
-            return self._alignment
-        left, right = self._tokenizer, self._reward_tokenizer
-        if left is None or right is left:
-            return VocabularyAlignment.identity()
-        expect_tokenizer("tokenizer", left, "get_vocab")
-        expect_tokenizer("reward_tokenizer", right, "get_vocab")
-        if left.get_vocab() != right.get_vocab():
-            raise InputError(
-                "tokenizer and reward_tokenizer have different vocabularies: pass "
-                "alignment=VocabularyAlignment.from_tokenizers(tokenizer, reward_tokenizer)"
-            )
-        return VocabularyAlignment.identity()
 
 
 @contextmanager
@@ -411,9 +410,7 @@ def _at_least(least: int, value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _check_model(name: str, model: object) -> None:
-    if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
-        raise InputError(f"{name} must be a transformers model, got {type(model).__name__}")
+def _check_weights(name: str, model: nn.Module) -> None:
     if any(weight.is_inference() for weight in model.parameters()):
         raise ModelError(
             f"{name} has weights made under torch.inference_mode, through which no gradient goes: "

@@ -72,8 +72,9 @@ class Stats:
             generated token, four a descent's forward+backward of both models (a selector's is not
             counted), two a comparison of rewards. What the batched loop does ahead of need is left out.
         gradient_passes: forward+backward passes, the selectors' included.
-        token_passes: tokens of this prompt that forwards read plus tokens that backwards go through, a
-            model ("lm", "rm"). Tokens served from a cache are not counted, nor is padding.
+        token_passes: tokens of this prompt that forwards read plus tokens that backwards go through, of
+            the LM ("lm") and of all rewards ("rm"). Tokens served from a cache are not counted, nor is
+            padding.
         padding_passes: positions of padding that forwards and backwards go through beside them, where
             this prompt's sequences share a pass with longer ones, a model.
         passes_for: the batched loop's token passes of both models by what they served: "rollout",
@@ -113,7 +114,8 @@ class Result:
     Attributes:
         text: the decoded answer, special tokens left out; None without a tokenizer.
         token_ids: its tokens, without an EOS.
-        reward: the reward model's score of the answer, or None without one.
+        reward: the reward model's score of the answer, the weighted sum of an ensemble's, or None
+            without one.
         finish_reason: "eos", "stop" (a stop string), "length" or "error".
         revisions: every proposal, in order.
         stats: its cost.

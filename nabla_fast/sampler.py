@@ -13,7 +13,8 @@ from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.prompts import Prompt, RewardContext
 from nabla_fast.decoder import NablaDecoder
 from nabla_fast.errors import InputError
-from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
+from nabla_fast.models import LanguageModel, RewardSum, VocabularyAlignment
+from nabla_fast.models.given_rewards import GivenReward
 from nabla_fast.ops.draw_tokens import MOST_VISITS
 from nabla_fast.results import Candidate, Result, SampleResult, Stats
 
@@ -58,7 +59,7 @@ class Sampler(NablaDecoder):
     def __init__(
         self,
         lm: nn.Module,
-        reward_model: nn.Module | None,
+        reward_model: GivenReward | None,
         tokenizer: Any,
         reward_tokenizer: Any = None,
         *,
@@ -84,7 +85,10 @@ class Sampler(NablaDecoder):
             alignment=alignment,
         )
 
-    def _chosen_loop(self, lm: LanguageModel, rm: RewardModel | None) -> SampleLoop:
+    def _expect_gradient(self, rm: RewardSum) -> None:
+        """Nothing is descended: a reward without a gradient judges like any other."""
+
+    def _chosen_loop(self, lm: LanguageModel, rm: RewardSum | None) -> SampleLoop:
         loop = SampleLoop(
             lm,
             rm,
@@ -164,7 +168,7 @@ def sample(
 
 def best_of_n(
     lm: nn.Module,
-    reward_model: nn.Module,
+    reward_model: GivenReward,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     *,

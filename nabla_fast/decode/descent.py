@@ -94,5 +94,6 @@ def soft_step_(
     p = torch.softmax(logits / config.tau, dim=-1)
     dz = softmax_gradient(p, gradient, logits.argmax(dim=-1), config.tau)
     direction = dz if config.parameter == "logits" else logits_backward(dz, head)
-    adam_step_(parameter, direction, state, rate.expand(len(parameter)))
+    # G is float64 where a reward's table alone is.
+    adam_step_(parameter, direction.to(parameter.dtype), state, rate.expand(len(parameter)))
     logits.copy_(parameter_logits(config, parameter, head))

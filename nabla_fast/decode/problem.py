@@ -15,11 +15,13 @@ class Problem:
 
     Attributes:
         prompt_ids: the LM's tokens of the prompt.
-        reward_prefix, reward_suffix: the reward model's own tokens before and after a response.
+        reward_prefix, reward_suffix: the reward model's own tokens before and after a response; of the
+            first reward where there are several.
         seed: of all the prompt's draws.
         max_new_tokens: most tokens of the response.
         eos_ids: tokens that end the response.
         stop: stop strings.
+        other_rewards: (prefix, suffix) of the rewards after the first.
     """
 
     prompt_ids: tuple[int, ...]
@@ -29,6 +31,11 @@ class Problem:
     max_new_tokens: int
     eos_ids: frozenset[int]
     stop: StopStrings
+    other_rewards: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+
+    def reward_context(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Own tokens of reward ``n`` before and after a response."""
+        return self.other_rewards[n - 1] if n else (self.reward_prefix, self.reward_suffix)
 
     def finish_reason(self, response: Sequence[int]) -> str | None:
         """Why a response ends with its last token: "eos", "stop" or "length"; None if it goes on."""

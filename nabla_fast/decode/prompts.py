@@ -9,27 +9,33 @@ from typing import Any
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.stop import StopStrings
 from nabla_fast.errors import InputError, one_line
-from nabla_fast.models import LanguageModel, RewardModel
+from nabla_fast.models import LanguageModel, Reward, RewardSum, RewardTerm, terms_of
+from nabla_fast.models.function_reward import FunctionScorer
 
 Chat = Sequence[Mapping[str, str]]
 Prompt = str | Chat | Sequence[int]
-RewardContext = tuple[Sequence[int], Sequence[int]]
+Around = tuple[Sequence[int], Sequence[int]]  # tokens before and after a response
+RewardContext = Around | Sequence[Around | None]  # the latter with several rewards: one each
+
+_Ids = tuple[int, ...]
 
 # Placeholder for a response, to see what a chat template puts after one.
 _RESPONSE = "nabla response placeholder"
 
 
 class PromptReader:
-    """Turns prompts into problems for one pair of models.
+    """Turns prompts into problems for an LM and rewards.
 
     Args:
         lm, rm: the models; ``rm`` may be None.
         tokenizer: the LM's, or None if prompts are token ids.
-        reward_tokenizer: the reward model's.
+        reward_tokenizer: of rewards that have none of their own.
     """
 
-    def __init__(self, lm: LanguageModel, rm: RewardModel | None, tokenizer: Any, reward_tokenizer: Any):
-        self._lm, self._rm = lm, rm
+    def __init__(
+        self, lm: LanguageModel, rm: RewardSum | Reward | None, tokenizer: Any, reward_tokenizer: Any
+    ):
+        self._lm, self._rewards = lm, terms_of(rm)
         self._tokenizer, self._reward_tokenizer = tokenizer, reward_tokenizer
 
     def read(
@@ -72,18 +78,19 @@ class PromptReader:
         for n, prompt in enumerate(prompts):
             try:
                 context = None if reward_context is None else reward_context[n]
-                ids, prefix, suffix = self._tokens(prompt, system_prompt, context)
-                room = self._room(ids, prefix, suffix)
+                ids, chat = self._prompt(prompt, system_prompt)
+                around = self._contexts(ids, chat, context)
+                room = self._room(ids, around)
             except InputError as error:
                 raise InputError(f"prompt {n}: {error}") from None
             length = max_new_tokens if room is None else min(max_new_tokens, room)
-            problems.append(Problem(ids, prefix, suffix, seeds[n], length, self._lm.eos_ids, stop_strings))
+            (prefix, suffix), *others = around or [((), ())]
+            end = seeds[n], length, self._lm.eos_ids, stop_strings
+            problems.append(Problem(ids, prefix, suffix, *end, tuple(others)))
         return problems
 
-    def _tokens(
-        self, prompt: Prompt, system_prompt: str | None, context: RewardContext | None
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The LM's prompt, and the reward model's tokens before and after a response."""
+    def _prompt(self, prompt: Prompt, system_prompt: str | None) -> tuple[_Ids, Chat | None]:
+        """The LM's prompt, and the chat that it was made of; None for token ids."""
         chat = _as_chat(prompt, system_prompt)
         if chat is None:
             ids = _checked_ids(
@@ -101,22 +108,51 @@ class PromptReader:
             )
             if not ids:
                 raise InputError("the chat template renders nothing")
-        if self._rm is None:
-            return ids, (), ()
+        return ids, chat
+
+    def _contexts(
+        self, ids: _Ids, chat: Chat | None, context: RewardContext | None
+    ) -> list[tuple[_Ids, _Ids]]:
+        """Each reward's own tokens before and after a response."""
+        count = len(self._rewards)
+        contexts: Sequence[Around | None] = [context] * count
+        if count > 1 and context is not None:
+            if not isinstance(context, Sequence) or len(context) != count:
+                raise InputError(
+                    f"its reward_context must have a pair (prefix, suffix), or None, for each of {count} "
+                    f"rewards, got {context!r}"
+                )
+            contexts = context
+        return [
+            self._around(term, ids, chat, around)
+            for term, around in zip(self._rewards, contexts, strict=True)
+        ]
+
+    def _around(
+        self, term: RewardTerm, ids: _Ids, chat: Chat | None, context: Around | None
+    ) -> tuple[_Ids, _Ids]:
+        """A reward's own tokens before and after a response."""
+        reward = term.reward
+        if isinstance(reward, FunctionScorer):
+            return ids, ()
         if context is not None:
             expected = "its reward_context must be a pair of lists of token ids (prefix, suffix)"
             if not isinstance(context, Sequence) or len(context) != 2:
                 raise InputError(f"{expected}, got {context!r}")
             prefix, suffix = (
-                _checked_ids(part, self._rm.vocabulary, "reward token id", expected) for part in context
+                _checked_ids(part, reward.vocabulary, "reward token id", expected) for part in context
             )
         elif chat is None:
-            prefix, suffix = tuple(self._rm.read(ids)), self._tail()
+            prefix, suffix = tuple(reward.read(ids)), self._tail(term)
         else:
-            prefix, suffix = map(self._reward_ids, around_response(self._reward_tokenizer, chat))
+            around = around_response(self._tokenizer_of(term), chat)
+            prefix, suffix = (self._reward_ids(part, term) for part in around)
         if not prefix:
             raise InputError("the reward model's prefix is empty")
-        return ids, prefix, suffix
+        return prefix, suffix
+
+    def _tokenizer_of(self, term: RewardTerm) -> Any:
+        return self._reward_tokenizer if term.tokenizer is None else term.tokenizer
 
     def _expect_short(self, chat: Chat) -> None:
         """Refuse a chat that no context has room for before its text is cut into tokens.
@@ -135,17 +171,17 @@ class PromptReader:
                 f"{self._lm.context} tokens, the longest of which has {longest} characters"
             )
 
-    def _tail(self) -> tuple[int, ...]:
-        tokenizer = self._reward_tokenizer
+    def _tail(self, term: RewardTerm) -> _Ids:
+        tokenizer = self._tokenizer_of(term)
         if tokenizer is None or not getattr(tokenizer, "chat_template", None):
             return ()
-        return self._reward_ids(response_tail(tokenizer))
+        return self._reward_ids(response_tail(tokenizer), term)
 
-    def _reward_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """The reward model's own ids of what its tokenizer gave, which may be the LM's."""
-        if self._reward_tokenizer is self._tokenizer:
-            return tuple(self._rm.read(self._known(ids, self._lm.vocabulary, "tokenizer", "language")))
-        return self._known(ids, self._rm.vocabulary, "reward tokenizer", "reward")
+    def _reward_ids(self, ids: _Ids, term: RewardTerm) -> _Ids:
+        """The reward's own ids of what its tokenizer gave, which may be the LM's."""
+        if self._tokenizer_of(term) is self._tokenizer:
+            return tuple(term.reward.read(self._known(ids, self._lm.vocabulary, "tokenizer", "language")))
+        return self._known(ids, term.reward.vocabulary, "reward tokenizer", "reward")
 
     @staticmethod
     def _known(ids: tuple[int, ...], vocabulary: int, tokenizer: str, model: str) -> tuple[int, ...]:
@@ -159,14 +195,14 @@ class PromptReader:
                 )
         return ids
 
-    def _room(self, ids: Sequence[int], prefix: Sequence[int], suffix: Sequence[int]) -> int | None:
-        """Tokens that fit between a prompt and the end of either model's context; None: no limit."""
+    def _room(self, ids: _Ids, around: Sequence[tuple[_Ids, _Ids]]) -> int | None:
+        """Tokens that fit between a prompt and the end of any model's context; None: no limit."""
         rooms = []
-        for name, model, used in (
-            ("language", self._lm, len(ids)),
-            ("reward", self._rm, len(prefix) + len(suffix)),
-        ):
-            if model is None or model.context is None:
+        models = [("language", self._lm, len(ids))]
+        for term, (prefix, suffix) in zip(self._rewards, around, strict=True):
+            models.append(("reward", term.reward, len(prefix) + len(suffix)))
+        for name, model, used in models:
+            if model.context is None:
                 continue
             if used >= model.context:
                 raise InputError(

@@ -30,6 +30,10 @@ class Relaxed:
     def __len__(self) -> int:
         return len(self.tokens if self.tokens is not None else self.logits)
 
+    def hard(self) -> Tensor:
+        """ŷ [L] int64: the tokens, or those of the largest logits."""
+        return self.tokens if self.tokens is not None else self.logits.argmax(dim=-1)
+
     def mixes(self, tables: Sequence[TokenTable]) -> list[Tensor]:
         """Σ_v y[v] T[v] for each table T [V, H_t]: [L, H_t] each."""
         if self.tokens is not None:

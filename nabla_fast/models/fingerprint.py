@@ -19,13 +19,13 @@ def fingerprint(model: nn.Module) -> tuple:
     logits or scores also their weights, buffers, hooks and plain attributes.
     """
     tables = [_found(model, name) for name in ("get_input_embeddings", "get_output_embeddings")]
-    tables.append(getattr(model, "score", None))
+    tables += [getattr(model, name, None) for name in ("score", "classifier")]
     details: list[Any] = [tuple(model.modules()), _attributes(model)]
     for table in tables:
         for module in table.modules() if isinstance(table, nn.Module) else ():
             details += [_attributes(module), _hooks(module)]
             for weight in [*module._parameters.values(), *module._buffers.values()]:
-                details.append(None if weight is None else _weight(weight))
+                details.append(None if weight is None else weight_state(weight))
     details += [_attributes(value) for value in vars(model).values() if isinstance(value, PretrainedConfig)]
     return tuple(details)
 
@@ -37,7 +37,8 @@ def _found(model: nn.Module, getter: str) -> nn.Module | None:
         return None
 
 
-def _weight(weight: torch.Tensor) -> tuple:
+def weight_state(weight: torch.Tensor) -> tuple:
+    """A value that is another one after a tensor was changed in place, moved or replaced."""
     try:
         address = weight.data_ptr()
     except RuntimeError:  # quantized weights put together of several tensors have none

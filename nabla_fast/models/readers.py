@@ -13,7 +13,7 @@ from nabla_fast.models.cache_sequences import CachedSequence, CachePool
 from nabla_fast.models.paged_attention import expect_own_cap
 from nabla_fast.models.paged_kv import BlockPool, PagedSequence
 from nabla_fast.models.reader import PagedReader
-from nabla_fast.models.reward import RewardModel
+from nabla_fast.models.reward_terms import Reward
 from nabla_fast.models.rotary import expect_fixed_frequencies
 from nabla_fast.models.whole_reader import OwnForward, WholeReader
 
@@ -75,10 +75,12 @@ def suffix_reader(model: nn.Module) -> SuffixReader:
     raise reasons[-1] from reasons[0]
 
 
-def reward_reader(rm: RewardModel) -> SuffixReader | OwnForward:
-    """The fastest reader that is right for a reward model; its own forward where none is."""
+def reward_reader(rm: Reward) -> SuffixReader | OwnForward:
+    """The fastest reader that is right for a reward; its own forward where none is."""
+    if rm.way is not None:
+        return OwnForward(None, rm.way)
     if not rm.scores_last:
-        return OwnForward(f"{type(rm.model).__name__} does not score its last token's state")
+        return OwnForward(rm.unread)
     try:
         return suffix_reader(rm.model)
     except ModelError as error:

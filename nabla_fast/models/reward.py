@@ -15,8 +15,10 @@ from nabla_fast.models.alignment import VocabularyAlignment
 from nabla_fast.models.backbone import Forward, backbone
 from nabla_fast.models.boundary import probing, refuse_unreadable_weights
 from nabla_fast.models.context import TableLookups, stated_context
+from nabla_fast.models.labels import LabelChoice
 from nabla_fast.models.probes import close, probe_gradient, probe_ids, probe_length, with_states
 from nabla_fast.models.replica import configs_of, replica, returning_names
+from nabla_fast.models.reward_sequence import RewardSequence, ScoreMemory
 from nabla_fast.models.tables import embedding_table
 
 # The largest score of a probe, as a bound put on scores leaves small ones as they are.
@@ -24,7 +26,7 @@ _LARGE = 100.0
 
 
 class RewardModel:
-    """Any transformers sequence classifier with one label.
+    """Any transformers sequence classifier: one number of its labels' logits.
 
     Models that score the last token's hidden state (the decoder-only ones) are pooled here, which
     makes ragged batches right; any other runs through its own forward, one sequence at a time.
@@ -35,27 +37,28 @@ class RewardModel:
             token v of the LM.
         own_table: input embeddings [V_r, H_r] of the model's own tokens.
         context: most tokens the model reads, or None if it does not say.
-        scores_last: whether a reward is the score head of the last token's hidden state.
+        scores_last: whether a reward is made of the score head of hidden states (the last token's).
     """
 
-    def __init__(self, model: nn.Module, alignment: VocabularyAlignment):
+    differentiable = counts_tokens = True
+    wrapper = "ClassifierReward"  # what labels are chosen with
+    way: str | None = None  # how it is read, where no reader is asked for
+
+    def __init__(self, model: nn.Module, alignment: VocabularyAlignment, labels: LabelChoice | None = None):
         """Probe the model on a few tokens.
 
         Args:
             model: the transformers model.
             alignment: the LM's vocabulary in terms of the model's own.
+            labels: what the reward is of the labels' logits; None: the model has one label.
         Raises:
-            ModelError: the model has several labels, does not read embeddings as it reads tokens, or
-                cannot be run at all.
-            InputError: the alignment names tokens that the model does not have.
+            ModelError: the model has several labels and there is no choice among them, does not read
+                embeddings as it reads tokens, or cannot be run at all.
+            InputError: the alignment names tokens, or the choice labels, that the model does not have.
         """
         self.model = model
         with probing(model, "cannot be read"):
-            labels = getattr(model.config, "num_labels", None)
-            if labels != 1:
-                raise ModelError(
-                    f"{type(model).__name__} has {labels} labels; a reward model has one (num_labels=1)"
-                )
+            self._labels = (LabelChoice() if labels is None else labels).among(model, self.wrapper)
             refuse_unreadable_weights(model)
             self.own_table = embedding_table(model)
             self._token_map = alignment.token_map
@@ -66,6 +69,16 @@ class RewardModel:
             self._whole = Forward(self._readable)
             self.scores_last = self._batches = False
             self._probe()
+
+    @property
+    def name(self) -> str:
+        """The model's class."""
+        return type(self.model).__name__
+
+    @property
+    def unread(self) -> str:
+        """Why no reader can be used where ``scores_last`` is false."""
+        return f"{self.name} does not score its last token's state"
 
     @property
     def device(self) -> torch.device:
@@ -87,11 +100,45 @@ class RewardModel:
 
     def score_embeddings(self, embeddings: Tensor) -> Tensor:
         """Rewards [1] of one sequence of input embeddings [1, S, H_r]; differentiable."""
-        if self.scores_last:
-            hidden = self._under.states(inputs_embeds=embeddings, use_cache=False)
-            return self.model.score(hidden[:, -1])[:, 0]
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
-        return self._whole.logits(inputs_embeds=embeddings, attention_mask=mask)[:, 0]
+        return self._labels.of(self._logits(inputs_embeds=embeddings))
+
+    def reward(
+        self,
+        sequence: RewardSequence,
+        embeddings: Tensor | None = None,
+        memory: ScoreMemory | None = None,
+    ) -> Tensor:
+        """The reward [1] of one sequence.
+
+        Args:
+            embeddings: [S, H_r], what is read in place of the tokens; differentiable.
+            memory: of this reward and problem, where it needs one.
+        """
+        if embeddings is None:
+            return self.score([sequence.ids])
+        return self.score_embeddings(embeddings[None])
+
+    def scored_positions(self, sequence: RewardSequence, memory: ScoreMemory | None = None) -> list[int]:
+        """The positions, ascending, whose states a reward is made of: the last.
+
+        Args:
+            memory: of this reward and problem; what it has is left out, where a reward has several.
+        """
+        return [len(sequence) - 1]
+
+    def of_states(
+        self,
+        states: Sequence[Tensor],
+        sequences: Sequence[RewardSequence] = (),
+        positions: Sequence[Sequence[int]] = (),
+        memories: Sequence[ScoreMemory] = (),
+    ) -> Tensor:
+        """Rewards [B] of B sequences from the states [n, H] at their ``scored_positions``.
+
+        Args:
+            sequences, positions, memories: of each, where something is remembered; none: without a memory.
+        """
+        return self._labels.of(self._head(torch.cat(list(states))))
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -103,9 +150,14 @@ class RewardModel:
             [B] float32 (float64 for a float64 model) on the CPU.
         """
         if not self.scores_last:
-            return _wide(torch.cat([self._own_score(self._whole, ids) for ids in sequences]))
+            logits = [self._own_logits(self._whole, input_ids=self._ids(ids)[None]) for ids in sequences]
+            return wide_on_cpu(self._labels.of(torch.cat(logits)))
         if len(sequences) > 1 and not self._batches:
             return torch.cat([self.score([ids]) for ids in sequences])
+        return wide_on_cpu(self._labels.of(self._head(self._last_states(sequences))))
+
+    def _last_states(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """States [B, H] of the last tokens of sequences that are read as one right-padded batch."""
         lengths = torch.tensor([len(ids) for ids in sequences], device=self.device)
         if bool((lengths == lengths[0]).all()):
             batch, mask = torch.stack([self._ids(ids) for ids in sequences]), None
@@ -113,8 +165,7 @@ class RewardModel:
             batch = pad_sequence([self._ids(ids) for ids in sequences], batch_first=True)
             mask = (torch.arange(batch.shape[1], device=self.device) < lengths[:, None]).long()
         hidden = self._under.states(input_ids=batch, attention_mask=mask, use_cache=False)
-        last = hidden[torch.arange(len(sequences), device=self.device), lengths - 1]
-        return _wide(self.model.score(last)[:, 0])
+        return hidden[torch.arange(len(sequences), device=self.device), lengths - 1]
 
     def probe_gradient(self) -> None:
         """See to it that gradients reach the embeddings.
@@ -145,13 +196,51 @@ class RewardModel:
         short, long = (probe_ids(self.model, n, seed) for seed, n in enumerate(lengths))
         return short, long
 
+    @property
+    def _head(self) -> nn.Module:
+        """What makes logits of states."""
+        return self._head_of(self.model)
+
+    @staticmethod
+    def _head_of(model: nn.Module) -> nn.Module | None:
+        return getattr(model, "score", None)
+
+    def _logits(self, **tokens: Tensor) -> Tensor:
+        """Logits that rewards are made of, of one sequence: [1, labels]."""
+        if self.scores_last:
+            return self._head(self._scored(self._under.states(use_cache=False, **tokens)))
+        return self._own_logits(self._whole, **tokens)
+
+    def _scored(self, states: Tensor) -> Tensor:
+        """Those of the states [1, S, H] of one sequence that have logits: the last, [1, H]."""
+        return states[:, -1]
+
+    def _own_logits(self, whole: Forward, **tokens: Tensor) -> Tensor:
+        """Logits [1, labels] of one sequence by the model's own forward.
+
+        Args:
+            tokens: ``input_ids`` [1, S] or ``inputs_embeds`` [1, S, H_r].
+        """
+        (given,) = tokens.values()
+        mask = torch.ones(given.shape[:2], dtype=torch.int64, device=given.device)
+        logits = whole.logits(attention_mask=mask, **tokens)
+        if logits.shape != (1, self._labels.count):
+            wanted = "one" if self._labels.count == 1 else f"{self._labels.count}"
+            hint = " (a score a token is for ProcessReward)" if logits.dim() == 3 else ""
+            raise ModelError(
+                f"{self.name} gives scores {list(logits.shape)} for one sequence, not {wanted}{hint}"
+            )
+        return logits
+
     @torch.no_grad()
     def _probe(self) -> None:
         name, dtype = type(self.model).__name__, self.own_table.dtype
         short, long = self._probe_ids
         ids = self._ids(long)[None]
         # Before any replica, as some models prepare their weights in the first pass.
-        theirs = torch.cat([self._own_score(self._whole, part) for part in self._probe_ids])
+        own = [self._own_logits(self._whole, input_ids=self._ids(part)[None]) for part in (short, long)]
+        # Logits of all labels are compared: in their sums rounding may be all that is left.
+        theirs = torch.cat(own)
         if not theirs.isfinite().all():
             raise ModelError(f"{name} gives a reward that is not finite")
         copied = replica(self._readable)
@@ -159,35 +248,25 @@ class RewardModel:
         for config in configs_of(copied):
             with suppress(Exception):  # some insist on a number, and say so
                 config.pad_token_id = None
-        whole, mask = Forward(copied), torch.ones_like(ids)
+        whole = Forward(copied)
         with TableLookups() as lookups:
-            whole.logits(input_ids=ids, attention_mask=mask)
-            read = whole.logits(inputs_embeds=self.own_table[ids], attention_mask=mask)[0]
+            self._own_logits(whole, input_ids=ids)
+            read = self._own_logits(whole, inputs_embeds=self.own_table[ids])
         self._probe_pooling(copied, theirs)
-        read = torch.cat([self.score_embeddings(self.embed(short)[None]), read])
-        if not close(read, theirs, dtype):
+        first = self._logits(inputs_embeds=self.embed(short)[None])
+        if not close(torch.cat([first, read]), theirs, dtype):
             raise ModelError(f"{name} does not read input embeddings the way it reads tokens")
         lookups.refuse_second_table(self.model, ids[0])
         self.context = lookups.context(ids.shape[1]) or self.context
         # No token's embedding, such as a mix of several is.
         longest = self.own_table[ids]
-        if not self.score_embeddings(longest.lerp(longest.flip(1), 0.3)).isfinite().all():
+        mixed = self._logits(inputs_embeds=longest.lerp(longest.flip(1), 0.3))
+        if not mixed.isfinite().all():
             raise ModelError(f"{name} reads no mixes of input embeddings")
-
-    def _own_score(self, whole: Forward, ids: Sequence[int]) -> Tensor:
-        """[1], as the model's own forward scores one sequence."""
-        batch = self._ids(ids)[None]
-        logits = whole.logits(input_ids=batch, attention_mask=torch.ones_like(batch))
-        if logits.shape != (1, 1):
-            raise ModelError(
-                f"{type(self.model).__name__} gives scores {list(logits.shape)} for one sequence, not one"
-            )
-        return logits[0]
 
     def _probe_pooling(self, copied: nn.Module, theirs: Tensor) -> None:
         """Whether rewards are scores of last states, and whether ragged batches may be padded."""
-        pooled = isinstance(getattr(self.model, "score", None), nn.Module)
-        if not pooled or self.model.base_model is self.model:
+        if not isinstance(self._head, nn.Module) or self.model.base_model is self.model:
             return
         for batches in (True, False):
             self.scores_last, self._batches = True, batches
@@ -199,23 +278,32 @@ class RewardModel:
         """Whether the scores of last states are the model's own rewards, also where they are large."""
         ids, dtype = self._probe_ids[1], self.own_table.dtype
         try:
-            if not close(self.score(self._probe_ids), _wide(theirs), dtype):
+            if not close(self._pooled_probes(), theirs, dtype):
                 return False
             hidden = self._under.states(input_ids=self._ids(ids)[None], use_cache=False)
-            largest = float(self.model.score(hidden[:, -1]).abs().amax())
+            largest = float(self._head(self._scored(hidden)).abs().amax())
             states = hidden * (_LARGE / max(largest, 1e-30))
             if not states.isfinite().all():  # a head that scores everything 0
                 return True
             for large in (states, -states):
                 score = with_states(
-                    backbone(copied), copied.score, large, lambda: self._own_score(Forward(copied), ids)
+                    backbone(copied),
+                    self._head_of(copied),
+                    large,
+                    lambda: self._own_logits(Forward(copied), input_ids=self._ids(ids)[None]),
                 )
-                if score is None or not close(self.model.score(large[:, -1])[:, 0], score, dtype):
+                if score is None or not close(self._head(self._scored(large)), score, dtype):
                     return False
             return True
         except Exception:  # whatever stands in the way: the model's own forward is left
             return False
 
+    def _pooled_probes(self) -> Tensor:
+        """Logits [n, labels] of both probes, read as a batch is, or one by one."""
+        batches = [self._probe_ids] if self._batches else [[ids] for ids in self._probe_ids]
+        return torch.cat([self._head(self._last_states(batch)) for batch in batches])
 
-def _wide(rewards: Tensor) -> Tensor:
+
+def wide_on_cpu(rewards: Tensor) -> Tensor:
+    """Rewards as float32, or as the float64 that they are."""
     return rewards.to(torch.float64 if rewards.dtype == torch.float64 else torch.float32).cpu()

@@ -103,17 +103,21 @@ class WholeReader:
 
 
 class OwnForward:
-    """Stands where a reader would for a reward model that its own forward scores, sequence by sequence.
+    """Stands where a reader would for a reward that its own forward scores, sequence by sequence.
 
     Args:
-        reason: why no reader is right for the model.
+        reason: why no reader is right for the model; None where it is no model.
+        way: how it is read, in words.
     """
 
     cuts_back = frozen_gradients = False
-    way = "anew with each pass, by its own forward, one sequence at a time"
 
-    def __init__(self, reason: str):
-        self.reason = reason
+    def __init__(
+        self,
+        reason: str | None,
+        way: str = "anew with each pass, by its own forward, one sequence at a time",
+    ):
+        self.reason, self.way = reason, way
 
     def renew(self) -> None:
         """Nothing is kept."""

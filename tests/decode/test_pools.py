@@ -109,7 +109,7 @@ class Trap:
             if calls == count and when == "in":
                 with pytest.MonkeyPatch.context() as inner:
                     # Whatever the stage has forked is held while a model reads.
-                    readers = [executor.lm_reader, executor.rm_reader]
+                    readers = [executor.lm_reader, *executor.reward_readers]
                     for reader in readers:
                         inner.setattr(reader, "read", self._raise)
                     inner.setattr("nabla_fast.decode.batched.executor.hard_descent_", self._raise)

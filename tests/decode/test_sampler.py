@@ -27,9 +27,11 @@ from nabla_fast import (
     DecodingFailed,
     DecodingInterrupted,
     DTOConfig,
+    FunctionReward,
     InputError,
     ModelError,
     NablaDecoder,
+    RewardEnsemble,
     RowError,
     Sampler,
     SampleResult,
@@ -451,6 +453,26 @@ def test_best_of_n_refuses_what_is_no_reward_model():
         best_of_n(lm, None, None, PROMPTS)
     with pytest.raises(InputError, match=r"^n must be a whole number ≥ 1, got 0$"):
         best_of_n(lm, shared_reward_model("qwen2"), None, PROMPTS, n=0)
-    with pytest.raises(ModelError, match="2 labels; a reward model has one"):
+    with pytest.raises(ModelError, match=r"2 labels \(LABEL_0, LABEL_1\); a reward model has one"):
         best_of_n(lm, lm, None, PROMPTS)
     assert {"sample", "best_of_n", "Sampler"} <= set(nabla_fast.__all__)
+
+
+def test_best_of_n_by_a_weighted_sum_of_rewards():
+    lm, rm = shared_lm("qwen2"), shared_reward_model("qwen2")
+
+    def shortness(prompt: list[int], response: list[int]) -> float:
+        return -float(len(response))
+
+    judges = [rm, FunctionReward(shortness, reads="tokens")]
+    both = best_of_n(lm, RewardEnsemble(judges, [1.0, 0.5]), None, PROMPTS, n=4, max_new_tokens=9)
+    alone = best_of_n(lm, rm, None, PROMPTS, n=4, max_new_tokens=9)
+    assert tokens(both) == tokens(alone)
+    for result, of_model in zip(both, alone, strict=True):
+        for candidate, score in zip(result.candidates, of_model.rewards, strict=True):
+            # An EOS is scored, and is no part of the answer.
+            length = len(candidate.token_ids) + (candidate.finish_reason == "eos")
+            assert candidate.reward == pytest.approx(score - 0.5 * length, rel=1e-5, abs=1e-5)
+        assert result.reward == max(result.rewards)
+    by_length = best_of_n(lm, judges[1], None, PROMPTS, n=4, max_new_tokens=9)
+    assert [result.reward for result in by_length] == [max(result.rewards) for result in by_length]

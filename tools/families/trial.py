@@ -106,16 +106,17 @@ def _gradient_error(executor: Executor, response: list[int]) -> float:
     """The largest error of ∂ℒ/∂e and ∂ℒ/∂r, relative to the norms of full recomputation's."""
     lm, rm, prompt = executor.lm, executor.rm, PROMPTS[1]
     problem = Problem(prompt, *CONTEXTS[1], NEW_TOKENS, 0, frozenset(), StopStrings((), None))
-    groups = Pools(executor.lm_reader, executor.rm_reader, [problem], None).groups()
-    lm_base, rm_base = groups.lm.sequence(), groups.rm.sequence()
+    groups = Pools(executor.lm_reader, executor.reward_readers, [problem], None).groups()
+    lm_base, rm_bases = groups.lm.sequence(), groups.reward_sequences()
     ids = [*prompt, *response[:-1]]
     states = executor.lm_reader.read([lm_base], [len(ids)], ids=lm.tensor(ids), store=True)
     own = [*CONTEXTS[1][0], *response]
-    if not isinstance(executor.rm_reader, OwnForward):
-        executor.rm_reader.read([rm_base], [len(own)], ids=lm.tensor(own), store=True)
+    (rm_reader,) = executor.reward_readers
+    if not isinstance(rm_reader, OwnForward):
+        rm_reader.read(list(rm_bases), [len(own)], ids=lm.tensor(own), store=True)
     relaxed = Relaxed(tokens=lm.tensor(response)[0, CUT:])
     hidden = states[0, len(prompt) + CUT - 1 :][:1]
-    request = Gradient(problem, Stats(), response[:CUT], hidden, lm_base, rm_base, relaxed)
+    request = Gradient(problem, Stats(), response[:CUT], hidden, lm_base, rm_bases, relaxed)
     executor.gradient([request])
     expected = GradientModel(lm, rm, executor.config).at(problem, response[:CUT], relaxed, Stats())
     pairs = zip(request.gradient.cotangents, expected.cotangents, strict=True)

@@ -7,23 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.batched.accelerations import Accelerations
 from nabla_fast.decode.batched.drafting import Drafting
 from nabla_fast.decode.batched.requests import Descend, Gradient, Read, RollOut, Sample, Score
+from nabla_fast.decode.batched.rewards import RewardBatches
 from nabla_fast.decode.batched.rollout import roll_out, sample
 from nabla_fast.decode.batched.rollout_ahead import roll_out_ahead, sample_ahead
 from nabla_fast.decode.batched.steps import Capture, Steps
+from nabla_fast.decode.batched.suffixes import suffix_states
 from nabla_fast.decode.descent import hard_descent_, learning_rates
 from nabla_fast.decode.draws import PhiloxDraws, draws_of
 from nabla_fast.decode.relaxed import Relaxed
 from nabla_fast.decode.trajectory import TrajectoryGradient
-from nabla_fast.models import LanguageModel, RewardModel
+from nabla_fast.models import LanguageModel, Reward, RewardSum
 from nabla_fast.models.paged_kv import BlockPool
 from nabla_fast.models.reader import PagedReader, padded_ids
-from nabla_fast.models.readers import FrozenSequence, SuffixReader, reward_reader, suffix_reader
+from nabla_fast.models.readers import FrozenSequence, SuffixReader, suffix_reader
 from nabla_fast.models.tables import TokenTable
 from nabla_fast.models.whole_reader import OwnForward
 from nabla_fast.ops import AdamState, GumbelNoise, synchronize
@@ -47,7 +48,7 @@ class Executor:
     def __init__(
         self,
         lm: LanguageModel,
-        rm: RewardModel | None,
+        rm: RewardSum | Reward | None,
         config: DTOConfig,
         accelerations: Accelerations,
         turns: int | None = None,
@@ -60,17 +61,20 @@ class Executor:
         if turns is None:
             turns = 1 if lm.device.type == "cpu" else TURNS
         self.lm_reader = suffix_reader(lm.model)
-        self.rm_reader = None if rm is None else reward_reader(rm)
+        self._rewards = RewardBatches(rm, config.reward_coeff, lm.device, accelerations.frozen_prefix)
         # Steps on buffers read block tables, and draw by Philox.
         ahead = isinstance(self.draws, PhiloxDraws) and isinstance(self.lm_reader, PagedReader)
         self.turns, self.capture = turns if ahead else 1, capture
         self._steps: dict[BlockPool, Steps] = {}
         # A draft that is not drawn is cut off again.
         self.drafting = Drafting(accelerations.drafting and self.lm_reader.cuts_back)
-        self._tables = [TokenTable(lm.table)]
-        if rm and config.reward_coeff > 0:
-            self._tables.append(rm.table.to(lm.device))
+        self._tables = [TokenTable(lm.table), *self._rewards.tables]
         self.schedule = learning_rates(config, lm.device)
+
+    @property
+    def reward_readers(self) -> list[SuffixReader | OwnForward]:
+        """What reads each of the rewards."""
+        return self._rewards.readers
 
     def roll_out(self, requests: Sequence[RollOut]) -> None:
         """Roll out all requests together; each draws from its own stream."""
@@ -95,10 +99,12 @@ class Executor:
 
     def read(self, requests: Sequence[Read]) -> None:
         """Read the tokens of all requests, those of one model as one batch."""
-        for name, model, reader in (("lm", self.lm, self.lm_reader), ("rm", self.rm, self.rm_reader)):
-            asked = [request for request in requests if request.model == name]
-            if asked:
-                self._read(reader, model.device, asked)
+        for n in dict.fromkeys(request.reward for request in requests):
+            asked = [request for request in requests if request.reward == n]
+            if n is None:
+                self._read(self.lm_reader, self.lm.device, asked)
+            else:
+                self._read(self.reward_readers[n], self._rewards.device(n), asked)
 
     @staticmethod
     def _read(reader: SuffixReader, device: torch.device, requests: Sequence[Read]) -> None:
@@ -114,14 +120,9 @@ class Executor:
                 sequence.free()
             raise
         for request, sequence, length, states in zip(requests, sequences, lengths, hidden, strict=True):
-            request.count(request.model, length, max(lengths))
+            request.count("lm" if request.reward is None else "rm", length, max(lengths))
             # A copy: a view would keep the states of all tokens.
             request.sequence, request.state = sequence, states[length - 1].clone()
-
-    @property
-    def rm_keeps(self) -> bool:
-        """Whether the reward model can go on behind what it has read, rather than read it anew."""
-        return getattr(self.rm_reader, "reason", None) is None
 
     def forget(self, pool: BlockPool) -> None:
         """Drop what was made for the LM's pool, which is closed: buffers, and graphs with its addresses."""
@@ -134,57 +135,20 @@ class Executor:
     # -- rewards -----------------------------------------------------------------------------------
 
     def score(self, requests: Sequence[Score]) -> None:
-        """Rewards of all requests as one batch."""
-        sequences: list[FrozenSequence] = []
-        try:
-            rewards, kept = self._score(requests, sequences)
-        except BaseException:
-            for sequence in sequences:
-                sequence.free()
-            raise
-        for request, sequence, length, reward in zip(requests, sequences, kept, rewards, strict=True):
-            sequence.truncate(length)
-            request.reward, request.sequence = reward, sequence
-
-    def _score(
-        self, requests: Sequence[Score], sequences: list[FrozenSequence]
-    ) -> tuple[list[float], list[int]]:
-        """Rewards, and the tokens of each sequence before its tail; forks are added to ``sequences``."""
-        unread, kept = [], []
-        for request in requests:
-            problem = request.problem
-            tokens = [*problem.reward_prefix, *self.rm.read(request.response)]
-            sequences.append(request.base.fork(request.shared))
-            unread.append([*tokens, *problem.reward_suffix][sequences[-1].length :])
-            kept.append(len(tokens))
-        lengths = list(map(len, unread))
-        if isinstance(self.rm_reader, OwnForward):
-            for request, length in zip(requests, lengths, strict=True):
-                request.count("rm", length, length)
-            return [float(self.rm.score([ids])[0]) for ids in unread], kept
-        ids = padded_ids(unread, self.rm.device)
-        for request, length in zip(requests, lengths, strict=True):
-            request.count("rm", length, ids.shape[1])
-        hidden = self.rm_reader.read(sequences, lengths, ids=ids, store=True)
-        last = hidden[torch.arange(len(requests)), torch.tensor(lengths) - 1]
-        return self.rm.model.score(last)[:, 0].double().tolist(), kept
+        """Rewards of all requests, as one batch a reward."""
+        self._rewards.score(requests)
 
     # -- gradients ---------------------------------------------------------------------------------
 
     def gradient(self, requests: Sequence[Gradient]) -> None:
         """G of all requests from one forward+backward of each model over the suffixes."""
         mixes = [request.relaxed.mixes(self._tables) for request in requests]
-        lm_cotangents, hidden = self._lm_gradient(requests, [mix[0] for mix in mixes])
-        cotangents = [[gradient] for gradient in lm_cotangents]
-        if len(self._tables) > 1:
-            for parts, gradient in zip(
-                cotangents, self._rm_gradient(requests, [m[1] for m in mixes]), strict=True
-            ):
-                parts.append(gradient)
-        for request, parts, states in zip(requests, cotangents, hidden, strict=True):
+        cotangents, hidden = self._lm_gradient(requests, [mix[0] for mix in mixes])
+        of_rewards = self._rewards.gradients(requests, [mix[1:] for mix in mixes])
+        for request, own, rest, states in zip(requests, cotangents, of_rewards, hidden, strict=True):
             request.stats.gradient_passes += 1
             request.gradient = TrajectoryGradient(
-                parts, self._tables, states, self.lm.head, self.config.nll_coeff
+                [own, *rest], self._tables, states, self.lm.head, self.config.nll_coeff
             )
 
     def _lm_gradient(
@@ -199,9 +163,18 @@ class Executor:
         before = [[*request.problem.prompt_ids, *request.response] for request in asked]
         read = [mixes[n][:-1].detach().requires_grad_() for n in rows]
         with torch.enable_grad():
-            states, lengths = self._suffix_states(
-                self.lm_reader, self.lm.table, [r.lm_base for r in asked], before, read
+            frozen = self.accelerations.frozen_prefix and self.lm_reader.frozen_gradients
+            whole, starts = suffix_states(
+                self.lm_reader,
+                self.lm.table,
+                [r.lm_base for r in asked],
+                before,
+                read,
+                [len(ids) if frozen else 0 for ids in before],
             )
+            states = [
+                part[len(ids) - start :] for part, ids, start in zip(whole, before, starts, strict=True)
+            ]
         own = [part.detach() for part in states]
         directions = 1  # forward, and backward where the likelihood counts
         if self.config.nll_coeff > 0:
@@ -211,46 +184,10 @@ class Executor:
                 cotangents[n][:-1] = gradient
         for n, part in zip(rows, own, strict=True):
             hidden[n] = torch.cat([hidden[n], part])
-        self._count("lm", asked, lengths, directions)
+        lengths = list(map(len, whole))
+        for request, tokens in zip(asked, lengths, strict=True):
+            request.count("lm", tokens, max(lengths), directions)
         return cotangents, hidden
-
-    def _count(
-        self, model: str, requests: Sequence[Gradient], lengths: Sequence[int], directions: int
-    ) -> None:
-        """Token passes over what was read as one batch."""
-        for request, tokens in zip(requests, lengths, strict=True):
-            request.count(model, tokens, max(lengths), directions)
-
-    def _suffix_states(
-        self,
-        reader: SuffixReader,
-        table: Tensor,
-        bases: Sequence[FrozenSequence],
-        before: Sequence[Sequence[int]],
-        suffixes: Sequence[Tensor],
-    ) -> tuple[list[Tensor], list[int]]:
-        """Hidden states [L, H] of suffixes of embeddings [L, H] that follow the tokens ``before`` them.
-
-        Returns:
-            The states, and how many tokens were read for each suffix.
-        """
-        frozen = self.accelerations.frozen_prefix and reader.frozen_gradients
-        prefixes = [base.prefix(len(ids) if frozen else 0) for base, ids in zip(bases, before, strict=True)]
-        # Not every reader can begin at any token.
-        missing = [
-            torch.tensor(ids[prefix.length :], dtype=torch.int64, device=table.device)
-            for prefix, ids in zip(prefixes, before, strict=True)
-        ]
-        read = [
-            torch.cat([table[ids], suffix]) if len(ids) else suffix
-            for ids, suffix in zip(missing, suffixes, strict=True)
-        ]
-        lengths = list(map(len, read))
-        states = reader.read(prefixes, lengths, embeddings=pad_sequence(read, batch_first=True))
-        parts = [
-            part[len(ids) : length] for part, ids, length in zip(states, missing, lengths, strict=True)
-        ]
-        return parts, lengths
 
     def _likelihood_gradients(self, requests: Sequence[Gradient], states: Sequence[Tensor]) -> list[Tensor]:
         """∂ℒ/∂states of the likelihood of all positions but the first, which nothing relaxed precedes."""
@@ -264,42 +201,6 @@ class Executor:
                 for request, part in zip(requests, states, strict=True)
             ]
         return [self.config.nll_coeff * gradient for gradient in gradients]
-
-    def _rm_gradient(self, requests: Sequence[Gradient], mixes: Sequence[Tensor]) -> list[Tensor]:
-        read = [mix.detach().to(self.rm.device).requires_grad_() for mix in mixes]
-        before = [[*r.problem.reward_prefix, *self.rm.read(r.response)] for r in requests]
-        with torch.enable_grad():
-            suffixes = [
-                torch.cat([part, self.rm.embed(r.problem.reward_suffix)])
-                if r.problem.reward_suffix
-                else part
-                for part, r in zip(read, requests, strict=True)
-            ]
-            if isinstance(self.rm_reader, OwnForward):
-                return self._own_rm_gradient(requests, before, read, suffixes)
-            states, lengths = self._suffix_states(
-                self.rm_reader, self.rm.own_table, [r.rm_base for r in requests], before, suffixes
-            )
-            last = torch.stack([part[-1] for part in states])
-            loss = -self.config.reward_coeff * self.rm.model.score(last).sum()
-        self._count("rm", requests, lengths, directions=2)
-        return [gradient.to(self.lm.device) for gradient in torch.autograd.grad(loss, read)]
-
-    def _own_rm_gradient(
-        self,
-        requests: Sequence[Gradient],
-        before: Sequence[Sequence[int]],
-        read: Sequence[Tensor],
-        suffixes: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """The same by the model's own forward, one sequence after another."""
-        gradients = []
-        for request, ids, mix, suffix in zip(requests, before, read, suffixes, strict=True):
-            sequence = torch.cat([self.rm.embed(ids), suffix])
-            loss = -self.config.reward_coeff * self.rm.score_embeddings(sequence[None]).sum()
-            gradients += torch.autograd.grad(loss, mix)
-            self._count("rm", [request], [len(sequence)], directions=2)
-        return [gradient.to(self.lm.device) for gradient in gradients]
 
     def norms(self, gradient: TrajectoryGradient) -> Tensor:
         """‖G_i‖₂ of all positions, [L]."""

@@ -24,8 +24,10 @@ from nabla_fast.decode.batched.steps import Capture
 from nabla_fast.decode.failures import DecodeFailure, RequestFailure, without_locals
 from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.timing import PeakMemory
-from nabla_fast.models import LanguageModel, RewardModel
+from nabla_fast.models import LanguageModel, Reward, RewardSum
 from nabla_fast.models.paged_kv import PoolExhausted
+from nabla_fast.models.readers import SuffixReader
+from nabla_fast.models.whole_reader import OwnForward
 from nabla_fast.ops import synchronize
 from nabla_fast.results import Stats
 
@@ -105,7 +107,7 @@ class BatchedLoop:
     def __init__(
         self,
         lm: LanguageModel,
-        rm: RewardModel | None,
+        rm: RewardSum | Reward | None,
         config: DTOConfig,
         *,
         batch_size: int = 16,
@@ -119,15 +121,17 @@ class BatchedLoop:
         self._batch_size, self._proposals = batch_size, proposals
         self._max_kv_tokens = max_kv_tokens
 
-    def ways(self) -> dict[str, str]:
-        """How each model is read, in words: ``{"lm": …, "reward_model": …}``."""
-        readers = {"lm": self._executor.lm_reader, "reward_model": self._executor.rm_reader}
-        return {name: reader.way for name, reader in readers.items() if reader is not None}
+    def ways(self) -> list[str]:
+        """How the LM and each reward are read, in words: the LM first."""
+        return [reader.way for reader in self._readers]
 
     def slow_ways(self) -> list[str]:
         """Why models are read anew with each pass; empty where none is."""
-        readers = (self._executor.lm_reader, self._executor.rm_reader)
-        return [reason for reader in readers if (reason := getattr(reader, "reason", None))]
+        return [reason for reader in self._readers if (reason := getattr(reader, "reason", None))]
+
+    @property
+    def _readers(self) -> list[SuffixReader | OwnForward]:
+        return [self._executor.lm_reader, *self._executor.reward_readers]
 
     @torch.no_grad()
     def decode(
@@ -222,11 +226,9 @@ class BatchedLoop:
         ).steps()
 
     def _begin(self, first: Sequence[Problem]) -> Pools:
-        readers = self._executor.lm_reader, self._executor.rm_reader
-        for reader in readers:
-            if reader is not None:
-                reader.renew()
-        return Pools(*readers, first, self._max_kv_tokens)
+        for reader in self._readers:
+            reader.renew()
+        return Pools(self._executor.lm_reader, self._executor.reward_readers, first, self._max_kv_tokens)
 
     def _serve(
         self, kind: type, chosen: Sequence[_ActiveProblem], keep: bool

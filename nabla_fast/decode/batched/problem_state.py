@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 
 from nabla_fast.decode.batched.executor import Executor
-from nabla_fast.decode.batched.pools import SequenceGroups
+from nabla_fast.decode.batched.pools import RewardSequences, SequenceGroups
 from nabla_fast.decode.batched.requests import Descend, Gradient, Read, RollOut, Score
 from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.descent import initial_parameter, parameter_logits, soft_step_
 from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.relaxed import Relaxed
+from nabla_fast.decode.rewarding import expect_finite
 from nabla_fast.decode.selection import (
     first_position,
     needs_gradient,
@@ -27,8 +28,8 @@ from nabla_fast.decode.selection import (
     selected_by_statistics,
 )
 from nabla_fast.decode.trajectory import TrajectoryGradient
-from nabla_fast.errors import ModelError
 from nabla_fast.models.readers import FrozenSequence
+from nabla_fast.models.reward_sequence import ScoreMemory
 from nabla_fast.ops import AdamState, GumbelNoise, TokenStats
 from nabla_fast.results import Revision, Stats
 
@@ -73,7 +74,8 @@ class ProblemState:
         self._current: Continuation | None = None
         self._sequence: FrozenSequence | None = None  # the LM's, of prompt, response and continuation
         self._reward: float | None = None
-        self._rm_sequence: FrozenSequence | None = None
+        self._rm_sequences: RewardSequences | None = None
+        self._memories: list[ScoreMemory] = [{} for _ in groups.rewards]
         self._store: dict[tuple[int, ...], tuple[int, TrajectoryGradient]] = {}
         self._proposed = self._accepted = 0
         self._descent_calls: dict[int, int] = {}  # by the offset that a descent is for
@@ -103,7 +105,7 @@ class ProblemState:
         response = self._response + self._current.tokens
         if self._has_reward and self._reward is None:
             yield from self._score_current()
-        for sequence in (self._sequence, self._rm_sequence):
+        for sequence in (self._sequence, self._rm_sequences):
             if sequence is not None:
                 sequence.free()
         return Decoded(response, self._reward, self.revisions)
@@ -205,7 +207,7 @@ class ProblemState:
                 before,
                 hidden,
                 self._sequence,
-                self._rm_sequence,
+                self._rm_sequences,
                 relaxed,
                 purpose,
             )
@@ -306,11 +308,13 @@ class ProblemState:
     # -- judgement ---------------------------------------------------------------------------------
 
     def _score_current(self) -> Ask:
-        base = self._rm_sequence or self._groups.rm.sequence()
-        request = Score(self._problem, self._stats, base, 0, self._response + self._current.tokens)
+        bases = self._rm_sequences or self._groups.reward_sequences()
+        response = self._response + self._current.tokens
+        request = Score(self._problem, self._stats, bases, None, response, self._memories)
         yield [request]
-        base.free()
-        self._reward, self._rm_sequence = finite(request), request.sequence
+        bases.free()
+        self._reward = expect_finite(request.reward, request.response)
+        self._rm_sequences = request.sequences
 
     def _judge(self, proposals: list[Proposal], unchanged: list[int], examined: int) -> Ask:
         """Roll out and score proposals; commit up to the first accepted, or all that was examined."""
@@ -322,7 +326,11 @@ class ProblemState:
             stats.generations += 1
             stats.llm_calls += len(roll.continuation.tokens) + (0 if score is None else 2)
             self._proposed += 1
-            rewards = (None, None) if score is None else (self._reward, finite(score))
+            rewards = (
+                (None, None)
+                if score is None
+                else (self._reward, expect_finite(score.reward, score.response))
+            )
             old = self._current.tokens[proposal.offset]
             revision = Revision.judged(committed + proposal.offset, old, proposal.token, *rewards)
             self.revisions.append(revision)
@@ -375,9 +383,10 @@ class ProblemState:
             Score(
                 problem,
                 self._stats,
-                self._rm_sequence,
-                len(problem.reward_prefix) + len(roll.response) - 1 if self._frozen_prefix else 0,
+                self._rm_sequences,
+                len(roll.response) - 1 if self._frozen_prefix else None,
                 roll.response + roll.continuation.tokens,
+                self._memories,
             )
             for roll in rolls
         ]
@@ -390,7 +399,7 @@ class ProblemState:
         stats, current = self._stats, self._current
         for n, (roll, score) in enumerate(zip(rolls, scores, strict=True)):
             if n != winner:
-                for sequence in (roll.sequence, None if score is None else score.sequence):
+                for sequence in (roll.sequence, None if score is None else score.sequences):
                     if sequence is not None:
                         sequence.free()
         if winner is None:
@@ -403,26 +412,13 @@ class ProblemState:
             roll.discard()
             if score is not None:
                 score.discard()
-        for sequence in (self._sequence, self._rm_sequence):
+        for sequence in (self._sequence, self._rm_sequences):
             if sequence is not None:
                 sequence.free()
         self._response, self._current = rolls[winner].response, rolls[winner].continuation
         self._sequence = rolls[winner].sequence
         score = scores[winner]
         self._reward = None if score is None else score.reward
-        self._rm_sequence = None if score is None else score.sequence
+        self._rm_sequences = None if score is None else score.sequences
         # Gradients along the old trajectory are not asked for again.
         self._store.clear()
-
-
-def finite(request: Score) -> float:
-    """The reward that answers a request.
-
-    Raises:
-        ModelError: it is not finite.
-    """
-    if not math.isfinite(request.reward):
-        raise ModelError(
-            f"the reward model scores a response of {len(request.response)} tokens as {request.reward}"
-        )
-    return request.reward

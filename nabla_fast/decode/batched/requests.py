@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nabla_fast.decode.batched.pools import RewardSequences
 from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.draws import Stream
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.relaxed import Relaxed
 from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.models.readers import FrozenSequence
+from nabla_fast.models.reward_sequence import ScoreMemory
 from nabla_fast.ops import AdamState, GumbelNoise
 from nabla_fast.results import Stats
 
@@ -52,7 +54,7 @@ class Read(_Request):
     """Tokens that several rollouts, or several scores, begin with.
 
     Attributes:
-        model: "lm" or "rm".
+        reward: number of the reward that reads them; None: the LM does.
         base: an empty sequence of that model; a fork of it is extended.
         tokens: at least one.
         purpose: "rollout" or "score".
@@ -60,7 +62,7 @@ class Read(_Request):
         state: the answer: [H], the model's state after the last of them.
     """
 
-    model: str
+    reward: int | None
     base: FrozenSequence
     tokens: Sequence[int]
     purpose: str = "rollout"
@@ -110,19 +112,21 @@ class Score(_Request):
     """A response to be scored.
 
     Attributes:
-        base: the reward model's sequence over prefix and response; a fork of it is extended.
-        shared: tokens of ``base`` that hold for this response.
+        bases: the rewards' sequences over prefix and response; forks of them are extended.
+        shared: tokens of the response that the bases hold, behind their prefixes; None: they hold nothing.
         response: all its tokens.
+        memories: of the problem, one a reward.
         reward: the answer.
-        sequence: the answer: the reward model's keys and values of prefix and response, without tail.
+        sequences: the answer: the rewards' keys and values of prefix and response, without tail.
     """
 
-    base: FrozenSequence
-    shared: int
+    bases: RewardSequences
+    shared: int | None
     response: list[int]
+    memories: Sequence[ScoreMemory]
     purpose = "score"
     reward: float | None = None
-    sequence: FrozenSequence | None = None
+    sequences: RewardSequences | None = None
 
 
 @dataclass(eq=False)
@@ -132,7 +136,7 @@ class Gradient(_Request):
     Attributes:
         response: tokens before the first relaxed position.
         hidden: [1, H], the LM's state that predicts the first position.
-        lm_base, rm_base: the models' sequences; their first tokens are the frozen prefix.
+        lm_base, rm_bases: the models' sequences; their first tokens are the frozen prefix.
         relaxed: y of the L positions.
         purpose: "gradient" or "flip".
         gradient: the answer.
@@ -141,7 +145,7 @@ class Gradient(_Request):
     response: list[int]
     hidden: Tensor
     lm_base: FrozenSequence
-    rm_base: FrozenSequence | None
+    rm_bases: RewardSequences | None
     relaxed: Relaxed
     purpose: str = "gradient"
     gradient: TrajectoryGradient | None = None

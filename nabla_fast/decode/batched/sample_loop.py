@@ -7,13 +7,17 @@ from collections.abc import Callable, Generator, Iterator
 from nabla_fast.config import DTOConfig, SamplingConfig
 from nabla_fast.decode.batched.executor import Executor
 from nabla_fast.decode.batched.loop import BatchedLoop
-from nabla_fast.decode.batched.pools import SequenceGroups
-from nabla_fast.decode.batched.problem_state import Request, finite
+from nabla_fast.decode.batched.pools import RewardSequences, SequenceGroups
+from nabla_fast.decode.batched.problem_state import Request
 from nabla_fast.decode.batched.requests import Read, Sample, Score
 from nabla_fast.decode.batched.steps import Capture
 from nabla_fast.decode.draws import PhiloxStream
 from nabla_fast.decode.problem import Decoded, Problem
-from nabla_fast.models import LanguageModel, RewardModel
+from nabla_fast.decode.rewarding import expect_finite
+from nabla_fast.models import LanguageModel, Reward, RewardSum
+from nabla_fast.models.readers import FrozenSequence
+from nabla_fast.models.reward_sequence import ScoreMemory
+from nabla_fast.models.whole_reader import OwnForward, WholeReader
 from nabla_fast.results import Stats
 
 
@@ -40,7 +44,7 @@ class SampleLoop(BatchedLoop):
     def __init__(
         self,
         lm: LanguageModel,
-        rm: RewardModel | None,
+        rm: RewardSum | Reward | None,
         sampling: SamplingConfig,
         *,
         count: int,
@@ -79,12 +83,11 @@ class _SampleState:
     def steps(self, count: int, most: int) -> Generator[list[Request], None, list[Decoded]]:
         """Yield requests until all responses are there, at most ``most`` rollouts at once."""
         problem, stats = self._problem, self._stats
-        prompt = Read(problem, stats, "lm", self._groups.lm.sequence(), problem.prompt_ids)
-        prefix = None
-        if self._executor.rm is not None and self._executor.rm_keeps:
-            before = self._groups.rm.sequence()
-            prefix = Read(problem, stats, "rm", before, problem.reward_prefix, purpose="score")
-        yield [prompt] if prefix is None else [prompt, prefix]
+        prompt = Read(problem, stats, None, self._groups.lm.sequence(), problem.prompt_ids)
+        prefixes = self._prefixes()
+        yield [prompt, *(read for read in prefixes if isinstance(read, Read))]
+        bases = RewardSequences(read.sequence if isinstance(read, Read) else read for read in prefixes)
+        memories: list[ScoreMemory] = [{} for _ in bases]
         decoded: list[Decoded] = []
         for start in range(0, count, most):
             samples = list(self._samples(prompt, range(start, min(start + most, count))))
@@ -95,11 +98,12 @@ class _SampleState:
             stats.llm_calls += sum(map(len, responses))
             rewards: list[float | None] = [None] * len(responses)
             if self._executor.rm is not None:
-                scores = self._scores(prefix, responses)
+                # Forks of the bases, in which what precedes a response has been read.
+                scores = [Score(problem, stats, bases, 0, response, memories) for response in responses]
                 yield scores
-                rewards = [finite(score) for score in scores]
+                rewards = [expect_finite(score.reward, score.response) for score in scores]
                 for score in scores:
-                    score.sequence.free()
+                    score.sequences.free()
             decoded += [Decoded(*pair, []) for pair in zip(responses, rewards, strict=True)]
         return decoded
 
@@ -118,9 +122,12 @@ class _SampleState:
                 state=prompt.state,
             )
 
-    def _scores(self, prefix: Read | None, responses: list[list[int]]) -> list[Score]:
-        if prefix is None:
-            base, shared = self._groups.rm.sequence(), 0
-        else:
-            base, shared = prefix.sequence, len(self._problem.reward_prefix)
-        return [Score(self._problem, self._stats, base, shared, response) for response in responses]
+    def _prefixes(self) -> list[Read | FrozenSequence]:
+        """What is to be read before a response, one a reward; an empty sequence where nothing is kept."""
+        found: list[Read | FrozenSequence] = []
+        for n, reader in enumerate(self._executor.reward_readers):
+            empty, (before, _) = self._groups.rewards[n].sequence(), self._problem.reward_context(n)
+            keeps = not isinstance(reader, (OwnForward, WholeReader))
+            read = Read(self._problem, self._stats, n, empty, before, purpose="score")
+            found.append(read if keeps and before else empty)
+        return found

@@ -8,21 +8,25 @@ from torch import Tensor
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.relaxed import Relaxed
+from nabla_fast.decode.rewarding import reward_sequence
 from nabla_fast.decode.trajectory import TrajectoryGradient
-from nabla_fast.models import LanguageModel, RewardModel
+from nabla_fast.models import LanguageModel, Reward, RewardSum, RewardTerm, terms_of
+from nabla_fast.models.reward_sequence import RewardSequence
 from nabla_fast.models.tables import TokenTable
 from nabla_fast.results import Stats
 
 
 class GradientModel:
-    """ℒ = −[ν log-likelihood + λ reward] over an LM and a reward model, and its gradient."""
+    """ℒ = −[ν log-likelihood + λ reward] over an LM and rewards, and its gradient."""
 
-    def __init__(self, lm: LanguageModel, rm: RewardModel | None, config: DTOConfig):
+    def __init__(self, lm: LanguageModel, rm: RewardSum | Reward | None, config: DTOConfig):
         self.lm = lm
-        self.rm = rm if config.reward_coeff > 0 else None
         self._config = config
-        # All on the LM's device, where G is asked for; a copy only if the reward model is elsewhere.
-        self._tables = [TokenTable(lm.table)] + ([self.rm.table.to(lm.device)] if self.rm else [])
+        terms = enumerate(terms_of(rm) if config.reward_coeff > 0 else ())
+        self._terms = [(n, term) for n, term in terms if term.reward.differentiable]
+        # All on the LM's device, where G is asked for; a copy only if a reward model is elsewhere.
+        tables = [term.reward.table.to(lm.device) for _, term in self._terms]
+        self._tables = [TokenTable(lm.table), *tables]
 
     def hard(
         self, problem: Problem, committed: list[int], tokens: Tensor, stats: Stats
@@ -54,8 +58,11 @@ class GradientModel:
         mixes = relaxed.mixes(self._tables)
         hidden, lm_cotangent = self._lm_pass(problem, committed, relaxed, mixes[0], stats)
         cotangents = [lm_cotangent]
-        if self.rm:
-            cotangents.append(self._rm_pass(problem, committed, mixes[1], stats))
+        if self._terms:
+            response = [*committed, *relaxed.hard().tolist()]
+            for (n, term), mix in zip(self._terms, mixes[1:], strict=True):
+                sequence = reward_sequence(problem, n, term.reward, response)
+                cotangents.append(self._reward_pass(term, sequence, mix, stats))
         stats.gradient_passes += 1
         return TrajectoryGradient(cotangents, self._tables, hidden, self.lm.head, self._config.nll_coeff)
 
@@ -80,14 +87,15 @@ class GradientModel:
             stats.token_passes["lm"] += len(prefix) + len(read)
         return hidden, cotangent
 
-    def _rm_pass(self, problem: Problem, committed: list[int], mix: Tensor, stats: Stats) -> Tensor:
-        """∂ℒ/∂r of −λ reward, [L, H_r]."""
-        before = self.rm.embed([*problem.reward_prefix, *self.rm.read(committed)])
-        after = self.rm.embed(problem.reward_suffix)
+    def _reward_pass(self, term: RewardTerm, sequence: RewardSequence, mix: Tensor, stats: Stats) -> Tensor:
+        """∂ℒ/∂r of −λ times a term of the reward, [L, H_r]; the response's last L tokens are relaxed."""
+        reward = term.reward
+        before = reward.embed(sequence.ids[: sequence.span.stop - len(mix)])
+        after = reward.embed(sequence.after)
         with torch.enable_grad():
-            read = mix.detach().to(self.rm.device).requires_grad_()
-            sequence = torch.cat([before, read, after])
-            reward = self.rm.score_embeddings(sequence[None])
-            (gradient,) = torch.autograd.grad(-self._config.reward_coeff * reward.sum(), read)
+            read = mix.detach().to(reward.device).requires_grad_()
+            value = reward.reward(sequence, torch.cat([before, read, after]))
+            factor = -(self._config.reward_coeff * term.weight)
+            (gradient,) = torch.autograd.grad(factor * value.sum(), read)
         stats.token_passes["rm"] += 2 * len(sequence)
         return gradient.to(mix.device)

@@ -9,7 +9,6 @@ and every speed-up is measured against it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,6 +22,7 @@ from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.reference.gradient import GradientModel
 from nabla_fast.decode.reference.optimizer import TextualOptimizer
 from nabla_fast.decode.reference.rollout import Roller
+from nabla_fast.decode.rewarding import expect_finite, reward_sequence
 from nabla_fast.decode.selection import (
     first_position,
     needs_gradient,
@@ -30,8 +30,8 @@ from nabla_fast.decode.selection import (
     selected_by_statistics,
 )
 from nabla_fast.decode.timing import PeakMemory, timed
-from nabla_fast.errors import ModelError
-from nabla_fast.models import LanguageModel, RewardModel
+from nabla_fast.models import LanguageModel, Reward, RewardSum, terms_of
+from nabla_fast.models.reward_sequence import ScoreMemory
 from nabla_fast.ops import synchronize
 from nabla_fast.results import Revision, Stats
 
@@ -39,20 +39,18 @@ from nabla_fast.results import Revision, Stats
 class SequentialLoop:
     """Decodes one problem at a time."""
 
-    def __init__(self, lm: LanguageModel, rm: RewardModel | None, config: DTOConfig):
-        self._lm, self._rm, self._config = lm, rm, config
+    def __init__(self, lm: LanguageModel, rm: RewardSum | Reward | None, config: DTOConfig):
+        self._lm, self._rewards, self._config = lm, terms_of(rm), config
         self._gradients = GradientModel(lm, rm, config)
         self._optimizer = TextualOptimizer(self._gradients, config)
-        self._rejection = config.rejection and rm is not None
+        self._rejection = config.rejection and bool(self._rewards)
         self._draws = draws_of(config, lm.device)
 
-    def ways(self) -> dict[str, str]:
-        """How each model is read, in words: ``{"lm": …, "reward_model": …}``."""
+    def ways(self) -> list[str]:
+        """How the LM and each reward are read, in words: the LM first."""
         cached = "behind a transformers cache" if self._lm.reads_cached else "anew with each token"
-        ways = {"lm": f"{cached}; gradients by passes over everything"}
-        if self._rm is not None:
-            ways["reward_model"] = "anew with each pass"
-        return ways
+        rewards = [term.reward.way or "anew with each pass" for term in self._rewards]
+        return [f"{cached}; gradients by passes over everything", *rewards]
 
     def decode(
         self, problems: Sequence[Problem], stats: Sequence[Stats], *, keep: bool = False
@@ -86,6 +84,7 @@ class SequentialLoop:
         committed: list[int] = []
         revisions: list[Revision] = []
         reward: float | None = None
+        memories: list[ScoreMemory] = [{} for _ in self._rewards]
         current = self._roll_out(roller, problem, committed, stats)
         while current.tokens and stats.generations < config.max_generations:
             with timed(stats, "selection"):
@@ -101,8 +100,10 @@ class SequentialLoop:
                 reward_after = None
                 if self._rejection:
                     if reward is None:
-                        reward = self._reward(problem, committed + current.tokens, stats)
-                    reward_after = self._reward(problem, [*committed, new, *proposed.tokens], stats)
+                        reward = self._reward(problem, committed + current.tokens, stats, memories)
+                    reward_after = self._reward(
+                        problem, [*committed, new, *proposed.tokens], stats, memories
+                    )
                     stats.llm_calls += 2
                 revisions.append(Revision.judged(len(committed), old, new, reward, reward_after))
                 accepted = revisions[-1].accepted
@@ -118,8 +119,8 @@ class SequentialLoop:
             if problem.finish_reason(committed):
                 break
         committed += current.tokens
-        if reward is None and self._rm is not None:
-            reward = self._reward(problem, committed, stats)
+        if reward is None and self._rewards:
+            reward = self._reward(problem, committed, stats, memories)
         return Decoded(committed, reward, revisions)
 
     def _roll_out(
@@ -189,11 +190,14 @@ class SequentialLoop:
         stream = self._draws.stream(problem, len(committed), len(committed))
         return self._draws.redraw(logits, self._config.resample_sampling, [stream], [position])(0)
 
-    def _reward(self, problem: Problem, response: list[int], stats: Stats) -> float:
-        sequence = [*problem.reward_prefix, *self._rm.read(response), *problem.reward_suffix]
-        stats.token_passes["rm"] += len(sequence)
-        with timed(stats, "reward"):
-            reward = float(self._rm.score([sequence])[0])
-        if not math.isfinite(reward):
-            raise ModelError(f"the reward model scores a response of {len(response)} tokens as {reward}")
-        return reward
+    def _reward(
+        self, problem: Problem, response: list[int], stats: Stats, memories: Sequence[ScoreMemory]
+    ) -> float:
+        total = 0.0
+        for n, term in enumerate(self._rewards):
+            sequence = reward_sequence(problem, n, term.reward, response)
+            if term.reward.counts_tokens:
+                stats.token_passes["rm"] += len(sequence)
+            with timed(stats, "reward"):
+                total += term.weight * float(term.reward.reward(sequence, memory=memories[n])[0])
+        return expect_finite(total, response)
