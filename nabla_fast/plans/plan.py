@@ -10,6 +10,7 @@ the launcher, with the same arguments and in the same order.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ Plan = Callable[[Callable[[], Any], Sequence[Tensor], Sequence[int]], Any]
 
 # Launches for AMD's GPUs are Triton's own, and the interpreter needs no plans.
 _enabled = not torch.version.hip and not interpreted()
-_configuration: tuple[object, ...] = ()  # what launchers were told to choose
+_configuration: tuple[object, ...] = ()  # what launchers were told to choose, by open blocks of all threads
+_lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -47,11 +49,14 @@ def enabled(whether: bool) -> Iterator[None]:
 def other_configuration() -> Iterator[None]:
     """Inside, launchers may choose otherwise: plans of outside are not used, nor those of inside later."""
     global _configuration
-    former, _configuration = _configuration, (*_configuration, object())
+    own = object()
+    with _lock:
+        _configuration = (*_configuration, own)
     try:
         yield
     finally:
-        _configuration = former
+        with _lock:
+            _configuration = tuple(one for one in _configuration if one is not own)
 
 
 class Plans:
@@ -67,7 +72,10 @@ class Plans:
         if not _enabled:
             return compute()
         addresses = [tensor.data_ptr() for tensor in tensors]
+        # Launchers may look at addresses modulo 16, and arguments may be one tensor.
         key = (_configuration, *[address & 15 for address in addresses])
+        if len(set(addresses)) < len(addresses):
+            key += tuple(map(addresses.index, addresses))
         plan = self._plans.get(key)
         if plan is not None:
             return plan(compute, tensors, addresses)
@@ -77,9 +85,10 @@ class Plans:
         calls = self._calls.get(key, 0)
         if calls >= CALLS_BEFORE + _ATTEMPTS or recorder() is not None:
             return compute()
-        if len(self._calls) >= _MOST:
-            self._plans.clear()
-            self._calls.clear()
+        if key not in self._calls and len(self._calls) >= _MOST:
+            oldest = next(iter(self._calls))
+            del self._calls[oldest]
+            self._plans.pop(oldest, None)
         self._calls[key] = calls + 1
         if calls < CALLS_BEFORE:
             return compute()
@@ -237,6 +246,9 @@ class _Writer:
             if type(value) is list:
                 return f"[{parts}]"
             return f"({parts})" if type(value) is tuple else f"{self._constant(type(value))}({parts})"
+        if type(value) is dict:
+            parts = (f"{self._constant(key)}: {self._tensor(part)}, " for key, part in value.items())
+            return f"{{{''.join(parts)}}}"
         return self._constant(value)
 
     def _viewed(self, view: View) -> str:
@@ -267,7 +279,7 @@ class _Writer:
         """The call's result with Views in place of tensors."""
         if isinstance(result, Tensor):
             view = self._notes.view(result)
-            if view is None or view.memory < self._notes.inputs:
+            if view is None or view.memory < self._notes.inputs or type(result) is not Tensor:
                 raise _NotMade("a result is not made by the call")
             return view
         if isinstance(result, (list, tuple)):

@@ -2,14 +2,14 @@
 
 Most of it is seen: a :class:`Recorder` is a mode of torch's dispatcher. Launchers tell of what is not:
 kernels by :meth:`Recorder.launch`, other functions by :func:`step`. A recorder that cannot know what to
-repeat (a number read from the device, a tensor that is neither an argument nor made by the call) says why
-in ``reason`` and notes no more; the call itself goes on.
+repeat (a number read from the device, a shape that depends on data, a tensor that is neither an argument
+nor made by the call) says why in ``reason`` and notes no more; the call itself goes on. What no dispatcher
+sees is not seen here: the numbers of a tensor on the CPU by ``tolist()`` or ``numpy()``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +23,9 @@ from nabla_fast.plans.extent import extent
 _MOST_STEPS = 512  # of a call: beside more, a launcher's Python is little
 # Memory is held until the call has ended. What is larger than a piece is a result or all that there is.
 _PIECE, _MOST_BYTES = 64_000_000, 128_000_000
+
+_LEAVES = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_DEPENDS_ON_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 _aten = torch.ops.aten
 _NEW = {
@@ -123,30 +126,34 @@ class Recorder(TorchDispatchMode):
         self._told = False
         for tensor in tensors:
             self._add(tensor, None)
-        spans = sorted((m.start, m.end) for m in self.memories if m.end > m.start)
-        if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
-            self.refuse("arguments share memory")
 
     def __enter__(self) -> Recorder:
+        super().__enter__()
         _thread.recorder = self
-        return super().__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        _thread.recorder = None
-        super().__exit__(*error)
-        self._kept.clear()
+        try:
+            _thread.recorder = None
+        finally:
+            super().__exit__(*error)
+            self._kept.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._told or self.reason or func.is_view:
+        if self._told or self.reason:
             return func(*args, **kwargs)
-        if func in _NEW:
+        made = func in _NEW
+        if not made:
+            if not _DEPENDS_ON_DATA.isdisjoint(func.tags):
+                self.refuse(f"what {func} returns depends on data")
+            self._note(lambda: Step(func, self._noted(args), self._noted(kwargs)))
+        with self.telling():  # an op of ours is one step, whatever it launches
             result = func(*args, **kwargs)
+        if made:
             self._add(result, None)
-            return result
-        self._note(lambda: Step(func, self._noted(args), self._noted(kwargs)))
-        result = func(*args, **kwargs)
-        self._keep_result(result)
+        else:
+            self._keep_result(result, func.is_view)
         return result
 
     def refuse(self, reason: str) -> None:
@@ -156,7 +163,8 @@ class Recorder(TorchDispatchMode):
 
     def step(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
         """As the function :func:`step`."""
-        self._note(lambda: Step(function, self._noted(args), self._noted(kwargs)))
+        if not self._told:
+            self._note(lambda: Step(function, self._noted(args), self._noted(kwargs)))
         with self.telling():
             function(*args, **kwargs)
 
@@ -171,6 +179,8 @@ class Recorder(TorchDispatchMode):
         guards: Sequence[tuple[Callable[[], Any], Any]],
     ) -> None:
         """Note a :class:`Launch`, which the caller makes itself; ``guards`` as of the attribute."""
+        if self._told:
+            return
         self.guards += [guard for guard in guards if guard not in self.guards]
         self._note(lambda: Launch(run, before, stream, device, middle, self._noted(args)))
 
@@ -189,16 +199,28 @@ class Recorder(TorchDispatchMode):
             self._told = former
 
     def view(self, tensor: Tensor) -> View | None:
-        """The tensor as a part of a memory; None where it is of none."""
+        """The tensor as a part of a memory; None where it is of none, or of several.
+
+        Arguments may share memory (a head that is a table too, parts of one projection): what begins where
+        one of them does is of that one. Of those with the same address it does not matter which.
+        """
+        if tensor.is_neg() or tensor.is_conj():
+            return None  # the sign is not in memory
         start, length = tensor.data_ptr(), extent(tensor)
-        size, stride = tuple(tensor.shape), tuple(tensor.stride())
+        found: list[int] = []
         # Tensors without elements may all have the address 0: then it is the one made last.
         for number in range(len(self.memories) - 1, -1, -1):
             memory = self.memories[number]
-            inside = memory.start <= start and start + length <= memory.end
-            if inside and (length or start < memory.end or memory.start == memory.end):
-                return View(number, start - memory.start, size, stride, tensor.dtype)
-        return None
+            if memory.start <= start and start + length <= memory.end:
+                if start == memory.start:
+                    found = [number]
+                    break
+                if length or start < memory.end:
+                    found.append(number)
+        if len(found) != 1:
+            return None
+        offset, size, stride = start - self.memories[found[0]].start, tensor.shape, tensor.stride()
+        return View(found[0], offset, tuple(size), tuple(stride), tensor.dtype)
 
     def _add(self, tensor: Tensor, made_by: int | None) -> None:
         start, length = tensor.data_ptr(), extent(tensor)
@@ -213,13 +235,27 @@ class Recorder(TorchDispatchMode):
         if self._bytes > _MOST_BYTES:
             self.refuse("the call makes much memory, a piece at a time")
 
-    def _keep_result(self, result: Any) -> None:
-        """Add what the last step returned, unless it wrote to memory that was there."""
+    def _keep_result(self, result: Any, may_be_view: bool) -> None:
+        """Add what the last step returned, unless it is memory that was there.
+
+        Args:
+            may_be_view: then the step is no step where it is.
+        """
         if self.reason:
             return
-        if not isinstance(result, Tensor):
+        parts = result if isinstance(result, (list, tuple)) else [result]
+        if not all(isinstance(part, Tensor) for part in parts):
             self.refuse(f"{self.steps[-1].function} returns no tensor")
-        elif self.view(result) is None:
+        elif all(self.view(part) is not None for part in parts):
+            if may_be_view:
+                del self.steps[-1]
+        elif parts is result:
+            self.refuse(f"{self.steps[-1].function} returns several tensors")
+        elif result.device != self.memories[0].device:
+            self.refuse(f"{self.steps[-1].function} returns a tensor on another device")
+        elif result.is_neg() or result.is_conj():
+            self.refuse("a sign is not in memory")
+        else:
             self._add(result, len(self.steps) - 1)
 
     def _noted(self, value: Any) -> Any:
@@ -234,6 +270,9 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, (list, tuple)):
             parts = map(self._noted, value)
             return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        # A constexpr of Triton's is a number.
+        if not isinstance(value, _LEAVES) and type(value).__name__ != "constexpr":
+            raise _Unknown(f"nothing is known of a {type(value).__name__}")
         return value
 
     def _note(self, make: Callable[[], Launch | Step]) -> None:

@@ -5,6 +5,7 @@ The CPU stands for the device: tensors say that they are not on it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from unittest import mock
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from nabla_fast.errors import InputError
 from nabla_fast.ops import AdamState, cosine_schedule, dto_descent, registry, use_backend
 from nabla_fast.ops.registry import dispatch
+from nabla_fast.plans import plan
+from nabla_fast.plans.recording import step
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +174,35 @@ def test_calls_that_record_a_gradient_are_known_too(toy: registry.Op, seen: list
         assert torch.equal(gradient, 3 * X)
     assert seen == ["check", "triton", "triton", "triton"]
     assert not toy(X, [X], scale=3.0).requires_grad
+
+
+def test_zeros_of_both_signs_and_nan_are_different_numbers(toy: registry.Op, seen: list[str]):
+    for scale in (0.0, -0.0, math.nan):
+        for _ in range(2):
+            result = toy(X, [X], scale=scale)
+            assert math.copysign(1.0, result[0, 0]) == math.copysign(1.0, scale)
+    assert seen == ["check", "triton", "triton"] * 3
+
+
+def test_an_error_of_a_plan_is_that_of_its_launcher():
+    @registry.op(arguments={"x": registry.floats("N")})
+    def toy_positive(x: Tensor) -> Tensor:
+        return x + 1
+
+    @toy_positive.backend("triton", refuses=lambda x: None)
+    def toy_triton(x: Tensor) -> Tensor:
+        step(expect_positive, x)
+        return x + 1
+
+    def expect_positive(x: Tensor) -> None:
+        if not bool((x > 0).all()):
+            raise ValueError("x is negative")
+
+    with use_backend("triton", "torch"), plan.enabled(True), mock.patch.object(plan, "CALLS_BEFORE", 0):
+        for number in range(4):
+            assert torch.equal(toy_positive(X[0] + number), X[0] + number + 1)
+        (known,) = toy_positive._known._known.values()
+        assert known.plans._plans
+        with pytest.raises(InputError, match=r"^toy_positive: x is negative$"):
+            toy_positive(-X[0])
+    del dispatch._ops["toy_positive"]

@@ -126,6 +126,13 @@ CONSTANT = torch.ones(3)
     [
         (lambda a: a * float(a.sum()), "_local_scalar_dense"),
         (lambda a: a + CONSTANT, "neither an argument nor made"),
+        (lambda a: a.nonzero().flatten() + 0.0, "depends on data"),
+        (lambda a: a * len(a.nonzero()), "depends on data"),
+        (lambda a: torch._neg_view(a + 1), "a sign is not in memory"),
+        (lambda a: torch._neg_view(a) + 1, "a sign is not in memory"),
+        (lambda a: torch.complex(a, a).conj().resolve_conj(), "a sign is not in memory"),
+        (lambda a: torch.nn.Parameter(a + 1, requires_grad=False), "not made by the call"),
+        (lambda a: torch.stack(torch.topk(a, 2).values.tensor_split(2)), "several tensors"),
         (lambda a: a, "not made by the call"),
         (lambda a: a[1:], "not made by the call"),
         (lambda a: (a + 1).view(torch.int16), "wider or narrower"),
@@ -141,15 +148,26 @@ def test_calls_without_a_plan(function: Callable[[Tensor], Tensor], reason: str)
     assert reason in call.plans.reason
 
 
-def test_arguments_that_share_memory_wait_for_those_that_do_not():
-    call = Counted(lambda a, b: a + b)
+def test_arguments_that_are_one_tensor_have_a_plan_of_their_own():
+    call = Counted(lambda a, b: a + b if a.data_ptr() != b.data_ptr() else a * 10)
     a, b = numbers(4), numbers(4)
-    assert torch.equal(call(a, a), a + a)
-    assert "share memory" in call.plans.reason
-    assert torch.equal(call(a, b), a + b)
-    assert torch.equal(call(a, b), a + b)
+    for _ in range(2):
+        assert torch.equal(call(a, b), a + b)
+        assert torch.equal(call(b, b), b * 10)
     assert call.runs == 2
-    assert torch.equal(call(b, b), b + b)  # of a plan, whose arguments are what they are
+
+
+def test_arguments_may_be_parts_of_one_memory():
+    call = Counted(lambda q, k, v: q + 2 * k + 3 * v)
+    for _ in range(3):
+        q, k, v = numbers(5, 12).split([4, 4, 4], dim=1)
+        torch.testing.assert_close(call(q, k, v), q + 2 * k + 3 * v, rtol=1e-6, atol=1e-6)
+    assert call.runs == 1
+    inside = Counted(lambda q, k, v: q[1:] + k[1:] * v[1:])  # each lies in several of them
+    for _ in range(3):
+        q, k, v = numbers(5, 12).split([4, 4, 4], dim=1)
+        assert torch.equal(inside(q, k, v), q[1:] + k[1:] * v[1:])
+    assert inside.runs == 1
 
 
 def test_memory_made_a_piece_at_a_time_is_not_held():
@@ -295,3 +313,76 @@ def test_launches_get_addresses_and_are_the_launchers_where_a_guard_says_so():
     a = numbers(4)
     assert call(a) is a
     assert not launched
+
+
+def test_random_numbers_are_drawn_anew():
+    call = Counted(lambda a: torch.rand(3, generator=torch.Generator().manual_seed(0)) + a)
+    for _ in range(4):
+        assert torch.equal(call(torch.zeros(3)), call(torch.zeros(3)))
+    assert "Generator" in call.plans.reason
+
+
+def test_containers_that_steps_take():
+    def launcher(a: Tensor) -> Tensor:
+        out = torch.empty(3)
+        step(
+            lambda given: torch.add(given["a"], given["more"][0], out=given["out"]),
+            {"a": a, "more": (a,), "out": out},
+        )
+        return out
+
+    call = Counted(launcher)
+    for _ in range(3):
+        a = numbers(3)
+        assert torch.equal(call(a), a + a)
+    assert call.runs == 1
+
+    def of_a_set(a: Tensor) -> Tensor:
+        out = torch.empty(3)
+        step(lambda given: next(iter(given)).fill_(1.0), {out})
+        return out + a
+
+    other = Counted(of_a_set)
+    for _ in range(2):
+        a = numbers(3)
+        assert torch.equal(other(a), a + 1)
+    assert "nothing is known of a set" in other.plans.reason
+
+
+def test_an_op_within_a_call_is_one_step():
+    library = torch.library.Library("nabla_fast_test", "FRAGMENT")
+    library.define("bump(Tensor(a!) x) -> ()")
+    library.impl("bump", lambda x: step(Tensor.add_, x, 1), "CompositeExplicitAutograd")
+
+    def launcher(a: Tensor) -> Tensor:
+        out = a * 1
+        torch.ops.nabla_fast_test.bump(out)
+        return out
+
+    call = Counted(launcher)
+    for _ in range(4):
+        a = numbers(3)
+        assert torch.equal(call(a), a + 1)
+
+
+def test_inference_mode_shows_whole_functions():
+    def launcher(a: Tensor) -> Tensor:
+        return (a.t().contiguous() * 2).long().reshape(6) + a.reshape(6).long()
+
+    call = Counted(launcher)
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            a = 10 * numbers(2, 3)
+            assert torch.equal(call(a), launcher(a))
+    assert call.runs == 1
+
+
+def test_blocks_of_other_configurations_may_overlap():
+    first, second = plan.other_configuration(), plan.other_configuration()
+    assert plan._configuration == ()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert len(plan._configuration) == 1
+    second.__exit__(None, None, None)
+    assert plan._configuration == ()

@@ -122,7 +122,8 @@ class Launched:
         run(x, y, z, stream(device), function, metadata, None, None, None, *ordered)
         if recording is not None:
             middle = function, metadata, None, None, None
-            guards = (driver.active.get_current_device, device), (_nobody_watches, True)
+            hooks = self.kernel.pre_run_hooks.__len__
+            guards = (driver.active.get_current_device, device), (_nobody_watches, True), (hooks, 0)
             recording.launch(run, (x, y, z), stream, device, middle, ordered, guards)
 
     def _usual(self) -> bool:

@@ -244,7 +244,12 @@ class Op:
         # A caller's autocast would round what a plan multiplies.
         if known.plans is None or torch.is_autocast_enabled(tensors[0].device.type):
             return compute()
-        return known.plans.run(compute, tensors)
+        try:
+            return known.plans.run(compute, tensors)
+        except (InputError, RowError):
+            raise
+        except ValueError as error:
+            raise self._refused(self._backends[known.backend], values, error) from error
 
     def _as_record(self, result: Any) -> Any:
         """A result as the body returns it."""
@@ -328,9 +333,13 @@ class Op:
         except (InputError, RowError):
             raise
         except ValueError as error:  # the C interface refuses what only a pass over the data finds
-            if backend.finds_overlaps:
-                self._expect_apart(values)
-            raise InputError(f"{self.name}: {one_line(error)}") from error
+            raise self._refused(backend, values, error) from error
+
+    def _refused(self, backend: Backend, values: list[Any], error: ValueError) -> InputError:
+        """What a caller is told of a backend's error; or an InputError of its own of what overlaps."""
+        if backend.finds_overlaps:
+            self._expect_apart(values)
+        return InputError(f"{self.name}: {one_line(error)}")
 
     def _without_negative_views(self, values: list[Any]) -> list[Any]:
         """The arguments with views whose sign is not in memory written out.

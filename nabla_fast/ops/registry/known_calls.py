@@ -151,7 +151,9 @@ def _signature(values: Sequence[Any], tensors: list[Tensor]) -> tuple | None:
             tensors.append(value)
             parts += (value.dtype, value.shape, value.stride(), value.device, value.requires_grad)
         elif kind in _PLAIN:
-            parts += (kind, value)
+            # The zeros are equal, and NaN is not.
+            special = kind is float and (value == 0.0 or value != value)
+            parts += (kind, value.hex() if special else value)
         elif isinstance(value, (list, tuple)):
             own = _signature(value, tensors)
             if own is None:
