@@ -313,13 +313,6 @@ def _shapes(shapes: list[dict[str, Any]]) -> TextTable:
             *(f"{e['same_tokens']} of {e['prompts']}" for e in shapes),
         ],
     ]
-    rows += [
-        [
-            f"memory beyond the models, {title}, MB",
-            *(_megabytes(entry["peak_bytes"][name]) for entry in shapes),
-        ]
-        for name, title in _SHAPE_SIDES.items()
-    ]
     entry = shapes[0]
     note = (
         f"An LM of {entry['parameters'] / 1e6:.0f} million parameters, random, and a reward model of its "
@@ -339,10 +332,6 @@ def _shape_stages(shapes: list[dict[str, Any]]) -> TextTable:
     ]
     header = ["", *(f"{stage}, s" for stage in _STAGES)]
     return TextTable("A released checkpoint's shape: seconds by stage", header, rows, "Of the same runs.")
-
-
-def _megabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:,.0f}"
 
 
 def _tokens(entry: dict[str, Any]) -> str:

@@ -7,10 +7,8 @@ so that 7 or 8 of 10 redrawn tokens are the old one again, as with trained model
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,8 +60,7 @@ def measure_shape(
     which runs once.
 
     Returns:
-        The entry of the benchmark's JSON: ``seconds``, ``stage_seconds`` and ``peak_bytes`` (of memory
-        beyond what the process had, None where the system does not say) by side.
+        The entry of the benchmark's JSON: ``seconds`` and ``stage_seconds`` by side.
     """
     lm, rm = _models(device, dtype, _TINY if quick else _SHAPE)
     problems = [random_problem(8 if quick else 32, seed) for seed in (7, 8)]
@@ -78,14 +75,11 @@ def measure_shape(
         "generate": lambda: _generate(lm, problems, GENERATIONS),
         "generate_one": lambda: _generate(lm, problems[:1], 1),
     }
-    runs, peaks = {}, {}
     on_side("sequential")
-    with _peak(peaks, "sequential"):
-        runs["sequential"] = decode(SequentialLoop(lm, rm, config), problems)
+    runs = {"sequential": decode(SequentialLoop(lm, rm, config), problems)}
     for name, side in sides.items():
         on_side(name)
-        with _peak(peaks, name):
-            runs[name] = side()
+        runs[name] = side()
     for turn in range(repeats - 1):
         for name, side in sides.items():
             on_side(f"{name}, run {turn + 2} of {repeats}")
@@ -104,7 +98,6 @@ def measure_shape(
         "speedup": seconds["sequential"] / seconds["batched"],
         "seconds_to_best_of_n": seconds["batched"] / seconds["best_of_n"],
         "stage_seconds": {name: runs[name].stages() for name in ("sequential", "batched", "best_of_n")},
-        "peak_bytes": peaks,
     }
 
 
@@ -142,24 +135,3 @@ def _generate(lm: LanguageModel, problems: list[Problem], count: int) -> Run:
     start = time.perf_counter()
     lm.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return Run(time.perf_counter() - start, [Stats()])
-
-
-@contextlib.contextmanager
-def _peak(peaks: dict[str, int | None], name: str):
-    """Notes the most resident memory inside beyond that at the beginning."""
-    before = None
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest is set to the present
-        before = _resident("VmRSS")
-    yield
-    after = None if before is None else _resident("VmHWM")
-    peaks[name] = None if after is None else max(0, after - before)
-
-
-def _resident(field: str) -> int | None:
-    """Bytes of a line of Linux's status of this process; None elsewhere."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) << 10
-    return None
