@@ -28,16 +28,19 @@ def test_no_entry_has_what_the_default_lacks():
                 assert config.keys() == default.keys(), f"{name}: {kernel}, {operands}"
 
 
+@pytest.mark.parametrize("release", ["Triton 3.6", "Triton 3.7", "Triton 3.9"])
 @pytest.mark.parametrize(
     "architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "sm_75 of no entry"]
 )
-def test_an_architecture(architecture: str):
-    entry = ENTRIES.get(architecture, ENTRIES["default"])["kernels"]
+def test_an_architecture(architecture: str, release: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(presets, "_RELEASE", release)
+    names = (f"{architecture}, {release}", architecture, "default")
+    known = [ENTRIES[name]["kernels"] for name in names if name in ENTRIES]
     with presets.assumed(architecture):
         for kernel, kinds in KERNELS.items():
-            for operands, default in kinds.items():
-                config = presets.config(kernel, operands, torch.device("cpu"))
-                assert config == entry.get(kernel, {}).get(operands, default)
+            for operands in kinds:
+                expected = next(found for entry in known if (found := entry.get(kernel, {}).get(operands)))
+                assert presets.config(kernel, operands, torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize(
