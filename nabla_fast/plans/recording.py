@@ -123,7 +123,7 @@ class Recorder(TorchDispatchMode):
         self.inputs = len(tensors)
         self._kept: list[Tensor] = []  # so that no address is given twice
         self._bytes = 0
-        self._told = False
+        self._paused = False
         for tensor in tensors:
             self._add(tensor, None)
 
@@ -141,14 +141,14 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._told or self.reason:
+        if self._paused or self.reason:
             return func(*args, **kwargs)
         made = func in _NEW
         if not made:
             if not _DEPENDS_ON_DATA.isdisjoint(func.tags):
                 self.refuse(f"what {func} returns depends on data")
             self._note(lambda: Step(func, self._noted(args), self._noted(kwargs)))
-        with self.telling():  # an op of ours is one step, whatever it launches
+        with self.paused():  # an op of ours is one step, whatever it launches
             result = func(*args, **kwargs)
         if made:
             self._add(result, None)
@@ -163,9 +163,9 @@ class Recorder(TorchDispatchMode):
 
     def step(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
         """As the function :func:`step`."""
-        if not self._told:
+        if not self._paused:
             self._note(lambda: Step(function, self._noted(args), self._noted(kwargs)))
-        with self.telling():
+        with self.paused():
             function(*args, **kwargs)
 
     def launch(
@@ -179,7 +179,7 @@ class Recorder(TorchDispatchMode):
         guards: Sequence[tuple[Callable[[], Any], Any]],
     ) -> None:
         """Note a :class:`Launch`, which the caller makes itself; ``guards`` as of the attribute."""
-        if self._told:
+        if self._paused:
             return
         self.guards += [guard for guard in guards if guard not in self.guards]
         self._note(lambda: Launch(run, before, stream, device, middle, self._noted(args)))
@@ -190,13 +190,13 @@ class Recorder(TorchDispatchMode):
             self.contexts.append(context)
 
     @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
-        """Inside, what torch is asked for is part of a step that is noted already."""
-        former, self._told = self._told, True
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is noted: it is part of a step that is."""
+        former, self._paused = self._paused, True
         try:
             yield
         finally:
-            self._told = former
+            self._paused = former
 
     def view(self, tensor: Tensor) -> View | None:
         """The tensor as a part of a memory; None where it is of none, or of several.
