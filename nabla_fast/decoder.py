@@ -27,7 +27,7 @@ from nabla_fast.models.fingerprint import fingerprint, weight_state
 from nabla_fast.models.frozen import frozen
 from nabla_fast.models.generation import eos_ids, refuse_processors
 from nabla_fast.models.given_rewards import GivenReward, expect_model
-from nabla_fast.models.reward_terms import RewardSetting, module_of, table_of, weighted_members
+from nabla_fast.models.reward_terms import RewardSetting, RewardTerm, module_of, table_of, weighted_members
 from nabla_fast.ops.checks import MOST_VOCABULARY
 from nabla_fast.results import Result, Stats
 
@@ -104,6 +104,7 @@ class NablaDecoder:
         self._alignment = alignment
         self._asked_loop, self._batch_size, self._max_kv_tokens = loop, batch_size, max_kv_tokens
         self._loop: BatchedLoop | SequentialLoop
+        self._terms: tuple[RewardTerm, ...] = ()
         self._warned: set[str] = set()  # reasons that a warning has named
         self._key: tuple = ()
         self._models = [lm, *reward_modules]
@@ -300,13 +301,13 @@ class NablaDecoder:
         if self._members:
             setting = RewardSetting(lm.vocabulary, self._tokenizer, self._reward_tokenizer, self._alignment)
             rm = setting.sum_of(self._members)
+            self._terms = terms_of(rm)
             self._expect_gradient(rm)
         if self.config.nll_coeff > 0:
             lm.probe_gradient()
         if self.config.reward_coeff > 0:
             for term in terms_of(rm):
                 term.reward.probe_gradient()
-        self._terms = terms_of(rm)
         self._loop = self._chosen_loop(lm, rm)
         self._reader = PromptReader(lm, rm, self._tokenizer, self._reward_tokenizer)
         # After the probes, as some models prepare their weights in the first pass.
@@ -372,8 +373,9 @@ class NablaDecoder:
         """Warn the caller, once for each reason."""
         if reason in self._warned:
             return
-        names = [type(model).__name__ for model in self._models] + ["FunctionReward"]
-        subject = "" if any(name in reason for name in names) else f"{' with '.join(names)}: "
+        names = [type(model).__name__ for model in self._models]
+        rewards = [term.reward.name for term in self._terms]
+        subject = "" if any(name in reason for name in names + rewards) else f"{' with '.join(names)}: "
         warnings.warn(
             f"{subject}{reason}: {consequence}", UserWarning, stacklevel=1 + _frames_to_the_caller()
         )
