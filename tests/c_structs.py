@@ -27,6 +27,7 @@ Heads = struct("nabla_fast_heads", (POINTER, "data"), (I64, "batch_stride head_s
 HeadsOutput = struct(
     "nabla_fast_heads_output", (POINTER, "data"), (I64, "batch_stride head_stride token_stride")
 )
+HeadMap = struct("nabla_fast_head_map", (POINTER, "bias"), (F64, "scale softcap"))
 Pool = struct("nabla_fast_pool", (POINTER, "data"), (I64, "block_stride token_stride head_stride"))
 StatsArgs = call_struct(
     "nabla_fast_stats_args",
@@ -34,6 +35,7 @@ StatsArgs = call_struct(
     (Matrix, "logits hidden head"),
     (F64, "tau"),
     (POINTER, "logsumexp confidence entropy argmax row_status"),
+    (HeadMap, "head_map"),
 )
 DrawArgs = call_struct(
     "nabla_fast_draw_args",
@@ -47,7 +49,11 @@ DrawArgs = call_struct(
     (POINTER, "token row_status"),
 )
 LmLogitsArgs = call_struct(
-    "nabla_fast_lm_logits_args", (I64, "rows vocab"), (Matrix, "hidden head"), (Output, "logits")
+    "nabla_fast_lm_logits_args",
+    (I64, "rows vocab"),
+    (Matrix, "hidden head"),
+    (Output, "logits"),
+    (HeadMap, "head_map"),
 )
 NllGradArgs = call_struct(
     "nabla_fast_nll_grad_args",
@@ -56,6 +62,7 @@ NllGradArgs = call_struct(
     (POINTER, "targets"),
     (Output, "grad"),
     (POINTER, "row_status"),
+    (HeadMap, "head_map"),
 )
 DescentArgs = call_struct(
     "nabla_fast_descent_args",
@@ -68,6 +75,7 @@ DescentArgs = call_struct(
     (POINTER, "until group"),
     (F64, "tau"),
     (POINTER, "noise_seed noise_position token flipped row_status"),
+    (HeadMap, "head_map"),
 )
 MixArgs = call_struct(
     "nabla_fast_mix_args",
@@ -92,6 +100,7 @@ OnehotArgs = call_struct(
     (POINTER, "cotangents tables token_maps table_rows row_status"),
     (Output, "grad"),
     (POINTER, "norm"),
+    (HeadMap, "head_map"),
 )
 AttentionArgs = call_struct(
     "nabla_fast_attention_args",
@@ -109,5 +118,5 @@ AttentionArgs = call_struct(
     (F64, "softcap"),
     (POINTER, "sinks"),
 )
-STRUCTS = [Matrix, Output, Heads, HeadsOutput, Pool, StatsArgs, DrawArgs, LmLogitsArgs, NllGradArgs]
-STRUCTS += [DescentArgs, MixArgs, OnehotArgs, AttentionArgs]
+STRUCTS = [Matrix, Output, Heads, HeadsOutput, HeadMap, Pool, StatsArgs, DrawArgs, LmLogitsArgs]
+STRUCTS += [NllGradArgs, DescentArgs, MixArgs, OnehotArgs, AttentionArgs]

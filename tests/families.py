@@ -81,7 +81,11 @@ LANGUAGE_MODELS = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _GROUPED),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_GROUPED, "head_dim": 8}),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", {**_GROUPED, "head_dim": 8}),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**_GROUPED, "head_dim": 8}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**_GROUPED, "head_dim": 8, "attn_implementation": "eager"},  # others leave its cap out
+    ),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**_GROUPED, "head_dim": 8, "sliding_window": 8}),
     "phi": ("PhiForCausalLM", "PhiConfig", _GROUPED),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {**_GROUPED, "sliding_window": 8}),

@@ -66,6 +66,7 @@ class NaiveLoop:
         reward_prefix, reward_suffix: the reward model's own ids around a response.
         token_map: [V] the reward model's id of each token of the LM; None where they are the same.
         tokenizer: decodes responses where there are stop strings.
+        logits: of hidden states; None where they are the head's alone.
     """
 
     def __init__(
@@ -83,13 +84,14 @@ class NaiveLoop:
         stop=(),
         tokenizer=None,
         token_map=None,
+        logits=None,
     ):
         self.lm, self.rm, self.config = lm, rm, config
         self.prompt, self.seed, self.max_new_tokens = list(prompt), seed, max_new_tokens
         self.reward_prefix, self.reward_suffix = list(reward_prefix), list(reward_suffix)
         self.eos, self.stop, self.tokenizer = set(eos), stop, tokenizer
         self.lm_table = _table(lm)
-        self.head = lm.get_output_embeddings().weight.detach()
+        self.logits = logits or lm.get_output_embeddings()
         if rm is not None:
             self.own_rm_table = _table(rm)
             self.token_map = torch.arange(len(self.own_rm_table)) if token_map is None else token_map
@@ -181,7 +183,7 @@ class NaiveLoop:
     def noise(self, committed: list[int], rollout: list[int]) -> Tensor:
         """Gumbel noise of the rollout's positions, [L, V]."""
         start = len(self.prompt) + len(committed)
-        rows = [gumbel(self.seed, start + i, len(self.head)) for i in range(len(rollout))]
+        rows = [gumbel(self.seed, start + i, len(self.lm_table)) for i in range(len(rollout))]
         return torch.tensor(rows, dtype=torch.float64)
 
     def relaxed(self, z: Tensor, noise: Tensor) -> Tensor:
@@ -215,7 +217,7 @@ class NaiveLoop:
 
     def first_selected(self, committed: list[int], rollout: list[int]) -> int | None:
         config = self.config
-        z = self.states(committed, rollout) @ self.head.T
+        z = self.logits(self.states(committed, rollout)).detach()
         p = torch.softmax(z, dim=-1)
         entropy = -(p * p.log()).sum(dim=-1)
         norm = torch.zeros(len(rollout))
@@ -237,7 +239,7 @@ class NaiveLoop:
         config = self.config
         latents, soft = config.parameter == "latents", config.relaxation == "soft"
         states = self.states(committed, rollout)
-        z = states @ self.head.T
+        z = self.logits(states).detach()
         noise = self.noise(committed, rollout)
         count = 1 if config.update == "first" else len(rollout)
         theta = (states if latents else z)[:count].clone().requires_grad_()
@@ -246,14 +248,14 @@ class NaiveLoop:
         last = None
         for k in range(config.iters):
             adam.param_groups[0]["lr"] = self.learning_rate(k)
-            moved = theta @ self.head.T if latents else theta
+            moved = self.logits(theta) if latents else theta
             y = self.relaxed(torch.cat([moved, z[count:]]), noise)
             self.result.gradients += soft or last is None or not torch.equal(y, last)
             last = y.detach()
             (theta.grad,) = torch.autograd.grad(self.loss(committed, y), theta)
             adam.step()
         first = theta[:1].detach()
-        return self.sample(first @ self.head.T if latents else first, generator)
+        return self.sample(self.logits(first).detach() if latents else first, generator)
 
     def learning_rate(self, k: int) -> float:
         config = self.config

@@ -481,6 +481,9 @@ nabla_fast_status nabla_fast_cuda_dto_descent_latents(const nabla_fast_descent_a
                                                       nabla_fast_cuda_stream stream) {
   nabla_fast_descent_args call;
   if (const auto refused = read_args(args, call)) return refused;
+  // The host's check of fields that it does not know, for one that these kernels do not.
+  if (call.head_map.bias || call.head_map.scale != 0 || call.head_map.softcap != 0)
+    return NABLA_FAST_INVALID_SIZE;
   if (const auto refused = check(call)) return refused;
   if (call.rows == 0) return NABLA_FAST_OK;
   Limits limits;

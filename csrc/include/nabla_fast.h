@@ -79,7 +79,8 @@ enum {
   NABLA_FAST_INVALID_SIZE = 28,        /* the struct's size, or a field behind what is known here */
   NABLA_FAST_OVERLAP = 29,             /* an output overlaps itself or another argument */
   NABLA_FAST_INVALID_SOFTCAP = 30,     /* softcap is neither 0 nor in [2^-64, 2^64] */
-  NABLA_FAST_INVALID_FILTER = 31       /* top_k is negative, or top_p not in (0, 1] */
+  NABLA_FAST_INVALID_FILTER = 31,      /* top_k is negative, or top_p not in (0, 1] */
+  NABLA_FAST_INVALID_SCALE = 32        /* a scale of logits is not finite */
 };
 
 /* One line in English for a status; never null. The string belongs to the library. */
@@ -102,6 +103,14 @@ typedef struct {
   int64_t width, stride;
   nabla_fast_dtype dtype;
 } nabla_fast_output;
+
+/* What a model does to the products u[v] = hidden . head[v] before its softmax: its logits are
+ * c tanh(s (u[v] + b[v]) / c). All zero: u itself. */
+typedef struct {
+  const float* bias; /* [vocab] b; null: none */
+  double scale;      /* s; 0 counts as 1 */
+  double softcap;    /* c, in [2^-64, 2^64]; 0: none */
+} nabla_fast_head_map;
 
 /* The instruction sets that CPU kernels are compiled for. Functions that run on a device will take
  * the same structs, and a stream. */
@@ -140,6 +149,7 @@ typedef struct {
   int64_t* argmax;               /* [rows] of the largest logit, the first of equal ones */
   nabla_fast_status* row_status; /* [rows] OK or ROW_*; where it is not OK the other results of the
                                     row are NaN, and argmax is -1 */
+  nabla_fast_head_map head_map;  /* of nabla_fast_linear_token_stats() */
 } nabla_fast_stats_args;
 
 /* Of logits, which are read once. Sums are taken in fp32 over 1,024 tokens at a time and joined in
@@ -197,6 +207,7 @@ typedef struct {
   nabla_fast_matrix hidden; /* [rows, width] float32 */
   nabla_fast_matrix head;   /* [vocab, width] */
   nabla_fast_output logits; /* [rows, vocab] float32 */
+  nabla_fast_head_map head_map;
 } nabla_fast_lm_logits_args;
 
 /* For few rows: the head is read once whatever their number, up to the size of a cache. No
@@ -204,7 +215,8 @@ typedef struct {
 NABLA_FAST_API nabla_fast_status nabla_fast_lm_logits(const nabla_fast_lm_logits_args* args);
 
 /* Gradient of a linear cross-entropy with respect to its hidden states:
- * grad[r] = sum_v (softmax(hidden[r] . head)[v] - [v = targets[r]]) * head[v]. */
+ * grad[r] = sum_v (softmax(z[r])[v] - [v = targets[r]]) * dz[r, v]/du[r, v] * head[v]
+ * of logits z of u = hidden . head. */
 typedef struct {
   int64_t size; /* sizeof(nabla_fast_nll_grad_args) */
   void* workspace;
@@ -216,6 +228,7 @@ typedef struct {
   const int64_t* targets;        /* [rows] tokens */
   nabla_fast_output grad;        /* [rows, width] float32 */
   nabla_fast_status* row_status; /* [rows] OK or ROW_*; where it is not OK the row is NaN */
+  nabla_fast_head_map head_map;
 } nabla_fast_nll_grad_args;
 
 /* Of the logits, 64 x 64 exist at a time. */
@@ -259,6 +272,7 @@ typedef struct {
   uint8_t* flipped;              /* [rows] 1 where the last step taken moved it, else 0 */
   nabla_fast_status* row_status; /* [rows] OK or ROW_*, of z. Unless all are OK, nothing else is
                                     written and NABLA_FAST_BAD_ROWS is returned */
+  nabla_fast_head_map head_map;  /* of nabla_fast_dto_descent_latents(); CUDA functions refuse it */
 } nabla_fast_descent_args;
 
 /* A row becomes NaN where G or the learning rate makes it so. */
@@ -354,6 +368,7 @@ typedef struct {
                                     not OK the row's result is NaN */
   nabla_fast_output grad;        /* [rows, vocab] float32 G, of nabla_fast_onehot_grad() */
   float* norm;                   /* [rows] ||G[r]||, of nabla_fast_onehot_grad_norm() */
+  nabla_fast_head_map head_map;
 } nabla_fast_onehot_args;
 
 /* Rows of G. Head and tables are read once for 256 rows. */

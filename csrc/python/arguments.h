@@ -9,6 +9,7 @@
 //   nabla_fast_matrix, nabla_fast_output    tensor, or (address, width, stride, dtype)
 //   nabla_fast_heads, nabla_fast_pool, ...  tensor
 //   tensor with sizes                       tensor, which sets the fields of its sizes too, or as above
+//   nabla_fast_head_map                     (tensor or None, scale, softcap)
 //   pointer to an array with a count        sequence; those of a call have one length, the count
 //
 // The function gets a workspace of its own unless it is given one, and runs without the GIL. It
@@ -149,16 +150,17 @@ void convert_strided(PyObject* value, Tensor& to, Strides&... strides) {
   convert_tuple(called(value, Names::get().stride).ptr(), strides...);
 }
 
-inline void convert(PyObject* value, nabla_fast_heads& to) {
-  convert_strided(value, to, to.batch_stride, to.head_stride, to.token_stride);
-}
-
-inline void convert(PyObject* value, nabla_fast_heads_output& to) {
+template <typename Heads, typename = decltype(Heads::batch_stride)>
+void convert(PyObject* value, Heads& to) {
   convert_strided(value, to, to.batch_stride, to.head_stride, to.token_stride);
 }
 
 inline void convert(PyObject* value, nabla_fast_pool& to) {
   convert_strided(value, to, to.block_stride, to.token_stride, to.head_stride);
+}
+
+inline void convert(PyObject* value, nabla_fast_head_map& to) {
+  convert_tuple(value, to.bias, to.scale, to.softcap);
 }
 
 // Keyword of a function, and how its value gets into the struct.

@@ -11,58 +11,58 @@
 // A tensor, and fields that are its first sizes.
 #define SIZED(name, ...) {#name, &set_sized<&Args::name, Args, __VA_ARGS__>}
 #define CALL_FIELDS FIELD(workspace), FIELD(workspace_bytes), FIELD(num_threads)
+#define ROW_FIELDS CALL_FIELDS, FIELD(rows), FIELD(vocab)
 
 namespace nabla_fast::bindings {
 namespace {
 
 std::vector<Field<nabla_fast_stats_args>> stats_fields() {
   using Args = nabla_fast_stats_args;
-  return {CALL_FIELDS,       FIELD(rows),    FIELD(vocab),  FIELD(logits),
-          FIELD(hidden),     FIELD(head),    FIELD(tau),    FIELD(logsumexp),
-          FIELD(confidence), FIELD(entropy), FIELD(argmax), FIELD(row_status)};
+  return {ROW_FIELDS,    FIELD(logits),     FIELD(hidden),     FIELD(head),
+          FIELD(tau),    FIELD(logsumexp),  FIELD(confidence), FIELD(entropy),
+          FIELD(argmax), FIELD(row_status), FIELD(head_map)};
 }
 
 std::vector<Field<nabla_fast_draw_args>> draw_fields() {
   using Args = nabla_fast_draw_args;
-  return {CALL_FIELDS,  FIELD(rows),  FIELD(vocab),    FIELD(logits),    FIELD(seed),
-          FIELD(start), FIELD(visit), FIELD(position), FIELD(redraw),    FIELD(tau),
-          FIELD(top_k), FIELD(top_p), FIELD(token),    FIELD(row_status)};
+  return {ROW_FIELDS,   FIELD(logits),   FIELD(seed),   FIELD(start),
+          FIELD(visit), FIELD(position), FIELD(redraw), FIELD(tau),
+          FIELD(top_k), FIELD(top_p),    FIELD(token),  FIELD(row_status)};
 }
 
 std::vector<Field<nabla_fast_lm_logits_args>> lm_logits_fields() {
   using Args = nabla_fast_lm_logits_args;
-  return {CALL_FIELDS, FIELD(rows), FIELD(vocab), FIELD(hidden), FIELD(head), FIELD(logits)};
+  return {ROW_FIELDS, FIELD(hidden), FIELD(head), FIELD(logits), FIELD(head_map)};
 }
 
 std::vector<Field<nabla_fast_nll_grad_args>> nll_grad_fields() {
   using Args = nabla_fast_nll_grad_args;
-  return {CALL_FIELDS, FIELD(rows),    FIELD(vocab), FIELD(hidden),
-          FIELD(head), FIELD(targets), FIELD(grad),  FIELD(row_status)};
+  return {ROW_FIELDS,  FIELD(hidden),     FIELD(head),    FIELD(targets),
+          FIELD(grad), FIELD(row_status), FIELD(head_map)};
 }
 
 std::vector<Field<nabla_fast_descent_args>> descent_fields() {
   using Args = nabla_fast_descent_args;
-  return {CALL_FIELDS,           FIELD(rows),       FIELD(vocab),   FIELD(parameter),
-          FIELD(exp_avg),        FIELD(exp_avg_sq), FIELD(step),    FIELD(head),
-          FIELD(grad),           FIELD(schedule),   FIELD(iters),   FIELD(schedule_stride),
-          FIELD(until),          FIELD(group),      FIELD(tau),     FIELD(noise_seed),
-          FIELD(noise_position), FIELD(token),      FIELD(flipped), FIELD(row_status)};
+  return {
+      ROW_FIELDS,   FIELD(parameter), FIELD(exp_avg),    FIELD(exp_avg_sq), FIELD(step),
+      FIELD(head),  FIELD(grad),      FIELD(schedule),   FIELD(iters),      FIELD(schedule_stride),
+      FIELD(until), FIELD(group),     FIELD(tau),        FIELD(noise_seed), FIELD(noise_position),
+      FIELD(token), FIELD(flipped),   FIELD(row_status), FIELD(head_map)};
 }
 
 std::vector<Field<nabla_fast_mix_args>> mix_fields() {
   using Args = nabla_fast_mix_args;
-  return {CALL_FIELDS,           FIELD(rows),       FIELD(vocab),      FIELD(logits),
-          FIELD(hidden),         FIELD(head),       FIELD(tau),        FIELD(noise_seed),
-          FIELD(noise_position), ARRAY(tables),     FIELD(row_status), FIELD(hard),
-          ARRAY(mixes),          ARRAY(cotangents), FIELD(direct),     FIELD(grad),
-          FIELD(perturbed)};
+  return {ROW_FIELDS,        FIELD(logits),     FIELD(hidden),         FIELD(head),
+          FIELD(tau),        FIELD(noise_seed), FIELD(noise_position), ARRAY(tables),
+          FIELD(row_status), FIELD(hard),       ARRAY(mixes),          ARRAY(cotangents),
+          FIELD(direct),     FIELD(grad),       FIELD(perturbed)};
 }
 
 std::vector<Field<nabla_fast_onehot_args>> onehot_fields() {
   using Args = nabla_fast_onehot_args;
-  return {CALL_FIELDS,       FIELD(rows),       FIELD(vocab),  FIELD(hidden),     FIELD(head),
-          FIELD(nll_coeff),  ARRAY(cotangents), ARRAY(tables), ARRAY(token_maps), ARRAY(table_rows),
-          FIELD(row_status), FIELD(grad),       FIELD(norm)};
+  return {ROW_FIELDS,        FIELD(hidden), FIELD(head),       FIELD(nll_coeff),
+          ARRAY(cotangents), ARRAY(tables), ARRAY(token_maps), ARRAY(table_rows),
+          FIELD(row_status), FIELD(grad),   FIELD(norm),       FIELD(head_map)};
 }
 
 std::vector<Field<nabla_fast_attention_args>> attention_fields() {

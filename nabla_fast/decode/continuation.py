@@ -10,7 +10,7 @@ from torch import Tensor
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.problem import Problem
 from nabla_fast.models import LanguageModel
-from nabla_fast.ops import GumbelNoise, TokenStats, synchronize, token_stats
+from nabla_fast.ops import GumbelNoise, TokenStats, synchronize
 from nabla_fast.ops.gumbel_noise import perturbed
 from nabla_fast.ops.rows import row_slices
 
@@ -36,7 +36,7 @@ class Continuation:
     @classmethod
     def empty(cls, lm: LanguageModel) -> Continuation:
         """L = 0: after a token that ends the response."""
-        hidden = lm.head.new_empty(0, lm.head.shape[1])
+        hidden = torch.empty(0, lm.head.width, dtype=lm.head.dtype, device=lm.head.device)
         nothing = hidden.new_empty(0)
         tokens = nothing.long()
         return cls([], hidden, TokenStats(nothing, nothing, nothing, tokens), tokens, None)
@@ -58,7 +58,7 @@ class Continuation:
             RowError: the LM's logits are not finite.
         """
         if stats is None:
-            stats = token_stats(hidden, lm.head)
+            stats = lm.head.stats(hidden)
         synchronize()
         if config.relaxation != "gumbel":
             return cls(tokens, hidden, stats, stats.argmax, None)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nabla_fast.models.heads import Head
 from nabla_fast.models.tables import TokenTable
-from nabla_fast.ops import embedding_mix, lm_logits, logits_backward, nll_grad
+from nabla_fast.ops import embedding_mix
 from nabla_fast.ops.rows import row_slices
 
 
@@ -41,7 +42,7 @@ class Relaxed:
         aligned = [table.aligned for table in tables]
         return embedding_mix(self.logits, aligned, tau=self.tau, hard=False)
 
-    def likelihood_gradient(self, states: Tensor, head: Tensor, start: int = 0) -> Tensor:
+    def likelihood_gradient(self, states: Tensor, head: Head, start: int = 0) -> Tensor:
         """∂/∂states of −Σ_i Σ_v y_i[v] log π(v | states_i), over positions from ``start`` on.
 
         d(−Σ y log π)/dz = π − y, taken to hidden space here: autograd would keep [L, V] logits and a
@@ -49,17 +50,17 @@ class Relaxed:
 
         Args:
             states: [n, H], final hidden states that predict positions start..start+n−1.
-            head: W [V, H].
+            head: of the LM.
         Returns:
             [n, H] in the dtype of ``states``.
         """
         if self.tokens is not None:
             tokens = self.tokens[start : start + len(states)]
-            return nll_grad(states, head, tokens).to(states.dtype)
+            return head.nll_grad(states, tokens).to(states.dtype)
         gradients = []
-        for block in row_slices(len(states), head.shape[0]):
+        for block in row_slices(len(states), head.vocabulary):
             part, rows = states[block], slice(start + block.start, start + block.stop)
-            pi = lm_logits(part, head).softmax(dim=-1)
-            pi -= torch.softmax(self.logits[rows] / self.tau, dim=-1)
-            gradients.append(logits_backward(pi, head))
+            z = head.logits(part)
+            dz = z.softmax(dim=-1) - torch.softmax(self.logits[rows] / self.tau, dim=-1)
+            gradients.append(head.backward(dz, z))
         return torch.cat(gradients).to(states.dtype)

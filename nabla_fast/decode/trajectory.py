@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nabla_fast.models.heads import Head
 from nabla_fast.models.tables import TokenTable
-from nabla_fast.ops import onehot_grad, onehot_grad_norm
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class TrajectoryGradient:
         cotangents: ∂ℒ/∂e [L, H] and, with a reward model, ∂ℒ/∂r [L, H_r].
         tables: E [V, H] and R [V, H_r].
         hidden: final hidden states [L, H] over the relaxed trajectory, which predict its positions.
-        head: W [V, H].
+        head: of the LM.
         nll_coeff: ν.
     """
 
     cotangents: list[Tensor]
     tables: list[TokenTable]
     hidden: Tensor
-    head: Tensor
+    head: Head
     nll_coeff: float
 
     @classmethod
@@ -45,7 +45,9 @@ class TrajectoryGradient:
     def rows(self, count: int) -> Tensor:
         """G of the first ``count`` positions, [count, V]."""
         cotangents = [g[:count] for g in self.cotangents]
-        return onehot_grad(**self._arguments() | {"cotangents": cotangents, "hidden": self.hidden[:count]})
+        return self.head.onehot_grad(
+            **self._arguments() | {"cotangents": cotangents, "hidden": self.hidden[:count]}
+        )
 
     def after(self, count: int) -> TrajectoryGradient:
         """G of the positions after the first ``count``."""
@@ -54,14 +56,13 @@ class TrajectoryGradient:
 
     def norms(self) -> Tensor:
         """‖G_i‖₂ of all positions, [L]."""
-        return onehot_grad_norm(**self._arguments())
+        return self.head.onehot_grad_norm(**self._arguments())
 
     def _arguments(self) -> dict[str, Any]:
         return {
             "cotangents": self.cotangents,
             "tables": [table.rows for table in self.tables],
             "hidden": self.hidden,
-            "head": self.head,
             "nll_coeff": self.nll_coeff,
             "token_maps": [table.token_map for table in self.tables],
         }

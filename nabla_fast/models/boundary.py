@@ -49,6 +49,24 @@ def _where(error: Exception) -> str | None:
     return found
 
 
+def adapted_model(model: nn.Module) -> nn.Module:
+    """The transformers model whose layers a PEFT model has put adapters into; any other model itself.
+
+    Raises:
+        ModelError: its adapter is no part of layers, such as tokens before the text.
+    """
+    if not (hasattr(model, "get_base_model") and hasattr(model, "active_peft_config")):
+        return model
+    config = model.active_peft_config
+    if config.is_prompt_learning:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ModelError(
+            f"{type(model).__name__} has an adapter of type {kind}, virtual tokens before the text, which "
+            "is not read: adapters inside layers are, such as LoRA"
+        )
+    return model.get_base_model()
+
+
 def refuse_unreadable_weights(model: nn.Module) -> None:
     """Refuse models whose weights cannot be read, or let no gradient through.
 

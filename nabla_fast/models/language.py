@@ -12,34 +12,27 @@ from torch import Tensor, nn
 
 from nabla_fast.errors import ModelError
 from nabla_fast.models.backbone import Forward, backbone
-from nabla_fast.models.boundary import probing, refuse_unreadable_weights
+from nabla_fast.models.boundary import adapted_model, probing, refuse_unreadable_weights
 from nabla_fast.models.context import TableLookups, stated_context
 from nabla_fast.models.generation import eos_ids
+from nabla_fast.models.head_probe import found_map
 from nabla_fast.models.prefix_reading import PrefixReading, Way, WholeReading, fastest_way
 from nabla_fast.models.probes import close, probe_gradient, probe_ids, probe_length, with_states
 from nabla_fast.models.replica import replica, returning_names
 from nabla_fast.models.rotary import switching_length
 from nabla_fast.models.tables import embedding_table, output_head
-from nabla_fast.ops import lm_logits
 
-# Config fields that change logits after the head: named in the refusal, so that one knows why.
-_LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "output_multiplier_scale",
-)
 # The largest logit of a probe: a cap far above it is none.
 _LARGE = 1000.0
 
 
 class LanguageModel:
-    """Any transformers causal LM whose logits are a linear head on its last hidden state.
+    """Any transformers causal LM whose logits are c·tanh(s·(W h + b)/c) of its last hidden state h.
 
     Attributes:
-        model: the transformers model.
+        model: the transformers model; of a PEFT model the one that its adapters are in.
         table: input embeddings E [V, H].
-        head: output head W [V, H].
+        head: what makes logits of hidden states.
         eos_ids: tokens that end a response.
         context: most tokens the model reads, or None if it does not say.
     """
@@ -48,10 +41,10 @@ class LanguageModel:
         """Probe the model on a few tokens.
 
         Raises:
-            ModelError: its logits are not head·hidden, its table and head differ in size, it does not
-                read embeddings as it reads tokens, or it cannot be run at all.
+            ModelError: its logits are nothing of that form, its table and head differ in size, it does
+                not read embeddings as it reads tokens, or it cannot be run at all.
         """
-        self.model = model
+        self.model = model = adapted_model(model)
         with probing(model, "cannot be read"):
             self._read_tables()
             self._probe()
@@ -68,9 +61,9 @@ class LanguageModel:
         self.eos_ids = eos_ids(model)
         self._readable = returning_names(model)
         self._forward, self._whole = Forward(backbone(self._readable)), Forward(self._readable)
-        if self.table.shape[0] != self.head.shape[0]:
+        if self.table.shape[0] != self.head.vocabulary:
             raise ModelError(
-                f"{name} reads {self.table.shape[0]} tokens but writes {self.head.shape[0]}: "
+                f"{name} reads {self.table.shape[0]} tokens but writes {self.head.vocabulary}: "
                 "the two vocabularies must be one"
             )
 
@@ -82,7 +75,7 @@ class LanguageModel:
     @property
     def vocabulary(self) -> int:
         """V."""
-        return self.head.shape[0]
+        return self.head.vocabulary
 
     @property
     def reads_cached(self) -> bool:
@@ -133,7 +126,7 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 (or float64) logits [N, V] of hidden states [N, H]."""
-        return lm_logits(hidden, self.head)
+        return self.head.logits(hidden)
 
     def tensor(self, ids: Sequence[int]) -> Tensor:
         """Token ids as [1, S] on the model's device."""
@@ -182,25 +175,21 @@ class LanguageModel:
             raise ModelError(f"{name} is not causal: states depend on the tokens after them")
 
     def _probe_head(self, copied: nn.Module, ids: Tensor, hidden: Tensor, theirs: Tensor) -> None:
-        """Compare logits with head·hidden, also large ones: a cap changes small logits hardly at all."""
-        name, dtype = type(self.model).__name__, self.head.dtype
-        ours = self.logits(hidden)
-        agree = close(ours, theirs, dtype)
-        if agree and (largest := float(ours.abs().amax())) > 0:
-            states = (hidden * (_LARGE / largest))[None]
-            forward = Forward(copied)
-            large = with_states(
+        """Find what is done to W h, on logits as they are and on large ones, where a cap shows."""
+        forward = Forward(copied)
+
+        def logits_of(states: Tensor) -> Tensor | None:
+            return with_states(
                 backbone(copied),
                 copied.get_output_embeddings(),
-                states,
+                states[None],
                 lambda: forward.logits(input_ids=ids, use_cache=False)[0],
             )
-            agree = large is not None and close(self.logits(states[0]), large, dtype)
-        if not agree:
-            fields = [
-                f"{f}={v}"
-                for f in _LOGIT_CHANGES
-                if (v := getattr(self._config, f, None)) not in (None, 1.0)
-            ]
-            why = f" (its config has {', '.join(fields)})" if fields else ""
-            raise ModelError(f"{name}: logits are not its output head times the last hidden state{why}")
+
+        head_map = found_map(self.head, self._config, hidden, theirs, logits_of)
+        if head_map is None:
+            raise ModelError(
+                f"{type(self.model).__name__}: logits are not its output head times the last hidden state, "
+                "nor that with a scale or a soft cap of its config"
+            )
+        self.head = self.head.with_map(head_map)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nabla_fast.errors import ModelError
 from nabla_fast.models.alignment import VocabularyAlignment
 from nabla_fast.models.backbone import Forward, backbone
-from nabla_fast.models.boundary import probing, refuse_unreadable_weights
+from nabla_fast.models.boundary import adapted_model, probing, refuse_unreadable_weights
 from nabla_fast.models.context import TableLookups, stated_context
 from nabla_fast.models.labels import LabelChoice
 from nabla_fast.models.probes import close, probe_gradient, probe_ids, probe_length, with_states
@@ -56,7 +56,7 @@ class RewardModel:
                 embeddings as it reads tokens, or cannot be run at all.
             InputError: the alignment names tokens, or the choice labels, that the model does not have.
         """
-        self.model = model
+        self.model = model = adapted_model(model)
         with probing(model, "cannot be read"):
             self._labels = (LabelChoice() if labels is None else labels).among(model, self.wrapper)
             refuse_unreadable_weights(model)

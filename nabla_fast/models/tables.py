@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nabla_fast.errors import ModelError
+from nabla_fast.models.head_rows import head_rows, is_plain
+from nabla_fast.models.heads import DenseHead, Head, HeadMap, TiledHead
 
 _BLOCK = 16384
 
@@ -57,7 +59,8 @@ def embedding_table(model: nn.Module) -> Tensor:
     """
     module = model.get_input_embeddings()
     weight = _weight(model)
-    if type(module) is nn.Embedding and module.max_norm is None and not _hooked(module):
+    plain = type(module) is nn.Embedding and module.max_norm is None and is_plain(weight)
+    if plain and not _hooked(module):
         return weight.detach()
     tokens = torch.arange(table_rows(model), device=weight.device)
     table = torch.cat([module(block) for block in tokens.split(_BLOCK)])
@@ -92,11 +95,11 @@ def _weight(model: nn.Module) -> Tensor:
     return weight
 
 
-def output_head(model: nn.Module) -> Tensor:
-    """The weight of a causal LM's head, [V, H], detached.
+def output_head(model: nn.Module) -> Head:
+    """The head of a causal LM, with its bias; a scale and a cap are for its user to find.
 
     Raises:
-        ModelError: there is no linear head of floating-point numbers, or it has a bias.
+        ModelError: there is no linear head of floating-point numbers, or its packing is not known.
     """
     head = model.get_output_embeddings()
     name, kind = type(model).__name__, type(head).__name__
@@ -108,9 +111,10 @@ def output_head(model: nn.Module) -> Tensor:
             f"{name} has an output head ({kind}) of {weight.dtype} {list(weight.shape)}: "
             "load it without quantization"
         )
-    if getattr(head, "bias", None) is not None:
-        raise ModelError(f"{name} has a bias on its output head, which is not supported")
-    return weight.detach()
+    bias = getattr(head, "bias", None)
+    head_map = HeadMap(bias.detach() if isinstance(bias, Tensor) else None)
+    rows = head_rows(head, name)
+    return DenseHead(weight.detach(), head_map) if rows is None else TiledHead(rows, head_map)
 
 
 def _hooked(module: nn.Module) -> bool:

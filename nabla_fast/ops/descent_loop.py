@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,8 +132,9 @@ def descend_native(
     group: Tensor | None,
     tau: float,
     noise: tuple[Tensor, Tensor] | None,
+    **fields: Any,
 ) -> Descent:
-    """The descent by the C++ kernel of the op ``name``.
+    """The descent by the C++ kernel of the op ``name``; it gets ``fields`` as they are.
 
     Raises:
         RowError: a row of z is bad; then nothing has changed.
@@ -165,6 +166,7 @@ def descend_native(
         token=token,
         flipped=flipped,
         row_status=status,
+        **fields,
     )
     return reported(name, token, flipped, None if good else status)
 

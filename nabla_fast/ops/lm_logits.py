@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast._native import extension
+from nabla_fast.ops.head_map import BIAS_RULE, check_head_map, head_map_refusal, mapped, product_gradient
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.registry import Table, floats, op, tensors
 from nabla_fast.ops.registry.schema import read_parameters
@@ -17,9 +18,16 @@ from nabla_fast.ops.rows import accumulation_dtype
 HEAD_ROWS = 16384
 
 
-@op(arguments={"hidden": floats("N", "H"), "head": floats("V", "H")}, reads=())
-def lm_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """z = hidden·headᵀ in float32 (float64 if hidden is).
+@op(arguments={"hidden": floats("N", "H"), "head": floats("V", "H"), **BIAS_RULE}, reads=())
+def lm_logits(
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """z = c·tanh(s·(hidden·headᵀ + b)/c) in float32 (float64 if hidden is); hidden·headᵀ by default.
 
     Half-precision logits tie, which makes an argmax depend on chance, so the product is never
     rounded to the head's dtype. A half-precision head is converted a few rows at a time: a float32
@@ -30,6 +38,9 @@ def lm_logits(hidden: Tensor, head: Tensor) -> Tensor:
     Args:
         hidden: h [N, H], floating point.
         head: the lm_head W [V, H], floating point.
+        bias: b [V], floating point, a constant; None for none. −inf masks a token, unless there is a cap.
+        scale: s, as of Cohere's and Granite's models.
+        softcap: c, positive, as of Gemma 2; None for no cap.
     Returns:
         [N, V].
     Raises:
@@ -42,8 +53,10 @@ def lm_logits(hidden: Tensor, head: Tensor) -> Tensor:
     dtype = accumulation_dtype(hidden)
     hidden = hidden.to(dtype)
     if head.dtype == dtype:
-        return hidden @ head.T
-    return torch.cat([hidden @ part.to(dtype).T for part in head.split(HEAD_ROWS)], dim=1)
+        product = hidden @ head.T
+    else:
+        product = torch.cat([hidden @ part.to(dtype).T for part in head.split(HEAD_ROWS)], dim=1)
+    return mapped(product, bias, scale, softcap)
 
 
 def mapped_logits(states: Tensor, table: Tensor, token_map: Tensor | None) -> Tensor:
@@ -91,8 +104,13 @@ _BACKWARD = Table(
 )
 
 
+@lm_logits.check
+def check_lm_logits(hidden: Tensor, head: Tensor, **head_map: Any) -> None:
+    check_head_map("lm_logits", **head_map)
+
+
 @lm_logits.fake
-def fake_lm_logits(hidden: Tensor, head: Tensor) -> Tensor:
+def fake_lm_logits(hidden: Tensor, head: Tensor, **_: Any) -> Tensor:
     return hidden.new_empty((hidden.shape[0], head.shape[0]), dtype=accumulation_dtype(hidden))
 
 
@@ -101,11 +119,12 @@ def lm_logits_gradient(
     arguments: dict[str, Any], output: Tensor, cotangents: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     (dz,), hidden, head = cotangents, arguments["hidden"], arguments["head"]
-    return logits_backward(dz, head).to(hidden.dtype), (dz.T @ hidden.to(dz.dtype)).to(head.dtype)
+    du = product_gradient(dz, output, arguments["scale"], arguments["softcap"])
+    return logits_backward(du, head).to(hidden.dtype), (du.T @ hidden.to(du.dtype)).to(head.dtype)
 
 
 @lm_logits.backend("cpu", refuses=native_backend.hidden_refusal)
-def lm_logits_cpu(hidden: Tensor, head: Tensor) -> Tensor:
+def lm_logits_cpu(hidden: Tensor, head: Tensor, **head_map: Any) -> Tensor:
     hidden, rows, vocab = native_backend.as_float32(hidden), hidden.shape[0], head.shape[0]
     logits = native_backend.empty_matrix(rows, vocab)
     extension().lm_logits(
@@ -115,12 +134,18 @@ def lm_logits_cpu(hidden: Tensor, head: Tensor) -> Tensor:
         hidden=hidden,
         head=head,
         logits=logits,
+        **native_backend.head_map_fields(**head_map),
     )
     return logits
 
 
-@lm_logits.backend("triton", refuses=lambda hidden, head: triton_backend.refusal(hidden=hidden, head=head))
-def lm_logits_triton(hidden: Tensor, head: Tensor) -> Tensor:
+@lm_logits.backend(
+    "triton",
+    refuses=lambda hidden, head, **head_map: (
+        triton_backend.refusal(hidden=hidden, head=head) or head_map_refusal("Triton", **head_map)
+    ),
+)
+def lm_logits_triton(hidden: Tensor, head: Tensor, **_: Any) -> Tensor:
     from nabla_fast.triton_kernels.common.vocabulary_product import vocabulary_product
 
     return vocabulary_product([hidden], [head])

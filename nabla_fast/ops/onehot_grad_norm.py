@@ -30,11 +30,15 @@ def onehot_grad_norm(
     *,
     nll_coeff: float,
     token_maps: Sequence[Tensor | None] = (),
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """‖G_i‖₂ of every row of :func:`~nabla_fast.ops.onehot_grad`, masked tokens left out.
 
     Args:
-        cotangents, tables, hidden, head, nll_coeff, token_maps: as in ``onehot_grad``.
+        cotangents, tables, hidden, head, nll_coeff, token_maps, bias, scale, softcap: as in
+            ``onehot_grad``.
     Returns:
         [N], float32 (float64 if an input is).
     Raises:
@@ -46,11 +50,12 @@ def onehot_grad_norm(
         >>> onehot_grad_norm([torch.tensor([[3.0, 0.0, 4.0]])], [table], hidden, head, nll_coeff=0.0)
         tensor([5.])
     """
+    head_map = {"bias": bias, "scale": scale, "softcap": softcap}
     norms = [hidden.new_zeros(0, dtype=accumulation_dtype(hidden, *cotangents))]
     statuses = [torch.zeros(0, dtype=torch.int32, device=hidden.device)]
     for rows in row_slices(len(hidden), len(head)):
         parts = [cotangent[rows] for cotangent in cotangents]
-        grad, status = onehot_rows(parts, tables, hidden[rows], head, nll_coeff, token_maps)
+        grad, status = onehot_rows(parts, tables, hidden[rows], head, nll_coeff, token_maps, head_map)
         norms.append(grad.norm(dim=-1))
         statuses.append(status)
     report("onehot_grad_norm", torch.cat(statuses))
@@ -58,8 +63,8 @@ def onehot_grad_norm(
 
 
 @onehot_grad_norm.check
-def check_onehot_grad_norm(*inputs: Any, token_maps: Sequence[Tensor | None], **_: Any) -> None:
-    check_onehot_inputs("onehot_grad_norm", *inputs, token_maps)
+def check_onehot_grad_norm(*inputs: Any, **options: Any) -> None:
+    check_onehot_inputs("onehot_grad_norm", *inputs, **options)
 
 
 @onehot_grad_norm.fake
@@ -69,9 +74,9 @@ def fake_onehot_grad_norm(
     return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden, *cotangents))
 
 
-def onehot_grad_norm_native(*inputs: Any) -> tuple[Tensor, Tensor]:
+def onehot_grad_norm_native(*inputs: Any, **head_map: Any) -> tuple[Tensor, Tensor]:
     """‖G_i‖₂ [N] of :func:`onehot_fields`, and a status [N] int32; NaN where it is not 0."""
-    fields = onehot_fields(*inputs)
+    fields = onehot_fields(*inputs, **head_map)
     norm = torch.empty(fields["rows"], dtype=torch.float32, device="cpu")
     status = torch.empty(fields["rows"], dtype=torch.int32, device="cpu")
     extension().onehot_grad_norm(**fields, row_status=status, norm=norm)
@@ -86,9 +91,11 @@ def onehot_grad_norm_cpu(*inputs: Any, **options: Any) -> Tensor:
 
 
 @onehot_grad_norm.backend("triton", refuses=triton_backend.onehot_refusal)
-def onehot_grad_norm_triton(*inputs: Any, **options: Any) -> Tensor:
+def onehot_grad_norm_triton(
+    *inputs: Any, nll_coeff: float, token_maps: Sequence[Tensor | None], **_: Any
+) -> Tensor:
     from nabla_fast.triton_kernels import onehot_grad as kernels
 
-    norm, status = run_kernel(kernels.onehot_grad_norm, *inputs, **options)
+    norm, status = run_kernel(kernels.onehot_grad_norm, *inputs, nll_coeff=nll_coeff, token_maps=token_maps)
     report("onehot_grad_norm", status)
     return norm

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nabla_fast._native import extension
 from nabla_fast.ops.checks import expect, expect_tau, expect_vocabulary
+from nabla_fast.ops.head_map import BIAS_RULE, check_head_map, head_map_refusal, is_product
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.lm_logits import lm_logits
 from nabla_fast.ops.registry import floats, op
@@ -25,14 +26,23 @@ class TokenStats(NamedTuple):
     argmax: Tensor  # [N] int64, the lowest index among equals
 
 
-@op(arguments={"rows": floats("N", "M"), "head": floats("V", "M")}, reads=())
-def token_stats(rows: Tensor, head: Tensor | None = None, *, tau: float = 1.0) -> TokenStats:
+@op(arguments={"rows": floats("N", "M"), "head": floats("V", "M"), **BIAS_RULE}, reads=())
+def token_stats(
+    rows: Tensor,
+    head: Tensor | None = None,
+    *,
+    tau: float = 1.0,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> TokenStats:
     """Statistics of p = softmax(z/τ), row by row.
 
     Args:
         rows: logits z [N, V]; with ``head``, hidden states h [N, H] and z = h·headᵀ. Floating point.
         head: the lm_head W [V, H], floating point, or None.
         tau: temperature τ > 0.
+        bias, scale, softcap: of logits h·headᵀ, as in ``lm_logits``; not without ``head``.
     Returns:
         logsumexp, confidence and entropy [N] in float32 (float64 for float64 input), argmax [N].
         −inf logits are masked tokens.
@@ -46,7 +56,10 @@ def token_stats(rows: Tensor, head: Tensor | None = None, *, tau: float = 1.0) -
         (tensor([0.5000]), tensor([0]))
     """
     dtype = accumulation_dtype(rows)
-    logits = rows.to(dtype) if head is None else lm_logits(rows, head)
+    if head is None:
+        logits = rows.to(dtype)
+    else:
+        logits = lm_logits(rows, head, bias=bias, scale=scale, softcap=softcap)
     report("token_stats", row_status(logits))
     logp = torch.log_softmax(tempered(logits, tau), dim=-1)
     p = logp.exp()
@@ -58,14 +71,20 @@ def token_stats(rows: Tensor, head: Tensor | None = None, *, tau: float = 1.0) -
 
 
 @token_stats.check
-def check_token_stats(rows: Tensor, head: Tensor | None, *, tau: float) -> None:
+def check_token_stats(rows: Tensor, head: Tensor | None, *, tau: float, **head_map: Any) -> None:
     expect(rows.shape[1] > 0, "token_stats: rows must have at least one column")
     expect_vocabulary("token_stats", rows.shape[1] if head is None else head.shape[0])
     expect_tau("token_stats", tau)
+    check_head_map("token_stats", **head_map)
+    if head is None:
+        expect(
+            is_product(**head_map),
+            "token_stats: bias, scale and softcap are of a head, and none is given",
+        )
 
 
 @token_stats.fake
-def fake_token_stats(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
+def fake_token_stats(rows: Tensor, head: Tensor | None, **_: Any) -> TokenStats:
     n, dtype = rows.shape[0], accumulation_dtype(rows)
     values = [rows.new_empty(n, dtype=dtype) for _ in range(3)]
     return TokenStats(*values, rows.new_empty(n, dtype=torch.int64))
@@ -78,13 +97,15 @@ def _cpu_refusal(rows: Tensor, head: Tensor | None, **_: Any) -> str | None:
 
 
 @token_stats.backend("cpu", refuses=_cpu_refusal)
-def token_stats_cpu(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
-    values, status = token_stats_native(rows, head, tau)
+def token_stats_cpu(rows: Tensor, head: Tensor | None, *, tau: float, **head_map: Any) -> TokenStats:
+    values, status = token_stats_native(rows, head, tau, **head_map)
     report("token_stats", status)
     return values
 
 
-def token_stats_native(rows: Tensor, head: Tensor | None, tau: float) -> tuple[TokenStats, Tensor]:
+def token_stats_native(
+    rows: Tensor, head: Tensor | None, tau: float, **head_map: Any
+) -> tuple[TokenStats, Tensor]:
     """Statistics by the C++ kernels, and a status [N] int32; of a row with another one than 0 they are NaN,
     and its argmax is −1."""
     n = rows.shape[0]
@@ -105,18 +126,19 @@ def token_stats_native(rows: Tensor, head: Tensor | None, tau: float) -> tuple[T
         )
     else:
         hidden, vocab = native_backend.as_native(rows), head.shape[0]
+        results |= native_backend.head_map_fields(**head_map)
         native.linear_token_stats(
             num_threads=threads, rows=n, vocab=vocab, hidden=hidden, head=head, tau=tau, **results
         )
     return TokenStats(logsumexp, confidence, entropy, argmax), status
 
 
-def _triton_refusal(rows: Tensor, head: Tensor | None, **_: Any) -> str | None:
-    return triton_backend.refusal(rows=rows, head=head)
+def _triton_refusal(rows: Tensor, head: Tensor | None, *, tau: float, **head_map: Any) -> str | None:
+    return triton_backend.refusal(rows=rows, head=head) or head_map_refusal("Triton", **head_map)
 
 
 @token_stats.backend("triton", refuses=_triton_refusal)
-def token_stats_triton(rows: Tensor, head: Tensor | None, *, tau: float) -> TokenStats:
+def token_stats_triton(rows: Tensor, head: Tensor | None, *, tau: float, **_: Any) -> TokenStats:
     from nabla_fast.triton_kernels import token_stats as kernels
 
     *values, status = kernels.token_stats(rows, head, tau)

@@ -60,7 +60,7 @@ def test_logits_are_the_models_own(kind):
         cache = DynamicCache(config=model.config)
         parts = [lm.hidden(part, cache=cache)[0] for part in ids.split([3, 1, 4], dim=1)]
     torch.testing.assert_close(lm.logits(torch.cat(parts)), expected)
-    assert lm.table.shape == lm.head.shape == (VOCABULARY, 16)
+    assert lm.table.shape == lm.head.weight.shape == (VOCABULARY, 16)
     assert (lm.vocabulary, lm.context) == (VOCABULARY, 64)
 
 
@@ -70,7 +70,7 @@ def test_logits_of_half_precision_are_float32(dtype):
     hidden = torch.randn(40, 16, dtype=dtype)
     logits = lm.logits(hidden)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, hidden.float() @ lm.head.float().T)
+    torch.testing.assert_close(logits, hidden.float() @ lm.head.weight.float().T)
     assert not torch.equal(logits, logits.to(dtype).float())
 
 
@@ -88,7 +88,7 @@ def test_eos_ids(in_config, in_generation, expected):
 def test_plain_tables_are_views():
     lm = shared_lm("qwen2")
     assert LanguageModel(lm).table.data_ptr() == lm.get_input_embeddings().weight.data_ptr()
-    assert LanguageModel(lm).head.data_ptr() == lm.lm_head.weight.data_ptr()
+    assert LanguageModel(lm).head.weight.data_ptr() == lm.lm_head.weight.data_ptr()
 
 
 def test_a_tied_reward_checkpoint_is_no_language_model(tmp_path):

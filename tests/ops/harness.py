@@ -390,7 +390,7 @@ def _row_maximum(tensor: Tensor) -> Tensor:
 
 # -- rows by themselves ------------------------------------------------------------------------------
 
-_SHARED = ("head", "tables", "token_maps", "group")
+_SHARED = ("head", "tables", "token_maps", "group", "bias")
 
 
 def rows_of(arguments: Arguments, rows: slice) -> Arguments:

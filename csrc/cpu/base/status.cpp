@@ -44,6 +44,8 @@ const char* nabla_fast_status_string(nabla_fast_status status) {
       return "softcap must be between 2^-64 and 2^64, or 0 for none";
     case NABLA_FAST_INVALID_FILTER:
       return "top_k is negative, or top_p is not in (0, 1]";
+    case NABLA_FAST_INVALID_SCALE:
+      return "a scale of logits is not finite";
     case 64:  // NABLA_FAST_DEVICE_REFUSED, of nabla_fast_cuda.h
       return "there is no CUDA device, or it has refused a launch";
     default:

@@ -2,12 +2,21 @@
 #ifndef NABLA_FAST_CPU_OPS_DTO_DESCENT_CALL_H_
 #define NABLA_FAST_CPU_OPS_DTO_DESCENT_CALL_H_
 
+#include <cstddef>
 #include <cstdint>
 
 #include "base/args.h"
 #include "base/check.h"
 #include "base/overlap.h"
 #include "nabla_fast.h"
+
+namespace nabla_fast {
+
+template <>
+inline constexpr int64_t kFirstVersionBytes<nabla_fast_descent_args> =
+    offsetof(nabla_fast_descent_args, head_map);
+
+}  // namespace nabla_fast
 
 namespace nabla_fast::descent {
 
@@ -42,7 +51,10 @@ inline nabla_fast_status check_outputs(const nabla_fast_descent_args& call, int6
     arrays.writes(array_of(call.flipped, call.rows));
     arrays.writes(array_of(call.row_status, call.rows));
     arrays.writes(array_of_bytes(call.workspace, bytes));
-    if (head) arrays.reads(array_of(*head, call.vocab));
+    if (head) {
+      arrays.reads(array_of(*head, call.vocab));
+      arrays.reads(array_of(call.head_map.bias, call.vocab));
+    }
     arrays.reads(array_of(call.grad, call.rows));
     arrays.reads({call.schedule, {{call.rows, call.schedule_stride}}, call.iters, 8});
     for (const int64_t* array : {call.until, call.group, call.noise_seed, call.noise_position})

@@ -18,6 +18,7 @@
 #include "ops/dto_descent.h"
 #include "ops/dto_descent_latents_pass.h"
 #include "simd/vec.h"
+#include "softmax/head_map.h"
 #include "softmax/row_status.h"
 
 namespace nabla_fast::descent {
@@ -176,7 +177,7 @@ class Descent {
 
   void pass_together(const int64_t* list, int count, bool sums) {
     const int64_t width = call_.head.width;
-    HeadPass pass;
+    HeadPass pass{{}, {}, softmax::HeadMap(call_.head_map), 0, 0, false, {}};
     for (int n = 0; n < count; ++n) {
       const int64_t row = list[n];
       const float* const h = call_.parameter_of(row);
@@ -278,6 +279,7 @@ nabla_fast_status check(const nabla_fast_descent_args& call) {
   if (call.rows == 0) return NABLA_FAST_OK;
   const int64_t width = call.head.width;
   if (const auto refused = check_matrix(call.head, call.vocab, width)) return refused;
+  if (const auto refused = softmax::check_head_map(call.head_map, call.vocab)) return refused;
   // So that the workspace can be laid out.
   return fits({{width, 1}}, 4 * gemm::kRowsPerGroup) &&
                  (Size(kMaxHeadSegments) * (2 * kRowsPerHeadPass * 4) * width).fits()

@@ -15,6 +15,7 @@
 #include "gemm/weighted_sums.h"
 #include "simd/gumbel.h"
 #include "simd/vec.h"
+#include "softmax/head_map.h"
 
 namespace nabla_fast::descent {
 namespace {
@@ -30,6 +31,7 @@ constexpr float kMinScaledExponent = -103.9f;
 struct Tile {
   alignas(64) float y[gemm::kVocabTileTokens * kRowsPerHeadPass];
   alignas(64) float grad[gemm::kVocabTileTokens * kRowsPerHeadPass];
+  alignas(64) float slope[gemm::kVocabTileTokens * kRowsPerHeadPass];  // dz/du, where it is not 1
   alignas(64) float noise[kRowsPerHeadPass * gemm::kVocabTileTokens];
   // Weights e and e (G - c) side by side; vectors are stored past the last of them.
   alignas(64) float weights[(gemm::kVocabTileTokens + 1) * gemm::kRowsPerGroup];
@@ -127,9 +129,9 @@ NABLA_FAST_INLINE void rescale_to_new_max(const PassRow& row, float top, int64_t
   }
 }
 
-// Weights of both sums over head rows, and the sums of the weights over the tile. stride: between
-// tokens.
-template <int W>
+// Weights of both sums over head rows, and the sums of e and e (G - c) over the tile. stride: between
+// tokens. kSloped: weights are multiplied by dz/du.
+template <int W, bool kSloped>
 NABLA_FAST_INLINE void exp_and_weighted_grad(int rows, int lanes, int tokens, float inverse_tau,
                                              float scale, int stride, Tile& tile) {
   const Floats<W> zero = {};
@@ -144,8 +146,14 @@ NABLA_FAST_INLINE void exp_and_weighted_grad(int rows, int lanes, int tokens, fl
       const Floats<W> e = x > kMinScaledExponent ? vec_exp_normal<W, kExpPower>(x) * scale : zero;
       const Floats<W> weighted_grad =
           x > kMinScaledExponent ? e * g : zero;  // G may be infinite where p is 0
-      store<W>(tile.weights + t * stride + r, e);
-      store<W>(tile.weights + t * stride + rows + r, weighted_grad);
+      if constexpr (kSloped) {
+        const Floats<W> slope = load<W>(tile.slope + t * lanes + r);
+        store<W>(tile.weights + t * stride + r, e * slope);
+        store<W>(tile.weights + t * stride + rows + r, weighted_grad * slope);
+      } else {
+        store<W>(tile.weights + t * stride + r, e);
+        store<W>(tile.weights + t * stride + rows + r, weighted_grad);
+      }
       sum += e;
       weighted_grad_sum += weighted_grad;
     }
@@ -159,6 +167,7 @@ NABLA_FAST_INLINE void segment_kernel(const HeadPass& pass, int64_t first, int64
                                       SegmentSums* found, float* weighted_sums) {
   const int rows = pass.rows.rows, lanes = pass.rows.lanes(), stride = gemm::lanes_of(2 * rows);
   const int64_t width = padded(pass.head.width);
+  const bool sloped = !pass.map.is_identity();
   Tile tile;
   for (float* array : {tile.weights, tile.max, tile.centre})
     std::fill_n(array,
@@ -170,6 +179,7 @@ NABLA_FAST_INLINE void segment_kernel(const HeadPass& pass, int64_t first, int64
   for (int64_t token = first; token < last; token += gemm::kVocabTileTokens) {
     const int tokens = static_cast<int>(std::min<int64_t>(gemm::kVocabTileTokens, last - token));
     gemm::products(pass.rows, pass.head.from(token), tokens, false, tile.y);
+    if (sloped) softmax::map_tile_kernel<W>(pass.map, token, tokens, lanes, tile.y, tile.slope);
     if (pass.noise) add_noise<W>(pass, token, tokens, tile);
     if (find_tile_max<W>(rows, lanes, tokens, tile))
       note_nan(rows, lanes, token, tokens, tile, found);
@@ -188,7 +198,12 @@ NABLA_FAST_INLINE void segment_kernel(const HeadPass& pass, int64_t first, int64
     const float* grad[kRowsPerHeadPass];
     for (int r = 0; r < rows; ++r) grad[r] = pass.row[r].grad + token;
     transpose_tile<W, false>(grad, rows, lanes, tokens, tile.grad);
-    exp_and_weighted_grad<W>(rows, lanes, tokens, pass.inverse_tau, pass.scale, stride, tile);
+    if (sloped)
+      exp_and_weighted_grad<W, true>(rows, lanes, tokens, pass.inverse_tau, pass.scale, stride,
+                                     tile);
+    else
+      exp_and_weighted_grad<W, false>(rows, lanes, tokens, pass.inverse_tau, pass.scale, stride,
+                                      tile);
     for (int r = 0; r < rows; ++r) {
       found[r].sum += tile.sum[r];
       found[r].weighted_grad_sum += tile.weighted_grad_sum[r];

@@ -5,8 +5,9 @@
 // y = z + noise so far, M, and under it, with e = exp((y - M) / tau), the sums of e, of e (G - c),
 // of e w and of e (G - c) w, w being the head's rows. c is G of the hard token, or, where that is
 // not yet known, of the token at M: from any other centre, the gradient of a peaked row would be a
-// difference of much larger numbers. Segments are joined in order, on whatever thread they were
-// computed.
+// difference of much larger numbers. Where logits are a function of the products u of head and
+// hidden states, the sums over head rows are of e dz/du w. Segments are joined in order, on whatever
+// thread they were computed.
 #ifndef NABLA_FAST_CPU_OPS_DTO_DESCENT_LATENTS_PASS_H_
 #define NABLA_FAST_CPU_OPS_DTO_DESCENT_LATENTS_PASS_H_
 
@@ -14,6 +15,7 @@
 #include <cstdint>
 
 #include "gemm/vocab_tiles.h"
+#include "softmax/head_map.h"
 
 namespace nabla_fast::descent {
 
@@ -49,6 +51,7 @@ constexpr float kPassScales[] = {1, 0x1p-88f};
 struct HeadPass {
   gemm::PackedRows rows;  // hidden states, at most kRowsPerHeadPass
   gemm::Table head;       // [vocab, width]
+  softmax::HeadMap map;   // of their products
   float inverse_tau;
   float scale;  // of exponentials
   bool noise;

@@ -33,10 +33,8 @@ void list_inputs(const nabla_fast_mix_args& call, Arrays& arrays) {
   } else {
     arrays.reads(array_of(call.logits, call.rows));
   }
-  if (call.noise_seed) {
-    arrays.reads(array_of(call.noise_seed, call.rows));
-    arrays.reads(array_of(call.noise_position, call.rows));
-  }
+  for (const int64_t* keys : {call.noise_seed, call.noise_position})
+    arrays.reads(array_of(keys, call.rows));
   arrays.reads(array_of(call.tables, call.table_count));
   for (int64_t t = 0; t < call.table_count; ++t) arrays.reads(array_of(call.tables[t], call.vocab));
 }

@@ -11,6 +11,7 @@
 #include "nabla_fast.h"
 #include "ops/token_stats.h"
 #include "simd/vec.h"
+#include "softmax/head_map.h"
 #include "softmax/row_softmax.h"
 #include "softmax/token_sums.h"
 
@@ -108,6 +109,7 @@ gemm::Factors factors_of(const nabla_fast_stats_args& call) {
 
 nabla_fast_status check(const nabla_fast_stats_args& call) {
   if (const auto refused = check_stats(call)) return refused;
+  if (const auto refused = softmax::check_head_map(call.head_map, call.vocab)) return refused;
   return call.rows == 0 ? NABLA_FAST_OK : gemm::check_factors(factors_of(call));
 }
 
@@ -126,6 +128,7 @@ void linear_token_stats(const nabla_fast_stats_args& call, char* memory) {
   auto* const add = add_sums.select();
   const gemm::Factors factors = factors_of(call);
   const softmax::Tau tau(call.tau);
+  const softmax::HeadMap map(call.head_map);
   const int64_t rows = call.rows, vocab = call.vocab, segments = gemm::pass_segments(vocab);
   const int threads = gemm::pass_threads(rows, vocab, factors, call.num_threads);
   auto* const sums = reinterpret_cast<GroupSums*>(memory + pass_bytes(call).or_zero());
@@ -141,6 +144,7 @@ void linear_token_stats(const nabla_fast_stats_args& call, char* memory) {
           GroupSums& mine = sums[segment * groups + group];
           if (token == segment * gemm::kPassSegmentTokens) mine.clear(lanes);
           pass.product(0, group, token, tokens, false, z);
+          if (!map.is_identity()) softmax::map_tile(map, token, tokens, lanes, z, nullptr);
           add(z, lanes, softmax::pad_to_chains(z, lanes, tokens), token, tau, mine);
         });
     for (int row = 0; row < some; ++row) {
@@ -177,6 +181,7 @@ nabla_fast_status nabla_fast_linear_token_stats(const nabla_fast_stats_args* arg
     arrays.writes(array_of_bytes(call.workspace, bytes));
     arrays.reads(array_of(call.hidden, call.rows));
     arrays.reads(array_of(call.head, call.vocab));
+    arrays.reads(array_of(call.head_map.bias, call.vocab));
   });
   if (overlap) return NABLA_FAST_OVERLAP;
   linear_token_stats(call, aligned(call.workspace));

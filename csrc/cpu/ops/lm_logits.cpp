@@ -2,6 +2,7 @@
 // of memory, and a bf16 head is never converted as a whole.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "base/args.h"
@@ -11,6 +12,15 @@
 #include "base/threads.h"
 #include "gemm/dot_products.h"
 #include "nabla_fast.h"
+#include "softmax/head_map.h"
+
+namespace nabla_fast {
+
+template <>
+inline constexpr int64_t kFirstVersionBytes<nabla_fast_lm_logits_args> =
+    offsetof(nabla_fast_lm_logits_args, head_map);
+
+}  // namespace nabla_fast
 
 namespace nabla_fast::logits {
 namespace {
@@ -22,11 +32,15 @@ constexpr int64_t kProductsPerThread = 1 << 18;
 
 // All rows with tokens [first, last).
 template <int W, typename T>
-NABLA_FAST_INLINE void chunk(const gemm::HeadProduct& p, int64_t first, int64_t last, float* logits,
-                             int64_t stride) {
-  for (int64_t block = first; block < last; block += gemm::kTokensInL2)
-    gemm::dot_block<W, T>(p, block, std::min(last, block + gemm::kTokensInL2), logits + block,
-                          stride);
+NABLA_FAST_INLINE void chunk(const gemm::HeadProduct& p, int64_t first, int64_t last,
+                             const softmax::HeadMap& map, float* logits, int64_t stride) {
+  for (int64_t block = first; block < last; block += gemm::kTokensInL2) {
+    const int64_t end = std::min(last, block + gemm::kTokensInL2);
+    gemm::dot_block<W, T>(p, block, end, logits + block, stride);
+    if (map.is_identity()) continue;
+    for (int64_t r = 0; r < p.rows; ++r)
+      softmax::map_row_kernel<W>(map, block, end - block, logits + r * stride + block, nullptr);
+  }
 }
 
 NABLA_FAST_FOR_EACH_ISA(fp32_chunk, chunk<W, float>)
@@ -42,6 +56,7 @@ nabla_fast_status nabla_fast_lm_logits(const nabla_fast_lm_logits_args* args) {
   nabla_fast_lm_logits_args call;
   if (const auto refused = read_args(args, call)) return refused;
   if (call.rows < 0 || call.vocab < 0) return NABLA_FAST_INVALID_SHAPE;
+  if (const auto refused = softmax::check_head_map(call.head_map, call.vocab)) return refused;
   if (call.rows == 0 || call.vocab == 0) return NABLA_FAST_OK;
   const int64_t rows = call.rows, vocab = call.vocab, width = call.hidden.width;
   if (const auto refused = check_float32(call.hidden, rows, width)) return refused;
@@ -51,6 +66,7 @@ nabla_fast_status nabla_fast_lm_logits(const nabla_fast_lm_logits_args* args) {
     arrays.writes(array_of(call.logits, rows));
     arrays.reads(array_of(call.hidden, rows));
     arrays.reads(array_of(call.head, vocab));
+    arrays.reads(array_of(call.head_map.bias, vocab));
   });
   if (overlap) return NABLA_FAST_OVERLAP;
   gemm::HeadProduct product{static_cast<const float*>(call.hidden.data),
@@ -61,6 +77,7 @@ nabla_fast_status nabla_fast_lm_logits(const nabla_fast_lm_logits_args* args) {
                             width,
                             stride_of(call.head, vocab)};
   auto* const logits = static_cast<float*>(call.logits.data);
+  const softmax::HeadMap map(call.head_map);
   auto* const run = (call.head.dtype == NABLA_FAST_FLOAT32 ? fp32_chunk : bf16_chunk).select();
   int64_t chunks = (vocab + kTokensPerTask - 1) / kTokensPerTask;
   // Reading the head costs as much as the arithmetic of some rows.
@@ -68,7 +85,7 @@ nabla_fast_status nabla_fast_lm_logits(const nabla_fast_lm_logits_args* args) {
   const int threads = threads_for(work, kProductsPerThread, call.num_threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t n = 0; n < chunks; ++n)
-    run(product, n * kTokensPerTask, std::min(vocab, (n + 1) * kTokensPerTask), logits,
+    run(product, n * kTokensPerTask, std::min(vocab, (n + 1) * kTokensPerTask), map, logits,
         call.logits.stride);
   return NABLA_FAST_OK;
 }

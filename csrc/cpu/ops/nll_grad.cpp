@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "base/args.h"
@@ -23,8 +24,17 @@
 #include "gemm/vocab_tiles.h"
 #include "nabla_fast.h"
 #include "simd/vec_exp.h"
+#include "softmax/head_map.h"
 #include "softmax/row_softmax.h"
 #include "softmax/row_status.h"
+
+namespace nabla_fast {
+
+template <>
+inline constexpr int64_t kFirstVersionBytes<nabla_fast_nll_grad_args> =
+    offsetof(nabla_fast_nll_grad_args, head_map);
+
+}  // namespace nabla_fast
 
 namespace nabla_fast::nll {
 namespace {
@@ -45,7 +55,7 @@ struct Part {
   float* sum;            // [rows] of e = exp(logit - max) scale, the target's left out
   float* target;         // [rows] its logit, if it lies in the segment
   float* nan;            // [rows] other than 0 if a logit is NaN
-  float* weighted_rows;  // [rows, padded(width)] of e times the head's row, likewise
+  float* weighted_rows;  // [rows, padded(width)] of e dz/du times the head's row, likewise
 
   static int64_t floats(int64_t rows, int64_t width) { return rows * (4 + padded(width)); }
 
@@ -59,8 +69,9 @@ struct Part {
 
 // Tokens [first, last) for the rows of `p`, at most kRowsPerHeadRead.
 template <int W, typename T>
-NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const int64_t* targets, int64_t first,
-                               int64_t last, float scale, Part part) {
+NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const softmax::HeadMap& map,
+                               const int64_t* targets, int64_t first, int64_t last, float scale,
+                               Part part) {
   int64_t width = padded(p.width);
   for (int64_t r = 0; r < p.rows; ++r) {
     part.max[r] = -kInfinity;
@@ -69,12 +80,14 @@ NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const int64_t* target
     part.nan[r] = 0;
   }
   std::fill_n(part.weighted_rows, p.rows * width, 0.0f);
-  float z[kRowsPerHeadRead * kLogitTokens];
+  float z[kRowsPerHeadRead * kLogitTokens], slope[kLogitTokens];
+  const bool is_identity = map.is_identity();
   for (int64_t block = first; block < last; block += kLogitTokens) {
     int tokens = static_cast<int>(std::min(kLogitTokens, last - block));
     gemm::dot_block<W, T>(p, block, block + tokens, z, kLogitTokens);
     for (int64_t r = 0; r < p.rows; ++r) {
       float* row = z + r * kLogitTokens;
+      if (!is_identity) softmax::map_row_kernel<W>(map, block, tokens, row, slope);
       int64_t target = targets[r] - block;
       bool here = target >= 0 && target < tokens;
       if (here) part.target[r] = row[target];
@@ -98,6 +111,8 @@ NABLA_FAST_INLINE void segment(const gemm::HeadProduct& p, const int64_t* target
       float sum = 0;
       for (int t = 0; t < tokens; ++t) sum += row[t];
       part.sum[r] += sum;
+      if (!is_identity)
+        for (int t = 0; t < tokens; ++t) row[t] *= slope[t];
     }
     const T* head = static_cast<const T*>(p.head) + block * p.head_stride;
     gemm::add_weighted_rows<W, T>(z, kLogitTokens, p.rows, tokens, head, p.head_stride, p.width,
@@ -110,8 +125,9 @@ NABLA_FAST_FOR_EACH_ISA(bf16_segment, segment<W, uint16_t>)
 
 // Joins a row's parts from left to right, in the memory of the first, and puts the gradient: of the
 // second pass those elements that are not finite after the first. Returns whether all are finite.
-bool join(const gemm::HeadProduct& p, nabla_fast_dtype dtype, int64_t target, float scale,
-          float* memory, int64_t segments, int64_t row, float* out, nabla_fast_status& status) {
+bool join(const gemm::HeadProduct& p, const softmax::HeadMap& map, nabla_fast_dtype dtype,
+          int64_t target, float scale, float* memory, int64_t segments, int64_t row, float* out,
+          nabla_fast_status& status) {
   int64_t width = padded(p.width), floats = Part::floats(p.rows, p.width);
   float top = -kInfinity, target_logit = -kInfinity;
   bool nan = false;
@@ -138,9 +154,10 @@ bool join(const gemm::HeadProduct& p, nabla_fast_dtype dtype, int64_t target, fl
                   static_cast<float>(factor) * part.weighted_rows[row * width + k];
   }
   double inverse = 1 / (rest + scale * softmax::rescale(target_logit, top));
+  const double weight = rest * map.slope(target_logit);
   bool finite = true;
   for (int64_t k = 0; k < p.width; ++k) {
-    const auto grad = static_cast<float>((joined[k] - rest * head.value(target, k)) * inverse);
+    const auto grad = static_cast<float>((joined[k] - weight * head.value(target, k)) * inverse);
     if (scale == 1 || (!std::isfinite(out[k]) && std::isfinite(grad))) out[k] = grad;
     finite = finite && std::isfinite(out[k]);
   }
@@ -149,6 +166,7 @@ bool join(const gemm::HeadProduct& p, nabla_fast_dtype dtype, int64_t target, fl
 
 nabla_fast_status check(const nabla_fast_nll_grad_args& call) {
   if (call.rows < 0 || call.vocab < 1) return NABLA_FAST_INVALID_SHAPE;
+  if (const auto refused = softmax::check_head_map(call.head_map, call.vocab)) return refused;
   if (call.rows == 0) return NABLA_FAST_OK;
   if (const auto refused = check_float32(call.hidden, call.rows, call.hidden.width)) return refused;
   if (const auto refused = check_matrix(call.head, call.vocab, call.hidden.width)) return refused;
@@ -189,12 +207,14 @@ nabla_fast_status nabla_fast_nll_grad(const nabla_fast_nll_grad_args* args) {
     arrays.writes(array_of_bytes(call.workspace, bytes));
     arrays.reads(array_of(call.hidden, rows));
     arrays.reads(array_of(call.head, vocab));
+    arrays.reads(array_of(call.head_map.bias, vocab));
     arrays.reads(array_of(call.targets, rows));
   });
   if (overlap) return NABLA_FAST_OVERLAP;
   const int64_t* const targets = call.targets;
   if (std::any_of(targets, targets + rows, [=](int64_t t) { return t < 0 || t >= vocab; }))
     return NABLA_FAST_INVALID_TOKEN;
+  const softmax::HeadMap map(call.head_map);
   auto* const run = (call.head.dtype == NABLA_FAST_FLOAT32 ? fp32_segment : bf16_segment).select();
   auto* const memory = reinterpret_cast<float*>(aligned(call.workspace));
   const int64_t hidden_stride = stride_of(call.hidden, rows);
@@ -214,11 +234,11 @@ nabla_fast_status nabla_fast_nll_grad(const nabla_fast_nll_grad_args* args) {
     for (const float scale : kScales) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
       for (int64_t s = 0; s < segments; ++s)
-        run(p, targets + first, s * kNllSegmentTokens, std::min(vocab, (s + 1) * kNllSegmentTokens),
-            scale, Part(memory + s * floats, count));
+        run(p, map, targets + first, s * kNllSegmentTokens,
+            std::min(vocab, (s + 1) * kNllSegmentTokens), scale, Part(memory + s * floats, count));
       bool finite = true;
       for (int64_t r = 0; r < count; ++r)
-        finite &= join(p, call.head.dtype, targets[first + r], scale, memory, segments, r,
+        finite &= join(p, map, call.head.dtype, targets[first + r], scale, memory, segments, r,
                        static_cast<float*>(call.grad.data) + (first + r) * grad_stride,
                        call.row_status[first + r]);
       if (finite) break;

@@ -1,6 +1,6 @@
 // One-hot gradients G, for onehot_grad and onehot_grad_norm.
 //
-//   u[v] = sum_t <T_t[v], g_t> - nu (z[v] - s)       z[v] = <head[v], hidden>
+//   u[v] = sum_t <T_t[v], g_t> - nu (z[v] - s)       z[v] of <head[v], hidden>
 //   G[v] = u[v] + nu (logsumexp(z) - s)
 //
 // with a number s of each row: u is computed by tiles, logsumexp(z) at the end of the pass.
@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "base/args.h"
@@ -18,7 +19,16 @@
 #include "base/overlap.h"
 #include "gemm/row_pass.h"
 #include "simd/vec.h"
+#include "softmax/head_map.h"
 #include "softmax/row_softmax.h"
+
+namespace nabla_fast {
+
+template <>
+inline constexpr int64_t kFirstVersionBytes<nabla_fast_onehot_args> =
+    offsetof(nabla_fast_onehot_args, head_map);
+
+}  // namespace nabla_fast
 
 namespace nabla_fast::onehot {
 
@@ -30,6 +40,7 @@ inline gemm::Factors factors_of(const nabla_fast_onehot_args& call) {
 // OK, or why what a call reads is refused.
 inline nabla_fast_status check_onehot(const nabla_fast_onehot_args& call) {
   if (call.rows < 0 || call.vocab < 1 || call.table_count < 0) return NABLA_FAST_INVALID_SHAPE;
+  if (const auto refused = softmax::check_head_map(call.head_map, call.vocab)) return refused;
   if (call.rows == 0) return NABLA_FAST_OK;
   if (!fits({{call.table_count, 1}}, sizeof(nabla_fast_matrix))) return NABLA_FAST_TOO_LARGE;
   if (call.table_count > 0 &&
@@ -41,6 +52,7 @@ inline nabla_fast_status check_onehot(const nabla_fast_onehot_args& call) {
 inline void list_inputs(const nabla_fast_onehot_args& call, Arrays& arrays) {
   arrays.reads(array_of(call.hidden, call.rows));
   arrays.reads(array_of(call.head, call.vocab));
+  arrays.reads(array_of(call.head_map.bias, call.vocab));
   arrays.reads(array_of(call.cotangents, call.table_count));
   arrays.reads(array_of(call.tables, call.table_count));
   arrays.reads(array_of(call.token_maps, call.table_count));
@@ -76,15 +88,16 @@ class OnehotPass {
  public:
   // Rows [first, first + rows) of the inputs, at most gemm::kRowsPerPass. `memory`:
   // RowPass::bytes().
-  OnehotPass(const gemm::Factors& factors, int64_t vocab, double nll_coeff, int64_t first,
+  OnehotPass(const gemm::Factors& factors, const nabla_fast_onehot_args& call, int64_t first,
              int64_t rows, char* memory)
       : rows_(factors, first, rows, memory),
+        map_(call.head_map),
         tables_(factors.count - 1),
-        nll_coeff_(static_cast<float>(nll_coeff)) {
+        nll_coeff_(static_cast<float>(call.nll_coeff)) {
     alignas(64) float z[gemm::kVocabTileTokens * gemm::kRowsPerGroup];
-    const int tokens = static_cast<int>(std::min<int64_t>(vocab, gemm::kVocabTileTokens));
+    const int tokens = static_cast<int>(std::min<int64_t>(call.vocab, gemm::kVocabTileTokens));
     for (int g = 0; g < rows_.groups(); ++g) {
-      rows_.product(0, g, 0, tokens, false, z);
+      logits(g, 0, tokens, z);
       const int lanes = rows_.lanes_of(g);
       float* s = base_ + g * gemm::kRowsPerGroup;
       // A logit of the row's first tile: differences from it are as exact as logits are.
@@ -105,7 +118,7 @@ class OnehotPass {
   // softmax::kSumChains.
   int tile(int group, int64_t token, int tokens, OnehotTile& tile) const {
     const int lanes = rows_.lanes_of(group);
-    rows_.product(0, group, token, tokens, false, tile.z);
+    logits(group, token, tokens, tile.z);
     if (tables_ == 0) std::fill_n(tile.a, tokens * lanes, 0.0f);
     for (int64_t t = 0; t < tables_; ++t) rows_.product(1 + t, group, token, tokens, t > 0, tile.a);
     const int whole = softmax::pad_to_chains(tile.z, lanes, tokens);
@@ -119,7 +132,14 @@ class OnehotPass {
   }
 
  private:
+  void logits(int group, int64_t token, int tokens, float* z) const {
+    rows_.product(0, group, token, tokens, false, z);
+    if (!map_.is_identity())
+      softmax::map_tile(map_, token, tokens, rows_.lanes_of(group), z, nullptr);
+  }
+
   gemm::RowPass rows_;
+  softmax::HeadMap map_;
   int64_t tables_;
   float nll_coeff_;
   alignas(64) float base_[gemm::kRowsPerPass];

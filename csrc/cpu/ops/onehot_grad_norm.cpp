@@ -116,7 +116,7 @@ void onehot_grad_norm(const nabla_fast_onehot_args& inputs, char* memory) {
 
   for (int64_t first = 0; first < inputs.rows; first += gemm::kRowsPerPass) {
     const int64_t rows = std::min(gemm::kRowsPerPass, inputs.rows - first);
-    const OnehotPass pass(factors, vocab, inputs.nll_coeff, first, rows, memory);
+    const OnehotPass pass(factors, inputs, first, rows, memory);
     const int groups = pass.rows().groups();
     gemm::for_each_pass_tile(vocab, groups, threads,
                              [&](int64_t segment, int group, int64_t token, int tokens) {

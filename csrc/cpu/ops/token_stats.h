@@ -3,14 +3,24 @@
 #define NABLA_FAST_CPU_OPS_TOKEN_STATS_H_
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
+#include "base/args.h"
 #include "base/check.h"
 #include "base/floats.h"
 #include "base/overlap.h"
 #include "nabla_fast.h"
 #include "softmax/row_status.h"
 #include "softmax/token_sums.h"
+
+namespace nabla_fast {
+
+template <>
+inline constexpr int64_t kFirstVersionBytes<nabla_fast_stats_args> =
+    offsetof(nabla_fast_stats_args, head_map);
+
+}  // namespace nabla_fast
 
 namespace nabla_fast::stats {
 

@@ -16,9 +16,10 @@ from nabla_fast.decode.continuation import Continuation
 from nabla_fast.decode.draws import Draws
 from nabla_fast.decode.failures import attributed_to
 from nabla_fast.models import LanguageModel
+from nabla_fast.models.heads import Head
 from nabla_fast.models.reader import padded_ids
 from nabla_fast.models.readers import FrozenSequence, SuffixReader
-from nabla_fast.ops import TokenStats, lm_logits, token_stats
+from nabla_fast.ops import TokenStats, token_stats
 from nabla_fast.ops.rows import report, row_status
 
 # Logits that wait for their statistics: many rows of a small vocabulary, few of a large one.
@@ -60,13 +61,13 @@ class _Logits:
     count = 0  # of states that are kept
 
     def __init__(self) -> None:
-        self._product: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._product: Callable[[Tensor], Tensor] | None = None
 
-    def of(self, states: Tensor, head: Tensor) -> Tensor:
-        """lm_logits by the backend that the first step's states got: all steps are alike."""
+    def of(self, states: Tensor, head: Head) -> Tensor:
+        """Logits by the backend that the first step's states got: all steps are alike."""
         if self._product is None:
-            self._product = lm_logits.chosen(states, head)
-        return self._product(states, head)
+            self._product = head.chosen(states)
+        return self._product(states)
 
 
 class _Drawn(_Logits):
@@ -79,7 +80,7 @@ class _Drawn(_Logits):
         self._waiting = 0
         self._stats: list[TokenStats] = []
 
-    def of(self, states: Tensor, head: Tensor) -> Tensor:
+    def of(self, states: Tensor, head: Head) -> Tensor:
         logits = super().of(states, head)
         self._add(states, logits)
         return logits

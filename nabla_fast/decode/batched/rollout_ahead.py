@@ -30,7 +30,7 @@ from nabla_fast.errors import RowError
 from nabla_fast.models import LanguageModel
 from nabla_fast.models.paged_kv import PoolExhausted, extend_all
 from nabla_fast.models.reader import PagedReader, padded_ids
-from nabla_fast.ops import TokenStats, lm_logits
+from nabla_fast.ops import TokenStats
 from nabla_fast.ops.rows import report, row_status
 
 
@@ -165,5 +165,5 @@ def _made_room(rows: Sequence[RolloutRow], turns: int) -> tuple[int, list[int]]:
 def _refuse(lm: LanguageModel, request: RollOut, state: Tensor) -> None:
     """Raise for a state [H] whose logits are not finite."""
     with attributed_to(request):
-        report("rollout", row_status(lm_logits(state[None], lm.head)).cpu())
+        report("rollout", row_status(lm.logits(state[None])).cpu())
         raise RowError("rollout", [(0, "has logits that are not finite beside other rows alone")])

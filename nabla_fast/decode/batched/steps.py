@@ -20,7 +20,7 @@ from nabla_fast.decode.draws import PhiloxStream
 from nabla_fast.models import LanguageModel
 from nabla_fast.models.paged_kv import BlockPool
 from nabla_fast.models.reader import PagedReader
-from nabla_fast.ops import DrawKey, TokenStats, draw_tokens, lm_logits, token_stats
+from nabla_fast.ops import DrawKey, TokenStats, draw_tokens, token_stats
 
 # What stands for a token where none was drawn: the row had ended, or its logits were not finite.
 ENDED, NOT_FINITE = -1, -2
@@ -116,7 +116,7 @@ def step(
     hidden = reader.read_next(
         pool, bucket.token, bucket.length, bucket.tables, torch.where(going, slot, -1)
     )
-    logits = lm_logits(hidden, lm.head)
+    logits = lm.logits(hidden)
     # Whether it matters is seen by the host: a row may have ended before by a stop string.
     finite = logits.amax(dim=-1).isfinite()
     logits = logits.masked_fill(~finite[:, None], 0.0)

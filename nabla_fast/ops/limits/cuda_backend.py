@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nabla_fast._native.cuda_library import DTYPES, MOST_COLUMNS, MOST_TOKENS, on_host
 from nabla_fast.ops.adam import AdamState
+from nabla_fast.ops.head_map import head_map_refusal
 from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal
 from nabla_fast.ops.registry import forced
 
@@ -46,12 +47,16 @@ def descent_refusal(name: str, parameter: Tensor, grad: Tensor, state: AdamState
 
 
 def latents_refusal(
-    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, *_: Any, **__: Any
+    h: Tensor, head: Tensor, grad: Tensor, state: AdamState, *_: Any, **options: Any
 ) -> str | None:
     """Arguments of ``dto_descent_latents``."""
     if h.shape[1] > MOST_COLUMNS:
         return f"h has {h.shape[1]} columns (the CUDA kernel takes {MOST_COLUMNS})"
-    return refusal(len(head), head=head) or descent_refusal("h", h, grad, state)
+    return (
+        refusal(len(head), head=head)
+        or descent_refusal("h", h, grad, state)
+        or head_map_refusal("CUDA", **options)
+    )
 
 
 def _tensor_refusal(name: str, tensor: Tensor) -> str | None:

@@ -49,7 +49,7 @@ def product_refusal(name: str, rows: Tensor, table_name: str, table: Tensor) -> 
     )
 
 
-def hidden_refusal(hidden: Tensor, head: Tensor) -> str | None:
+def hidden_refusal(hidden: Tensor, head: Tensor, **_: Any) -> str | None:
     """Hidden states [N, H] and an lm_head [V, H]."""
     return product_refusal("hidden", hidden, "head", head)
 
@@ -123,6 +123,15 @@ def _float64_refusal(name: str, tensor: Tensor) -> str | None:
     if tensor.dtype != torch.float64:
         return None
     return f"{name} is float64 (the C++ kernels compute in float32)"
+
+
+def head_map_fields(
+    *, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+) -> dict[str, Any]:
+    """The field of C++ functions that says what is done to the product of head and hidden states."""
+    if bias is None and scale == 1.0 and softcap is None:
+        return {}
+    return {"head_map": (None if bias is None else bias.float().contiguous(), scale, softcap or 0.0)}
 
 
 def empty_matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nabla_fast._triton import interpreted
 from nabla_fast.ops.adam import AdamState
+from nabla_fast.ops.head_map import head_map_refusal
 from nabla_fast.ops.limits.refusals import contiguous_refusal, dtype_refusal, stride_refusal
 from nabla_fast.ops.registry import forced
 
@@ -39,10 +40,12 @@ def refusal(**arguments: Tensor | Sequence[Tensor] | None) -> str | None:
 
 
 def onehot_refusal(
-    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **_: Any
+    cotangents: Sequence[Tensor], tables: Sequence[Tensor], hidden: Tensor, head: Tensor, **options: Any
 ) -> str | None:
     """Arguments of ``onehot_grad`` and ``onehot_grad_norm``."""
-    return refusal(cotangents=cotangents, tables=tables, hidden=hidden, head=head)
+    return refusal(cotangents=cotangents, tables=tables, hidden=hidden, head=head) or head_map_refusal(
+        "Triton", **options
+    )
 
 
 def descent_refusal(name: str, parameter: Tensor, grad: Tensor, state: AdamState) -> str | None:

@@ -15,6 +15,7 @@ from ..contract import OpUnderTest
 from ..inputs import BF16, Case
 from ..shared import arguments
 from ..shared.descents import descent_arguments, descent_cases
+from ..shared.head_maps import head_map_cases
 
 # The same for logits and for latents, which take an interpreter long.
 _AS_FOR_LOGITS = ("cold", "hot", "under way", "a hundred steps", "far from zero", "bf16 gradient")
@@ -38,8 +39,11 @@ DTO_DESCENT_LATENTS = OpUnderTest(
             partial(descent_arguments, rows=4, vocabulary=257, hidden=24, head=BF16),
             small=partial(descent_arguments, rows=3, vocabulary=257, hidden=24, head=BF16, iters=5),
         ),
+        *head_map_cases(
+            descent_arguments, {"head": BF16}, rows=4, vocabulary=257, hidden=24, noise=True, tau=0.7
+        ),
     ],
-    checked=("odd", "groups", "noise"),
+    checked=("odd", "groups", "noise", "biased, scaled and capped"),
     compiled=("groups",),
     rows_alone=True,
     on_hidden=(moved,),

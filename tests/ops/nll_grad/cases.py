@@ -7,7 +7,8 @@ from typing import Any
 from nabla_fast.ops import nll_grad
 
 from ..contract import OpUnderTest
-from ..inputs import Draw, cases_of
+from ..inputs import BF16, Draw, cases_of
+from ..shared.head_maps import head_map_cases
 from ..shared.products import LOGITS, product_arguments
 
 
@@ -29,8 +30,9 @@ NLL_GRAD = OpUnderTest(
             "flat": {"rows": 9, "vocabulary": 257, "scale": 1e-3},
             "several segments": {"rows": 65, "vocabulary": 8192 * 2 + 77, "hidden": 20},
         },
-    ),
-    checked=("odd", "bf16"),
+    )
+    + head_map_cases(nll_arguments, {"head": BF16}, rows=5, vocabulary=257),
+    checked=("odd", "bf16", "biased, scaled and capped"),
     compiled=("odd",),
     rows_alone=True,
 )

@@ -10,7 +10,7 @@ from ..shared.onehot import onehot_cases
 ONEHOT_GRAD_NORM = OpUnderTest(
     onehot_grad_norm,
     onehot_cases(),
-    checked=("two tables", "bf16", "mapped"),
+    checked=("two tables", "bf16", "mapped", "biased, scaled and capped"),
     compiled=("two tables",),
     rows_alone=True,
 )

@@ -18,6 +18,7 @@ from nabla_fast.ops.registry import Op
 from ..contract import OnBackend, only_if
 from ..harness import home, interpreted, map_tensors, run, to_device
 from ..inputs import BF16, F16, F32, F64, WHOLE, Case, Draw, cases_of, masked_by_head, strided
+from .head_maps import head_map_cases
 from .passes import Call, VocabularyPass, forced
 
 NATIVE = {"onehot_grad": onehot_grad_native, "onehot_grad_norm": onehot_grad_norm_native}
@@ -101,7 +102,11 @@ _ONEHOT: dict[str, dict[str, Any]] = {
 
 def onehot_cases() -> list[Case]:
     """The cases of both ops."""
-    return cases_of(onehot_arguments, _ONEHOT)
+    half = {"tables": ((24, BF16), (17, BF16)), "head": BF16, "small": F32}
+    sizes = {"tables": ((24, F32), (17, F32)), "hidden": 33, "nll_coeff": 0.5}
+    return cases_of(onehot_arguments, _ONEHOT) + head_map_cases(
+        onehot_arguments, half, rows=9, vocabulary=257, **sizes
+    )
 
 
 def made(

@@ -11,6 +11,7 @@ from nabla_fast.ops import token_stats
 from ..contract import OpUnderTest
 from ..inputs import BF16, F16, F32, F64, WHOLE, Draw, cases_of, masked_by_head, strided
 from ..shared import arguments
+from ..shared.head_maps import head_map_cases
 
 
 def stats_arguments(
@@ -64,9 +65,10 @@ _STATS: dict[str, dict[str, Any]] = {
 
 TOKEN_STATS = OpUnderTest(
     token_stats,
-    cases_of(stats_arguments, _STATS),
-    checked=("odd", "fp16", "bf16 head"),
-    compiled=("odd", "head"),
+    cases_of(stats_arguments, _STATS)
+    + head_map_cases(stats_arguments, {"head": BF16}, rows=5, vocabulary=257, hidden=33, tau=0.7),
+    checked=("odd", "fp16", "bf16 head", "biased, scaled and capped"),
+    compiled=("odd", "head", "biased, scaled and capped"),
     rows_alone=True,
     on_logits=(token_stats,),
     on_hidden=(token_stats,),

@@ -1,0 +1,284 @@
+"""Heads as models ship them: tokens and gradients of loops over the model's own logits."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from naive_loop import Naive, NaiveLoop
+from tiny_models import VOCABULARY, causal_lm, shared_reward_model
+from torch import Tensor, nn
+
+from nabla_fast import DTOConfig, ModelError, NablaDecoder, Result, SamplingConfig, VocabularyAlignment
+from nabla_fast.decode.problem import Problem
+from nabla_fast.decode.reference.gradient import GradientModel
+from nabla_fast.decode.stop import StopStrings
+from nabla_fast.models import LanguageModel, RewardModel
+from nabla_fast.models.heads import DenseHead, HeadMap, TiledHead
+from nabla_fast.results import Stats
+
+PREFIX, SUFFIX = [7, 4, 11], [8, 6]
+COMMITTED, TOKENS = [12, 3, 17], torch.tensor([4, 22, 4, 9, 15, 3, 7, 7, 19, 10, 21])
+
+
+def low_rank(model: nn.Module) -> nn.Module:
+    """The model with PEFT adapters on its head and its queries, which are not 0."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["lm_head", "q_proj"],
+        ensure_weight_tying=model.config.tie_word_embeddings,
+    )
+    model = peft.get_peft_model(model, config).double().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.normal_(0, 0.3)
+    return model
+
+
+def int8(model: nn.Module) -> nn.Module:
+    """The model in float32, which int8 products need, with a head of int8 weights and a scale a row."""
+    model = model.float()
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(
+        model, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, name: name == "lm_head"
+    )
+    return model
+
+
+def padded(model: nn.Module) -> nn.Module:
+    """The model with table and head resized to more rows than the tokenizer has."""
+    model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    return model
+
+
+def unchanged(model: nn.Module) -> nn.Module:
+    return model
+
+
+def capped(cap: float) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda model, states: cap * torch.tanh(model.get_output_embeddings()(states) / cap)
+
+
+def scaled(scale: float) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda model, states: scale * model.get_output_embeddings()(states)
+
+
+def alone(model: nn.Module, states: Tensor) -> Tensor:
+    return model.get_output_embeddings()(states)
+
+
+EAGER = {"attn_implementation": "eager"}
+# Name → (architecture, fields, change, logits of hidden states, what the head is).
+HEADS = {
+    "soft cap": ("gemma2", EAGER | {"final_logit_softcapping": 3.0}, unchanged, capped(3.0), "soft cap 3"),
+    "bias": ("phi", {}, unchanged, alone, "bias"),
+    "scale": ("cohere", {"logit_scale": 0.25}, unchanged, scaled(0.25), "scale 0.25"),
+    "scale, divided by": ("granite", {}, unchanged, scaled(1 / 4.0), "scale 0.25"),
+    "padded": ("qwen2", {}, padded, alone, "plain"),
+    "LoRA": ("qwen2", {}, low_rank, alone, "LoRA"),
+    "LoRA, tied": ("qwen2_tied", {}, low_rank, alone, "LoRA"),
+    "int8": ("qwen2", {}, int8, alone, "Int8Tensor"),
+    "int8, capped": (
+        "gemma2",
+        EAGER | {"final_logit_softcapping": 3.0, "tie_word_embeddings": False},
+        int8,
+        capped(3.0),
+        "Int8Tensor, soft cap 3",
+    ),
+}
+
+
+@cache
+def model_of(name: str) -> nn.Module:
+    kind, fields, change, _, _ = HEADS[name]
+    return change(causal_lm(kind, eos_token_id=None, **fields))
+
+
+@cache
+def in_float64(name: str) -> nn.Module:
+    """The model as the naive loop reads it: itself, or one of the same numbers in float64."""
+    model = model_of(name)
+    if "int8" not in name:
+        return model
+    weight, model = model.lm_head.weight, copy.deepcopy(model)
+    model.lm_head.weight = nn.Parameter(weight.dequantize())
+    return model.double()
+
+
+def naive_loop(name: str, config: DTOConfig, prompt: list[int], **options) -> NaiveLoop:
+    model, logits = in_float64(name), HEADS[name][3]
+    return NaiveLoop(
+        model,
+        shared_reward_model("qwen2"),
+        config,
+        prompt,
+        PREFIX,
+        SUFFIX,
+        token_map=torch.arange(vocabulary(name)) % VOCABULARY,
+        logits=lambda states: logits(model, states),
+        **options,
+    )
+
+
+def vocabulary(name: str) -> int:
+    return LanguageModel(model_of(name)).vocabulary
+
+
+def alignment(name: str) -> VocabularyAlignment:
+    if vocabulary(name) == VOCABULARY:
+        return VocabularyAlignment.identity()
+    return VocabularyAlignment(torch.arange(vocabulary(name)) % VOCABULARY)
+
+
+def config_of(n: int) -> DTOConfig:
+    chance = random.Random(n)
+    return DTOConfig(
+        parameter=("logits", "latents")[n % 2],
+        update=chance.choice(["first", "all"]),
+        relaxation=("straight_through", "gumbel", "soft")[n // 2 % 3],
+        max_generations=5,
+        iters=4,
+        lr=0.5,
+        nll_coeff=0.3,
+        tau=0.7,
+        confidence_threshold=0.995,
+        rollout_sampling=SamplingConfig(chance.choice([0.0, 1.0]), 0, 1.0),
+        resample_sampling=SamplingConfig(chance.choice([0.0, 0.7]), 0, 1.0),
+    )
+
+
+@cache
+def decoded(name: str, n: int, loop: str) -> Result:
+    prompt = [random.Random(n).randrange(3, VOCABULARY) for _ in range(5)]
+    decoder = NablaDecoder(
+        model_of(name),
+        shared_reward_model("qwen2"),
+        None,
+        config=config_of(n),
+        loop=loop,
+        alignment=alignment(name),
+    )
+    (result,) = decoder.generate([prompt], reward_context=[(PREFIX, SUFFIX)], seed=n, max_new_tokens=7)
+    return result
+
+
+@cache
+def naive(name: str, n: int) -> Naive:
+    prompt = [random.Random(n).randrange(3, VOCABULARY) for _ in range(5)]
+    return naive_loop(name, config_of(n), prompt, seed=n, max_new_tokens=7, eos=()).decode()
+
+
+@pytest.mark.parametrize("n", range(6))
+@pytest.mark.parametrize("name", HEADS)
+def test_both_loops_give_the_tokens_of_the_naive_loop(name, n):
+    expected = naive(name, n)
+    for loop in ("sequential", "batched"):
+        result = decoded(name, n, loop)
+        assert result.token_ids == expected.tokens
+        ours = [(r.position, r.old_token, r.new_token, r.accepted) for r in result.revisions]
+        assert ours == expected.proposals
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_problems_accept_revisions(name):
+    assert any(proposal[-1] for n in range(6) for proposal in naive(name, n).proposals)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_a_head_is_found_to_be(name):
+    head = LanguageModel(model_of(name)).head
+    assert head.describe() == HEADS[name][4]
+    assert isinstance(head, TiledHead if HEADS[name][4][0].isupper() else DenseHead)
+
+
+@pytest.mark.parametrize("relaxation", ["straight_through", "soft"])
+@pytest.mark.parametrize("name", HEADS)
+def test_gradient_against_autograd_over_the_models_logits(name, relaxation):
+    config = DTOConfig(reward_coeff=1.5, nll_coeff=0.3, tau=0.7)
+    loop = naive_loop(name, config, [5, 9, 3, 20])
+    lm = LanguageModel(model_of(name))
+    reward = RewardModel(shared_reward_model("qwen2"), alignment(name))
+    gradients, stats = GradientModel(lm, reward, config), Stats()
+    problem = Problem((5, 9, 3, 20), tuple(PREFIX), tuple(SUFFIX), 0, 64, frozenset(), StopStrings())
+    with torch.no_grad():
+        if relaxation == "soft":
+            logits = 3 * torch.randn(len(TOKENS), lm.vocabulary, dtype=torch.float64)
+            found = gradients.soft(problem, COMMITTED, logits, stats)
+            y = torch.softmax(logits / config.tau, dim=-1)
+        else:
+            found = gradients.hard(problem, COMMITTED, TOKENS, stats)
+            y = nn.functional.one_hot(TOKENS, lm.vocabulary).double()
+    expected = loop.onehot_grad(COMMITTED, y)
+    if "int8" in name:  # float32 of a whole model
+        close = {"atol": 2e-5 * float(expected.abs().max()), "rtol": 1e-4}
+    else:
+        close = {"atol": 1e-10, "rtol": 1e-10}
+    torch.testing.assert_close(found.rows(len(TOKENS)), expected, check_dtype=False, **close)
+    torch.testing.assert_close(found.norms(), expected.norm(dim=-1), check_dtype=False, **close)
+
+
+@pytest.mark.parametrize("loop", ["sequential", "batched"])
+def test_an_adapter_that_is_trained_switched_off_and_on(loop):
+    model = low_rank(causal_lm("qwen2", eos_token_id=None))
+    config = replace(config_of(1), rollout_sampling=SamplingConfig(0))
+    decoder = NablaDecoder(model, None, None, config=config, loop=loop)
+
+    def tokens() -> list[int]:
+        found = decoder.generate([[5, 9, 3]], seed=0, max_new_tokens=7)[0].token_ids
+        assert found == NaiveLoop(model, None, config, [5, 9, 3], max_new_tokens=7, eos=()).decode().tokens
+        return found
+
+    before = tokens()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 2.0)
+    assert tokens() != before
+    with model.disable_adapter():
+        plain = NablaDecoder(causal_lm("qwen2", eos_token_id=None), None, None, config=config, loop=loop)
+        assert tokens() == plain.generate([[5, 9, 3]], seed=0, max_new_tokens=7)[0].token_ids
+    model.merge_adapter()
+    merged = tokens()
+    model.unmerge_adapter()
+    assert tokens() == merged
+
+
+def test_adapters_that_are_more_than_a_product_are_refused():
+    peft = pytest.importorskip("peft")
+    dora = peft.LoraConfig(r=2, target_modules=["lm_head"], use_dora=True)
+    model = peft.get_peft_model(causal_lm("qwen2"), dora).double().eval()
+    with pytest.raises(ModelError, match=r"Qwen2ForCausalLM has a LoRA variant on its output head"):
+        LanguageModel(model)
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ModelError, match=r"PeftModelForCausalLM.*PROMPT_TUNING.*virtual tokens"):
+        LanguageModel(peft.get_peft_model(causal_lm("qwen2"), prompts).double())
+
+
+class Packed(Tensor):
+    """A weight that knows no slices of itself."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is Tensor.__getitem__:
+            raise NotImplementedError("no slices")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_packing_without_slices_is_refused_by_name():
+    model = causal_lm("qwen2")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Packed))
+    with pytest.raises(ModelError, match=r"Qwen2ForCausalLM has an output head packed as Packed.*quantiz"):
+        LanguageModel(model)
+
+
+def test_a_map_in_words():
+    assert str(HeadMap()) == ""
+    assert str(HeadMap(torch.zeros(3), 0.5, 30.0)) == "bias, scale 0.5, soft cap 30"
