@@ -176,7 +176,12 @@ class LanguageModel:
 
     def _probe_head(self, copied: nn.Module, ids: Tensor, hidden: Tensor, theirs: Tensor) -> None:
         """Find what is done to W h, on logits as they are and on large ones, where a cap shows."""
-        forward = Forward(copied)
+        name, forward = type(self.model).__name__, Forward(copied)
+        if hidden.shape[-1] != self.head.width:
+            raise ModelError(
+                f"{name}: its output head reads {self.head.width} numbers, its last hidden state has "
+                f"{hidden.shape[-1]}"
+            )
 
         def logits_of(states: Tensor) -> Tensor | None:
             return with_states(
@@ -189,7 +194,7 @@ class LanguageModel:
         head_map = found_map(self.head, self._config, hidden, theirs, logits_of)
         if head_map is None:
             raise ModelError(
-                f"{type(self.model).__name__}: logits are not its output head times the last hidden state, "
+                f"{name}: logits are not its output head times the last hidden state, "
                 "nor that with a scale or a soft cap of its config"
             )
         self.head = self.head.with_map(head_map)

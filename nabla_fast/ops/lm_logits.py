@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast._native import extension
-from nabla_fast.ops.head_map import BIAS_RULE, check_head_map, head_map_refusal, mapped, product_gradient
+from nabla_fast.ops.head_map import BIAS_RULE, check_head_map, mapped, product_gradient
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.registry import Table, floats, op, tensors
 from nabla_fast.ops.registry.schema import read_parameters
@@ -140,12 +140,9 @@ def lm_logits_cpu(hidden: Tensor, head: Tensor, **head_map: Any) -> Tensor:
 
 
 @lm_logits.backend(
-    "triton",
-    refuses=lambda hidden, head, **head_map: (
-        triton_backend.refusal(hidden=hidden, head=head) or head_map_refusal("Triton", **head_map)
-    ),
+    "triton", refuses=lambda hidden, head, **_: triton_backend.refusal(hidden=hidden, head=head)
 )
-def lm_logits_triton(hidden: Tensor, head: Tensor, **_: Any) -> Tensor:
+def lm_logits_triton(hidden: Tensor, head: Tensor, **head_map: Any) -> Tensor:
     from nabla_fast.triton_kernels.common.vocabulary_product import vocabulary_product
 
-    return vocabulary_product([hidden], [head])
+    return mapped(vocabulary_product([hidden], [head]), **head_map)

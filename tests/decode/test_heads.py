@@ -26,13 +26,13 @@ PREFIX, SUFFIX = [7, 4, 11], [8, 6]
 COMMITTED, TOKENS = [12, 3, 17], torch.tensor([4, 22, 4, 9, 15, 3, 7, 7, 19, 10, 21])
 
 
-def low_rank(model: nn.Module) -> nn.Module:
-    """The model with PEFT adapters on its head and its queries, which are not 0."""
+def low_rank(model: nn.Module, modules: tuple[str, ...] = ("lm_head", "q_proj")) -> nn.Module:
+    """The model with PEFT adapters, which are not 0, on its head and its queries, or other modules."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=3,
         lora_alpha=5,
-        target_modules=["lm_head", "q_proj"],
+        target_modules=list(modules),
         ensure_weight_tying=model.config.tie_word_embeddings,
     )
     model = peft.get_peft_model(model, config).double().eval()
@@ -43,6 +43,10 @@ def low_rank(model: nn.Module) -> nn.Module:
     return model
 
 
+def low_rank_embeddings(model: nn.Module) -> nn.Module:
+    return low_rank(model, ("embed_tokens", "v_proj"))
+
+
 def int8(model: nn.Module) -> nn.Module:
     """The model in float32, which int8 products need, with a head of int8 weights and a scale a row."""
     model = model.float()
@@ -50,6 +54,14 @@ def int8(model: nn.Module) -> nn.Module:
     quantization.quantize_(
         model, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, name: name == "lm_head"
     )
+    return model
+
+
+def int8_layers(model: nn.Module) -> nn.Module:
+    """The model in float32 with int8 weights in all linear layers."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = model.float()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     return model
 
 
@@ -86,6 +98,8 @@ HEADS = {
     "LoRA": ("qwen2", {}, low_rank, alone, "LoRA"),
     "LoRA, tied": ("qwen2_tied", {}, low_rank, alone, "LoRA"),
     "int8": ("qwen2", {}, int8, alone, "Int8Tensor"),
+    "LoRA on the embeddings": ("qwen2", {}, low_rank_embeddings, alone, "plain"),
+    "int8 everywhere": ("qwen2", {}, int8_layers, alone, "Int8Tensor"),
     "int8, capped": (
         "gemma2",
         EAGER | {"final_logit_softcapping": 3.0, "tie_word_embeddings": False},
@@ -108,8 +122,10 @@ def in_float64(name: str) -> nn.Module:
     model = model_of(name)
     if "int8" not in name:
         return model
-    weight, model = model.lm_head.weight, copy.deepcopy(model)
-    model.lm_head.weight = nn.Parameter(weight.dequantize())
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter:
+            module.weight = nn.Parameter(module.weight.dequantize())
     return model.double()
 
 

@@ -116,6 +116,8 @@ class Call {
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
+  Random& random() { return random_; }
+
   // -- what the call is given
 
   void rows(int64_t& field, int64_t value) {

@@ -9,6 +9,7 @@
 
 #include "call.h"
 #include "fuzz.h"
+#include "head_map.h"
 #include "tensor.h"
 
 namespace fuzz {
@@ -40,10 +41,11 @@ struct Sum {
   }
 };
 
-// Hidden states [rows, width] and a head [vocab, width].
+// Hidden states [rows, width], a head [vocab, width] and what is done to their products.
 struct Linear {
   int64_t rows, vocab, width;
   Matrix hidden, head;
+  HeadMap map;
 
   Linear(Random& random, int64_t n, int64_t v)
       : Linear{random, n, v, random.one_in(15) ? 0 : random.between(1, 100), fuzz::dtype(random)} {}
@@ -52,7 +54,8 @@ struct Linear {
         vocab(v),
         width(w),
         hidden(random, n, w, dtype),
-        head(random, v, w, fuzz::dtype(random)) {
+        head(random, v, w, fuzz::dtype(random)),
+        map(random, v) {
     Values values(random);
     hidden.plain(values);
     const bool strange = width > 0 && random.one_in(5);
@@ -69,6 +72,7 @@ struct Linear {
   void give(Call<Args>& call) {
     call.reads(By::kRows, call.args.hidden, hidden);
     call.reads(By::kOthers, call.args.head, head);
+    map.give(call);
     if (width > 0)
       call.any_mistake([&call] {
         call.args.hidden.width = call.args.head.width = std::numeric_limits<int64_t>::max();
@@ -79,7 +83,7 @@ struct Linear {
 // A row of logits in double.
 struct Row {
   std::vector<double> z;
-  double size = 0;  // of the products of any of its logits
+  double size = 0;  // of any of its logits
   double logsumexp = 0, top = -HUGE_VAL;
   bool nan = false, infinite = false, flushed = false;
 
@@ -87,12 +91,13 @@ struct Row {
     for (int64_t v = 0; v < linear.vocab; ++v) {
       Sum sum;
       sum.add(linear.hidden, r, linear.head, v);
-      z.push_back(sum.value);
-      nan |= std::isnan(sum.value);
+      const double logit = linear.map.z(v, sum.value);
+      z.push_back(logit);
+      nan |= std::isnan(logit);
       flushed |= sum.flushed;
-      infinite |= sum.value == HUGE_VAL;
-      size = std::max(size, sum.size);
-      top = std::max(top, sum.value);
+      infinite |= logit == HUGE_VAL;
+      size = std::max(size, linear.map.size(v, sum.size));
+      top = std::max(top, logit);
     }
     double of_exps = 0;
     for (const double value : z) of_exps += std::exp((value - top) / tau);

@@ -62,6 +62,7 @@ FUZZ(token_stats) {
   Call<nabla_fast_stats_args> call(random, nabla_fast_token_stats);
   call.garbage(call.args.hidden);
   call.garbage(call.args.head);
+  if (random.one_in(2)) call.garbage(call.args.head_map);
   call.rows(call.args.rows, rows);
   call.size(call.args.vocab, vocab, 1);
   call.tau(random.tau());

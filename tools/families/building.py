@@ -135,6 +135,8 @@ def build(kind: str, *, classifier: bool = False, dtype: torch.dtype = torch.flo
     config = small_config(model_class.config_class or CONFIG_MAPPING[kind], kind)
     if classifier:
         config.num_labels = 1
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"  # transformers' others leave the cap out
     torch.manual_seed(0)
     model = model_class(config)
     spread(model)

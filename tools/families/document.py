@@ -25,6 +25,10 @@ float64 beside a Qwen2 model in the other role; in float32 where the model itsel
 - **gradient**: error of the batched loop's gradient, relative to full recomputation; 0 where every bit is
   the same.
 
+A head is read as c·tanh(s·(W h + b)/c): a bias b, a scale s and a soft cap c are found by comparing with
+the model's own logits. Models that cap attention scores are loaded with `attn_implementation="eager"`, as
+transformers' other implementations leave that cap out.
+
 Three ways of reading are tried, from the fastest on, and the first is used that gives, on a few tokens,
 the states of one pass over everything: a prefix in a pool of key and value blocks, which any number of
 sequences share; a cache of the model's own kind, whose keys and values are shared and whose recurrent and

@@ -276,10 +276,10 @@ class Descent {
 // OK, or why what a call reads is refused.
 nabla_fast_status check(const nabla_fast_descent_args& call) {
   if (const auto refused = check_inputs(call)) return refused;
+  if (const auto refused = softmax::check_head_map(call.head_map, call.vocab)) return refused;
   if (call.rows == 0) return NABLA_FAST_OK;
   const int64_t width = call.head.width;
   if (const auto refused = check_matrix(call.head, call.vocab, width)) return refused;
-  if (const auto refused = softmax::check_head_map(call.head_map, call.vocab)) return refused;
   // So that the workspace can be laid out.
   return fits({{width, 1}}, 4 * gemm::kRowsPerGroup) &&
                  (Size(kMaxHeadSegments) * (2 * kRowsPerHeadPass * 4) * width).fits()
