@@ -83,7 +83,8 @@ struct Linear {
 // A row of logits in double.
 struct Row {
   std::vector<double> z;
-  double size = 0;  // of any of its logits
+  double size = 0;      // of any of its logits
+  double products = 0;  // of any before the map
   double logsumexp = 0, top = -HUGE_VAL;
   bool nan = false, infinite = false, flushed = false;
 
@@ -97,6 +98,7 @@ struct Row {
       flushed |= sum.flushed;
       infinite |= logit == HUGE_VAL;
       size = std::max(size, linear.map.size(v, sum.size));
+      products = std::max(products, sum.size);
       top = std::max(top, logit);
     }
     double of_exps = 0;
@@ -104,7 +106,7 @@ struct Row {
     logsumexp = top / tau + std::log(of_exps);
   }
   // Beyond, fp32 has infinities of its own.
-  bool moderate() const { return size < 1e30 && !flushed; }
+  bool moderate() const { return size < 1e30 && products < 1e30 && !flushed; }
   nabla_fast_status status() const {
     return nan                ? NABLA_FAST_ROW_NAN
            : infinite         ? NABLA_FAST_ROW_INFINITE
