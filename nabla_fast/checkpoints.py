@@ -11,10 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from nabla_fast.errors import ModelError, one_line
-
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-DTYPES = ("auto", *_DTYPES)
+from nabla_fast.config import DTYPES
+from nabla_fast.errors import InputError, ModelError, one_line
 
 # Files of the folder alone, and none of the code that may be among them: where transformers is not told,
 # it asks on standard input.
@@ -80,8 +78,10 @@ def _load(loader: Any, kind: str, folder: str | Path, device: str, dtype: str) -
         raise ModelError(f"{folder}: not a checkpoint folder (no config.json)")
     if dtype == "auto":
         torch_dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    elif dtype in DTYPES:
+        torch_dtype = getattr(torch, dtype)
     else:
-        torch_dtype = _DTYPES[dtype]
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing weights are reported below, in one line

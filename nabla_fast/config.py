@@ -8,6 +8,8 @@ from typing import Literal
 
 from nabla_fast.errors import InputError
 
+# What a checkpoint's weights can be loaded as.
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 # Temperatures τ of a relaxation: τ and 1/τ are float32 numbers far from 0 and infinity.
 TAU_RANGE = 2.0**-64, 2.0**64
 _COLDEST = 1e-30

@@ -49,6 +49,37 @@ def run(code: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_ops_alone_need_neither_transformers_nor_rich():
+    run("""
+        import nabla_fast.ops
+
+        assert not {"transformers", "rich", "safetensors"} & set(sys.modules)
+    """)
+
+
+def test_the_version_needs_no_torch():
+    run("""
+        from nabla_fast.cli import main
+
+        try:
+            main(["--version"])
+        except SystemExit as end:
+            assert end.code == 0
+        assert not {"torch", "transformers", "numpy"} & set(sys.modules)
+    """)
+
+
+def test_all_public_names_are_there_when_they_are_asked_for():
+    run("""
+        import nabla_fast
+
+        assert set(nabla_fast.__all__) <= set(dir(nabla_fast))
+        assert all(getattr(nabla_fast, name) is not None for name in nabla_fast.__all__)
+        assert nabla_fast.ops.token_stats.name == "token_stats"
+        assert not hasattr(nabla_fast, "no_such_name")
+    """)
+
+
 @pytest.mark.smoke
 def test_import_and_ops_without_triton_extension_and_cuda():
     run("""

@@ -19,7 +19,7 @@ from nabla_fast.errors import InputError
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    from nabla_fast.demo.methods import CONFIG
+    from nabla_fast.demo.settings import CONFIG
 
     parser = commands.add_parser(
         "demo",

@@ -7,7 +7,7 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
-from nabla_fast.config import DTOConfig, SamplingConfig
+from nabla_fast.config import DTYPES, DTOConfig, SamplingConfig
 
 # Before Python 3.13 argparse appends this to the help of BooleanOptionalAction.
 _APPENDED = " (default: %(default)s)"
@@ -131,8 +131,6 @@ def add_threads_option(parser: argparse.ArgumentParser) -> None:
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """The device and the dtype of the models."""
-    from nabla_fast.checkpoints import DTYPES
-
     parser.add_argument("--device", default="cpu", help="the models' torch device")
     parser.add_argument(
         "--dtype",

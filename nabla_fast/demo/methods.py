@@ -8,19 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nabla_fast.checkpoints import bundled, load_language_model, load_reward_model, load_tokenizer
-from nabla_fast.config import DTOConfig, SamplingConfig
+from nabla_fast.config import DTOConfig
 from nabla_fast.decoder import NablaDecoder
 from nabla_fast.demo import countdown
+from nabla_fast.demo.settings import BATCH, CONFIG, GREEDY, MAX_NEW_TOKENS, SAMPLES, SAMPLING
 from nabla_fast.demo.statistics import wilson
 from nabla_fast.results import Result, SampleResult, Stats
 from nabla_fast.sampler import Sampler
-
-SAMPLES = 8  # of self-consistency and Best-of-N, and the generations ∇ may use
-MAX_NEW_TOKENS = 40  # the longest answer has 26 characters and an EOS
-BATCH = 256  # responses rolled out, and scored, at a time
-SAMPLING = SamplingConfig(temperature=0.7, top_k=20, top_p=0.8)
-GREEDY = SamplingConfig(temperature=0.0)
-CONFIG = DTOConfig(max_generations=SAMPLES, rollout_sampling=SAMPLING)
 
 Advance = Callable[[int], None]
 

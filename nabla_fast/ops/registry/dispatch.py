@@ -6,7 +6,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ from nabla_fast.ops.registry.schema import (
     write_schema,
 )
 
+# Parameters and result of an op's body, which a type checker holds calls to.
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _ops: dict[str, Op] = {}
 
 
@@ -45,7 +49,7 @@ class Backend:
     finds_overlaps: bool = False  # of what it changes in place, with a ValueError
 
 
-class Op:
+class Op(Generic[P, R]):
     """A function with backends. Call it like the function it was made from.
 
     Attributes:
@@ -58,7 +62,7 @@ class Op:
 
     def __init__(
         self,
-        body: Callable[..., Any],
+        body: Callable[P, R],
         arguments: Mapping[str, Rule],
         mutates: Sequence[str] = (),
         reads: Sequence[str] | None = None,
@@ -91,6 +95,9 @@ class Op:
             schema=write_schema(self.parameters, mutated, result),
         )
         _ops[self.name] = self
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}{self.__signature__}>"
 
     def __reduce__(self) -> str:
         return self.name  # a copy is the op itself, as a function's is
@@ -185,7 +192,7 @@ class Op:
 
     # -- calling -----------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         given = signature = None
         if _nothing_special() and forward_ad._current_level < 0:
             given = self._known.arranged(args, kwargs)
@@ -400,7 +407,7 @@ class Op:
 
 def op(
     *, arguments: Mapping[str, Rule], mutates: Sequence[str] = (), reads: Sequence[str] | None = None
-) -> Callable[[Callable[..., Any]], Op]:
+) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Make an :class:`Op` of a function.
 
     Args:
