@@ -121,15 +121,16 @@ class NablaDecoder:
 
         Returns:
             ``{"loop": "batched" | "sequential", "lm": …, "reward_model": …}``: the class of a model and, in
-            words, what its passes begin behind; of several rewards one after another; without any, without
-            that entry.
+            words, what its passes begin behind; of an LM also what its head is where it is no plain matrix;
+            of several rewards one after another; without any, without that entry.
 
         Example:
             >>> print(decoder.describe()["lm"])  # doctest: +SKIP
             Qwen3NextForCausalLM, read behind a DynamicCache (states copied where sequences part)
         """
         lm_way, *ways = self._loop.ways()
-        described = {"loop": self.loop, "lm": f"{type(self._lm).__name__}, read {lm_way}"}
+        head = "" if self._head == "plain" else f" (head: {self._head})"
+        described = {"loop": self.loop, "lm": f"{type(self._lm).__name__}{head}, read {lm_way}"}
         if ways:
             names = [term.reward.name for term in self._terms]
             parts = [f"{name}, read {way}" for name, way in zip(names, ways, strict=True)]
@@ -308,6 +309,7 @@ class NablaDecoder:
         if self.config.reward_coeff > 0:
             for term in terms_of(rm):
                 term.reward.probe_gradient()
+        self._head = lm.head.describe()
         self._loop = self._chosen_loop(lm, rm)
         self._reader = PromptReader(lm, rm, self._tokenizer, self._reward_tokenizer)
         # After the probes, as some models prepare their weights in the first pass.

@@ -26,6 +26,45 @@ PREFIX, SUFFIX = [7, 4, 11], [8, 6]
 COMMITTED, TOKENS = [12, 3, 17], torch.tensor([4, 22, 4, 9, 15, 3, 7, 7, 19, 10, 21])
 
 
+class Int8Rows(Tensor):
+    """A weight of int8 numbers with a scale a row, which knows slices and ``dequantize()`` as torchao's."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scales: Tensor) -> Int8Rows:
+        rows = Tensor._make_wrapper_subclass(cls, values.shape, dtype=scales.dtype)
+        rows.values, rows.scales = values, scales
+        return rows
+
+    def __init__(self, values: Tensor, scales: Tensor):
+        pass
+
+    def dequantize(self) -> Tensor:
+        return self.values * self.scales
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return function(args[0], args[1].dequantize(), *args[2:])
+        if function is Tensor.__getitem__:
+            return cls(args[0].values[args[1]], args[0].scales[args[1]])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scales)
+        raise NotImplementedError(f"{function} of packed rows")
+
+
+def packed(model: nn.Module) -> nn.Module:
+    """The model with a packed head."""
+    weight = model.lm_head.weight.detach()
+    scales = weight.abs().amax(dim=1, keepdim=True) / 127
+    rows = Int8Rows((weight / scales).round().to(torch.int8), scales)
+    model.lm_head.weight = nn.Parameter(rows, requires_grad=False)
+    return model
+
+
 def low_rank(model: nn.Module, modules: tuple[str, ...] = ("lm_head", "q_proj")) -> nn.Module:
     """The model with PEFT adapters, which are not 0, on its head and its queries, or other modules."""
     peft = pytest.importorskip("peft")
@@ -97,6 +136,14 @@ HEADS = {
     "padded": ("qwen2", {}, padded, alone, "plain"),
     "LoRA": ("qwen2", {}, low_rank, alone, "LoRA"),
     "LoRA, tied": ("qwen2_tied", {}, low_rank, alone, "LoRA"),
+    "packed": ("qwen2", {}, packed, alone, "Int8Rows"),
+    "packed, capped": (
+        "gemma2",
+        EAGER | {"final_logit_softcapping": 3.0, "tie_word_embeddings": False},
+        packed,
+        capped(3.0),
+        "Int8Rows, soft cap 3",
+    ),
     "int8": ("qwen2", {}, int8, alone, "Int8Tensor"),
     "LoRA on the embeddings": ("qwen2", {}, low_rank_embeddings, alone, "plain"),
     "int8 everywhere": ("qwen2", {}, int8_layers, alone, "Int8Tensor"),
@@ -213,6 +260,10 @@ def test_what_a_head_is_found_to_be(name):
     head = LanguageModel(model_of(name)).head
     assert head.describe() == HEADS[name][4]
     assert isinstance(head, TiledHead if HEADS[name][4][0].isupper() else DenseHead)
+    said = NablaDecoder(model_of(name), None, None, loop="sequential").describe()["lm"].partition(",")[0]
+    assert said.partition(" (head: ")[2].rstrip(")") == HEADS[name][4].partition(",")[0].replace(
+        "plain", ""
+    )
 
 
 @pytest.mark.parametrize("relaxation", ["straight_through", "soft"])
