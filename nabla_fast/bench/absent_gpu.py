@@ -211,6 +211,7 @@ def _libcuda() -> ctypes.CDLL:
     path = _folder() / "libcuda.so.1"
     command = [*_compiler(), "-shared", "-fPIC", "-w", "-x", "c", "-", "-o", str(path)]
     subprocess.run([*command, "-Wl,-soname,libcuda.so.1"], input=source, text=True, check=True)
+    (_folder() / "libcuda.so").symlink_to(path.name)  # what Triton 3.5 links
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 

@@ -130,6 +130,7 @@ class _Writer:
         self._views: dict[View, str] = {}
         self._lines: list[str] = []
         self._offsets: dict[int, int] = {}  # in the memory that only kernels see
+        self._sums: dict[tuple[str, int], str] = {}  # of an address and an offset
         self._addressed: set[int] = set()
 
     def write(self, result: Any) -> None:
@@ -231,11 +232,20 @@ class _Writer:
         if isinstance(value, View):
             if value.memory in self._offsets:
                 offset = self._offsets[value.memory] + value.offset
-                return f"h + {offset}" if offset else "h"
-            return f"p{value.memory} + {value.offset}" if value.offset else f"p{value.memory}"
+                return self._sum("h", offset)
+            return self._sum(f"p{value.memory}", value.offset)
         if type(value) is tuple and any(True for _ in _views_in(value)):
             return f"({''.join(f'{self._address(part)}, ' for part in value)})"
         return self._constant(value)
+
+    def _sum(self, name: str, offset: int) -> str:
+        """An address of a memory, added up before the first launch that takes it."""
+        if not offset:
+            return name
+        if (name, offset) not in self._sums:
+            self._sums[name, offset] = f"a{len(self._sums)}"
+            self._lines.append(f"{self._sums[name, offset]} = {name} + {offset}")
+        return self._sums[name, offset]
 
     def _tensor(self, value: Any) -> str:
         """A function's argument, or a result."""

@@ -32,7 +32,19 @@ def test_launches_for_a_gpu_that_is_not_there():
     # Each call is compiled once; what is launched later is what Triton would launch, with its arguments.
     assert result["launches"] == {"same": 40, "other": 0, "compiled": 40}
     assert result["repeated"] == 5
-    assert result["planned"] == {"other": [], "unplanned": []}
+    planned, watched = result["planned"], result["watched"]
+    assert planned["other"] == planned["unplanned"] == []
+    # A plan calls what Triton's launcher would call, as its call by the launcher does for each launch.
+    assert all(by_launcher and not by_plan for by_launcher, by_plan in planned["launcher_runs"].values())
+    # Whoever sets a hook or replaces a function hears of both kernels; then the plan is used again.
+    assert watched == {
+        "hooks": 4,
+        "run": 2,
+        "launcher": 2,
+        "by_plan": 0,
+        "by_plan_again": 0,
+        "launches": 12,
+    }
     calls = result["calls"]
     assert 2 * calls["repeated"] < calls["launched"] < calls["triton"]
 

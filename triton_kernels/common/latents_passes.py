@@ -13,7 +13,8 @@ cycles of issue, its accesses to shared memory 7,500, its products 3,400 and its
 of all but the first is 12,300. The L2 cache moves 426 kB of the head, 229 and 6/7 of them again, and 11
 kB of h for each row: 10.4 µs at 5.5 TB/s, which is what a tile takes, with two rows 10.7 µs. Each of the
 14 chunks that HOLD names more would spare 3.5 %, but 255 registers hold no more than two without a spill:
-sums of 3584 columns take 56 of them.
+sums of 3584 columns take 56 of them. A float32 head's chunks of 128 columns and 16 tokens take fewer: with
+16 of them held a step is predicted to take 18 % less at 3584 columns, 6 % at 4096.
 """
 
 from __future__ import annotations

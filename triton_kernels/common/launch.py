@@ -3,7 +3,7 @@
 For each launch Triton goes over the arguments, turns what it finds into a key by way of a string, and
 compares every global that the kernel reads: 9 to 46 µs. Here one expression, written once for the types of
 the arguments, makes the key, and what Triton compiled for the first call of that key is launched by
-Triton's own launcher.
+Triton's own launcher; a recording gets what that launcher calls.
 
     @launched
     @triton.jit
@@ -30,6 +30,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from nabla_fast.plans.recording import recorder, step
+from nabla_fast.triton_kernels.common.driver_call import driver_call
 
 # Whoever puts another function in its place, to compile without a launch, sees every launch.
 _RUN = JITFunction.run
@@ -121,10 +122,11 @@ class Launched:
         (x, y, z), stream = (*grid, 1, 1)[:3], driver.active.get_current_stream
         run(x, y, z, stream(device), function, metadata, None, None, None, *ordered)
         if recording is not None:
-            middle = function, metadata, None, None, None
+            call = driver_call(run, (x, y, z), function, metadata, ordered)
             hooks = self.kernel.pre_run_hooks.__len__
             guards = (driver.active.get_current_device, device), (_nobody_watches, True), (hooks, 0)
-            recording.launch(run, (x, y, z), stream, device, middle, ordered, guards)
+            told = call.before, stream, device, call.middle, call.args, (*guards, *call.guards)
+            recording.launch(call.function, *told)
 
     def _usual(self) -> bool:
         """Whether nobody is to be told of a launch."""

@@ -218,7 +218,10 @@ class Op(Generic[P, R]):
                 torch.autograd.graph.increment_version(list(tensors_in(changed)))
         elif self._gradient and _is_eager(values):
             known_as = signature and (signature, given)
-            result = recorded(self._gradient, lambda own: self._compute(own, known_as, True), values)
+            layout, tensors = self._gradient.layout(values), tensors_in(values)
+            result = recorded(
+                self._gradient, lambda: self._compute(values, known_as, True), tensors, layout
+            )
         else:
             if any(tensor.is_meta for tensor in tensors_in(values)):
                 self.table.expect(values)  # the dispatcher would answer for meta tensors beside others
@@ -234,7 +237,10 @@ class Op(Generic[P, R]):
         if not known.apart(tensors):
             self._expect_apart(values)
         if known.records_gradient:
-            result = recorded(self._gradient, lambda own: self._repeat(known, own, tensors), values)
+            known.layout = known.layout or self._gradient.layout(values, of_many=True)
+            result = recorded(
+                self._gradient, lambda: self._repeat(known, values, tensors), tensors, known.layout
+            )
         else:
             result = self._repeat(known, values, tensors)
         if known.changed:

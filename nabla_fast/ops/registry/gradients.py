@@ -7,15 +7,15 @@ function. Where torch traces or transforms a call, the custom op stands for it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nabla_fast.ops.registry.schema import tensors_in, with_tensors, without_tensors
+from nabla_fast.ops.registry.layout import Layout
+from nabla_fast.ops.registry.schema import tensors_in
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,21 @@ class Gradient:
     constant: tuple[int, ...]
     function: Callable[..., Any]
 
+    def layout(self, values: Sequence[Any], *, of_many: bool = False) -> Layout:
+        """Of a call with these arguments, as :class:`Layout` has it."""
+        return Layout(self.names, self.wrt, values, of_many=of_many)
 
-def recorded(gradient: Gradient, compute: Callable[[list[Any]], Any], values: list[Any]) -> Any:
-    """``compute(values)``, a tensor or a list of some, with its backward recorded."""
-    result = _Recorded.apply(gradient, compute, without_tensors(values), *tensors_in(values))
+
+def recorded(
+    gradient: Gradient, compute: Callable[[], Any], tensors: Iterable[Tensor], layout: Layout
+) -> Any:
+    """``compute()``, a tensor or a list of some, with its backward recorded.
+
+    Args:
+        tensors: of the call, in order.
+        layout: of the call.
+    """
+    result = _Recorded.apply(gradient, compute, layout, *tensors)
     return list(result) if type(result) is tuple else result
 
 
@@ -58,16 +69,6 @@ class _Recording(threading.local):
 
 
 _recording = _Recording()
-
-
-@contextmanager
-def _recording_of(op: str, kept: Tensor | None = None) -> Iterator[None]:
-    before = _recording.op, _recording.kept
-    _recording.op, _recording.kept = op, kept
-    try:
-        yield
-    finally:
-        _recording.op, _recording.kept = before
 
 
 def is_recorded(op: str) -> bool:
@@ -90,33 +91,38 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gradient: Gradient, compute: Callable[[list[Any]], Any], others: list, *tensors: Tensor
+        ctx: Any, gradient: Gradient, compute: Callable[[], Any], layout: Layout, *tensors: Tensor
     ) -> Any:
-        with _recording_of(gradient.op):
-            result = compute(with_tensors(others, iter(tensors)))
-            ctx.keeps = _recording.kept is not None
-            kept = [_recording.kept] if ctx.keeps else []
-        ctx.gradient, ctx.inputs = gradient, others
-        ctx.output = without_tensors(result)
+        before = _recording.op, _recording.kept
+        _recording.op, _recording.kept = gradient.op, None
+        try:
+            result = compute()
+            kept = () if _recording.kept is None else (_recording.kept,)
+        finally:
+            _recording.op, _recording.kept = before
+        ctx.gradient, ctx.layout, ctx.keeps = gradient, layout, len(kept)
+        ctx.result = layout.result(result)
         ctx.save_for_backward(*kept, *tensors, *tensors_in(result))
         mark_constant(ctx, gradient.constant, result)
         return result if isinstance(result, Tensor) else tuple(result)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        saved = iter(ctx.saved_tensors)
-        kept = next(saved) if ctx.keeps else None
-        values, output = with_tensors([ctx.inputs, ctx.output], saved)
         gradient: Gradient = ctx.gradient
-        with _recording_of(gradient.op, kept):
-            results = gradient.function(
-                dict(zip(gradient.names, values, strict=True)), output, list(cotangents)
-            )
-        by_name = dict(zip(gradient.wrt, results if len(gradient.wrt) > 1 else (results,), strict=True))
-        flat: list[Tensor | None] = []
-        for name, value in zip(gradient.names, values, strict=True):
-            if name in by_name:
-                flat.append(by_name[name])
-            else:
-                flat += [None] * sum(1 for _ in tensors_in(value))
-        return None, None, None, *flat
+        layout: Layout = ctx.layout
+        saved = ctx.saved_tensors
+        first = ctx.keeps  # of the call's tensors; before them lies what the forward has kept
+        after = first + len(layout.places)
+        values, result = layout.values(saved[first:after]), ctx.result(saved[after:])
+        arguments = dict(zip(gradient.names, values, strict=True))
+        before = _recording.op, _recording.kept
+        _recording.op, _recording.kept = gradient.op, saved[0] if first else None
+        try:
+            results = gradient.function(arguments, result, list(cotangents))
+        finally:
+            _recording.op, _recording.kept = before
+        if len(gradient.wrt) == 1:
+            results = (results,)
+        elif len(results) != len(gradient.wrt):
+            raise ValueError(f"{gradient.op}: {len(results)} gradients of {len(gradient.wrt)} arguments")
+        return None, None, None, *[None if place is None else results[place] for place in layout.places]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter as ModuleParameter
 
 from nabla_fast.ops.registry.backends import forced_backends
+from nabla_fast.ops.registry.layout import Layout
 from nabla_fast.ops.registry.schema import Parameter, tensors_in
 from nabla_fast.plans.extent import extent
 from nabla_fast.plans.plan import Plans
@@ -26,7 +27,7 @@ _MOST = 512  # signatures of an op that are remembered
 _PLAIN = frozenset((float, int, bool, str, type(None)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Known:
     """What is to be done for calls of one signature.
 
@@ -36,6 +37,7 @@ class Known:
         extents: bytes from the first to past the last of each tensor, where overlaps are looked for.
         plans: of the calls, where the backend's launches can be repeated without their launcher.
         records_gradient: whether autograd is told of the call.
+        layout: of the calls, where it is; made for the second.
     """
 
     backend: str
@@ -43,6 +45,7 @@ class Known:
     extents: tuple[int, ...] | None
     plans: Plans | None
     records_gradient: bool
+    layout: Layout | None = None
 
     def apart(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it is certain that what is changed shares no memory with anything."""
