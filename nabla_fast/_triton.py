@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
 
 import torch
 
 _OLDEST = (8, 0)  # compute capability; older devices have no bfloat16
+_OLDEST_RELEASE = (3, 6)  # 3.5 fails to compile the one-hot gradients' kernels, and spills in others
 
 
 def interpreted() -> bool:
@@ -31,6 +33,12 @@ def _why_not_here() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "no CUDA device was found, and TRITON_INTERPRET is not 1"
+    with contextlib.suppress(
+        importlib.metadata.PackageNotFoundError
+    ):  # it has other names on AMD's devices
+        release = importlib.metadata.version("triton")
+        if tuple(int(part) for part in release.split(".")[:2]) < _OLDEST_RELEASE:
+            return f"triton {release} is installed; the kernels need {'.'.join(map(str, _OLDEST_RELEASE))}"
     if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < _OLDEST:
         name, (major, minor) = torch.cuda.get_device_name(), capability
         return f"{name} has compute capability {major}.{minor}; the kernels need 8.0"

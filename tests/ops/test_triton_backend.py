@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -42,9 +43,21 @@ def test_old_device(why, capability: tuple[int, int], good: bool, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.6.0")
     reason = why()
     assert (reason is None) == good
     assert good or reason == "Tesla T4 has compute capability 7.5; the kernels need 8.0"
+
+
+@pytest.mark.parametrize(("release", "good"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True)])
+def test_old_release(why, release: str, good: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: release)
+    reason = why()
+    assert (reason is None) == good
+    assert good or reason == "triton 3.5.1 is installed; the kernels need 3.6"
 
 
 @pytest.mark.skipif(not _triton.interpreted(), reason="the interpreter runs only where there is no GPU")
