@@ -33,9 +33,7 @@ def _why_not_here() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "no CUDA device was found, and TRITON_INTERPRET is not 1"
-    with contextlib.suppress(
-        importlib.metadata.PackageNotFoundError
-    ):  # it has other names on AMD's devices
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # AMD's has other names
         release = importlib.metadata.version("triton")
         if tuple(int(part) for part in release.split(".")[:2]) < _OLDEST_RELEASE:
             return f"triton {release} is installed; the kernels need {'.'.join(map(str, _OLDEST_RELEASE))}"
