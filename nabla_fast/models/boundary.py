@@ -64,7 +64,20 @@ def adapted_model(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has an adapter of type {kind}, virtual tokens before the text, which "
             "is not read: adapters inside layers are, such as LoRA"
         )
+    active = getattr(model, "active_adapters", None) or list(model.peft_config)
+    for adapter in active if isinstance(active, list) else [active]:
+        config = model.peft_config[adapter]
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if getattr(config, "alora_invocation_tokens", None) or kind == "XLORA":
+            raise ModelError(
+                f"{type(model).__name__} has an adapter {adapter} whose weights depend on the text "
+                f"({kind if kind == 'XLORA' else 'aLoRA'}), which is not read"
+            )
     return model.get_base_model()
+
+
+# Fields of weights that quantize what they are multiplied with, as torchao's.
+_OF_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization", "input_quant_func")
 
 
 def refuse_unreadable_weights(model: nn.Module) -> None:
@@ -79,6 +92,11 @@ def refuse_unreadable_weights(model: nn.Module) -> None:
             raise ModelError(
                 f"{name} has weights on the meta device, {path} first (offloaded, or never loaded): "
                 "load them to the CPU or a GPU"
+            )
+        if any(getattr(weight, field, None) is not None for field in _OF_ACTIVATIONS):
+            raise ModelError(
+                f"{name} rounds activations while it runs, {path} first ({type(weight).__name__}): no "
+                "gradient goes through; weight-only quantization is read"
             )
     for path, module in model.named_modules():
         if _quantized(module):

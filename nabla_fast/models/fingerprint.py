@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
+
+from nabla_fast.models.replica import configs_of
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -20,13 +22,16 @@ def fingerprint(model: nn.Module) -> tuple:
     """
     tables = [_found(model, name) for name in ("get_input_embeddings", "get_output_embeddings")]
     tables += [getattr(model, name, None) for name in ("score", "classifier")]
-    details: list[Any] = [tuple(model.modules()), _attributes(model)]
+    modules = tuple(model.modules())
+    details: list[Any] = [modules, _attributes(model)]
     for table in tables:
         for module in table.modules() if isinstance(table, nn.Module) else ():
             details += [_attributes(module), _hooks(module)]
             for weight in [*module._parameters.values(), *module._buffers.values()]:
                 details.append(None if weight is None else weight_state(weight))
-    details += [_attributes(value) for value in vars(model).values() if isinstance(value, PretrainedConfig)]
+    # A model may be inside another module: of PEFT, or of torch.compile.
+    details += [_attributes(module) for module in modules if isinstance(module, PreTrainedModel)]
+    details += [_attributes(config) for config in configs_of(model)]
     return tuple(details)
 
 

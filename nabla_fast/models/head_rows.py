@@ -51,8 +51,8 @@ class AdaptedRows:
 
     kind = "LoRA"
 
-    def __init__(self, layer: nn.Module, base: Callable[[slice], Tensor]):
-        self._layer, self._base = layer, base
+    def __init__(self, layer: nn.Module, base: Callable[[slice], Tensor], name: str):
+        self._layer, self._base, self._name = layer, base, name
         weight = layer.base_layer.weight
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
 
@@ -62,6 +62,7 @@ class AdaptedRows:
         tile = self._base(rows)
         if layer.merged or layer.disable_adapters:
             return tile
+        _refuse_variants(layer, self._name)  # another adapter may be the active one by now
         tile = tile.to(torch.promote_types(tile.dtype, torch.float32))
         for name in layer.active_adapters:
             if name in layer.lora_A:
@@ -72,7 +73,7 @@ class AdaptedRows:
 
 def is_plain(weight: object) -> bool:
     """Whether a weight is a tensor that kernels can read: none put together of others."""
-    return type(weight) in (Tensor, nn.Parameter)
+    return isinstance(weight, Tensor) and type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def head_rows(head: nn.Module, name: str) -> HeadRows | None:
@@ -84,12 +85,18 @@ def head_rows(head: nn.Module, name: str) -> HeadRows | None:
     Raises:
         ModelError: it is packed or adapted in a way that is not known; the line says which.
     """
-    if hasattr(head, "lora_A") and hasattr(head, "base_layer"):
-        _refuse_variants(head, name)
+    if hasattr(head, "base_layer"):
+        if not all(hasattr(part, "weight") for part in getattr(head, "lora_A", {None: None}).values()):
+            raise ModelError(
+                f"{name} has an adapter on its output head ({type(head).__module__}) that is not read: "
+                "LoRA is; merge others by merge_and_unload()"
+            )
+        if not (head.merged or head.disable_adapters):
+            _refuse_variants(head, name)
         weight = head.base_layer.weight
         if is_plain(weight):
-            return AdaptedRows(head, lambda rows: weight[rows].detach())
-        return AdaptedRows(head, _quantized(weight, name).tile)
+            return AdaptedRows(head, lambda rows: weight[rows].detach(), name)
+        return AdaptedRows(head, _quantized(weight, name).tile, name)
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or is_plain(weight):
         return None
@@ -113,11 +120,16 @@ def _quantized(weight: Tensor, name: str) -> QuantizedRows:
 
 
 def _refuse_variants(layer: nn.Module, name: str) -> None:
-    """Refuse adapters that are more than s·BA."""
-    variants = dict(getattr(layer, "lora_variant", None) or {})
-    variants |= {key: "DoRA" for key, used in (getattr(layer, "use_dora", None) or {}).items() if used}
-    for kind in (getattr(value, "__name__", None) or str(value) for value in variants.values()):
-        raise ModelError(f"{name} has a LoRA variant on its output head ({kind}), merge it first")
-    for key, bias in (getattr(layer, "lora_bias", None) or {}).items():
-        if bias:
-            raise ModelError(f"{name} has a LoRA bias on its output head (adapter {key}), merge it first")
+    """Refuse active adapters that are more than s·BA."""
+    for adapter in layer.active_adapters:
+        variant = (getattr(layer, "lora_variant", None) or {}).get(adapter)
+        kind = type(variant).__name__ if variant is not None else None
+        if (getattr(layer, "use_dora", None) or {}).get(adapter):
+            kind = "DoRA"
+        if (getattr(layer, "lora_bias", None) or {}).get(adapter):
+            kind = "a LoRA bias"
+        if kind:
+            raise ModelError(
+                f"{name} has a LoRA variant on its output head ({kind}, adapter {adapter}): "
+                "merge it by merge_and_unload()"
+            )

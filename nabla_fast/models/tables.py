@@ -61,7 +61,7 @@ def embedding_table(model: nn.Module) -> Tensor:
     weight = _weight(model)
     plain = type(module) is nn.Embedding and module.max_norm is None and is_plain(weight)
     if plain and not _hooked(module):
-        return weight.detach()
+        return weight.detach().as_subclass(Tensor)
     tokens = torch.arange(table_rows(model), device=weight.device)
     table = torch.cat([module(block) for block in tokens.split(_BLOCK)])
     if not table.is_floating_point() or table.dim() != 2:
@@ -114,7 +114,9 @@ def output_head(model: nn.Module) -> Head:
     bias = getattr(head, "bias", None)
     head_map = HeadMap(bias.detach() if isinstance(bias, Tensor) else None)
     rows = head_rows(head, name)
-    return DenseHead(weight.detach(), head_map) if rows is None else TiledHead(rows, head_map)
+    if rows is not None:
+        return TiledHead(rows, head_map)
+    return DenseHead(weight.detach().as_subclass(Tensor), head_map)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -6,7 +6,6 @@ b, s and c as ``bias``, ``scale`` and ``softcap``.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -49,14 +48,15 @@ def product_gradient(dz: Tensor, z: Tensor, scale: float, softcap: float | None)
 
 def check_head_map(op: str, bias: Tensor | None, scale: float, softcap: float | None) -> None:
     """Raise InputError for what no head does."""
-    expect(math.isfinite(scale) and scale != 0, f"{op}: scale must be finite and other than 0, got {scale}")
+    most = torch.finfo(torch.float32).max
+    expect(0 < abs(scale) <= most, f"{op}: scale must be a float32 number other than 0, got {scale}")
     low, high = SOFTCAP_RANGE
     expect(
         softcap is None or low <= softcap <= high,
         f"{op}: softcap must be None or from {low:.3g} to {high:.3g}, got {softcap}",
     )
     expect(
-        bias is None or not (torch.is_grad_enabled() and bias.requires_grad),
+        bias is None or not bias.requires_grad,
         f"{op}: bias is a constant and must not require grad",
     )
 

@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from naive_loop import Naive, NaiveLoop
 from tiny_models import VOCABULARY, causal_lm, shared_reward_model
 from torch import Tensor, nn
@@ -318,31 +319,121 @@ def test_an_adapter_that_is_trained_switched_off_and_on(loop):
     assert tokens() == merged
 
 
-def test_adapters_that_are_more_than_a_product_are_refused():
+def adapted(**fields) -> nn.Module:
+    """A Qwen2 with one PEFT adapter of these settings, in float64."""
     peft = pytest.importorskip("peft")
-    dora = peft.LoraConfig(r=2, target_modules=["lm_head"], use_dora=True)
-    model = peft.get_peft_model(causal_lm("qwen2"), dora).double().eval()
-    with pytest.raises(ModelError, match=r"Qwen2ForCausalLM has a LoRA variant on its output head"):
+    return peft.get_peft_model(causal_lm("qwen2"), peft.LoraConfig(r=2, **fields)).double().eval()
+
+
+def test_adapters_that_are_more_than_a_product_are_refused_while_they_are_on():
+    model = adapted(target_modules=["lm_head"], use_dora=True)
+    refusal = r"Qwen2ForCausalLM has a LoRA variant on its output head \(DoRA, adapter default\)"
+    with pytest.raises(ModelError, match=refusal):
         LanguageModel(model)
+    with model.disable_adapter():
+        assert LanguageModel(model).head.describe() == "LoRA"
+
+
+def test_adapters_outside_of_layers_are_refused():
+    peft = pytest.importorskip("peft")
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ModelError, match=r"PeftModelForCausalLM.*PROMPT_TUNING.*virtual tokens"):
         LanguageModel(peft.get_peft_model(causal_lm("qwen2"), prompts).double())
+    invoked = adapted(target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+    with pytest.raises(ModelError, match=r"adapter default whose weights depend on the text \(aLoRA\)"):
+        LanguageModel(invoked)
 
 
-class Packed(Tensor):
+@pytest.mark.parametrize("kind", ["IA3Config", "VeraConfig", "LoHaConfig", "AdaLoraConfig"])
+def test_other_adapters_on_the_head_are_refused_by_name(kind):
+    peft = pytest.importorskip("peft")
+    fields = {"IA3Config": {"feedforward_modules": []}, "AdaLoraConfig": {"total_step": 10}}.get(kind, {})
+    config = getattr(peft, kind)(target_modules=["lm_head"], **fields)
+    model = peft.get_peft_model(causal_lm("qwen2"), config).double()
+    with pytest.raises(ModelError, match=r"adapter on its output head \(peft\.tuners\..*merge_and_unload"):
+        LanguageModel(model)
+
+
+@pytest.mark.parametrize("wrap", [low_rank, lambda model: torch.compile(model, backend="eager")])
+def test_a_cap_that_changes_inside_a_wrapper_is_noticed(wrap):
+    model = wrap(causal_lm("gemma2", eos_token_id=None, final_logit_softcapping=3.0, **EAGER))
+    decoder = NablaDecoder(model, None, None, config=config_of(0), loop="sequential")
+    assert "soft cap 3" in decoder.describe()["lm"]
+    model.config.final_logit_softcapping = 0.125
+    decoder.generate([[5, 9, 3]], max_new_tokens=2)
+    assert "soft cap 0.125" in decoder.describe()["lm"]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda z: 1.03 * z, lambda z: z + 0.3 * z.std() * torch.eye(VOCABULARY)[7].to(z)]
+)
+def test_logits_a_little_off_are_refused_in_half_precision_too(change):
+    model = causal_lm("qwen2", dtype=torch.bfloat16)
+    assert LanguageModel(model).head.describe() == "plain"
+    model.lm_head.register_forward_hook(lambda _, __, z: change(z))
+    with pytest.raises(ModelError, match="logits are not its output head times"):
+        LanguageModel(model)
+
+
+def test_a_config_with_fields_that_raise_is_read():
+    if not hasattr(transformers, "Gemma4ForCausalLM"):
+        pytest.skip("this release of transformers has no Gemma 4")
+    config = transformers.Gemma4TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        sliding_window=8,
+        pad_token_id=0,
+    )
+    assert LanguageModel(transformers.Gemma4ForCausalLM(config).eval()).head.vocabulary == VOCABULARY
+
+
+class Subclass(Tensor):
+    """A tensor of one's own that is a tensor like others."""
+
+
+def test_a_weight_of_a_class_of_ones_own_is_read():
+    model = causal_lm("qwen2")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Subclass))
+    assert type(LanguageModel(model).head.weight) is Tensor
+
+
+class Unsliced(Int8Rows):
     """A weight that knows no slices of itself."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is Tensor.__getitem__:
             raise NotImplementedError("no slices")
-        return super().__torch_function__(function, types, args, kwargs or {})
+        return super().__torch_function__(function, types, args, kwargs)
 
 
-def test_a_packing_without_slices_is_refused_by_name():
-    model = causal_lm("qwen2")
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Packed))
-    with pytest.raises(ModelError, match=r"Qwen2ForCausalLM has an output head packed as Packed.*quantiz"):
+class OfActivations(Int8Rows):
+    """A weight that rounds what it is multiplied with."""
+
+    act_quant_kwargs = "int8"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Unsliced, "has an output head packed as Unsliced.*without quantization"),
+        (OfActivations, r"rounds activations while it runs, lm_head\.weight first \(OfActivations\)"),
+    ],
+)
+def test_packings_that_are_refused_by_name(kind, said):
+    model = packed(causal_lm("qwen2"))
+    rows = model.lm_head.weight
+    model.lm_head.weight = nn.Parameter(kind(rows.values, rows.scales), requires_grad=False)
+    with pytest.raises(ModelError, match=f"Qwen2ForCausalLM {said}"):
         LanguageModel(model)
 
 
