@@ -33,14 +33,14 @@ class SamplingConfig:
 
     Attributes:
         temperature: ≤ 0 means greedy in rollouts and 1 in resampling.
-        top_k: tokens kept; 0 keeps all.
+        top_k: tokens kept; 0 keeps all; None is what the model's generation config says.
         top_p: smallest probability mass kept, in (0, 1]; the token that crosses it stays.
     Raises:
         InputError: a value is out of its range.
     """
 
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int | None = 0
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
@@ -48,7 +48,8 @@ class SamplingConfig:
         # Below, logits divided by it leave float32.
         coldest = self.temperature <= 0 or self.temperature >= _COLDEST
         _require(coldest, "temperature", f"at least {_COLDEST:g}, or 0 for greedy", self.temperature)
-        _require(_whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number ≥ 0", self.top_k)
+        known = self.top_k is None or (_whole(self.top_k) and self.top_k >= 0)
+        _require(known, "top_k", "a whole number ≥ 0, or None for the model's own", self.top_k)
         _require(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
 
 
@@ -72,7 +73,8 @@ class DTOConfig:
         grad_threshold: only positions with ‖G‖₂ at least this; None: all.
         max_generations: rollouts a prompt may use, the first one counted.
         rejection: keep a new rollout only if its reward is higher; needs a reward model.
-        rollout_sampling: how rollouts draw tokens.
+        rollout_sampling: how rollouts draw tokens; None: as the model's generation config says, greedily
+            unless it has ``do_sample``.
         resample_sampling: how the token of an optimized position is drawn.
         draws: "torch": by torch's generators on the CPU, as the official release; "philox": by noise that
             is a function of seed, position and token, where the logits are; "auto": torch's for a language
@@ -96,7 +98,7 @@ class DTOConfig:
     grad_threshold: float | None = None
     max_generations: int = 8
     rejection: bool = True
-    rollout_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.7, 20, 0.8))
+    rollout_sampling: SamplingConfig | None = field(default_factory=lambda: SamplingConfig(0.7, 20, 0.8))
     resample_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.5, 20, 0.8))
     draws: Literal["auto", "torch", "philox"] = "auto"
 
@@ -146,9 +148,12 @@ class DTOConfig:
                 "None or a finite number ≥ 0",
                 value,
             )
-        for name in ("rollout_sampling", "resample_sampling"):
-            value = getattr(self, name)
-            _require(isinstance(value, SamplingConfig), name, "a SamplingConfig", value)
+        rollouts, resampling = self.rollout_sampling, self.resample_sampling
+        known = rollouts is None or isinstance(rollouts, SamplingConfig)
+        _require(known, "rollout_sampling", "a SamplingConfig or None", rollouts)
+        _require(
+            isinstance(resampling, SamplingConfig), "resample_sampling", "a SamplingConfig", resampling
+        )
 
     @staticmethod
     def _require_share(name: str, value: object) -> None:

@@ -92,7 +92,7 @@ class Sampler(NablaDecoder):
         loop = SampleLoop(
             lm,
             rm,
-            self.config.rollout_sampling,
+            self._resolved.rollout_sampling,
             count=self._count,
             batch_size=self._batch_size,
             max_kv_tokens=self._max_kv_tokens,
@@ -104,7 +104,9 @@ class Sampler(NablaDecoder):
         if isinstance(decoded, Exception):
             raise decoded
         found = [super(Sampler, self)._result(problem, response, stats) for response in decoded]
-        candidates = [Candidate(r.text, r.token_ids, r.reward, r.finish_reason) for r in found]
+        candidates = [
+            Candidate(r.text, r.token_ids, r.reward, r.finish_reason, r.eos_token_id) for r in found
+        ]
         return SampleResult.of(candidates, stats)
 
 
