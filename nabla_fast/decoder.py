@@ -152,6 +152,7 @@ class NablaDecoder:
         max_new_tokens: int = 1024,
         system_prompt: str | None = None,
         stop: Sequence[str] = (),
+        trim_stop: bool = False,
         reward_context: Sequence[RewardContext] | None = None,
         on_result: Callable[[int, Result], None] | None = None,
         on_error: Literal["raise", "keep"] = "raise",
@@ -165,6 +166,8 @@ class NablaDecoder:
             max_new_tokens: most tokens of a response; less where a model's context ends sooner.
             system_prompt: put before strings and chats.
             stop: a response ends with the token that completes one of these; it stays in the text.
+            trim_stop: it does not: the text ends before the stop string, and ``token_ids`` with the last
+                token before it. The reward is that of the whole response.
             reward_context: for each prompt the reward model's own token ids before and after a response,
                 instead of what its chat template gives. With several rewards: a list of such pairs, one a
                 reward in order, or None where its template's is meant.
@@ -191,6 +194,7 @@ class NablaDecoder:
             max_new_tokens=max_new_tokens,
             system_prompt=system_prompt,
             stop=stop,
+            trim_stop=trim_stop,
             reward_context=reward_context,
             on_error=on_error,
         )
@@ -211,6 +215,7 @@ class NablaDecoder:
         max_new_tokens: int = 1024,
         system_prompt: str | None = None,
         stop: Sequence[str] = (),
+        trim_stop: bool = False,
         reward_context: Sequence[RewardContext] | None = None,
         on_error: Literal["raise", "keep"] = "raise",
     ) -> ResultStream:
@@ -233,6 +238,7 @@ class NablaDecoder:
             max_new_tokens=max_new_tokens,
             system_prompt=system_prompt,
             stop=stop,
+            trim_stop=trim_stop,
             reward_context=reward_context,
         )
 
@@ -403,7 +409,9 @@ class NablaDecoder:
             (decoded.tokens[:-1], decoded.tokens[-1]) if reason == "eos" else (decoded.tokens, None)
         )
         text = None
-        if self._tokenizer is not None:
+        if reason == "stop" and problem.stop.trim:
+            tokens, text = problem.stop.trimmed(tokens)
+        elif self._tokenizer is not None:
             text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return Result(text, tokens, decoded.reward, reason, decoded.revisions, stats, eos_token_id=eos)
 

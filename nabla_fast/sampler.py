@@ -121,6 +121,7 @@ def sample(
     max_new_tokens: int = 1024,
     system_prompt: str | None = None,
     stop: Sequence[str] = (),
+    trim_stop: bool = False,
     batch_size: int = 128,
     max_kv_tokens: int | None = None,
     on_result: Callable[[int, Result], None] | None = None,
@@ -130,7 +131,7 @@ def sample(
 
     Args:
         lm, tokenizer: as of :class:`NablaDecoder`; no tokenizer is needed if prompts are token ids.
-        prompts, seed, max_new_tokens, system_prompt, stop, on_result, on_error: as of
+        prompts, seed, max_new_tokens, system_prompt, stop, trim_stop, on_result, on_error: as of
             :meth:`NablaDecoder.generate`.
         count, sampling, batch_size, max_kv_tokens: as of :class:`Sampler`, which says what a response
             depends on.
@@ -163,6 +164,7 @@ def sample(
         max_new_tokens=max_new_tokens,
         system_prompt=system_prompt,
         stop=stop,
+        trim_stop=trim_stop,
         on_result=on_result,
         on_error=on_error,
     )
@@ -181,6 +183,7 @@ def best_of_n(
     max_new_tokens: int = 1024,
     system_prompt: str | None = None,
     stop: Sequence[str] = (),
+    trim_stop: bool = False,
     reward_context: Sequence[RewardContext] | None = None,
     batch_size: int = 128,
     max_kv_tokens: int | None = None,
@@ -192,8 +195,8 @@ def best_of_n(
 
     Args:
         lm, reward_model, tokenizer, reward_tokenizer, alignment: as of :class:`NablaDecoder`.
-        prompts, seed, max_new_tokens, system_prompt, stop, reward_context, on_result, on_error: as of
-            :meth:`NablaDecoder.generate`.
+        prompts, seed, max_new_tokens, system_prompt, stop, trim_stop: as of :meth:`NablaDecoder.generate`.
+        reward_context, on_result, on_error: likewise.
         n: responses a prompt; the first m of them are those of ``n=m``.
         sampling, batch_size, max_kv_tokens: as of :class:`Sampler`.
     Returns:
@@ -233,6 +236,7 @@ def best_of_n(
         max_new_tokens=max_new_tokens,
         system_prompt=system_prompt,
         stop=stop,
+        trim_stop=trim_stop,
         reward_context=reward_context,
         on_result=on_result,
         on_error=on_error,

@@ -47,6 +47,7 @@ class PromptReader:
         system_prompt: str | None,
         stop: Sequence[str],
         reward_context: Sequence[RewardContext] | None,
+        trim_stop: bool = False,
         eos_ids: frozenset[int] | None = None,
     ) -> list[Problem]:
         """Check and tokenize everything before anything is decoded; other arguments as of ``generate``.
@@ -65,7 +66,7 @@ class PromptReader:
         if system_prompt is not None:
             _check_text("system_prompt", system_prompt)
         seeds = _seeds(seed, len(prompts))
-        stop_strings = StopStrings(stop, self._tokenizer)
+        stop_strings = StopStrings(stop, self._tokenizer, trim=trim_stop)
         if reward_context is not None:
             if not isinstance(reward_context, Sequence):
                 raise InputError(

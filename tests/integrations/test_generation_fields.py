@@ -26,7 +26,7 @@ REFUSED = {
     "bad_words_ids": [[3]],
     "begin_suppress_tokens": [4],
     "cache_config": {"nbits": 4},
-    "cache_implementation": "static",
+    "cache_implementation": "dynamic_full",
     "compile_config": CompileConfig(),
     "constraints": [1],
     "continuous_batching_config": {"a": 1},
