@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from nabla_fast.errors import InputError
 
@@ -35,14 +35,14 @@ class SamplingConfig:
 
     Attributes:
         temperature: ≤ 0 means greedy in rollouts and 1 in resampling.
-        top_k: tokens kept; 0 keeps all.
+        top_k: tokens kept; 0 keeps all; None is what the model's generation config says.
         top_p: smallest probability mass kept, in (0, 1]; the token that crosses it stays.
     Raises:
         InputError: a value is out of its range.
     """
 
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int | None = 0
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
@@ -50,7 +50,8 @@ class SamplingConfig:
         # Below, logits divided by it leave float32.
         coldest = self.temperature <= 0 or self.temperature >= _COLDEST
         _require(coldest, "temperature", f"at least {_COLDEST:g}, or 0 for greedy", self.temperature)
-        _require(_whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number ≥ 0", self.top_k)
+        known = self.top_k is None or (_whole(self.top_k) and self.top_k >= 0)
+        _require(known, "top_k", "a whole number ≥ 0, or None for the model's own", self.top_k)
         _require(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
 
 
@@ -64,8 +65,10 @@ class DTOConfig:
         relaxation: "straight_through", "gumbel" (the same with noise on the logits) or "soft".
         iters: Adam steps K a position, at most 1,000,000.
         lr: peak learning rate.
-        min_lr_ratio: floor of the cosine schedule, as a share of ``lr``.
+        min_lr_ratio: floor of a schedule that falls, as a share of ``lr``.
         warmup_steps: steps of linear warm-up, at most ``iters``.
+        weight_decay: this times the parameter is added to its gradient, as in ``torch.optim.Adam``; at all
+            positions, so that those move too which ``update="first"`` leaves without a gradient.
         tau: temperature of the relaxation, from 2⁻⁶⁴ to 2⁶⁴.
         reward_coeff: λ, weight of the reward.
         nll_coeff: ν, weight of the likelihood.
@@ -74,11 +77,15 @@ class DTOConfig:
         grad_threshold: only positions with ‖G‖₂ at least this; None: all.
         max_generations: rollouts a prompt may use, the first one counted.
         rejection: keep a new rollout only if its reward is higher; needs a reward model.
-        rollout_sampling: how rollouts draw tokens.
+        rollout_sampling: how rollouts draw tokens; None: as the model's generation config says, greedily
+            unless it has ``do_sample``.
         resample_sampling: how the token of an optimized position is drawn.
         draws: "torch": by torch's generators on the CPU, as the official release; "philox": by noise that
             is a function of seed, position and token, where the logits are; "auto": torch's for a language
             model on the CPU, Philox elsewhere.
+        schedule: how the learning rate goes after the warm-up: "cosine" and "linear" fall from ``lr`` to
+            ``min_lr_ratio`` of it, "constant" stays.
+        gumbel_scale: factor of the noise of ``relaxation="gumbel"``.
     Raises:
         InputError: a value is out of its range.
     """
@@ -90,6 +97,7 @@ class DTOConfig:
     lr: float = 0.01
     min_lr_ratio: float = 0.1
     warmup_steps: int = 0
+    weight_decay: float = 0.0
     tau: float = 1.0
     reward_coeff: float = 1.0
     nll_coeff: float = 1e-3
@@ -98,9 +106,11 @@ class DTOConfig:
     grad_threshold: float | None = None
     max_generations: int = 8
     rejection: bool = True
-    rollout_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.7, 20, 0.8))
+    rollout_sampling: SamplingConfig | None = field(default_factory=lambda: SamplingConfig(0.7, 20, 0.8))
     resample_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(0.5, 20, 0.8))
     draws: Literal["auto", "torch", "philox"] = "auto"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    gumbel_scale: float = 1.0
 
     def __post_init__(self) -> None:
         choices = {
@@ -108,6 +118,7 @@ class DTOConfig:
             "update": ("first", "all"),
             "relaxation": ("straight_through", "soft", "gumbel"),
             "draws": ("auto", "torch", "philox"),
+            "schedule": ("cosine", "linear", "constant"),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -134,9 +145,15 @@ class DTOConfig:
         _require(_finite(self.lr) and self.lr > 0, "lr", "a finite number > 0", self.lr)
         taus = f"from {TAU_RANGE[0]:.3g} to {TAU_RANGE[1]:.3g}"
         _require(_finite(self.tau) and TAU_RANGE[0] <= self.tau <= TAU_RANGE[1], "tau", taus, self.tau)
-        for name in ("reward_coeff", "nll_coeff"):
+        for name in ("reward_coeff", "nll_coeff", "weight_decay", "gumbel_scale"):
             value = getattr(self, name)
             _require(_finite(value) and value >= 0, name, "a finite number ≥ 0", value)
+        _require(
+            self.gumbel_scale == 1 or self.relaxation == "gumbel",
+            "gumbel_scale",
+            f"1 with relaxation={self.relaxation!r}, which has no noise",
+            self.gumbel_scale,
+        )
         self._require_share("min_lr_ratio", self.min_lr_ratio)
         if self.confidence_threshold is not None:
             self._require_share("confidence_threshold", self.confidence_threshold)
@@ -148,15 +165,70 @@ class DTOConfig:
                 "None or a finite number ≥ 0",
                 value,
             )
-        for name in ("rollout_sampling", "resample_sampling"):
-            value = getattr(self, name)
-            _require(isinstance(value, SamplingConfig), name, "a SamplingConfig", value)
+        rollouts, resampling = self.rollout_sampling, self.resample_sampling
+        known = rollouts is None or isinstance(rollouts, SamplingConfig)
+        _require(known, "rollout_sampling", "a SamplingConfig or None", rollouts)
+        _require(
+            isinstance(resampling, SamplingConfig), "resample_sampling", "a SamplingConfig", resampling
+        )
 
     @staticmethod
     def _require_share(name: str, value: object) -> None:
         _require(_finite(value) and 0 <= value <= 1, name, "between 0 and 1", value)
 
     @classmethod
+    def preset(cls, name: Literal["math500", "aime", "amc"]) -> DTOConfig:
+        """The settings of the official release's script for a benchmark.
+
+        They differ from the defaults, which are those of "amc" for logits without ``grad_threshold``. The
+        scripts' ``max_new_tokens`` are :meth:`preset_max_new_tokens`.
+
+        Args:
+            name: "math500", "aime" (2024 and 2025) or "amc".
+        Raises:
+            InputError: there is no such preset.
+
+        Example:
+            >>> config = DTOConfig.preset("aime")
+            >>> config.grad_threshold, config.rollout_sampling
+            (8.0, SamplingConfig(temperature=0.6, top_k=None, top_p=0.95))
+        """
+        return cls(**_preset(name)[0])
+
+    @staticmethod
+    def preset_max_new_tokens(name: Literal["math500", "aime", "amc"]) -> int:
+        """Most tokens of a response in the official release's script for a benchmark.
+
+        Raises:
+            InputError: there is no such preset.
+
+        Example:
+            >>> DTOConfig.preset_max_new_tokens("aime")
+            3072
+        """
+        return _preset(name)[1]
+
+    @classmethod
     def names(cls) -> tuple[str, ...]:
         """The settings' names."""
         return tuple(f.name for f in fields(cls))
+
+
+# Sampling of the scripts that leave top-k to the model's generation config.
+_LONG = {
+    "rollout_sampling": SamplingConfig(0.6, None, 0.95),
+    "resample_sampling": SamplingConfig(0.5, None, 0.95),
+}
+
+# Benchmark → (fields that differ from the defaults, max_new_tokens).
+PRESETS: dict[str, tuple[dict[str, Any], int]] = {
+    "math500": ({"grad_threshold": 4.0, **_LONG}, 1024),
+    "aime": ({"grad_threshold": 8.0, **_LONG}, 3072),
+    "amc": ({"parameter": "latents", "grad_threshold": 4.0}, 1024),
+}
+
+
+def _preset(name: str) -> tuple[dict[str, Any], int]:
+    known = isinstance(name, str) and name in PRESETS
+    _require(known, "preset", f"one of {', '.join(map(repr, PRESETS))}", name)
+    return PRESETS[name]

@@ -6,12 +6,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from nabla_fast.config import DTOConfig
+from nabla_fast.config import DTOConfig, SamplingConfig
 from nabla_fast.decode.batched.loop import BatchedLoop
 from nabla_fast.decode.batched.pools import BLOCK
 from nabla_fast.decode.failures import DecodeFailure
@@ -20,16 +22,21 @@ from nabla_fast.decode.prompts import Prompt, PromptReader, RewardContext
 from nabla_fast.decode.reference.loop import SequentialLoop
 from nabla_fast.decode.stream import ResultStream
 from nabla_fast.errors import DecodingFailed, DecodingInterrupted, InputError, ModelError, one_line
+from nabla_fast.integrations.generate_call import GenerateCall
+from nabla_fast.integrations.transformers_generate import StreamedDecoder, decode_call
 from nabla_fast.models import LanguageModel, RewardSum, VocabularyAlignment, terms_of
 from nabla_fast.models.alignment import expect_tokenizer
 from nabla_fast.models.boundary import probing
 from nabla_fast.models.fingerprint import fingerprint, weight_state
 from nabla_fast.models.frozen import frozen
-from nabla_fast.models.generation import eos_ids, refuse_processors
+from nabla_fast.models.generation import eos_ids, refuse_processors, with_own_sampling
 from nabla_fast.models.given_rewards import GivenReward, expect_model
 from nabla_fast.models.reward_terms import RewardSetting, RewardTerm, module_of, table_of, weighted_members
 from nabla_fast.ops.checks import MOST_VOCABULARY
 from nabla_fast.results import Result, Stats
+
+# Decoders kept that differ in how rollouts draw: what calls of ``generate`` ask for seldom changes.
+_MOST_OTHERS = 4
 
 
 class NablaDecoder:
@@ -107,6 +114,7 @@ class NablaDecoder:
         self._terms: tuple[RewardTerm, ...] = ()
         self._warned: set[str] = set()  # reasons that a warning has named
         self._key: tuple = ()
+        self._others: dict[SamplingConfig, NablaDecoder] = {}  # the last ones used with other rollouts
         self._models = [lm, *reward_modules]
         with frozen(self._models) as signals:
             signals.interruptible(self._prepare)
@@ -145,6 +153,7 @@ class NablaDecoder:
         max_new_tokens: int = 1024,
         system_prompt: str | None = None,
         stop: Sequence[str] = (),
+        trim_stop: bool = False,
         reward_context: Sequence[RewardContext] | None = None,
         on_result: Callable[[int, Result], None] | None = None,
         on_error: Literal["raise", "keep"] = "raise",
@@ -158,6 +167,8 @@ class NablaDecoder:
             max_new_tokens: most tokens of a response; less where a model's context ends sooner.
             system_prompt: put before strings and chats.
             stop: a response ends with the token that completes one of these; it stays in the text.
+            trim_stop: it does not: the text ends before the stop string, and ``token_ids`` with the last
+                token before it. The reward is that of the whole response.
             reward_context: for each prompt the reward model's own token ids before and after a response,
                 instead of what its chat template gives. With several rewards: a list of such pairs, one a
                 reward in order, or None where its template's is meant.
@@ -184,6 +195,7 @@ class NablaDecoder:
             max_new_tokens=max_new_tokens,
             system_prompt=system_prompt,
             stop=stop,
+            trim_stop=trim_stop,
             reward_context=reward_context,
             on_error=on_error,
         )
@@ -204,6 +216,7 @@ class NablaDecoder:
         max_new_tokens: int = 1024,
         system_prompt: str | None = None,
         stop: Sequence[str] = (),
+        trim_stop: bool = False,
         reward_context: Sequence[RewardContext] | None = None,
         on_error: Literal["raise", "keep"] = "raise",
     ) -> ResultStream:
@@ -219,22 +232,145 @@ class NablaDecoder:
         """
         if on_error not in ("raise", "keep"):
             raise InputError(f"on_error must be 'raise' or 'keep', got {on_error!r}")
+        return self._stream(
+            prompts,
+            keep=on_error == "keep",
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            system_prompt=system_prompt,
+            stop=stop,
+            trim_stop=trim_stop,
+            reward_context=reward_context,
+        )
+
+    def _stream(self, prompts: Sequence[Prompt], *, keep: bool = False, **options: Any) -> ResultStream:
+        """A stream of results.
+
+        Args:
+            keep: an error becomes the result of its prompt.
+            options: as of :meth:`PromptReader.read`.
+        """
 
         def read() -> list[Problem]:
             self._prepare()
-            return self._reader.read(
-                prompts,
-                seed=seed,
-                max_new_tokens=max_new_tokens,
-                system_prompt=system_prompt,
-                stop=stop,
-                reward_context=reward_context,
-            )
+            return self._reader.read(prompts, **options)
 
         with frozen(self._models) as signals:
             problems = signals.interruptible(read)
-        decode = partial(self._decode, keep=on_error == "keep")
-        return ResultStream(self._models, problems, decode)
+        return ResultStream(self._models, problems, partial(self._decode, keep=keep))
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        logits_processor: Sequence[Any] = (),
+        stopping_criteria: Sequence[Any] = (),
+        generation_config: Any = None,
+        *,
+        seed: int | Sequence[int] = 42,
+        reward_context: Sequence[RewardContext] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_return_sequences: int | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode for transformers: ``model.generate(**inputs, custom_generate=decoder)``.
+
+        The call's generation config is obeyed, or refused by a field's name (``docs/transformers.md``).
+        Rollouts draw by the decoder's ``rollout_sampling``; what the call says of drawing replaces that.
+        transformers hands its ``tokenizer`` and ``streamer`` on to no callable: text is read by the
+        decoder's tokenizer, and :meth:`with_streamer` takes a streamer.
+
+        Args:
+            model: the decoder's language model, whose ``generate`` was called.
+            input_ids: [B, T] int64, prompts padded on the left.
+            logits_processor, stopping_criteria, generation_config: as ``generate`` prepared them.
+            seed: of all draws, or one a prompt. Return sequence r of a prompt has its seed + r·2²⁰.
+            reward_context: for each prompt, as of :meth:`generate`.
+            stop_strings: as ``stop`` of :meth:`generate`; they stay in the tokens.
+            do_sample, temperature, top_k, top_p, num_return_sequences: as of transformers; None where the
+                call does not say. Parameters of this function, so that what was said is known from what
+                is a default.
+            model_kwargs: what ``generate`` prepares for a forward; of it ``attention_mask`` is read,
+                [B, T], 1 on a prompt and 0 on its padding.
+        Returns:
+            [B·R, T + n] int64: prompts and responses with their EOS, padded on the right; R is
+            ``num_return_sequences``. With ``return_dict_in_generate`` a
+            :class:`~nabla_fast.integrations.generate_output.NablaGenerateOutput`.
+        Raises:
+            InputError: something is asked for that a decode does not do, which the line names.
+            DecodingInterrupted, DecodingFailed: as of :meth:`generate`.
+
+        Example:
+            >>> from nabla_fast.checkpoints import bundled, load_language_model, load_reward_model
+            >>> from nabla_fast.checkpoints import load_tokenizer
+            >>> lm, tokenizer = load_language_model(bundled("lm")), load_tokenizer(bundled("tokenizer"))
+            >>> decoder = NablaDecoder(lm, load_reward_model(bundled("rm")), tokenizer)
+            >>> chat = [{"role": "user", "content": "7 4 10 3 -> 13"}]
+            >>> inputs = tokenizer.apply_chat_template(
+            ...     chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ... )
+            >>> tokens = lm.generate(**inputs, custom_generate=decoder, max_new_tokens=40, seed=0)
+            >>> tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+            '10-7=3,3*3=9,9+4=13'
+        """
+        call = GenerateCall(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            seed=seed,
+            reward_context=reward_context,
+            stop_strings=stop_strings,
+            sampling={"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p},
+            num_return_sequences=num_return_sequences,
+            model_kwargs=model_kwargs,
+        )
+
+        def decode(sampling: SamplingConfig, rows: Sequence[Prompt], **options: Any) -> ResultStream:
+            return self._rolling_out_by(sampling)._stream(rows, **options)
+
+        return decode_call(call, self._lm, self.config.rollout_sampling, decode)
+
+    def with_streamer(self, streamer: Any) -> StreamedDecoder:
+        """This decoder as a ``custom_generate`` callable that feeds a streamer.
+
+        ``generate(streamer=…)`` hands a streamer on to no callable, so it is given here. It gets the
+        prompt, then the tokens of the answer one after another, all of them at the end: until then a
+        revision may change them.
+
+        Args:
+            streamer: of transformers, with ``put`` and ``end``.
+        Returns:
+            A callable with the parameters of this decoder.
+        Raises:
+            InputError: it is no streamer.
+
+        Example:
+            >>> from transformers import TextStreamer
+            >>> streamed = decoder.with_streamer(TextStreamer(tokenizer))  # doctest: +SKIP
+            >>> lm.generate(**inputs, custom_generate=streamed)  # doctest: +SKIP
+        """
+        return StreamedDecoder(self, streamer)
+
+    def _rolling_out_by(self, sampling: SamplingConfig) -> NablaDecoder:
+        """This decoder with other rollouts: itself where they are its own; kept for the next call."""
+        self._resolved = with_own_sampling(self.config, self._lm)
+        if sampling == self._resolved.rollout_sampling:
+            return self
+        other = self._others.pop(sampling, None)
+        if other is None:
+            other = copy(self)
+            other.config = replace(self.config, rollout_sampling=sampling)
+            other._key, other._others = (), {}
+        self._others[sampling] = other
+        while len(self._others) > _MOST_OTHERS:
+            del self._others[next(iter(self._others))]
+        return other
 
     def _decode(self, problems: Mapping[int, Problem], *, keep: bool) -> Iterator[tuple[int, Result]]:
         """(index, result) of each problem as it is done.
@@ -270,11 +406,15 @@ class NablaDecoder:
         if isinstance(decoded, Exception):
             raise decoded
         reason = problem.finish_reason(decoded.tokens)
-        tokens = decoded.tokens[:-1] if reason == "eos" else decoded.tokens
+        tokens, eos = (
+            (decoded.tokens[:-1], decoded.tokens[-1]) if reason == "eos" else (decoded.tokens, None)
+        )
         text = None
-        if self._tokenizer is not None:
+        if reason == "stop" and problem.stop.trim:
+            tokens, text = problem.stop.trimmed(tokens)
+        elif self._tokenizer is not None:
             text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return Result(text, tokens, decoded.reward, reason, decoded.revisions, stats)
+        return Result(text, tokens, decoded.reward, reason, decoded.revisions, stats, eos_token_id=eos)
 
     def _failed(self, index: int, cause: Exception, stats: Stats) -> Result:
         """The result of a prompt whose decode failed."""
@@ -290,6 +430,7 @@ class NablaDecoder:
         """
         with probing(self._lm, "cannot be read"):
             refuse_processors(self._lm)
+        self._resolved = with_own_sampling(self.config, self._lm)
         if self._key and self._key == self._fingerprint():
             return
         self._key = ()
@@ -336,7 +477,12 @@ class NablaDecoder:
 
     def _fingerprint(self) -> tuple:
         tables = [table for given, _ in self._members if (table := table_of(given)) is not None]
-        return (eos_ids(self._lm), *map(fingerprint, self._models), *map(weight_state, tables))
+        return (
+            eos_ids(self._lm),
+            self._resolved,
+            *map(fingerprint, self._models),
+            *map(weight_state, tables),
+        )
 
     def _chosen_loop(self, lm: LanguageModel, rm: RewardSum | None) -> BatchedLoop | SequentialLoop:
         """The loop that was asked for; with "auto", the sequential one where the models need it.
@@ -347,7 +493,7 @@ class NablaDecoder:
         if self._asked_loop != "sequential":
             try:
                 loop = BatchedLoop(
-                    lm, rm, self.config, batch_size=self._batch_size, max_kv_tokens=self._max_kv_tokens
+                    lm, rm, self._resolved, batch_size=self._batch_size, max_kv_tokens=self._max_kv_tokens
                 )
                 self._warn_if_slow(loop)
                 return loop
@@ -365,7 +511,7 @@ class NablaDecoder:
                 f"{type(lm.model).__name__} reads after no transformers cache what it reads in one pass",
                 "each token reads everything before it again, which is slow",
             )
-        return SequentialLoop(lm, rm, self.config)
+        return SequentialLoop(lm, rm, self._resolved)
 
     def _warn_if_slow(self, loop: BatchedLoop) -> None:
         for reason in loop.slow_ways():

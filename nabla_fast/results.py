@@ -121,6 +121,7 @@ class Result:
         stats: its cost.
         error: a :class:`DecodingFailed` that says why the prompt has no answer, with ``on_error="keep"``:
             its ``prompt`` is the prompt's index, its ``__cause__`` what struck. None with an answer.
+        eos_token_id: the EOS that ended the answer; None where something else did.
     """
 
     text: str | None
@@ -130,6 +131,7 @@ class Result:
     revisions: list[Revision]
     stats: Stats
     error: Exception | None = None
+    eos_token_id: int | None = None
 
     @classmethod
     def failed(cls, error: Exception, stats: Stats) -> Result:
@@ -154,12 +156,14 @@ class Candidate:
     Attributes:
         text, token_ids, reward: as of :class:`Result`.
         finish_reason: "eos", "stop" (a stop string) or "length".
+        eos_token_id: as of :class:`Result`.
     """
 
     text: str | None
     token_ids: list[int]
     reward: float | None
     finish_reason: Literal["eos", "stop", "length"]
+    eos_token_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,9 +186,8 @@ class SampleResult(Result):
         for other in candidates[1:]:
             if best.reward is not None and other.reward > best.reward:
                 best = other
-        return cls(
-            best.text, best.token_ids, best.reward, best.finish_reason, [], stats, candidates=candidates
-        )
+        answer = best.text, best.token_ids, best.reward, best.finish_reason
+        return cls(*answer, [], stats, eos_token_id=best.eos_token_id, candidates=candidates)
 
     @property
     def rewards(self) -> list[float | None]:

@@ -92,7 +92,7 @@ class Sampler(NablaDecoder):
         loop = SampleLoop(
             lm,
             rm,
-            self.config.rollout_sampling,
+            self._resolved.rollout_sampling,
             count=self._count,
             batch_size=self._batch_size,
             max_kv_tokens=self._max_kv_tokens,
@@ -104,7 +104,9 @@ class Sampler(NablaDecoder):
         if isinstance(decoded, Exception):
             raise decoded
         found = [super(Sampler, self)._result(problem, response, stats) for response in decoded]
-        candidates = [Candidate(r.text, r.token_ids, r.reward, r.finish_reason) for r in found]
+        candidates = [
+            Candidate(r.text, r.token_ids, r.reward, r.finish_reason, r.eos_token_id) for r in found
+        ]
         return SampleResult.of(candidates, stats)
 
 
@@ -119,6 +121,7 @@ def sample(
     max_new_tokens: int = 1024,
     system_prompt: str | None = None,
     stop: Sequence[str] = (),
+    trim_stop: bool = False,
     batch_size: int = 128,
     max_kv_tokens: int | None = None,
     on_result: Callable[[int, Result], None] | None = None,
@@ -128,7 +131,7 @@ def sample(
 
     Args:
         lm, tokenizer: as of :class:`NablaDecoder`; no tokenizer is needed if prompts are token ids.
-        prompts, seed, max_new_tokens, system_prompt, stop, on_result, on_error: as of
+        prompts, seed, max_new_tokens, system_prompt, stop, trim_stop, on_result, on_error: as of
             :meth:`NablaDecoder.generate`.
         count, sampling, batch_size, max_kv_tokens: as of :class:`Sampler`, which says what a response
             depends on.
@@ -161,6 +164,7 @@ def sample(
         max_new_tokens=max_new_tokens,
         system_prompt=system_prompt,
         stop=stop,
+        trim_stop=trim_stop,
         on_result=on_result,
         on_error=on_error,
     )
@@ -179,6 +183,7 @@ def best_of_n(
     max_new_tokens: int = 1024,
     system_prompt: str | None = None,
     stop: Sequence[str] = (),
+    trim_stop: bool = False,
     reward_context: Sequence[RewardContext] | None = None,
     batch_size: int = 128,
     max_kv_tokens: int | None = None,
@@ -190,8 +195,8 @@ def best_of_n(
 
     Args:
         lm, reward_model, tokenizer, reward_tokenizer, alignment: as of :class:`NablaDecoder`.
-        prompts, seed, max_new_tokens, system_prompt, stop, reward_context, on_result, on_error: as of
-            :meth:`NablaDecoder.generate`.
+        prompts, seed, max_new_tokens, system_prompt, stop, trim_stop: as of :meth:`NablaDecoder.generate`.
+        reward_context, on_result, on_error: likewise.
         n: responses a prompt; the first m of them are those of ``n=m``.
         sampling, batch_size, max_kv_tokens: as of :class:`Sampler`.
     Returns:
@@ -231,6 +236,7 @@ def best_of_n(
         max_new_tokens=max_new_tokens,
         system_prompt=system_prompt,
         stop=stop,
+        trim_stop=trim_stop,
         reward_context=reward_context,
         on_result=on_result,
         on_error=on_error,

@@ -191,7 +191,7 @@ class NaiveLoop:
         if self.config.relaxation == "soft":
             return torch.softmax(z / self.config.tau, dim=-1)
         if self.config.relaxation == "gumbel":
-            z = z + noise
+            z = z + self.config.gumbel_scale * noise
         soft = torch.softmax(z / self.config.tau, dim=-1)
         hard = torch.nn.functional.one_hot(z.argmax(dim=-1), z.shape[1])
         return hard + (soft - soft.detach())
@@ -241,9 +241,9 @@ class NaiveLoop:
         states = self.states(committed, rollout)
         z = self.logits(states).detach()
         noise = self.noise(committed, rollout)
-        count = 1 if config.update == "first" else len(rollout)
+        count = 1 if config.update == "first" and not config.weight_decay else len(rollout)
         theta = (states if latents else z)[:count].clone().requires_grad_()
-        adam = torch.optim.Adam([theta], betas=(0.9, 0.999), eps=1e-8)
+        adam = torch.optim.Adam([theta], betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay)
         self.result.descents += 1
         last = None
         for k in range(config.iters):
@@ -253,6 +253,8 @@ class NaiveLoop:
             self.result.gradients += soft or last is None or not torch.equal(y, last)
             last = y.detach()
             (theta.grad,) = torch.autograd.grad(self.loss(committed, y), theta)
+            if config.update == "first":
+                theta.grad[1:] = 0  # which weight decay comes on top of
             adam.step()
         first = theta[:1].detach()
         return self.sample(self.logits(first).detach() if latents else first, generator)
@@ -262,7 +264,12 @@ class NaiveLoop:
         if k < config.warmup_steps:
             return config.lr * k / config.warmup_steps
         progress = (k - config.warmup_steps) / (config.iters - config.warmup_steps)
-        return config.lr * max(config.min_lr_ratio, 0.5 * (1 + math.cos(math.pi * progress)))
+        shares = {
+            "cosine": max(config.min_lr_ratio, 0.5 * (1 + math.cos(math.pi * progress))),
+            "linear": max(config.min_lr_ratio, 1 - progress),
+            "constant": 1.0,
+        }
+        return config.lr * shares[config.schedule]
 
     def sample(self, scores: Tensor, generator: torch.Generator) -> int:
         """A token of scores [1, V] through transformers' own filters."""

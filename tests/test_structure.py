@@ -30,6 +30,7 @@ ROOMS = (
     "nabla_fast.ops",
     "nabla_fast.models",
     "nabla_fast.decode",
+    "nabla_fast.integrations",
     "nabla_fast.decoder",
     "nabla_fast.sampler",
     "nabla_fast.checkpoints",

@@ -25,7 +25,13 @@ from nabla_fast.ops.adam import BETA1, BETA2, EPSILON
 from nabla_fast.results import Stats
 
 # Settings that the release's inner loop is known for; others would be another program.
-_ONLY = {"parameter": "logits", "update": "first", "relaxation": "straight_through"}
+_ONLY = {
+    "parameter": "logits",
+    "update": "first",
+    "relaxation": "straight_through",
+    "schedule": "cosine",
+    "weight_decay": 0.0,
+}
 
 
 class ReleaseFormLoop(SequentialLoop):

@@ -82,6 +82,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="TEXT",
         help="text that ends a response; may be given several times",
     )
+    parser.add_argument(
+        "--trim-stop", action="store_true", help="leave the text of --stop out of a response that it ends"
+    )
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of each prompt's draws")
     parser.add_argument(
         "--max-new-tokens", type=int, default=1024, metavar="N", help="most tokens of a response"
@@ -124,7 +127,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_json_option(parser)
     add_device_options(parser)
-    add_config_options(parser, DTOConfig())
+    add_config_options(parser, DTOConfig(), tokens="max_new_tokens")
     parser.set_defaults(run=run)
 
 
@@ -138,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         system_prompt=arguments.system,
         stop=arguments.stop,
+        trim_stop=arguments.trim_stop,
         on_error=arguments.on_error,
     )
     texts = _Texts(stream.results, shown=not arguments.json)
@@ -281,6 +285,7 @@ def _decoder(arguments: argparse.Namespace, config: DTOConfig) -> Any:
     from nabla_fast.checkpoints import bundled, load_language_model, load_reward_model, load_tokenizer
     from nabla_fast.decoder import NablaDecoder
     from nabla_fast.models import VocabularyAlignment
+    from nabla_fast.models.generation import with_own_sampling
     from nabla_fast.sampler import Sampler
 
     if arguments.best_of is not None:
@@ -314,7 +319,7 @@ def _decoder(arguments: argparse.Namespace, config: DTOConfig) -> Any:
                 tokenizer,
                 reward_tokenizer,
                 count=arguments.best_of,
-                sampling=config.rollout_sampling,
+                sampling=with_own_sampling(config, lm).rollout_sampling,
                 batch_size=arguments.batch_size * arguments.best_of,
                 max_kv_tokens=arguments.max_kv_tokens,
                 alignment=alignment,

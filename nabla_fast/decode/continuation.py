@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nabla_fast.config import DTOConfig
+from nabla_fast.decode.plain_descent import scaled_noise
 from nabla_fast.decode.problem import Problem
 from nabla_fast.models import LanguageModel
 from nabla_fast.ops import GumbelNoise, TokenStats, synchronize
-from nabla_fast.ops.gumbel_noise import perturbed
 from nabla_fast.ops.rows import row_slices
 
 
@@ -67,9 +67,9 @@ class Continuation:
         noise = GumbelNoise(torch.full_like(position, problem.seed), position)
         hard = torch.cat(
             [
-                perturbed(lm.logits(hidden[rows]), GumbelNoise(*(key[rows] for key in noise))).argmax(
-                    dim=-1
-                )
+                scaled_noise(
+                    config, GumbelNoise(*(key[rows] for key in noise)), lm.logits(hidden[rows])
+                ).argmax(dim=-1)
                 for rows in row_slices(len(tokens), lm.vocabulary)
             ]
         )

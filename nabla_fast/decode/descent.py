@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from nabla_fast.config import DTOConfig
+from nabla_fast.decode.parameter import parameter_logits
+from nabla_fast.decode.plain_descent import decayed, plain_descent_
 from nabla_fast.models.heads import Head
-from nabla_fast.ops import (
-    AdamState,
-    Descent,
-    GumbelNoise,
-    cosine_schedule,
-    dto_descent,
-)
+from nabla_fast.ops import AdamState, Descent, GumbelNoise, dto_descent
 from nabla_fast.ops.adam import adam_step_
 from nabla_fast.ops.softmax import softmax_gradient
 
 
-def learning_rates(config: DTOConfig, device: torch.device) -> Tensor:
-    """[K] float64, the learning rate of each step."""
-    return cosine_schedule(
-        config.iters, config.lr, min_ratio=config.min_lr_ratio, warmup_steps=config.warmup_steps
-    ).to(device)
+def moves_all_rows(config: DTOConfig) -> bool:
+    """Whether a descent moves every position of a rollout: by their gradients, or by weight decay alone."""
+    return config.update == "all" or config.weight_decay > 0
 
 
-def initial_parameter(config: DTOConfig, hidden: Tensor, head: Head) -> Tensor:
-    """The parameter of positions before the first step, float32 or wider.
+def moving_rows(config: DTOConfig, gradient: Tensor, counts: Sequence[int]) -> Tensor:
+    """G of all rows that a descent moves, 0 where weight decay alone moves them.
 
     Args:
-        hidden: [n, H], the final hidden states that predict the positions, in the model's dtype.
-        head: of the LM.
+        gradient: G [Σ n, V]; with ``update="first"`` [N, V], of each trajectory's first row.
+        counts: n of each of N trajectories.
     Returns:
-        Logits [n, V] or latents [n, H], a new tensor.
+        [Σ n, V].
     """
-    if config.parameter == "logits":
-        return head.logits(hidden)
-    return hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True)
-
-
-def parameter_logits(config: DTOConfig, parameter: Tensor, head: Head) -> Tensor:
-    """z [n, V] of a parameter [n, V or H]."""
-    return parameter if config.parameter == "logits" else head.logits(parameter)
+    if config.update == "all" or len(gradient) == sum(counts):
+        return gradient
+    starts = torch.tensor([0, *counts[:-1]], device=gradient.device).cumsum(0)
+    return gradient.new_zeros(sum(counts), gradient.shape[1]).index_copy_(0, starts, gradient)
 
 
 def hard_descent_(
@@ -64,6 +56,9 @@ def hard_descent_(
         state, schedule, until, group, noise: as of :func:`~nabla_fast.ops.dto_descent`.
         head: of the LM.
     """
+    if config.weight_decay > 0 or config.gumbel_scale != 1:
+        given = gradient, state, schedule, head
+        return plain_descent_(config, parameter, *given, until=until, group=group, noise=noise)
     options = {"until": until, "group": group, "tau": config.tau, "noise": noise}
     if config.parameter == "logits":
         return dto_descent(parameter, gradient, state, schedule, **options)
@@ -93,5 +88,6 @@ def soft_step_(
     dz = softmax_gradient(p, gradient, logits.argmax(dim=-1), config.tau)
     direction = dz if config.parameter == "logits" else head.backward(dz, logits)
     # G is float64 where a reward's table alone is.
-    adam_step_(parameter, direction.to(parameter.dtype), state, rate.expand(len(parameter)))
+    direction = decayed(config, direction.to(parameter.dtype), parameter)
+    adam_step_(parameter, direction, state, rate.expand(len(parameter)))
     logits.copy_(parameter_logits(config, parameter, head))

@@ -47,9 +47,13 @@ class PromptReader:
         system_prompt: str | None,
         stop: Sequence[str],
         reward_context: Sequence[RewardContext] | None,
+        trim_stop: bool = False,
+        eos_ids: frozenset[int] | None = None,
     ) -> list[Problem]:
-        """Check and tokenize everything before anything is decoded; arguments as of ``generate``.
+        """Check and tokenize everything before anything is decoded; other arguments as of ``generate``.
 
+        Args:
+            eos_ids: tokens that end a response; None: the model's own.
         Raises:
             InputError: a prompt or an option is wrong; the line names the prompt.
         """
@@ -62,7 +66,7 @@ class PromptReader:
         if system_prompt is not None:
             _check_text("system_prompt", system_prompt)
         seeds = _seeds(seed, len(prompts))
-        stop_strings = StopStrings(stop, self._tokenizer)
+        stop_strings = StopStrings(stop, self._tokenizer, trim=trim_stop)
         if reward_context is not None:
             if not isinstance(reward_context, Sequence):
                 raise InputError(
@@ -85,7 +89,8 @@ class PromptReader:
                 raise InputError(f"prompt {n}: {error}") from None
             length = max_new_tokens if room is None else min(max_new_tokens, room)
             (prefix, suffix), *others = around or [((), ())]
-            end = seeds[n], length, self._lm.eos_ids, stop_strings
+            ends = self._lm.eos_ids if eos_ids is None else eos_ids
+            end = seeds[n], length, ends, stop_strings
             problems.append(Problem(ids, prefix, suffix, *end, tuple(others)))
         return problems
 

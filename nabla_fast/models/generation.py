@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from nabla_fast.errors import ModelError
+from nabla_fast.config import DTOConfig, SamplingConfig
+from nabla_fast.errors import InputError, ModelError
+
+# What transformers takes where a generation config says nothing of drawing.
+DEFAULT_SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 
 # What transformers would do to logits beside temperature, top-k and top-p, and the values that do nothing.
-_PROCESSORS: dict[str, tuple[Any, ...]] = {
+PROCESSORS: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
     "no_repeat_ngram_size": (0,),
@@ -43,7 +48,7 @@ def refuse_processors(model: nn.Module) -> None:
     """
     config = getattr(model, "generation_config", None)
     asked = []
-    for name, idle in _PROCESSORS.items():
+    for name, idle in PROCESSORS.items():
         value = getattr(config, name, None)
         if value is not None and value not in idle:
             asked.append((name, value, idle[0] if idle and not isinstance(idle[0], (list, dict)) else None))
@@ -67,3 +72,51 @@ def eos_ids(model: nn.Module) -> frozenset[int]:
             several = isinstance(eos, (list, tuple, set, frozenset))
             return frozenset(map(operator.index, eos if several else [eos]))
     return frozenset()
+
+
+def sampling_settings(generation_config: Any) -> dict[str, Any]:
+    """``do_sample``, ``temperature``, ``top_k`` and ``top_p`` of a generation config, defaults filled in.
+
+    Args:
+        generation_config: of transformers, or None.
+    """
+    said = {name: getattr(generation_config, name, None) for name in DEFAULT_SAMPLING}
+    return {name: DEFAULT_SAMPLING[name] if value is None else value for name, value in said.items()}
+
+
+def sampling_of(settings: dict[str, Any]) -> SamplingConfig:
+    """How tokens are drawn under settings as :func:`sampling_settings` returns them.
+
+    Raises:
+        InputError: a setting is out of its range.
+    """
+    if not settings["do_sample"]:
+        return SamplingConfig(temperature=0)
+    temperature = settings["temperature"]
+    if isinstance(temperature, (int, float)) and temperature <= 0:
+        raise InputError(
+            f"temperature must be > 0 with do_sample=True, got {temperature!r}: do_sample=False is greedy"
+        )
+    return SamplingConfig(temperature, settings["top_k"], settings["top_p"])
+
+
+def with_own_sampling(config: DTOConfig, model: nn.Module) -> DTOConfig:
+    """``config`` with what it leaves to the model's generation config taken from there.
+
+    Raises:
+        ModelError: the generation config has a value out of its range.
+    """
+    sampling, resampling = config.rollout_sampling, config.resample_sampling
+    if sampling is not None and None not in (sampling.top_k, resampling.top_k):
+        return config
+    settings = sampling_settings(getattr(model, "generation_config", None))
+    try:
+        if sampling is None:
+            sampling = sampling_of(settings)
+        elif sampling.top_k is None:
+            sampling = replace(sampling, top_k=settings["top_k"])
+        if resampling.top_k is None:
+            resampling = replace(resampling, top_k=settings["top_k"])
+    except InputError as error:
+        raise ModelError(f"{type(model).__name__}'s generation config: {error}") from None
+    return replace(config, rollout_sampling=sampling, resample_sampling=resampling)

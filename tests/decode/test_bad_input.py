@@ -70,6 +70,9 @@ BAD_SETTINGS = {
     "parameter": ["logit", None, 1],
     "update": ["last", None, ["first"]],
     "relaxation": ["hard", ""],
+    "schedule": ["step", None, 1],
+    "weight_decay": [-0.1, NAN, INF, None],
+    "gumbel_scale": [-1, NAN, 2.0, None],
     "draws": ["numpy", None, True],
     "iters": [0, -1, 2.0, True, None, 1_000_001],
     "lr": [0, -0.1, NAN, INF, "0.1", None],
@@ -83,12 +86,12 @@ BAD_SETTINGS = {
     "grad_threshold": [-1, NAN, "x"],
     "max_generations": [0, -3, 1.5, None, True],
     "rejection": [None, "yes", 1, 0],
-    "rollout_sampling": [None, {}, 0.7],
+    "rollout_sampling": [(0.7, 20, 0.8), {}, 0.7],
     "resample_sampling": [None, (0.7, 20, 0.8)],
 }
 BAD_SAMPLING = {
     "temperature": [NAN, INF, "1", None, 1e-40],
-    "top_k": [-1, 1.5, None, True],
+    "top_k": [-1, 1.5, "x", True],
     "top_p": [0, -0.1, 1.1, NAN, None],
 }
 

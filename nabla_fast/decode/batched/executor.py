@@ -17,9 +17,10 @@ from nabla_fast.decode.batched.rollout import roll_out, sample
 from nabla_fast.decode.batched.rollout_ahead import roll_out_ahead, sample_ahead
 from nabla_fast.decode.batched.steps import Capture, Steps
 from nabla_fast.decode.batched.suffixes import suffix_states
-from nabla_fast.decode.descent import hard_descent_, learning_rates
+from nabla_fast.decode.descent import hard_descent_, moving_rows
 from nabla_fast.decode.draws import PhiloxDraws, draws_of
 from nabla_fast.decode.relaxed import Relaxed
+from nabla_fast.decode.schedule import learning_rates
 from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.models import LanguageModel, Reward, RewardSum
 from nabla_fast.models.paged_kv import BlockPool
@@ -227,7 +228,7 @@ class Executor:
         until = torch.tensor(
             [r.until for r, count in zip(requests, counts, strict=True) for _ in range(count)]
         )
-        grad = self._rows([request.gradient for request in requests], counts)
+        grad = self.moving_rows([request.gradient for request in requests], counts)
         done = hard_descent_(
             self.config,
             parameter,
@@ -251,6 +252,11 @@ class Executor:
         for request, rows, token, *moments, steps in parts:
             request.parameter, request.token, request.state = rows, token, AdamState(*moments)
             request.steps = int(steps[0])
+
+    def moving_rows(self, gradients: Sequence[TrajectoryGradient], counts: Sequence[int]) -> Tensor:
+        """G [Σ n, V] of the first n rows of several trajectories, as they are descended along."""
+        firsts = [1] * len(counts) if self.config.update == "first" else counts
+        return moving_rows(self.config, self._rows(gradients, firsts), counts)
 
     def _rows(self, gradients: Sequence[TrajectoryGradient], counts: Sequence[int]) -> Tensor:
         """G of the first rows of several trajectories, from one pass over the tables."""

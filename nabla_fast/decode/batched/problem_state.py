@@ -17,7 +17,8 @@ from nabla_fast.decode.batched.executor import Executor
 from nabla_fast.decode.batched.pools import RewardSequences, SequenceGroups
 from nabla_fast.decode.batched.requests import Descend, Gradient, Read, RollOut, Score
 from nabla_fast.decode.continuation import Continuation
-from nabla_fast.decode.descent import initial_parameter, parameter_logits, soft_step_
+from nabla_fast.decode.descent import moves_all_rows, soft_step_
+from nabla_fast.decode.parameter import initial_parameter, parameter_logits
 from nabla_fast.decode.problem import Decoded, Problem
 from nabla_fast.decode.relaxed import Relaxed
 from nabla_fast.decode.rewarding import expect_finite
@@ -144,7 +145,7 @@ class ProblemState:
                     break
                 offsets.append(offset)
                 start = offset + 1
-                if self._config.update == "all":
+                if moves_all_rows(self._config):
                     break  # its descent has all later rows: one offset fills it
             if not offsets:
                 break
@@ -230,7 +231,8 @@ class ProblemState:
     def _resample(self, offsets: list[int]) -> Generator[list[Request], None, list[int]]:
         """The optimized and redrawn token at each offset."""
         config, current, lm = self._config, self._current, self._executor.lm
-        counts = [1 if config.update == "first" else len(current.tokens) - offset for offset in offsets]
+        whole = moves_all_rows(config)
+        counts = [len(current.tokens) - offset if whole else 1 for offset in offsets]
         hidden = torch.cat(
             [current.hidden[offset : offset + count] for offset, count in zip(offsets, counts, strict=True)]
         )
@@ -297,7 +299,7 @@ class ProblemState:
             self._count_calls(offsets)
             for parameter, z, state, gradient in zip(parameters, logits, states, gradients, strict=True):
                 count = len(parameter)
-                rows = gradient.rows(count)
+                rows = executor.moving_rows([gradient], [count])
                 soft_step_(config, parameter, z[:count], rows, state, rate, executor.lm.head)
 
     def _count_calls(self, offsets: Iterable[int]) -> None:

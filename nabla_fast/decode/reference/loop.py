@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nabla_fast.config import DTOConfig
 from nabla_fast.decode.continuation import Continuation
+from nabla_fast.decode.descent import moves_all_rows
 from nabla_fast.decode.draws import draws_of
 from nabla_fast.decode.failures import without_locals
 from nabla_fast.decode.problem import Decoded, Problem
@@ -172,7 +173,7 @@ class SequentialLoop:
 
     def _resample(self, problem: Problem, committed: list[int], current: Continuation, stats: Stats) -> int:
         """Optimize the trajectory from its first position on, and draw that position's token."""
-        count = 1 if self._config.update == "first" else len(current.tokens)
+        count = len(current.tokens) if moves_all_rows(self._config) else 1
         parameter = self._optimizer.initial(current.hidden[:count])
         if self._config.relaxation == "soft":
             logits = self._lm.logits(current.hidden)

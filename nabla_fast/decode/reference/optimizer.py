@@ -6,16 +6,13 @@ import torch
 from torch import Tensor
 
 from nabla_fast.config import DTOConfig
-from nabla_fast.decode.descent import (
-    hard_descent_,
-    initial_parameter,
-    learning_rates,
-    parameter_logits,
-    soft_step_,
-)
+from nabla_fast.decode.descent import hard_descent_, moving_rows, soft_step_
+from nabla_fast.decode.parameter import initial_parameter, parameter_logits
 from nabla_fast.decode.problem import Problem
 from nabla_fast.decode.reference.gradient import GradientModel
+from nabla_fast.decode.schedule import learning_rates
 from nabla_fast.decode.timing import timed
+from nabla_fast.decode.trajectory import TrajectoryGradient
 from nabla_fast.ops import AdamState, GumbelNoise
 from nabla_fast.results import Stats
 
@@ -36,6 +33,11 @@ class TextualOptimizer:
     def logits(self, parameter: Tensor) -> Tensor:
         """z [n, V] of a parameter."""
         return parameter_logits(self._config, parameter, self._head)
+
+    def _rows(self, gradient: TrajectoryGradient, count: int) -> Tensor:
+        """G [count, V] as the first rows are descended along."""
+        first = 1 if self._config.update == "first" else count
+        return moving_rows(self._config, gradient.rows(first), [count])
 
     @torch.no_grad()
     def optimize_hard_(
@@ -63,7 +65,7 @@ class TextualOptimizer:
         rows_noise = None if noise is None else GumbelNoise(noise.seed[:count], noise.position[:count])
         while True:
             with timed(stats, "gradient"):
-                gradient = self._gradients.hard(problem, committed, tokens, stats).rows(count)
+                gradient = self._rows(self._gradients.hard(problem, committed, tokens, stats), count)
                 stats.llm_calls += 4
             with timed(stats, "descent"):
                 descent = hard_descent_(
@@ -102,5 +104,5 @@ class TextualOptimizer:
                 trajectory = self._gradients.soft(problem, committed, logits, stats)
                 stats.llm_calls += 4
             with timed(stats, "descent"):
-                rows = trajectory.rows(count)
+                rows = self._rows(trajectory, count)
                 soft_step_(self._config, parameter, logits[:count], rows, state, rate, self._head)
