@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from nabla_fast._native import loading as native_loading
 from nabla_fast.errors import InputError, ModelError
 from nabla_fast.models.backbone import Forward, backbone
 from nabla_fast.models.boundary import probing, struck_in
@@ -248,11 +249,11 @@ class PagedReader:
 def _arithmetics(model: nn.Module) -> list[torch.dtype]:
     """Dtypes that the package's passes can compute a model in, the one to be preferred last.
 
-    On the CPU float32 arithmetic reads half-precision weights as fast as they come from memory. Elsewhere
-    matrix units multiply the weights' own dtype.
+    On the CPU float32 arithmetic reads half-precision weights as fast as they come from memory, by the C++
+    kernels: PyTorch would copy them first. Elsewhere matrix units multiply the weights' own dtype.
     """
     weight = model.get_input_embeddings().weight
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or not native_loading.available():
         return [weight.dtype]
     return list(dict.fromkeys([weight.dtype, torch.promote_types(weight.dtype, torch.float32)]))
 

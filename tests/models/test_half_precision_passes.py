@@ -11,6 +11,7 @@ from ops.harness import DRAWS, GROSS, poisoned
 from torch import Tensor, nn
 
 from nabla_fast import _native
+from nabla_fast._native import loading
 from nabla_fast.bench.decode_cases import bundled_problems
 from nabla_fast.bench.decode_runs import decode
 from nabla_fast.checkpoints import bundled, load_language_model, load_reward_model
@@ -20,6 +21,8 @@ from nabla_fast.models import LanguageModel, RewardModel, VocabularyAlignment
 from nabla_fast.models.reader import PagedReader
 from nabla_fast.models.score_head import head_logits
 from nabla_fast.ops import use_backend
+
+pytestmark = pytest.mark.skipif(not _native.available(), reason="no C++ extension")
 
 HALVES = [torch.bfloat16, torch.float16]
 # Widths that neither fill blocks of weights nor tiles of columns, but whole vectors.
@@ -136,7 +139,6 @@ def test_a_tokens_step_is_the_same_beside_others():
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.skipif(not _native.available(), reason="no C++ extension")
 @pytest.mark.parametrize("dtype", HALVES)
 def test_matrices_are_read_where_they_lie(dtype):
     model = model_of("llama", dtype)
@@ -145,6 +147,13 @@ def test_matrices_are_read_where_they_lie(dtype):
     held = paged.passes._native._weights
     assert matrices == {tensor.data_ptr() for tensor in held if tensor.dim() == 2 and tensor.dtype == dtype}
     assert all(tensor.dim() == 1 for tensor in held if tensor.dtype != dtype)
+
+
+def test_without_the_extension_everything_has_the_weights_dtype(monkeypatch):
+    monkeypatch.setattr(loading, "available", lambda: False)
+    paged = PagedReader(model_of("llama", torch.bfloat16))
+    assert paged.dtype == paged.pool(1).keys.dtype == torch.bfloat16
+    assert paged.capturable
 
 
 def test_a_model_that_rounding_makes_another_is_read_with_its_modules_rounding():
@@ -179,10 +188,9 @@ def test_a_half_precision_score_is_not_rounded(bias):
     assert torch.equal(head_logits(head, states.bfloat16()), head(states.bfloat16()))
 
 
-@pytest.mark.skipif(not _native.available(), reason="no C++ extension")
 @pytest.mark.parametrize("update", ["first", "all"])
 def test_decodes_of_bundled_models_are_those_of_a_float32_copy(update):
-    # More prompts, and how near the ties are where they part: tools of the benchmark.
+    # More prompts: tools.half_precision.
     lm = load_language_model(bundled("lm"), "cpu", "bfloat16").requires_grad_(False)
     rm = load_reward_model(bundled("rm"), "cpu", "bfloat16").requires_grad_(False)
     found = []

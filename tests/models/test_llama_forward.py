@@ -47,6 +47,7 @@ def test_other_layers_run_through_their_own_modules(kind):
 
 @pytest.mark.parametrize("kind", KNOWN)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.skipif(not _native.available(), reason="no C++ extension")
 def test_half_precision_widths_that_fill_no_vector(kind, dtype):
     # Widths of 16 and 24 columns are PyTorch's, in float32 too.
     model = tiny_models.causal_lm(kind, dtype=dtype)
