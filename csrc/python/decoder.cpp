@@ -18,12 +18,13 @@ using internal::Decoder;
 using internal::DecoderLayer;
 using internal::DecoderPass;
 using internal::Linear;
+using internal::WeightType;
 
 namespace {
 
 Linear linear(const py::handle& pair) {
   auto [weight, bias] = pair.cast<std::pair<std::uintptr_t, std::uintptr_t>>();
-  return {pointer<const float>(weight), pointer<const float>(bias)};
+  return {pointer<const void>(weight), pointer<const float>(bias)};
 }
 
 DecoderLayer layer(const py::dict& fields) {
@@ -50,8 +51,9 @@ DecoderLayer layer(const py::dict& fields) {
 }
 
 Decoder decoder(int64_t width, int64_t heads, int64_t kv_heads, int64_t dim, int64_t inner,
-                std::uintptr_t norm, float eps, const std::vector<py::dict>& layers) {
-  Decoder result{width, heads, kv_heads, dim, inner, {}, pointer<const float>(norm), eps};
+                WeightType weights, std::uintptr_t norm, float eps,
+                const std::vector<py::dict>& layers) {
+  Decoder result{width, heads, kv_heads, dim, inner, weights, {}, pointer<const float>(norm), eps};
   for (const py::dict& fields : layers) result.layers.push_back(layer(fields));
   return result;
 }
@@ -84,6 +86,10 @@ DecoderPass pass(int64_t batch, int64_t suffix, std::uintptr_t x, std::uintptr_t
 
 void bind_decoder(py::module_& module) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
+  py::enum_<WeightType>(module, "WeightType")
+      .value("FLOAT32", WeightType::kFloat32)
+      .value("BFLOAT16", WeightType::kBfloat16)
+      .value("FLOAT16", WeightType::kFloat16);
   py::class_<DecoderPass>(module, "DecoderPass").def(py::init(&pass));
   py::class_<Decoder>(module, "Decoder")
       .def(py::init(&decoder))

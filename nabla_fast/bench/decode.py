@@ -1,8 +1,12 @@
 """The decode benchmark: what the batched loop is worth, the tokens compared before any time.
 
 Every way of decoding a case is a side. Each side runs once to warm up and to have its tokens compared;
-where a float32 side returns other tokens, everything is run anew with the models in float64. Then the
-sides take turns, and a time is the median of a side's turns.
+where a side returns other tokens, everything is run anew with the models in float64. Then the sides take
+turns, and a time is the median of a side's turns.
+
+Of half-precision models the tokens compared are those of the sequential loop on a float32 copy of the
+weights, which is the arithmetic of the package's own passes. The sequential loop that is timed runs the
+models' modules, which round between layers: how many prompts it answers alike is counted.
 """
 
 from __future__ import annotations
@@ -48,24 +52,32 @@ class Examination:
         differing = self._run(case, on_side)
         narrow = case.lm.table.dtype != torch.float64
         if differing and narrow:
-            case = case.in_float64()
+            case = case.in_dtype(torch.float64)
             self._run(case, lambda name: on_side(f"{name}, in float64"))
         self.entry = self._entry(case, differing if narrow else [])
 
     def _run(self, case: Case, on_side: OnSide) -> list[str]:
         """Run all sides; those that differ."""
         on_side("sequential")
-        counting = CountingLoop(case.lm, case.rm, case.config)
-        sequential = decode(counting, case.problems)
+        exact = case.in_dtype(torch.float32) if case.is_half else case
+        counting = CountingLoop(exact.lm, exact.rm, exact.config)
+        expected = decode(counting, exact.problems)
         self._positions = counting.positions()
-        samples = max(1, round(sequential.total("generations") / len(case.problems)))
+        samples = max(1, round(expected.total("generations") / len(case.problems)))
         self.sides = _sides(case, samples)
+        sequential = self.sides["sequential"]() if case.is_half else expected
         self.first = {"sequential": sequential}
         for name, side in self.sides.items():
             if name != "sequential":
                 on_side(name)
                 self.first[name] = side()
-        self.same = {name for name, run in self.first.items() if run.has_tokens_of(sequential)}
+        by_modules = ("sequential", "release_form")
+        self.same = {
+            name
+            for name, run in self.first.items()
+            if run.has_tokens_of(sequential if name in by_modules else expected)
+        }
+        self._same_prompts = sum(sequential.tokens[n] == tokens for n, tokens in expected.tokens.items())
         return [name for name in self.first if name not in self.same]
 
     def _entry(self, case: Case, differed: list[str]) -> dict[str, Any]:
@@ -82,6 +94,7 @@ class Examination:
             "dtype": str(case.lm.table.dtype).removeprefix("torch."),
             "differed_in_float32": differed,
             "same_tokens": {"fast", "one_proposal"} <= self.same,
+            "same_prompts_by_modules": self._same_prompts,
             "generations": sequential.total("generations") / count,
             "samples": first["best_of_n"].total("generations") // count,
             "answer_tokens": sum(map(len, sequential.tokens.values())) / count,

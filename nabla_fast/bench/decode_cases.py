@@ -59,9 +59,14 @@ class Case:
     ablated: bool = True
     release_form: bool = False
 
-    def in_float64(self) -> Case:
-        """The same with the models' weights in float64."""
-        lm, rm = (copy.deepcopy(model.model).double() for model in (self.lm, self.rm))
+    @property
+    def is_half(self) -> bool:
+        """Whether the models' weights are in half precision."""
+        return self.lm.table.dtype in (torch.bfloat16, torch.float16)
+
+    def in_dtype(self, dtype: torch.dtype) -> Case:
+        """The same with the models' weights in another dtype."""
+        lm, rm = (copy.deepcopy(model.model).to(dtype) for model in (self.lm, self.rm))
         return replace(self, lm=LanguageModel(lm), rm=RewardModel(rm, VocabularyAlignment.identity()))
 
 
@@ -73,8 +78,12 @@ class Named:
     build: Callable[[torch.device], Case]
 
 
-def named_cases(*, quick: bool = False) -> list[Named]:
-    """The benchmark's cases in the order of running; ``quick`` makes them small enough for a test."""
+def named_cases(*, quick: bool = False, dtype: torch.dtype = torch.float32) -> list[Named]:
+    """The benchmark's cases in the order of running; ``quick`` makes them small enough for a test.
+
+    Args:
+        dtype: of the models' weights, float32 or half precision.
+    """
     prompts = 2 if quick else 16
     many = replace(MANY, max_generations=4) if quick else MANY
     some = {
@@ -94,12 +103,12 @@ def named_cases(*, quick: bool = False) -> list[Named]:
     vocabulary, length = sizes[-1]
     name = f"random, V={vocabulary}, L={length}, beside the release's form"
     some[name] = partial(_of_release, vocabulary, length)
-    return [Named(name, partial(_named, name, build)) for name, build in some.items()]
+    return [Named(name, partial(_named, name, build, dtype)) for name, build in some.items()]
 
 
-def length_case(length: int, device: torch.device) -> Case:
+def length_case(length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
     """Two prompts answered with ``length`` tokens by random models of a small vocabulary."""
-    lm, rm = random_models(512, device, hidden=64)
+    lm, rm = random_models(512, device, dtype, hidden=64)
     problems = [random_problem(length, seed) for seed in (7, 8)]
     return Case(f"L={length}", lm, rm, DTOConfig(), problems, 2, ablated=False)
 
@@ -118,10 +127,12 @@ def describe(config: DTOConfig) -> str:
     return ", ".join(parts) or "defaults"
 
 
-def bundled_models(device: torch.device) -> tuple[LanguageModel, RewardModel]:
-    """The models that ship with the package, in float32, their weights without gradients."""
-    lm = load_language_model(bundled("lm"), str(device), "float32")
-    rm = load_reward_model(bundled("rm"), str(device), "float32")
+def bundled_models(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[LanguageModel, RewardModel]:
+    """The models that ship with the package, rounded to ``dtype``, their weights without gradients."""
+    lm = load_language_model(bundled("lm"), str(device), "float32").to(dtype)
+    rm = load_reward_model(bundled("rm"), str(device), "float32").to(dtype)
     return LanguageModel(_frozen(lm)), RewardModel(_frozen(rm), VocabularyAlignment.identity())
 
 
@@ -142,7 +153,7 @@ def bundled_problems(lm: LanguageModel, count: int, seed: int = _MEASURED_SEED) 
 
 
 def random_models(
-    vocabulary: int, device: torch.device, *, hidden: int = 256
+    vocabulary: int, device: torch.device, dtype: torch.dtype = torch.float32, *, hidden: int = 256
 ) -> tuple[LanguageModel, RewardModel]:
     """Two layers, so that the vocabulary is what costs, and a head of some decision."""
     shape = {
@@ -161,7 +172,7 @@ def random_models(
         torch.manual_seed(0)
         lm = Qwen2ForCausalLM(Qwen2Config(**shape))
         rm = Qwen2ForSequenceClassification(Qwen2Config(**shape, num_labels=1))
-    lm, rm = (_frozen(model.to(device).eval()) for model in (lm, rm))
+    lm, rm = (_frozen(model.to(device, dtype).eval()) for model in (lm, rm))
     lm.lm_head.weight.mul_(_HEAD_SCALE)
     return LanguageModel(lm), RewardModel(rm, VocabularyAlignment.identity())
 
@@ -194,30 +205,41 @@ def _norms(
         return gradients.hard(problem, [], lm.logits(hidden).argmax(dim=-1), Stats()).norms()
 
 
-def _named(name: str, build: Callable[[torch.device], Case], device: torch.device) -> Case:
-    return replace(build(device), name=name)
+def _named(
+    name: str,
+    build: Callable[[torch.device, torch.dtype], Case],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Case:
+    return replace(build(device, dtype), name=name)
 
 
-def _of_bundled(config: DTOConfig, prompts: int, batch_size: int, device: torch.device) -> Case:
-    lm, rm = bundled_models(device)
+def _of_bundled(
+    config: DTOConfig, prompts: int, batch_size: int, device: torch.device, dtype: torch.dtype
+) -> Case:
+    lm, rm = bundled_models(device, dtype)
     return Case("", lm, rm, config, bundled_problems(lm, prompts), batch_size)
 
 
-def _with_threshold(config: DTOConfig, prompts: int, batch_size: int, device: torch.device) -> Case:
-    case = _of_bundled(config, prompts, batch_size, device)
+def _with_threshold(
+    config: DTOConfig, prompts: int, batch_size: int, device: torch.device, dtype: torch.dtype
+) -> Case:
+    case = _of_bundled(config, prompts, batch_size, device, dtype)
     separate = bundled_problems(case.lm, 3 * prompts, _CALIBRATION_SEED)
     threshold = gradient_threshold(case.lm, case.rm, config, separate, SKIPPED)
     note = f"the threshold leaves out {SKIPPED:.0%} of the positions of {len(separate)} other problems"
     return replace(case, config=replace(config, grad_threshold=threshold), note=note)
 
 
-def _of_random(config: DTOConfig, vocabulary: int, length: int, device: torch.device) -> Case:
-    lm, rm = random_models(vocabulary, device)
+def _of_random(
+    config: DTOConfig, vocabulary: int, length: int, device: torch.device, dtype: torch.dtype
+) -> Case:
+    lm, rm = random_models(vocabulary, device, dtype)
     return Case("", lm, rm, config, [random_problem(length)], 1)
 
 
-def _of_release(vocabulary: int, length: int, device: torch.device) -> Case:
-    case = _of_random(DTOConfig(max_generations=3), vocabulary, length, device)
+def _of_release(vocabulary: int, length: int, device: torch.device, dtype: torch.dtype) -> Case:
+    case = _of_random(DTOConfig(max_generations=3), vocabulary, length, device, dtype)
     note = "the release's form is a reconstruction, not its code"
     return replace(case, ablated=False, release_form=True, note=note)
 

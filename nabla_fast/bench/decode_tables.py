@@ -29,6 +29,7 @@ _LOOPS = (
     "one at a time ÷ Best-of-N",
 )
 Cases = dict[int, dict[str, Any]]
+_HALF = ("bfloat16", "float16")
 _STAGES = ("rollout", "selection", "gradient", "descent", "reward")
 
 
@@ -88,6 +89,12 @@ def _cases(cases: Cases) -> TextTable:
         for n, entry in cases.items()
     ]
     note = "Tokens of the batched loop are compared with the sequential one's before anything is timed."
+    if any(entry["dtype"] in _HALF for entry in cases.values()):
+        note += (
+            " Of half-precision models they are compared with the sequential loop's on a float32 copy of "
+            "the weights; the sequential loop that is timed runs the models' modules, which round between "
+            "layers."
+        )
     header = ["#", "case", "settings", "tokens of the two loops"]
     return TextTable("Decoding: the cases", header, rows, note)
 
@@ -336,7 +343,10 @@ def _shape_stages(shapes: list[dict[str, Any]]) -> TextTable:
 
 def _tokens(entry: dict[str, Any]) -> str:
     text = "same" if entry["same_tokens"] else "differ"
-    return text if entry["dtype"] == "float32" else f"{text} in {entry['dtype']}"
+    dtype, alike = entry["dtype"], entry.get("same_prompts_by_modules")
+    if dtype in _HALF:
+        return f"{text}; {alike} of {entry['prompts']} prompts alike by {dtype} modules"
+    return text if dtype == "float32" else f"{text} in {dtype}"
 
 
 def _ratios(entry: dict[str, Any]) -> list[str]:

@@ -14,14 +14,17 @@ QUICK_LENGTHS = (8, 16)
 
 
 def measure_length(
-    length: int, device: torch.device, on_side: OnSide = lambda name: None
+    length: int,
+    device: torch.device,
+    on_side: OnSide = lambda name: None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Shares and ratios of token passes with answers of ``length`` tokens; no times.
 
     Random models of two layers and a vocabulary of 512 without EOS, the default configuration, two
     prompts of 32 tokens together.
     """
-    entry = Examination(length_case(length, device), on_side).entry
+    entry = Examination(length_case(length, device, dtype), on_side).entry
     kept = (
         "config",
         "prompts",

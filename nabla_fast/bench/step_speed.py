@@ -26,15 +26,20 @@ Tokens = list[list[int]]
 Side = Callable[[int], tuple[Tokens, float]]
 
 
-def measure_steps(device: torch.device, repeats: int = 3, *, quick: bool = False) -> dict[str, Any]:
+def measure_steps(
+    device: torch.device, repeats: int = 3, *, quick: bool = False, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """Milliseconds a step of 16 sequences of a random two-layer model, greedy, from runs of two lengths.
 
     The time of a step is that of the longer runs less that of the shorter ones, so that what a run begins
     with, the prompts' pass and the first graphs, is not in it. Two graphs of the longer runs are, captured
     as block tables grow, shared by as many steps as these runs are longer. There are no times if the
-    tokens are not generate's, ties in bfloat16 set aside.
+    tokens are not generate's, ties in half precision set aside.
+
+    Args:
+        dtype: of the model; None: bfloat16 on a GPU, float32 elsewhere.
     """
-    lm = LanguageModel(_model(device, quick))
+    lm = LanguageModel(_model(device, quick, dtype))
     short, long = (4, 12) if quick else (128, 512) if device.type == "cuda" else (32, 160)
     sides: dict[str, Side] = {"generate": lambda tokens: _generate(lm, tokens)}
     for name, turns in (("one_by_one", 1), ("ahead", TURNS)):
@@ -58,7 +63,7 @@ def measure_steps(device: torch.device, repeats: int = 3, *, quick: bool = False
     return result | {"step_ms": ms, "share": {name: value / ms["generate"] for name, value in ms.items()}}
 
 
-def _model(device: torch.device, quick: bool) -> LlamaForCausalLM:
+def _model(device: torch.device, quick: bool, dtype: torch.dtype | None) -> LlamaForCausalLM:
     """Of two layers of a 1B model's width on a GPU, smaller elsewhere."""
     if device.type == "cuda":
         size = {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128_256}
@@ -71,7 +76,7 @@ def _model(device: torch.device, quick: bool) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 

@@ -35,6 +35,13 @@ def add_parser(parts: argparse._SubParsersAction) -> None:
         f"'{_PREFIX}' (gradient passes after a frozen prefix), '{_SHAPE}' (models of a checkpoint's shape) "
         f"and '{_LENGTHS}' (of answers) (default: all)",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the models' weights in all cases; in half precision tokens are compared with those of a "
+        f"float32 copy of the weights, and '{_GENERATE}' is left out (default: float32, '{_SHAPE}' also "
+        "bfloat16)",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny cases and one run: does it work?")
     add_json_option(parser)
     parser.set_defaults(run=run)
@@ -91,6 +98,8 @@ def _steps(
     device: Any, arguments: argparse.Namespace, results: dict[str, Any]
 ) -> dict[str, Callable[[Callable[[str], None]], None]]:
     """The measurements by name; each adds its entry to the results."""
+    import torch
+
     from nabla_fast.bench.decode import measure
     from nabla_fast.bench.decode_cases import named_cases
     from nabla_fast.bench.lengths import LENGTHS, QUICK_LENGTHS, measure_length
@@ -101,32 +110,36 @@ def _steps(
 
     quick = arguments.quick
     repeats = 1 if quick else arguments.repeats
+    chosen = getattr(torch, arguments.dtype) if arguments.dtype else None
+    dtype = chosen or torch.float32
 
     def generate(on_side: Callable[[str], None]) -> None:
         results["generate"] = measure_rollouts(device, repeats, tokens=8 if quick else 40)
 
     def step_times(on_side: Callable[[str], None]) -> None:
-        results["steps"] = measure_steps(device, repeats, quick=quick)
+        results["steps"] = measure_steps(device, repeats, quick=quick, dtype=chosen)
 
     def prefix_times(on_side: Callable[[str], None]) -> None:
-        results["prefix"] = measure_prefix(device, repeats, quick=quick)
+        results["prefix"] = measure_prefix(device, repeats, quick=quick, dtype=chosen)
 
     steps = {
         named.name: lambda on_side, named=named: results["cases"].append(
             measure(named.build(device), repeats, on_side)
         )
-        for named in named_cases(quick=quick)
+        for named in named_cases(quick=quick, dtype=dtype)
     }
     for length in QUICK_LENGTHS if quick else LENGTHS:
         steps[f"{_LENGTHS}: {length} tokens"] = lambda on_side, length=length: results["lengths"].append(
-            measure_length(length, device, on_side)
+            measure_length(length, device, on_side, dtype)
         )
-    for dtype in DTYPES:
-        name = f"{_SHAPE}, {str(dtype).removeprefix('torch.')}"
-        steps[name] = lambda on_side, dtype=dtype: results["shapes"].append(
-            measure_shape(device, dtype, repeats, on_side, quick=quick)
+    for shaped in DTYPES if chosen is None else (chosen,):
+        name = f"{_SHAPE}, {str(shaped).removeprefix('torch.')}"
+        steps[name] = lambda on_side, shaped=shaped: results["shapes"].append(
+            measure_shape(device, shaped, repeats, on_side, quick=quick)
         )
-    return steps | {_GENERATE: generate, _STEPS: step_times, _PREFIX: prefix_times}
+    # Its draws are compared with those of the modules, which round.
+    beside_generate = {_GENERATE: generate} if dtype == torch.float32 else {}
+    return steps | beside_generate | {_STEPS: step_times, _PREFIX: prefix_times}
 
 
 def _chosen(steps: dict[str, Any], texts: list[str] | None) -> dict[str, Any]:

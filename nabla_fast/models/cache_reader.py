@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from nabla_fast.errors import ModelError
@@ -94,6 +95,11 @@ class CacheReader:
         steps = "" if manner.several else ", one token at a time behind it"
         gradients = "" if self.frozen_gradients else "; gradients by passes over everything"
         return f"behind {manner.name} ({kept}{steps}{_IN_WORDS[self._reading.rows]}){gradients}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of :class:`nabla_fast.models.readers.SuffixReader`: that of the model's weights."""
+        return self._model.get_input_embeddings().weight.dtype
 
     def renew(self) -> None:
         """Take the modules again, which may have changed since the last call."""

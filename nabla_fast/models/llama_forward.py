@@ -2,6 +2,9 @@
 
 transformers' own modules take hundreds of calls for a token of a small model. The same arithmetic is
 written flat here for the layers it is known of; any other model runs through its own modules.
+
+A half-precision checkpoint can be read by float32 arithmetic on its weights as they lie: states, keys and
+values are float32, so that nothing is rounded that the checkpoint did not round.
 """
 
 from __future__ import annotations
@@ -17,16 +20,25 @@ from nabla_fast.ops.registry import allowed
 
 
 class LlamaForward:
-    """A decoder's layers, read once: take a new one when its weights may have changed."""
+    """A decoder's layers, read once: take a new one when its weights may have changed.
 
-    def __init__(self, backbone: nn.Module):
-        """Read the weights of a backbone that ``llama_layers.can_read`` takes."""
+    Attributes:
+        dtype: of the states between its layers, of keys and values, and of the result.
+    """
+
+    def __init__(self, backbone: nn.Module, dtype: torch.dtype):
+        """Read the weights of a backbone that ``llama_layers.can_read`` takes.
+
+        Args:
+            dtype: of the weights, or float32.
+        """
         self._rotary_module = backbone.rotary_emb
         self._layers = read_layers(backbone)
         self._norm = read_norm(backbone.norm)
         self._table = backbone.embed_tokens.weight
+        self.dtype = dtype
         self._rotary = self._rotary_table(1024)
-        readable = LlamaNative.can_read(self._layers, self._norm)
+        readable = dtype == torch.float32 and LlamaNative.can_read(self._layers, self._norm)
         self._native = LlamaNative(self._layers, self._norm) if readable else None
 
     def __call__(
@@ -38,18 +50,18 @@ class LlamaForward:
         ids: Tensor | None,
         embeddings: Tensor | None,
     ) -> Tensor:
-        """Hidden states [B, S, H] after the last norm.
+        """Hidden states [B, S, H] after the last norm, in ``dtype``.
 
         Args:
             positions: [B, S] int64, all below
             end: a host number, so that nothing waits for the device.
             paged: the prefixes, and attention over them.
             ids: [B, S] int64, or
-            embeddings: [B, S, H].
+            embeddings: [B, S, H]; float32 ones of a half-precision model get a float32 gradient.
         """
-        x = F.embedding(ids, self._table) if embeddings is None else embeddings
+        x = (F.embedding(ids, self._table) if embeddings is None else embeddings).to(self.dtype)
         rotation = self._cos_sin(positions, end)
-        if self._native is not None and allowed("cpu") and paged.pool.keys.dtype == torch.float32:
+        if self._native is not None and allowed("cpu"):
             return self._native(x, rotation, paged)
         flat = x.reshape(-1, x.shape[-1])
         for index, layer in enumerate(self._layers):
@@ -82,7 +94,7 @@ class LlamaForward:
     def _rotary_table(self, length: int) -> Tensor:
         """cos and signed sin [2, length, D] of positions 0..length−1."""
         positions = torch.arange(length, device=self._table.device)[None]
-        cos, sin = self._rotary_module(self._table[:1, None], positions)
+        cos, sin = self._rotary_module(self._table[:1, None].to(self.dtype), positions)
         half = sin.shape[-1] // 2
         return torch.stack([cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)])
 

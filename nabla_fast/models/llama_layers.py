@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nabla_fast.ops import lm_logits
+
 # Layers whose forward is: x += o(attention(norm(x))); x += down(act(gate(norm(x))) · up(norm(x))).
 _LAYERS = {
     f"transformers.models.{family}.modeling_{family}.{name}DecoderLayer"
@@ -34,7 +36,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer, or several of the same input side by side."""
+    """One linear layer, or several of the same input side by side.
+
+    Of float32 inputs and half-precision weights the product is float32's on the weights' own numbers, which
+    are widened a few rows at a time.
+    """
 
     weights: list[Tensor]
     biases: list[Tensor | None]
@@ -44,14 +50,21 @@ class Linear:
         return cls([module.weight for module in modules], [module.bias for module in modules])
 
     def __call__(self, x: Tensor) -> Tensor:
-        parts = [F.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
+        parts = [_linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + self(x)."""
-        if self.biases[0] is None:
+        if self.biases[0] is None and x.dtype == self.weights[0].dtype:
             return torch.addmm(residual, x, self.weights[0].t())
         return residual + self(x)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype == weight.dtype:
+        return F.linear(x, weight, bias)
+    product = lm_logits(x, weight)
+    return product if bias is None else product + bias
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,9 @@
-"""The flat forward's pass, and its backward, as calls into the C++ extension: float32 on the CPU."""
+"""The flat forward's pass, and its backward, as calls into the C++ extension: on the CPU.
+
+States, keys and values are float32. The weights of linear layers are read in the dtype in which they lie,
+and a product is float32's on their own numbers, so that a bfloat16 or float16 checkpoint gives what a
+float32 copy of it would, without the copy.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,8 @@ Rotation = tuple[Tensor, Tensor]  # cos and signed sin, [B, S, 1, D] each
 # Said aloud: the caller may have set another default.
 _FLOATS = {"dtype": torch.float32, "device": "cpu"}
 _LANES = 16  # widths that the extension takes are multiples of it
+# Dtypes of weights, by the extension's names.
+_WEIGHT_TYPES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
 
 
 class LlamaNative:
@@ -27,7 +34,7 @@ class LlamaNative:
         """Take layers for which :meth:`can_read` holds."""
         first = layers[0]
         self._layers = layers
-        self._weights = [norm.weight.contiguous()]  # alive as long as their addresses are held
+        self._weights: list[Tensor] = []  # alive as long as their addresses are held
         self._width, self._row = norm.weight.shape[0], (first.heads + 2 * first.kv_heads) * first.head_dim
         self._q_width, self._dim = first.heads * first.head_dim, first.head_dim
         self._decoder = native_loading.extension().Decoder(
@@ -36,7 +43,8 @@ class LlamaNative:
             first.kv_heads,
             first.head_dim,
             self._inner(first),
-            self._weights[0].data_ptr(),
+            getattr(native_loading.extension().WeightType, _WEIGHT_TYPES[norm.weight.dtype]),
+            self._vector(norm.weight),
             norm.eps,
             [self._fields(layer) for layer in layers],
         )
@@ -48,7 +56,7 @@ class LlamaNative:
         widths = (norm.weight.shape[0], first.head_dim, LlamaNative._inner(first))
         return (
             native_loading.available()
-            and norm.weight.dtype == torch.float32
+            and norm.weight.dtype in _WEIGHT_TYPES
             and norm.weight.device.type == "cpu"
             and all(width % _LANES == 0 for width in widths)
             and first.head_dim <= native_loading.MOST_HEAD_DIM
@@ -64,26 +72,31 @@ class LlamaNative:
     def _shape(layer: Layer) -> tuple[int, ...]:
         return layer.heads, layer.kv_heads, layer.head_dim, LlamaNative._inner(layer)
 
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self._weights.append(tensor.detach().contiguous())
+        return self._weights[-1].data_ptr()
+
+    def _vector(self, tensor: Tensor | None) -> int:
+        """The address of a norm's weight or a bias in float32: of a half-precision one, that of a copy."""
+        return self._address(None if tensor is None else tensor.detach().float())
+
+    def _linears(self, linear: Linear) -> list[tuple[int, int]]:
+        pairs = zip(linear.weights, linear.biases, strict=True)
+        return [(self._address(weight), self._vector(bias)) for weight, bias in pairs]
+
     def _fields(self, layer: Layer) -> dict[str, Any]:
-        def address(tensor: Tensor | None) -> int:
-            if tensor is None:
-                return 0
-            self._weights.append(tensor.detach().contiguous())
-            return self._weights[-1].data_ptr()
-
-        def linears(linear: Linear) -> list[tuple[int, int]]:
-            return [(address(w), address(b)) for w, b in zip(linear.weights, linear.biases, strict=True)]
-
-        fields = dict(zip("qkv", linears(layer.qkv), strict=True))
-        fields["gate"], fields["up"] = linears(layer.gate_up)
-        (fields["output"],) = linears(layer.output)
-        (fields["down"],) = linears(layer.down)
+        fields = dict(zip("qkv", self._linears(layer.qkv), strict=True))
+        fields["gate"], fields["up"] = self._linears(layer.gate_up)
+        (fields["output"],) = self._linears(layer.output)
+        (fields["down"],) = self._linears(layer.down)
         return fields | {
-            "attention_norm": address(layer.before_attention.weight),
+            "attention_norm": self._vector(layer.before_attention.weight),
             "attention_eps": layer.before_attention.eps,
-            "qk_norm": address(None if layer.qk is None else layer.qk.weight),
+            "qk_norm": self._vector(None if layer.qk is None else layer.qk.weight),
             "qk_eps": 0.0 if layer.qk is None else layer.qk.eps,
-            "mlp_norm": address(layer.before_mlp.weight),
+            "mlp_norm": self._vector(layer.before_mlp.weight),
             "mlp_eps": layer.before_mlp.eps,
             "scale": layer.scale,
             "window": layer.window or 0,

@@ -14,6 +14,7 @@ from nabla_fast.models.backbone import Forward
 from nabla_fast.models.labels import LabelChoice
 from nabla_fast.models.reward import RewardModel, wide_on_cpu
 from nabla_fast.models.reward_sequence import RewardSequence, ScoreMemory
+from nabla_fast.models.score_head import head_logits
 from nabla_fast.models.step_ends import StepEnds
 
 
@@ -88,7 +89,8 @@ class ProcessRewardModel(RewardModel):
         memories: Sequence[ScoreMemory] = (),
     ) -> Tensor:
         """Rewards [B] of B sequences, as :meth:`RewardModel.of_states`."""
-        scores = self._labels.of(self._head(torch.cat(list(states)))).split(list(map(len, states)))
+        logits = head_logits(self._head, torch.cat(list(states)))
+        scores = self._labels.of(logits).split(list(map(len, states)))
         if memories:
             scores = list(map(self._remembered, scores, sequences, positions, memories))
         return torch.stack(list(map(self._reduced, scores)))

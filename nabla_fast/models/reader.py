@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from nabla_fast._native import loading as native_loading
 from nabla_fast.errors import InputError, ModelError
 from nabla_fast.models.backbone import Forward, backbone
 from nabla_fast.models.boundary import probing, struck_in
@@ -32,7 +33,7 @@ class PagedReader:
         model: a decoder-only model whose attention goes through transformers' AttentionInterface.
 
     Attributes:
-        cuts_back, frozen_gradients: as of :class:`nabla_fast.models.readers.SuffixReader`.
+        cuts_back, frozen_gradients, dtype: as of :class:`nabla_fast.models.readers.SuffixReader`.
     """
 
     cuts_back = frozen_gradients = True
@@ -46,6 +47,7 @@ class PagedReader:
                 over everything.
         """
         self._model = model
+        self._widens = False
         self._llama_forward: LlamaForward | None = None
         self._module_passes: _ModulePasses | None = None
         expect_fixed_frequencies(model)
@@ -55,20 +57,35 @@ class PagedReader:
             count = probe_length(config)
             ids = [probe_ids(model, n, n) for n in (count, max(2, count // 2))]
         readable = returning_names(model)
-        for probed in dict.fromkeys([readable, looking_far(readable, count)]):
-            self._probe(probed, ids)
+        probes = dict.fromkeys([readable, looking_far(readable, count)])
+        widens = [self._probe(probed, ids) for probed in probes]
+        self._widens = all(widens)
         self.renew()
 
     @property
     def way(self) -> str:
         """How the model is read, in words."""
-        by = "the package's own passes" if self.capturable else "the model's modules"
-        return f"behind paged keys and values, by {by}"
+        if not self.capturable:
+            return "behind paged keys and values, by the model's modules"
+        own = "behind paged keys and values, by the package's own passes"
+        weights = self._model.get_input_embeddings().weight.dtype
+        if self.dtype == weights:
+            return own
+        arithmetic, given = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, weights))
+        return f"{own} ({arithmetic} arithmetic on {given} weights)"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of :class:`nabla_fast.models.readers.SuffixReader`; also of keys and values in its pools."""
+        if isinstance(self.passes, LlamaForward):
+            return self.passes.dtype
+        return self._model.get_input_embeddings().weight.dtype
 
     def renew(self) -> None:
         """Read the weights again, which may have changed since the last call, as may the modules."""
         under = backbone(self._model)
-        self._llama_forward = LlamaForward(under) if can_read(under) else None
+        dtype = _arithmetics(self._model)[-1 if self._widens else 0]
+        self._llama_forward = LlamaForward(under, dtype) if can_read(under) else None
         self._module_passes = (
             None if self._llama_forward is not None else _ModulePasses(returning_names(self._model))
         )
@@ -81,7 +98,6 @@ class PagedReader:
         """A pool for this model's keys and values; arguments as of :class:`BlockPool`."""
         config = self._model.config.get_text_config()
         heads = config.num_attention_heads
-        weight = self._model.get_input_embeddings().weight
         return BlockPool(
             layers=config.num_hidden_layers,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -89,8 +105,8 @@ class PagedReader:
             blocks=blocks,
             block_size=block_size,
             limit=limit,
-            dtype=weight.dtype,
-            device=weight.device,
+            dtype=self.dtype,
+            device=self._model.get_input_embeddings().weight.device,
         )
 
     def read(
@@ -178,12 +194,15 @@ class PagedReader:
         return isinstance(self.passes, LlamaForward)
 
     @torch.no_grad()
-    def _probe(self, probed: nn.Module, ids: Sequence[list[int]]) -> None:
+    def _probe(self, probed: nn.Module, ids: Sequence[list[int]]) -> bool:
         """Compare what is read in pieces, as a batch, with what is read at once and alone.
 
         Args:
             probed: the model, or a replica of it.
             ids: a long sequence and a short one.
+        Returns:
+            Whether the last of its arithmetics is right too: where a model's modules round so much that
+            float32 arithmetic finds another state, the package's passes round as they do.
         """
         name, device = type(self._model).__name__, probed.get_input_embeddings().weight.device
         with probing(self._model, "cannot be read"):
@@ -193,10 +212,11 @@ class PagedReader:
                 for row in ids
             ]
         under = backbone(probed)
-        for flat in [False, True] if can_read(under) else [False]:
+        arithmetics = _arithmetics(probed)
+        for dtype in [None, *arithmetics] if can_read(under) else [None]:
             try:
-                self._llama_forward = LlamaForward(under) if flat else None
-                self._module_passes = None if flat else _ModulePasses(probed)
+                self._llama_forward = None if dtype is None else LlamaForward(under, dtype)
+                self._module_passes = _ModulePasses(probed) if dtype is None else None
                 pieces = self._in_pieces(ids, device)
             except ModelError:
                 raise
@@ -204,8 +224,10 @@ class PagedReader:
                 raise ModelError(
                     f"{name} cannot read from a paged prefix ({struck_in(error, self._model)})"
                 ) from error
-            if any(not close(*pair, pair[1].dtype) for pair in zip(pieces, whole, strict=True)):
+            agree = all(close(*pair, pair[1].dtype) for pair in zip(pieces, whole, strict=True))
+            if not agree and dtype in (None, arithmetics[0]):
                 raise ModelError(f"{name} reads something else after a paged prefix than in one pass")
+        return agree
 
     def _in_pieces(self, ids: Sequence[list[int]], device: torch.device) -> list[Tensor]:
         """States [S, H] of sequences that are read together in three pieces."""
@@ -222,6 +244,18 @@ class PagedReader:
             for row, length, found in zip(states, lengths, pieces, strict=True):
                 found.append(row[:length])
         return [torch.cat(found) for found in pieces]
+
+
+def _arithmetics(model: nn.Module) -> list[torch.dtype]:
+    """Dtypes that the package's passes can compute a model in, the one to be preferred last.
+
+    On the CPU float32 arithmetic reads half-precision weights as fast as they come from memory, by the C++
+    kernels: PyTorch would copy them first. Elsewhere matrix units multiply the weights' own dtype.
+    """
+    weight = model.get_input_embeddings().weight
+    if weight.device.type != "cpu" or not native_loading.available():
+        return [weight.dtype]
+    return list(dict.fromkeys([weight.dtype, torch.promote_types(weight.dtype, torch.float32)]))
 
 
 def padded_ids(parts: Sequence[Sequence[int]], device: torch.device) -> Tensor:

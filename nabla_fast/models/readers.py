@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from nabla_fast.errors import ModelError, one_line
@@ -27,11 +28,13 @@ class SuffixReader(Protocol):
         way: how it reads, in words.
         cuts_back: whether sequences can be cut back to any length; else they may become shorter than asked.
         frozen_gradients: whether gradients behind a prefix are right; else the prefix is read anew.
+        dtype: of the states that it computes; embeddings of this dtype get a gradient that is not rounded.
     """
 
     way: str
     cuts_back: bool
     frozen_gradients: bool
+    dtype: torch.dtype
 
     def renew(self) -> None:
         """Read the weights and modules again, which may have changed."""

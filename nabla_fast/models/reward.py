@@ -19,6 +19,7 @@ from nabla_fast.models.labels import LabelChoice
 from nabla_fast.models.probes import close, probe_gradient, probe_ids, probe_length, with_states
 from nabla_fast.models.replica import configs_of, replica, returning_names
 from nabla_fast.models.reward_sequence import RewardSequence, ScoreMemory
+from nabla_fast.models.score_head import head_logits
 from nabla_fast.models.tables import embedding_table
 
 # The largest score of a probe, as a bound put on scores leaves small ones as they are.
@@ -138,7 +139,7 @@ class RewardModel:
         Args:
             sequences, positions, memories: of each, where something is remembered; none: without a memory.
         """
-        return self._labels.of(self._head(torch.cat(list(states))))
+        return self._labels.of(head_logits(self._head, torch.cat(list(states))))
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -47,6 +47,11 @@ class WholeReader:
         """How the model is read, in words."""
         return "anew with each pass"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of :class:`nabla_fast.models.readers.SuffixReader`: that of the model's weights."""
+        return self._model.get_input_embeddings().weight.dtype
+
     def renew(self) -> None:
         """Take the modules again, which may have changed since the last call."""
         self._forward = Forward(backbone(returning_names(self._model)))

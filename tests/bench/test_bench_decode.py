@@ -106,6 +106,34 @@ def test_a_mismatch_in_float32_is_settled_in_float64(wrong_below):
     assert entry["seconds"]["fast"] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_compared_with_a_float32_copy(dtype, wrong_below):
+    lm, rm = random_models(64, CPU, dtype, hidden=16)
+    problems = [random_problem(8, seed) for seed in (7, 8)]
+    case = Case("half", lm, rm, DTOConfig(max_generations=4), problems, 2, ablated=False, release_form=True)
+    entry = bench.measure(case, repeats=1)
+    assert (entry["same_tokens"], entry["dtype"]) == (True, str(dtype).removeprefix("torch."))
+    assert bench.all_same(entry)
+    assert 0 <= entry["same_prompts_by_modules"] <= 2
+    assert entry["speedup"] == entry["seconds"]["sequential"] / entry["seconds"]["fast"]
+    (table, *_) = tables({"cases": [entry]})
+    assert f"of 2 prompts alike by {entry['dtype']} modules" in table.rows[0][-1]
+    wrong_below(dtype, torch.float64)
+    entry = bench.measure(case, repeats=1)
+    assert (entry["same_tokens"], entry["dtype"]) == (False, "float64")
+
+
+def test_command_takes_a_dtype(capsys):
+    flags = ["--quick", "--json", "--dtype", "bfloat16"]
+    cases = ["one prompt", "lengths: 8", "steps", "prefix", "shape"]
+    assert main(["bench", "decode", *flags, "--cases", *cases]) == 0
+    results = json.loads(capsys.readouterr().out)
+    entries = [*results["cases"], *results["lengths"], *results["shapes"], results["steps"]]
+    assert [entry["dtype"] for entry in [*entries, results["prefix"]]] == ["bfloat16"] * 5
+    assert main(["bench", "decode", *flags, "--cases", "generate"]) == 2
+    assert "--cases 'generate' is in no name" in capsys.readouterr().err
+
+
 def test_rollouts_draw_what_generate_draws():
     result = measure_rollouts(CPU, 1, tokens=6)
     assert result["same_tokens"]

@@ -47,13 +47,16 @@ def test_other_layers_run_through_their_own_modules(kind):
 
 @pytest.mark.parametrize("kind", KNOWN)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rounds_as_the_modules_do(kind, dtype):
+@pytest.mark.skipif(not _native.available(), reason="no C++ extension")
+def test_half_precision_widths_that_fill_no_vector(kind, dtype):
+    # Widths of 16 and 24 columns are PyTorch's, in float32 too.
     model = tiny_models.causal_lm(kind, dtype=dtype)
     ids = torch.randint(3, tiny_models.VOCABULARY, (1, 9))
     exact = whole(model.double(), ids)
     theirs = whole(model.to(dtype), ids)
     ours = read(reader(model), ids)
-    assert (ours - exact).abs().amax() <= 3 * (theirs - exact).abs().amax() + 1e-3
+    assert ours.dtype == torch.float32
+    assert (ours - exact).abs().amax() <= 0.01 * (theirs - exact).abs().amax()
 
 
 @pytest.mark.parametrize("kind", KNOWN)

@@ -6,21 +6,11 @@
 #include <cstring>
 
 #include "base/isa.h"
-#include "base/threads.h"
-#include "gemm/add_weighted_rows.h"
-#include "gemm/dot_products.h"
+#include "simd/lanes.h"
 #include "simd/vec_exp.h"
 
 namespace nabla_fast::internal {
 namespace {
-
-// Multiplications worth another thread.
-constexpr int64_t kProductsPerThread = 1 << 20;
-// Rows of a weight that stay in a cache while all tokens pass over them.
-constexpr int64_t kWeightBlock = 128;
-// Tokens of a suffix, padding among them, from which a block of a weight is transposed for all of
-// them. A pass over shorter ones, a rollout's step say, has the bits of lm_logits.
-constexpr int64_t kLongSuffix = 16;
 
 // -- element by element ---------------------------------------------------------------------------
 
@@ -106,104 +96,6 @@ NABLA_FAST_INLINE void gated_backward_kernel(const float* d_product, const float
   }
 }
 NABLA_FAST_FOR_EACH_ISA(gated_backward, gated_backward_kernel)
-
-// -- products -------------------------------------------------------------------------------------
-
-// to[in, columns] = weight[columns, in]^T, multiples of W.
-template <int W>
-NABLA_FAST_INLINE void transpose_block(const float* weight, int64_t stride, int64_t in,
-                                       int64_t columns, float* to) {
-  for (int64_t column = 0; column < columns; column += W) {
-    for (int64_t k = 0; k < in; k += W) {
-      Floats<W> square[W];
-#pragma GCC unroll 16
-      for (int n = 0; n < W; ++n) square[n] = load<W>(weight + (column + n) * stride + k);
-      transpose<W>(square);
-#pragma GCC unroll 16
-      for (int n = 0; n < W; ++n) store<W>(to + (k + n) * columns + column, square[n]);
-    }
-  }
-}
-
-// Columns [first, last) of y[T, out] = x[T, in] weight^T.
-template <int W>
-NABLA_FAST_INLINE void linear_part_kernel(const float* x, int64_t x_stride, int64_t tokens,
-                                          const float* weight, int64_t in, float* y,
-                                          int64_t y_stride, int64_t first, int64_t last) {
-  constexpr int64_t kColumns = gemm::kColumnVectorsInRegisters<kLanes> * kLanes;
-  float block[kWeightBlock * kColumns];
-  const int64_t columns = last - first;
-  for (int64_t t = 0; t < tokens; ++t)
-    std::fill(y + t * y_stride + first, y + t * y_stride + last, 0.0f);
-  for (int64_t k = 0; k < in; k += kWeightBlock) {
-    const int64_t some = std::min(kWeightBlock, in - k);
-    transpose_block<W>(weight + first * in + k, in, some, columns, block);
-    gemm::add_weighted_rows<W, float>(x + k, x_stride, tokens, some, block, columns, columns,
-                                      y + first, y_stride);
-  }
-}
-NABLA_FAST_FOR_EACH_ISA(linear_part, linear_part_kernel<W>)
-
-void long_linear(const float* x, int64_t x_stride, int64_t tokens, const float* weight, int64_t out,
-                 int64_t in, float* y, int64_t y_stride, int32_t num_threads) {
-  constexpr int64_t kColumns = gemm::kColumnVectorsInRegisters<kLanes> * kLanes;
-  const int threads = threads_for(tokens * out * in, kProductsPerThread, num_threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t first = 0; first < out; first += kColumns)
-    linear_part(x, x_stride, tokens, weight, in, y, y_stride, first,
-                std::min(out, first + kColumns));
-}
-
-void short_linear(const float* x, int64_t x_stride, int64_t tokens, const float* weight,
-                  int64_t out, int64_t in, float* y, int64_t y_stride, int32_t num_threads) {
-  nabla_fast_lm_logits_args product{};
-  product.size = sizeof(product);
-  product.num_threads = threads_for(tokens * out * in, kProductsPerThread, num_threads);
-  product.rows = tokens;
-  product.vocab = out;
-  product.hidden = {x, in, x_stride, NABLA_FAST_FLOAT32};
-  product.head = {weight, in, in, NABLA_FAST_FLOAT32};
-  product.logits = {y, out, y_stride, NABLA_FAST_FLOAT32};
-  nabla_fast_lm_logits(&product);
-}
-
-// y[T, out] = x[T, in] weight^T + bias, of suffixes of `suffix` tokens.
-void linear(const float* x, int64_t x_stride, int64_t tokens, int64_t suffix, const Linear& layer,
-            int64_t out, int64_t in, float* y, int64_t y_stride, int32_t num_threads) {
-  (suffix >= kLongSuffix ? long_linear : short_linear)(x, x_stride, tokens, layer.weight, out, in,
-                                                       y, y_stride, num_threads);
-  if (layer.bias) {
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t k = 0; k < out; ++k) y[t * y_stride + k] += layer.bias[k];
-  }
-}
-
-// Columns [first, last) of dx[T, in] += dy[T, out] weight[out, in].
-template <int W>
-NABLA_FAST_INLINE void linear_backward_part_kernel(const float* dy, int64_t dy_stride,
-                                                   int64_t tokens, const float* weight, int64_t out,
-                                                   int64_t in, float* dx, int64_t first,
-                                                   int64_t last) {
-  for (int64_t block = 0; block < out; block += kWeightBlock)
-    gemm::add_weighted_rows<W, float>(
-        dy + block, dy_stride, tokens, std::min(kWeightBlock, out - block),
-        weight + block * in + first, in, last - first, dx + first, in);
-}
-NABLA_FAST_FOR_EACH_ISA(linear_backward_part, linear_backward_part_kernel<W>)
-
-void linear_backward(const float* dy, int64_t dy_stride, int64_t tokens, const Linear& layer,
-                     int64_t out, int64_t in, float* dx, int32_t num_threads) {
-  constexpr int64_t kColumnsPerTask = gemm::kColumnVectorsInRegisters<kLanes> * kLanes;
-  int threads = threads_for(tokens * out * in, kProductsPerThread, num_threads);
-  if (threads == 1) {
-    linear_backward_part(dy, dy_stride, tokens, layer.weight, out, in, dx, 0, in);
-    return;
-  }
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t first = 0; first < in; first += kColumnsPerTask)
-    linear_backward_part(dy, dy_stride, tokens, layer.weight, out, in, dx, first,
-                         std::min(in, first + kColumnsPerTask));
-}
 
 // -- memory ---------------------------------------------------------------------------------------
 
@@ -326,11 +218,11 @@ nabla_fast_status decoder_forward(const Decoder& d, const DecoderPass& p) {
     Kept kept = kept_of(d, p, index);
     norm_rows(p.x, width, count, width, layer.attention_norm, 1, layer.attention_eps, kept.unit,
               kept.inverse, scratch.normed, width);
-    linear(scratch.normed, width, count, p.suffix, layer.q, q_width, width, kept.qkv, row,
-           p.num_threads);
-    linear(scratch.normed, width, count, p.suffix, layer.k, kv_width, width, kept.qkv + q_width,
+    linear(scratch.normed, width, count, p.suffix, layer.q, d.weights, {q_width, width}, kept.qkv,
            row, p.num_threads);
-    linear(scratch.normed, width, count, p.suffix, layer.v, kv_width, width,
+    linear(scratch.normed, width, count, p.suffix, layer.k, d.weights, {kv_width, width},
+           kept.qkv + q_width, row, p.num_threads);
+    linear(scratch.normed, width, count, p.suffix, layer.v, d.weights, {kv_width, width},
            kept.qkv + q_width + kv_width, row, p.num_threads);
     if (layer.qk_norm) {
       for (int64_t t = 0; t < count; ++t)
@@ -343,18 +235,18 @@ nabla_fast_status decoder_forward(const Decoder& d, const DecoderPass& p) {
     nabla_fast_status status = nabla_fast_prefix_attention(&attention);
     if (status != NABLA_FAST_OK) return status;
     if (p.slots) store_keys(d, p, index, kept.qkv);
-    linear(scratch.attended, q_width, count, p.suffix, layer.output, width, q_width, scratch.normed,
-           width, p.num_threads);
+    linear(scratch.attended, q_width, count, p.suffix, layer.output, d.weights, {width, q_width},
+           scratch.normed, width, p.num_threads);
     for (int64_t k = 0; k < count * width; ++k) p.x[k] += scratch.normed[k];
     norm_rows(p.x, width, count, width, layer.mlp_norm, 1, layer.mlp_eps, kept.mlp_unit,
               kept.mlp_inverse, scratch.normed, width);
-    linear(scratch.normed, width, count, p.suffix, layer.gate, d.inner, width, kept.gate, d.inner,
-           p.num_threads);
-    linear(scratch.normed, width, count, p.suffix, layer.up, d.inner, width, kept.up, d.inner,
-           p.num_threads);
+    linear(scratch.normed, width, count, p.suffix, layer.gate, d.weights, {d.inner, width},
+           kept.gate, d.inner, p.num_threads);
+    linear(scratch.normed, width, count, p.suffix, layer.up, d.weights, {d.inner, width}, kept.up,
+           d.inner, p.num_threads);
     gated(kept.gate, kept.up, scratch.product, count * d.inner);
-    linear(scratch.product, d.inner, count, p.suffix, layer.down, width, d.inner, scratch.normed,
-           width, p.num_threads);
+    linear(scratch.product, d.inner, count, p.suffix, layer.down, d.weights, {width, d.inner},
+           scratch.normed, width, p.num_threads);
     for (int64_t k = 0; k < count * width; ++k) p.x[k] += scratch.normed[k];
   }
   float* unit = last_unit(d, p);
@@ -378,15 +270,18 @@ void decoder_backward_mlp(const Decoder& d, const DecoderPass& p, int64_t index,
   Kept kept = kept_of(d, p, index);
   float *d_gate = scratch.product, *d_up = scratch.other, *d_normed = scratch.normed;
   std::fill_n(d_gate, count * d.inner, 0.0f);
-  linear_backward(dx, width, count, layer.down, width, d.inner, d_gate, p.num_threads);
+  linear_backward(dx, width, count, layer.down, d.weights, {width, d.inner}, d_gate, p.num_threads);
   gated_backward(d_gate, kept.gate, kept.up, d_gate, d_up, count * d.inner);
   std::fill_n(d_normed, count * width, 0.0f);
-  linear_backward(d_gate, d.inner, count, layer.gate, d.inner, width, d_normed, p.num_threads);
-  linear_backward(d_up, d.inner, count, layer.up, d.inner, width, d_normed, p.num_threads);
+  linear_backward(d_gate, d.inner, count, layer.gate, d.weights, {d.inner, width}, d_normed,
+                  p.num_threads);
+  linear_backward(d_up, d.inner, count, layer.up, d.weights, {d.inner, width}, d_normed,
+                  p.num_threads);
   norm_backward(d_normed, width, count, width, layer.mlp_norm, 1, kept.mlp_unit, kept.mlp_inverse,
                 dx, width, true);
   std::fill_n(d_attended, count * q_width, 0.0f);
-  linear_backward(dx, width, count, layer.output, width, q_width, d_attended, p.num_threads);
+  linear_backward(dx, width, count, layer.output, d.weights, {width, q_width}, d_attended,
+                  p.num_threads);
 }
 
 void decoder_backward_qkv(const Decoder& d, const DecoderPass& p, int64_t index, float* d_qkv,
@@ -404,10 +299,11 @@ void decoder_backward_qkv(const Decoder& d, const DecoderPass& p, int64_t index,
                     d_qkv + t * row, d.dim, false);
   }
   std::fill_n(d_normed, count * width, 0.0f);
-  linear_backward(d_qkv, row, count, layer.q, q_width, width, d_normed, p.num_threads);
-  linear_backward(d_qkv + q_width, row, count, layer.k, kv_width, width, d_normed, p.num_threads);
-  linear_backward(d_qkv + q_width + kv_width, row, count, layer.v, kv_width, width, d_normed,
+  linear_backward(d_qkv, row, count, layer.q, d.weights, {q_width, width}, d_normed, p.num_threads);
+  linear_backward(d_qkv + q_width, row, count, layer.k, d.weights, {kv_width, width}, d_normed,
                   p.num_threads);
+  linear_backward(d_qkv + q_width + kv_width, row, count, layer.v, d.weights, {kv_width, width},
+                  d_normed, p.num_threads);
   norm_backward(d_normed, width, count, width, layer.attention_norm, 1, kept.unit, kept.inverse, dx,
                 width, true);
 }

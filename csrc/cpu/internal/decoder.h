@@ -1,20 +1,16 @@
 // Suffixes of sequences through a Llama-type decoder in one call: what a token of a small model
-// costs in Python is many times its arithmetic. Inside the package only; float32.
+// costs in Python is many times its arithmetic. Inside the package only. Linear layers' weights are
+// float32, bf16 or fp16; everything else, keys and values of a pool among it, is float32.
 #ifndef NABLA_FAST_CPU_INTERNAL_DECODER_H_
 #define NABLA_FAST_CPU_INTERNAL_DECODER_H_
 
 #include <cstdint>
 #include <vector>
 
+#include "internal/linear_layers.h"
 #include "nabla_fast.h"
 
 namespace nabla_fast::internal {
-
-// A linear layer: weight [out, in], contiguous, and bias [out] or null.
-struct Linear {
-  const float* weight;
-  const float* bias;
-};
 
 struct DecoderLayer {
   const float* attention_norm;  // [width]
@@ -30,6 +26,7 @@ struct DecoderLayer {
 
 struct Decoder {
   int64_t width, heads, kv_heads, dim, inner;
+  WeightType weights;  // of all linear layers
   std::vector<DecoderLayer> layers;
   const float* norm;  // [width]
   float eps;

@@ -155,14 +155,16 @@ class Executor:
     def _lm_gradient(
         self, requests: Sequence[Gradient], mixes: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        cotangents = [torch.zeros_like(mix) for mix in mixes]
+        # Leaves as wide as the arithmetic: a half-precision one would round its gradient.
+        dtype = self.lm_reader.dtype
+        cotangents = [torch.zeros_like(mix, dtype=dtype) for mix in mixes]
         hidden = [request.hidden for request in requests]
         rows = [n for n, mix in enumerate(mixes) if len(mix) > 1]
         if not rows:
             return cotangents, hidden
         asked = [requests[n] for n in rows]
         before = [[*request.problem.prompt_ids, *request.response] for request in asked]
-        read = [mixes[n][:-1].detach().requires_grad_() for n in rows]
+        read = [mixes[n][:-1].detach().to(dtype).requires_grad_() for n in rows]
         with torch.enable_grad():
             frozen = self.accelerations.frozen_prefix and self.lm_reader.frozen_gradients
             whole, starts = suffix_states(

@@ -120,7 +120,9 @@ class RewardBatches:
             reward_sequence(r.problem, n, reward, [*r.response, *r.relaxed.hard().tolist()])
             for r in requests
         ]
-        read = [mix.detach().to(reward.device).requires_grad_() for mix in mixes]
+        # As wide as the arithmetic: a half-precision leaf would round its gradient.
+        dtype = None if isinstance(reader, OwnForward) else reader.dtype
+        read = [mix.detach().to(reward.device, dtype).requires_grad_() for mix in mixes]
         # The tokens before the relaxed positions, and the embeddings from these on.
         before = [
             sequence.ids[: sequence.span.stop - len(mix)]
