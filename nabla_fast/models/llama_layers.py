@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nabla_fast.models.head_rows import is_plain
 from nabla_fast.ops import lm_logits
 
 # Layers whose forward is: x += o(attention(norm(x))); x += down(act(gate(norm(x))) · up(norm(x))).
@@ -140,7 +141,9 @@ def _is_known(layer: nn.Module) -> bool:
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     linears = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
     linears += [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
-    return all(map(_is_norm, norms)) and all(type(module) is nn.Linear for module in linears)
+    return all(map(_is_norm, norms)) and all(
+        type(module) is nn.Linear and is_plain(module.weight) for module in linears
+    )
 
 
 def read_norm(module: nn.Module) -> Norm:

@@ -57,12 +57,25 @@ class Int8Rows(Tensor):
         raise NotImplementedError(f"{function} of packed rows")
 
 
-def packed(model: nn.Module) -> nn.Module:
-    """The model with a packed head."""
-    weight = model.lm_head.weight.detach()
+def pack(module: nn.Linear) -> None:
+    """Pack a layer's weight."""
+    weight = module.weight.detach()
     scales = weight.abs().amax(dim=1, keepdim=True) / 127
     rows = Int8Rows((weight / scales).round().to(torch.int8), scales)
-    model.lm_head.weight = nn.Parameter(rows, requires_grad=False)
+    module.weight = nn.Parameter(rows, requires_grad=False)
+
+
+def packed(model: nn.Module) -> nn.Module:
+    """The model with a packed head."""
+    pack(model.lm_head)
+    return model
+
+
+def packed_layers(model: nn.Module) -> nn.Module:
+    """The model with packed weights in all linear layers."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            pack(module)
     return model
 
 
@@ -138,6 +151,7 @@ HEADS = {
     "LoRA": ("qwen2", {}, low_rank, alone, "LoRA"),
     "LoRA, tied": ("qwen2_tied", {}, low_rank, alone, "LoRA"),
     "packed": ("qwen2", {}, packed, alone, "Int8Rows"),
+    "packed everywhere": ("qwen2", {}, packed_layers, alone, "Int8Rows"),
     "packed, capped": (
         "gemma2",
         EAGER | {"final_logit_softcapping": 3.0, "tie_word_embeddings": False},
