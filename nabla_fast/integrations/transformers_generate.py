@@ -14,6 +14,7 @@ from nabla_fast.errors import DecodingInterrupted, InputError
 from nabla_fast.integrations.generate_call import GenerateCall, asked_by
 from nabla_fast.integrations.generate_output import NablaGenerateOutput, output_of, sequences_of
 from nabla_fast.integrations.generate_sampling import call_sampling
+from nabla_fast.models.boundary import adapted_model
 from nabla_fast.results import Result
 
 
@@ -33,7 +34,8 @@ def decode_call(
     Raises:
         InputError, DecodingInterrupted, DecodingFailed: as of that method.
     """
-    if call.model is not lm:
+    # generate of a PEFT model is that of the model inside.
+    if call.model is not lm and call.model is not adapted_model(lm):
         raise InputError(
             f"the decoder was made for another {type(lm).__name__}: "
             "call generate on the model that it was made for"

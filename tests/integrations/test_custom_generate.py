@@ -551,3 +551,25 @@ def test_a_decoder_without_a_tokenizer():
     assert generate(made).shape[0] == 3
     with pytest.raises(InputError, match="stop strings need a tokenizer"):
         generate(made, stop_strings="a")
+
+
+def test_generate_of_a_model_with_adapters():
+    peft = pytest.importorskip("peft")
+    inner = causal_lm("qwen2", eos_token_id=EOS)
+    model = peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=["lm_head", "v_proj"])).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    model = model.double()
+    made = NablaDecoder(model, None, tokenizer(), config=DTOConfig(rollout_sampling=SamplingConfig(0)))
+    rows = prompts(3)
+    inputs = padded(rows)
+    tokens = model.generate(
+        **inputs, custom_generate=made, max_new_tokens=MOST, seed=5, pad_token_id=EOS, do_sample=False
+    )
+    answers = [result.token_ids for result in made.generate(rows, seed=5, max_new_tokens=MOST)]
+    assert [
+        row[: len(a)]
+        for row, a in zip(responses(tokens, inputs["input_ids"].shape[1]), answers, strict=True)
+    ] == answers
