@@ -187,7 +187,9 @@ def test_a_small_step_moves_a_large_logit_of_a_bf16_model(relaxation):
 
 def test_latents_of_a_bf16_model_are_float32():
     lm = LanguageModel(causal_lm("qwen2", dtype=torch.bfloat16))
-    config = DTOConfig(iters=1, lr=0.01, tau=100.0, nll_coeff=0.1, reward_coeff=0.0, parameter="latents")
+    config = DTOConfig(
+        iters=1, lr=0.01, tau=100.0, nll_coeff=0.1, reward_coeff=0.0, parameter="latents", update="all"
+    )
     optimizer = TextualOptimizer(GradientModel(lm, None, config), config)
     hidden = 20 * torch.ones(2, 16, dtype=torch.bfloat16)
     parameter = optimizer.initial(hidden)
