@@ -1,4 +1,4 @@
-"""The decoder inside transformers' ``generate``: same call, better answers. Run: python examples/inside_generate.py"""
+"""The decoder inside transformers' ``generate``. Run: python examples/inside_generate.py"""
 
 from nabla_fast import DTOConfig, NablaDecoder
 from nabla_fast.checkpoints import bundled, load_language_model, load_reward_model, load_tokenizer
