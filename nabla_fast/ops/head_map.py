@@ -25,7 +25,9 @@ def is_product(bias: Tensor | None, scale: float, softcap: float | None) -> bool
     return bias is None and scale == 1.0 and softcap is None
 
 
-def mapped(product: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def mapped(
+    product: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
     """z of h·Wᵀ [N, V]: itself where nothing is done to it."""
     if bias is not None:
         product = product + bias.to(product.dtype)

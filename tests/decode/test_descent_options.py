@@ -17,6 +17,7 @@ from nabla_fast.config import PRESETS
 from nabla_fast.decode.parameter import initial_parameter
 from nabla_fast.decode.plain_descent import plain_descent_
 from nabla_fast.decode.schedule import learning_rates
+from nabla_fast.models.heads import DenseHead
 from nabla_fast.ops import (
     AdamState,
     GumbelNoise,
@@ -139,10 +140,10 @@ def test_without_decay_the_plain_descent_is_the_op(parameter, noisy):
     grad, schedule = torch.randn(4, 11, dtype=torch.float64), cosine_schedule(9, 0.3)
     noise = GumbelNoise(torch.arange(4), torch.arange(4)) if noisy else None
     group = torch.tensor([0, 0, 1, 1])
-    ours = initial_parameter(config, hidden, head)
+    ours = initial_parameter(config, hidden, DenseHead(head))
     theirs, states = ours.clone(), [AdamState.zeros(ours) for _ in range(2)]
     options = {"until": torch.tensor([9, 9, 5, 5]), "group": group, "noise": noise}
-    found = plain_descent_(config, ours, grad, states[0], schedule, head, **options)
+    found = plain_descent_(config, ours, grad, states[0], schedule, DenseHead(head), **options)
     with use_backend("torch"):
         if parameter == "logits":
             expected = dto_descent(theirs, grad, states[1], schedule, tau=0.7, **options)
