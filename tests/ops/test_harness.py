@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -122,9 +123,9 @@ def test_memory_nobody_wrote_is_poison():
 def test_notices_a_changed_argument(draw: Draw, monkeypatch: pytest.MonkeyPatch):
     body = STATS._backends["torch"]
 
-    def spoil(rows: Tensor, head: Tensor | None, *, tau: float):
+    def spoil(rows: Tensor, head: Tensor | None, **options: Any):
         rows[0, 0] += 1
-        return body.run(rows, head, tau=tau)
+        return body.run(rows, head, **options)
 
     monkeypatch.setitem(STATS._backends, "torch", type(body)(spoil, body.refuses))
     with pytest.raises(AssertionError, match="changed its argument rows"):

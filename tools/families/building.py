@@ -93,6 +93,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
     "qwen4_exp": _QWEN4,
     "qwen4_exp_text": _QWEN4,
+    # Of states as narrow as these, logits would be multiplied by 8.
+    "minicpm3": {"dim_model_base": 16},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
         "is_decoder": True,
