@@ -12,6 +12,10 @@ from torch.nn import functional as F
 from nabla_fast.models.head_rows import is_plain
 from nabla_fast.ops import lm_logits
 
+# Where transformers' own hooks are from, which stay on a model that was once asked for hidden states and
+# only look at what passes.
+_CAPTURING = "transformers.utils.output_capturing"
+
 # Layers whose forward is: x += o(attention(norm(x))); x += down(act(gate(norm(x))) · up(norm(x))).
 _LAYERS = {
     f"transformers.models.{family}.modeling_{family}.{name}DecoderLayer"
@@ -104,7 +108,10 @@ def can_read(backbone: nn.Module) -> bool:
     if len({p.device for p in backbone.parameters()} | {p.dtype for p in backbone.parameters()}) != 2:
         return False
     for module in backbone.modules():
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
+            return False
+        if hasattr(module, "_hf_hook"):
             return False
         if "forward" in vars(module):
             return False

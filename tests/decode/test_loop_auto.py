@@ -69,6 +69,12 @@ def test_models_that_the_batched_loop_takes(kind):
         assert NablaDecoder(shared_lm("qwen2"), shared_reward_model(kind), None).loop == "batched"
 
 
+def test_a_model_that_was_asked_for_hidden_states_keeps_its_passes():
+    model = causal_lm("qwen2")
+    model(torch.tensor([[5, 9, 3]]), output_hidden_states=True)
+    assert "by the package's own passes" in NablaDecoder(model, None, None).describe()["lm"]
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("rm", [None, "qwen2"])
 def test_settings_that_the_batched_loop_takes(rm, settings):
