@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast.models.heads import Head, HeadMap
-from nabla_fast.ops.head_map import SOFTCAP_RANGE, mapped
+from nabla_fast.ops.head_map import SOFTCAP_RANGE, logits_of_product
 
 # The largest product of a probe: a cap far above it is none.
 _LARGE = 1000.0
@@ -53,7 +53,7 @@ def found_map(
 
 
 def _logits(head_map: HeadMap, product: Tensor) -> Tensor:
-    return mapped(product, head_map.bias, head_map.scale, head_map.softcap)
+    return logits_of_product(product, head_map.bias, head_map.scale, head_map.softcap)
 
 
 def _error(head_map: HeadMap, pairs: list[tuple[Tensor, Tensor]]) -> float:

@@ -25,7 +25,7 @@ from nabla_fast.ops import (
     token_stats,
 )
 from nabla_fast.ops.dto_descent_latents import descend_latents
-from nabla_fast.ops.head_map import mapped, product_gradient
+from nabla_fast.ops.head_map import logits_of_product, product_gradient
 from nabla_fast.ops.nll_grad import target_gradient
 from nabla_fast.ops.onehot_grad import masked_gradient
 from nabla_fast.ops.rows import accumulation_dtype, report, row_slices, row_status
@@ -73,15 +73,17 @@ class Head(ABC):
 
     Attributes:
         map: what is done to W h.
+        vocabulary, width: V and H of W.
+        dtype, device: of W.
     """
+
+    vocabulary: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
 
     def __init__(self, head_map: HeadMap):
         self.map = head_map
-
-    vocabulary: int  # V
-    width: int  # H
-    dtype: torch.dtype  # of W
-    device: torch.device
 
     @abstractmethod
     def with_map(self, head_map: HeadMap) -> Head:
@@ -205,7 +207,7 @@ class TiledHead(Head):
         z = hidden.new_empty(len(hidden), self.vocabulary, dtype=accumulation_dtype(hidden))
         for place, tile in self._tiles():
             z[:, place] = lm_logits(hidden, tile)
-        return mapped(z, self.map.bias, self.map.scale, self.map.softcap)
+        return logits_of_product(z, self.map.bias, self.map.scale, self.map.softcap)
 
     def backward(self, dz: Tensor, z: Tensor) -> Tensor:
         du = product_gradient(dz, z, self.map.scale, self.map.softcap)

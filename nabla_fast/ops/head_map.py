@@ -25,7 +25,7 @@ def is_product(bias: Tensor | None, scale: float, softcap: float | None) -> bool
     return bias is None and scale == 1.0 and softcap is None
 
 
-def mapped(
+def logits_of_product(
     product: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
 ) -> Tensor:
     """z of h·Wᵀ [N, V]: itself where nothing is done to it."""
@@ -41,7 +41,7 @@ def product_gradient(dz: Tensor, z: Tensor, scale: float, softcap: float | None)
 
     Args:
         dz: ∂ℒ/∂z [N, V].
-        z: [N, V] of :func:`mapped`.
+        z: [N, V] of :func:`logits_of_product`.
     """
     if softcap is not None:
         dz = dz * (1 - (z / softcap) ** 2)

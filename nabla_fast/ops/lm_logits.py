@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nabla_fast._native import extension
-from nabla_fast.ops.head_map import BIAS_RULE, check_head_map, mapped, product_gradient
+from nabla_fast.ops.head_map import BIAS_RULE, check_head_map, logits_of_product, product_gradient
 from nabla_fast.ops.limits import native_backend, triton_backend
 from nabla_fast.ops.registry import Table, floats, op, tensors
 from nabla_fast.ops.registry.schema import read_parameters
@@ -56,7 +56,7 @@ def lm_logits(
         product = hidden @ head.T
     else:
         product = torch.cat([hidden @ part.to(dtype).T for part in head.split(HEAD_ROWS)], dim=1)
-    return mapped(product, bias, scale, softcap)
+    return logits_of_product(product, bias, scale, softcap)
 
 
 def mapped_logits(states: Tensor, table: Tensor, token_map: Tensor | None) -> Tensor:
@@ -145,4 +145,4 @@ def lm_logits_cpu(hidden: Tensor, head: Tensor, **head_map: Any) -> Tensor:
 def lm_logits_triton(hidden: Tensor, head: Tensor, **head_map: Any) -> Tensor:
     from nabla_fast.triton_kernels.common.vocabulary_product import vocabulary_product
 
-    return mapped(vocabulary_product([hidden], [head]), **head_map)
+    return logits_of_product(vocabulary_product([hidden], [head]), **head_map)
